@@ -1,0 +1,1 @@
+"""One singleton a file: constructors take clock, probes, clients and store; a cached getter stands below."""

@@ -1,0 +1,193 @@
+"""From a use case, an algorithm and overrides to a complete configuration, each value with its reason."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from core.errors import SettingRejected
+from domain.algorithms import SPECS, Algorithm
+from domain.peft_config import PARAMETER_NAMES, PeftConfig
+from domain.use_cases import USE_CASES, UseCaseId
+
+Source = Literal["default", "use_case", "algorithm", "hardware", "override"]
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What the configuration needs to know of the machine.
+
+    Attributes:
+        has_gpu: Whether training will run on a CUDA GPU.
+        supports_bf16: Whether that GPU computes in bfloat16 (compute capability 8.0 and later).
+    """
+
+    has_gpu: bool
+    supports_bf16: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a value came from and why."""
+
+    value: Any
+    source: Source
+    reason: str
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A complete configuration and, for every parameter, where its value came from."""
+
+    config: PeftConfig
+    choices: Mapping[str, Choice]
+
+
+_DEFAULTS: dict[str, tuple[Any, str]] = {
+    "rank": (16, "enough for most instruction tuning ('LoRA Without Regret': capacity, not rank, matters)"),
+    "alpha": (32, "twice the rank"),
+    "dropout": (0.05, "QLoRA paper, appendix B: 0.05 for small models"),
+    "target_modules": ("all-linear", "adapting every linear layer matters most (QLoRA paper, figure 2)"),
+    "bias": ("none", "the base's biases are shared by all adapters on it"),
+    "use_rslora": (False, "scaled by alpha / r"),
+    "use_dora": (False, "direction and magnitude are not separated"),
+    "init_weights": ("default", "B starts at zero, so training starts from the base's output"),
+    "quantization": ("none", "weights as published"),
+    "learning_rate": (2e-4, "QLoRA paper, table 9; about ten times full fine-tuning's"),
+    "epochs": (3.0, "small sets are seen a few times"),
+    "max_steps": (None, "epochs decide"),
+    "warmup_ratio": (0.03, "QLoRA paper, appendix B"),
+    "scheduler": ("linear", "decay to zero finishes on small steps"),
+    "weight_decay": (0.0, "adapters are regularised by their rank"),
+    "max_grad_norm": (1.0, "the common clip of the Hugging Face Trainer"),
+    "max_seq_length": (2048, "several turns"),
+    "packing": (False, "rows of like length are batched together instead"),
+    "train_on": ("assistant", "loss on answers only"),
+    "seed": (42, "any fixed number makes a run repeatable"),
+    "eval_every_steps": (None, "evaluated once at the end if there are validation rows"),
+    "early_stopping_patience": (None, "the run goes to its end"),
+}
+
+
+def _hardware_choices(machine: MachineFacts) -> dict[str, Choice]:
+    if not machine.has_gpu:
+        reason = "no CUDA GPU: "
+        values: dict[str, tuple[Any, str]] = {
+            "precision": ("fp32", reason + "CPUs without bf16 matrix units are slower in bf16"),
+            "batch_size": (4, reason + "larger batches gain nothing on a CPU"),
+            "gradient_accumulation": (1, reason + "small effective batches learn more a pass"),
+            "gradient_checkpointing": (False, reason + "host memory is ample and recomputing is slow"),
+            "optimizer": ("adamw", reason + "bitsandbytes' 8-bit optimizer runs on GPUs"),
+        }
+    else:
+        precision = "bf16" if machine.supports_bf16 else "fp16"
+        values = {
+            "precision": (precision, f"the GPU computes in {precision}"),
+            "batch_size": (2, "activations of two rows fit most GPUs"),
+            "gradient_accumulation": (4, "an effective batch of eight"),
+            "gradient_checkpointing": (True, "saves most of the activation memory"),
+            "optimizer": ("adamw_8bit", "a quarter of AdamW's state at equal quality (arXiv 2110.02861)"),
+        }
+    return {name: Choice(value, "hardware", why) for name, (value, why) in values.items()}
+
+
+def configure(
+    algorithm: Algorithm,
+    *,
+    use_case: UseCaseId | None,
+    overrides: Mapping[str, Any],
+    machine: MachineFacts,
+    max_positions: int | None = None,
+) -> Configuration:
+    """Make a complete configuration.
+
+    Precedence, lowest first: default, use case, algorithm, hardware, override. What defines the algorithm
+    cannot be overridden.
+
+    Args:
+        algorithm: The method.
+        use_case: The purpose, or None for the general defaults.
+        overrides: What the client sets itself, by parameter name.
+        machine: The device that will train.
+        max_positions: The model's longest sequence in tokens, if known.
+
+    Raises:
+        SettingRejected: An override contradicts the algorithm, the machine or another setting; `errors`
+            lists every one of them with its location.
+    """
+    choices = {name: Choice(value, "default", why) for name, (value, why) in _DEFAULTS.items()}
+    if use_case is not None:
+        case = USE_CASES[use_case]
+        choices |= {n: Choice(v, "use_case", f"{case.name}: {case.reasons[n]}") for n, v in case.defaults.items()}
+    choices |= _algorithm_choices(algorithm, choices)
+    choices |= _hardware_choices(machine)
+    if max_positions is not None and choices["max_seq_length"].value > max_positions:
+        choices["max_seq_length"] = Choice(max_positions, "default", "the longest sequence that the model knows")
+    choices |= _follow_overrides(choices, overrides)
+    choices |= {name: Choice(value, "override", "asked for") for name, value in overrides.items()}
+    values = {name: choices[name].value for name in PARAMETER_NAMES}
+    errors = _contradictions(algorithm, values, overrides, machine, max_positions)
+    if errors:
+        raise SettingRejected("; ".join(error["message"] for error in errors), errors=errors)
+    try:
+        return Configuration(PeftConfig.model_validate(values), {name: choices[name] for name in PARAMETER_NAMES})
+    except ValidationError as error:
+        problems = [
+            {"location": [str(part) for part in item["loc"]], "message": f"{item['loc'][0]}: {item['msg']}"}
+            for item in error.errors(include_input=False)
+        ]
+        raise SettingRejected("; ".join(item["message"] for item in problems), errors=problems) from error
+
+
+def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    spec = SPECS[algorithm]
+    values = {**spec.defaults, **spec.fixed}
+    if algorithm is Algorithm.PISSA:
+        values |= {"alpha": choices["rank"].value, "dropout": 0.0}
+    return {
+        name: Choice(value, "algorithm", f"{spec.name}: {spec.reasons.get(name, choices[name].reason)}")
+        for name, value in values.items()
+    }
+
+
+def _follow_overrides(choices: Mapping[str, Choice], overrides: Mapping[str, Any]) -> dict[str, Choice]:
+    """Keep the ratio of alpha to rank when the client sets the rank alone."""
+    if "rank" not in overrides or "alpha" in overrides:
+        return {}
+    ratio = choices["alpha"].value / choices["rank"].value
+    alpha = max(1, round(overrides["rank"] * ratio))
+    return {"alpha": Choice(alpha, choices["alpha"].source, f"keeps alpha / rank at {ratio:g}")}
+
+
+def _contradictions(
+    algorithm: Algorithm,
+    values: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    machine: MachineFacts,
+    max_positions: int | None,
+) -> list[dict[str, Any]]:
+    spec = SPECS[algorithm]
+    found: list[tuple[str, str]] = []
+    for name, value in overrides.items():
+        if name in spec.fixed and value != spec.fixed[name]:
+            found.append((name, f"{spec.name} requires {name}={spec.fixed[name]!r}: {spec.reasons[name]}"))
+        for refused, reason in spec.refused.get(name, {}).items():
+            if value == refused:
+                found.append((name, f"{name}={value!r} cannot be used with {spec.name}: {reason}"))
+    if not machine.has_gpu:
+        found += _cpu_refusals(values)
+    if max_positions is not None and values["max_seq_length"] > max_positions:
+        found.append(("max_seq_length", f"the model knows sequences of at most {max_positions} tokens"))
+    if values["early_stopping_patience"] is not None and values["eval_every_steps"] is None:
+        found.append(("early_stopping_patience", "early stopping needs eval_every_steps"))
+    return [{"location": [name], "message": f"{name}: {message}"} for name, message in found]
+
+
+def _cpu_refusals(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    refusals = {
+        ("precision", "fp16"): "fp16 needs a CUDA GPU; use fp32 or bf16",
+        ("optimizer", "adamw_8bit"): "the 8-bit optimizer needs a CUDA GPU; use adamw",
+        ("quantization", "int8"): "int8 needs a CUDA GPU; nf4 works on a CPU",
+    }
+    return [(name, why) for (name, refused), why in refusals.items() if values[name] == refused]

@@ -1,0 +1,206 @@
+"""What the services and an engine process say to each other: one JSON object a line, on a pair of pipes.
+
+Every command carries a `request_id` and is answered by any number of events and exactly one final event
+(`done`, or `failed`). `stop` and `shutdown` are obeyed while another command runs.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from domain.peft_config import PeftConfig
+
+# File descriptors' environment variables of an engine process.
+COMMAND_FD_VARIABLE = "PEFT_STUDIO_ENGINE_COMMAND_FD"
+EVENT_FD_VARIABLE = "PEFT_STUDIO_ENGINE_EVENT_FD"
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+
+class ChatMessage(_Line):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+# Commands
+
+
+class _Command(_Line):
+    request_id: str
+
+
+class LoadBase(_Command):
+    """Load the base model that this engine holds for the rest of its life."""
+
+    kind: Literal["load_base"] = "load_base"
+    model_path: str
+    config: PeftConfig
+    device: str
+    engine: Literal["transformers", "unsloth"]
+
+
+class AttachAdapter(_Command):
+    """Load an adapter from a folder onto the base, under a name."""
+
+    kind: Literal["attach_adapter"] = "attach_adapter"
+    adapter_id: str
+    path: str
+
+
+class DetachAdapter(_Command):
+    """Take an adapter off the base and free its memory."""
+
+    kind: Literal["detach_adapter"] = "detach_adapter"
+    adapter_id: str
+
+
+class Generate(_Command):
+    """Continue a conversation or a text, with one adapter or with the bare base."""
+
+    kind: Literal["generate"] = "generate"
+    messages: list[ChatMessage] | None
+    prompt: str | None
+    adapter_id: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: list[str]
+
+
+class Train(_Command):
+    """Train a new adapter on the base and write it to a folder."""
+
+    kind: Literal["train"] = "train"
+    adapter_id: str
+    config: PeftConfig
+    dataset_path: str
+    validation_path: str | None
+    validation_fraction: float
+    output_path: str
+    base_model_id: str
+    base_revision: str | None
+
+
+class PrepareGguf(_Command):
+    """Turn a GGUF file into a folder of safetensors with its tokenizer."""
+
+    kind: Literal["prepare_gguf"] = "prepare_gguf"
+    gguf_path: str
+    output_path: str
+    model_id: str
+
+
+class Stop(_Command):
+    """End the command `target_id` early; it answers with its own final event."""
+
+    kind: Literal["stop"] = "stop"
+    target_id: str
+
+
+class Shutdown(_Command):
+    """Exit now."""
+
+    kind: Literal["shutdown"] = "shutdown"
+
+
+Command = Annotated[
+    LoadBase | AttachAdapter | DetachAdapter | Generate | Train | PrepareGguf | Stop | Shutdown,
+    Field(discriminator="kind"),
+]
+
+# Events
+
+
+class _Event(_Line):
+    request_id: str
+
+
+class Progress(_Event):
+    """How far a command is: `fraction` 0..1, or None where it cannot be known."""
+
+    kind: Literal["progress"] = "progress"
+    stage: str
+    fraction: float | None
+
+
+class Token(_Event):
+    """A piece of generated text."""
+
+    kind: Literal["token"] = "token"
+    text: str
+
+
+class TrainingStarted(_Event):
+    """What the run will do, known once the data is tokenized."""
+
+    kind: Literal["training_started"] = "training_started"
+    total_steps: int
+    rows: int
+    validation_rows: int
+    skipped_rows: int
+    truncated_rows: int
+    trained_tokens: int
+    trainable_parameters: int
+    warnings: list[str]
+
+
+class StepMetrics(_Event):
+    """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds."""
+
+    kind: Literal["step"] = "step"
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    tokens_per_s: float
+    memory_bytes: int
+    elapsed_s: float
+    eta_s: float
+
+
+class Evaluated(_Event):
+    """Mean loss a trained token over the validation rows, before the first step (0) or after `step`."""
+
+    kind: Literal["evaluated"] = "evaluated"
+    step: int
+    epoch: float
+    eval_loss: float
+    elapsed_s: float
+
+
+class Done(_Event):
+    """The command ended well. `result` depends on the command; see the engine's handlers."""
+
+    kind: Literal["done"] = "done"
+    result: dict[str, Any]
+
+
+class Failed(_Event):
+    """The command ended in an error of the given class; the engine itself lives on."""
+
+    kind: Literal["failed"] = "failed"
+    error_class: Literal["out_of_memory", "bad_data", "not_finite", "bad_setting", "bad_model", "cancelled", "engine"]
+    message: str
+    suggestions: list[str]
+
+
+Event = Annotated[
+    Progress | Token | TrainingStarted | StepMetrics | Evaluated | Done | Failed, Field(discriminator="kind")
+]
+FinalEvent = Done | Failed
+
+COMMANDS: TypeAdapter[Command] = TypeAdapter(Command)
+EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+def encode(line: BaseModel) -> bytes:
+    """Write a command or an event as one line of UTF-8 JSON."""
+    return line.model_dump_json().encode() + b"\n"

@@ -1,0 +1,31 @@
+"""`python -m engine`: one base model, its adapters, and the commands of domain/protocol.py."""
+
+import os
+
+from domain import protocol
+from engine.lifeline import die_with_parent
+
+
+def main() -> None:
+    """Serve commands until the command pipe closes."""
+    die_with_parent(int(os.environ["PEFT_STUDIO_PARENT_PID"]))
+    # Training gives way to the server's answers at no cost in speed: a process at nice 19 takes what is left.
+    os.nice(int(os.environ.get("PEFT_STUDIO_ENGINE_NICE", "10")))
+    command_fd = int(os.environ[protocol.COMMAND_FD_VARIABLE])
+    event_fd = int(os.environ[protocol.EVENT_FD_VARIABLE])
+    for descriptor in (command_fd, event_fd):
+        os.set_inheritable(descriptor, False)  # a library's own subprocess must not hold the pipes open
+
+    from engine.channel import Channel
+
+    channel = Channel(command_fd, event_fd)
+    from engine.guards import hide_broken_torchvision
+
+    hide_broken_torchvision()
+    from engine.commands import CommandLoop
+
+    CommandLoop(channel).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The base model an engine holds, and the adapters on it."""
+
+import json
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from domain.peft_config import PeftConfig
+from engine import methods
+from engine.batches import FALLBACK_TEMPLATE
+from engine.errors import BadModel, BadSetting
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def quantization_config(config: PeftConfig) -> BitsAndBytesConfig | None:
+    """Write the storage of the base's linear weights in bitsandbytes' terms."""
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[config.precision],
+        )
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a folder with plain transformers.
+
+    The attention implementation is named here, so that a config cannot make transformers fetch a kernel, and
+    remote code is never trusted.
+    """
+    quantization = quantization_config(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=DTYPES[config.precision],
+        quantization_config=quantization,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    return model, tokenizer
+
+
+class Base:
+    """One base model at one precision, with any number of adapters by name.
+
+    Raises:
+        BadModel: The files are missing, broken, or need code of their own.
+        BadSetting: A target module is not in the model.
+    """
+
+    def __init__(self, path: Path, config: PeftConfig, device: str, engine: str) -> None:
+        started = time.monotonic()
+        try:
+            if engine == "unsloth":
+                from engine.unsloth_backend import load_unsloth
+
+                self.model, self.tokenizer = load_unsloth(path, config)
+            else:
+                self.model, self.tokenizer = load_transformers(path, config, device)
+        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+            raise BadModel(f"{path.name} cannot be loaded: {error}") from error
+        self.path = path
+        self.device = torch.device(device)
+        self.engine = engine
+        self.model.requires_grad_(False)
+        self.model.eval()
+        self._complete_tokenizer()
+        self.total_parameters = logical_parameters(self.model)
+        self.linear_layers = methods.targeted_layers(self.model, config)
+        self.trainable_parameters = methods.trainable_parameters(self.linear_layers, config)
+        self.load_s = time.monotonic() - started
+
+    def _complete_tokenizer(self) -> None:
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = FALLBACK_TEMPLATE
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        if not self.tokenizer.is_fast:
+            raise BadModel("the tokenizer has no fast version, so tokens cannot be traced back to characters")
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters on the base."""
+        return list(self.model.peft_config) if isinstance(self.model, PeftModel) else []
+
+    def attach(self, name: str, path: Path) -> None:
+        """Load an adapter's folder onto the base.
+
+        Raises:
+            BadSetting: The adapter does not belong to this base.
+        """
+        if name in self.adapters:
+            return
+        try:
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(path), adapter_name=name, is_trainable=False)
+            else:
+                self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise BadSetting(f"the adapter does not fit this base: {error}") from error
+        self.model.eval()
+
+    def create(self, name: str, config: Any) -> None:
+        """Add a new adapter with fresh weights and make it the trainable one."""
+        if isinstance(self.model, PeftModel):
+            self.model.add_adapter(name, config)
+        else:
+            self.model = get_peft_model(self.model, config, adapter_name=name)
+        self.model.set_adapter(name)
+
+    def detach(self, name: str) -> None:
+        """Take an adapter off; the last one leaves the plain base."""
+        if name not in self.adapters:
+            return
+        if len(self.adapters) == 1:
+            self.model = self.model.unload()
+        else:
+            self.model.delete_adapter(name)
+        self.model.requires_grad_(False)
+
+    def using(self, name: str | None) -> AbstractContextManager[Any]:
+        """Compute with one adapter, or with the bare base for None.
+
+        Raises:
+            BadSetting: No adapter of that name is on the base.
+        """
+        if name is None:
+            return self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext()
+        if name not in self.adapters:
+            raise BadSetting(f"the adapter {name} is not on this base")
+        self.model.set_adapter(name, inference_mode=True)
+        return nullcontext()
+
+    def memory_bytes(self) -> int:
+        """Memory in use: reserved by torch's CUDA allocator, or resident in this process without a GPU."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_reserved(self.device))
+        return int(psutil.Process().memory_info().rss)
+
+
+def logical_parameters(model: Any) -> int:
+    """Count a model's parameters; a 4-bit tensor packs two in each byte it shows."""
+    count = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count += int(state.shape.numel()) if state is not None else parameter.numel()
+    return count

@@ -1,0 +1,66 @@
+"""The engine's end of the two pipes: commands in, events out."""
+
+import os
+import queue
+import threading
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from domain import protocol
+
+
+class Stopped(Exception):  # noqa: N818 - a request, not an error
+    """The client asked that the running command end now."""
+
+
+class Channel:
+    """Reads commands on a thread of its own, so that `stop` and end-of-file are seen while torch works."""
+
+    def __init__(self, command_fd: int, event_fd: int) -> None:
+        self._commands = os.fdopen(command_fd, "rb")
+        self._events = os.fdopen(event_fd, "wb", buffering=0)
+        self._write_lock = threading.Lock()
+        self._queue: queue.Queue[Any] = queue.Queue()
+        self._stops: set[str] = set()
+        threading.Thread(target=self._read, name="commands", daemon=True).start()
+
+    def _read(self) -> None:
+        for line in self._commands:
+            try:
+                command = protocol.COMMANDS.validate_json(line)
+            except ValidationError as error:
+                # Only a server of another version could send this; it must not be lost in silence.
+                print(f"not a command: {error}", flush=True)  # noqa: T201 - the engine's log file
+                continue
+            if isinstance(command, protocol.Stop):
+                self._stops.add(command.target_id)
+            elif isinstance(command, protocol.Shutdown):
+                os._exit(0)
+            else:
+                self._queue.put(command)
+        os._exit(0)  # end-of-file: the server is gone
+
+    def next_command(self) -> Any:
+        """Wait for the next command."""
+        return self._queue.get()
+
+    def emit(self, event: BaseModel) -> None:
+        """Send one event. A pipe with no reader left ends the process."""
+        data = protocol.encode(event)
+        try:
+            with self._write_lock:
+                view = memoryview(data)
+                while view:
+                    view = view[self._events.write(view) or 0 :]
+        except BrokenPipeError:
+            os._exit(0)
+
+    def stop_requested(self, request_id: str) -> bool:
+        """Tell whether the client asked to end the command."""
+        return request_id in self._stops
+
+    def check_stop(self, request_id: str) -> None:
+        """Raise Stopped if the client asked to end the command."""
+        if self.stop_requested(request_id):
+            raise Stopped

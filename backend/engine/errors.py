@@ -1,0 +1,52 @@
+"""Why a command failed, in the classes of domain/protocol.py.
+
+    CommandError
+    ├── BadData       the rows cannot be trained on
+    ├── BadSetting    a setting cannot take effect on this model
+    ├── BadModel      the model's files cannot be loaded
+    ├── NotFinite     the loss became NaN or infinite
+    └── OutOfMemory   the device has no memory left
+"""
+
+from typing import ClassVar
+
+
+class CommandError(Exception):
+    """A failure whose cause is known. `suggestions` say what to change, best first."""
+
+    error_class: ClassVar[str] = "engine"
+
+    def __init__(self, message: str, suggestions: list[str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.suggestions = suggestions or []
+
+
+class BadData(CommandError):
+    """The rows cannot be trained on."""
+
+    error_class = "bad_data"
+
+
+class BadSetting(CommandError):
+    """A setting cannot take effect on this model."""
+
+    error_class = "bad_setting"
+
+
+class BadModel(CommandError):
+    """The model's files cannot be loaded."""
+
+    error_class = "bad_model"
+
+
+class NotFinite(CommandError):
+    """The loss became NaN or infinite."""
+
+    error_class = "not_finite"
+
+
+class OutOfMemory(CommandError):
+    """The device has no memory left."""
+
+    error_class = "out_of_memory"

@@ -1,0 +1,248 @@
+"""A handle on one engine process: start it, send commands, receive events, know how it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from core.errors import EngineFailed, EngineUnavailable
+from core.logging import get_logger
+from domain import protocol
+
+_BACKEND = Path(__file__).resolve().parent.parent
+_LOG_CAP_BYTES = 4 * 2**20
+_LOG_TAIL_LINES = 40
+# glibc gives freed tensors back to the kernel at once by default and faults them in again at the next step:
+# 1.11-1.25 times the training speed with these thresholds.
+_ENGINE_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # an engine reads local files only; the server does the downloading
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONUNBUFFERED": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+}
+# PR_SET_PDEATHSIG fires when the *thread* that forked ends, so one thread that never ends starts all engines.
+_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
+_log = get_logger(__name__)
+
+EventHandler = Callable[[Any], None]
+
+
+class EngineDied(EngineFailed):
+    """The engine process ended while a command was running.
+
+    `exit_code` or `signal` says how, `log_tail` holds the last lines that it wrote.
+    """
+
+    slug, title = "engine-died", "Engine died"
+
+
+class CommandFailed(EngineFailed):
+    """The engine carried on but could not do what was asked; `error_class` says why."""
+
+    slug, title = "engine-command-failed", "Engine command failed"
+
+
+class EngineProcess:
+    """One engine.
+
+    Args:
+        log_path: Where its stdout and stderr go, capped at 4 MiB with one older part kept.
+        on_exit: Called once, from a thread of this class, when the process has ended.
+    """
+
+    def __init__(self, log_path: Path, on_exit: Callable[[], None] | None = None) -> None:
+        self._log_path = log_path
+        self._on_exit = on_exit
+        self._pending: dict[str, tuple[Future[dict[str, Any]], EventHandler | None]] = {}
+        self._lock = threading.Lock()
+        self._tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
+        self._closing = False
+        self._ended = threading.Event()
+        self.garbage_lines = 0
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._process, self._commands, events = _spawner.submit(_spawn).result()
+        except OSError as error:
+            raise EngineUnavailable(f"No engine process could be started: {error}") from error
+        self._log_thread = threading.Thread(target=self._copy_log, name="engine-log", daemon=True)
+        self._log_thread.start()
+        threading.Thread(target=self._read_events, args=(events,), name="engine-events", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs and takes commands."""
+        return not self._closing and not self._ended.is_set()
+
+    def log_tail(self) -> list[str]:
+        """Return the last lines of the engine's own output."""
+        return list(self._tail)
+
+    def request(
+        self, make: Callable[[str], Any], on_event: EventHandler | None = None
+    ) -> tuple[str, "Future[dict[str, Any]]"]:
+        """Send a command.
+
+        Args:
+            make: Builds the command from its request id.
+            on_event: Takes every event before the final one, in order, on the reader's thread.
+
+        Returns:
+            The request id, and a future of the `done` event's result. The future fails with CommandFailed
+            or EngineDied.
+        """
+        request_id = uuid.uuid4().hex
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if not self.alive:
+                future.set_exception(self._death())
+                return request_id, future
+            self._pending[request_id] = (future, on_event)
+        self._send(make(request_id))
+        return request_id, future
+
+    def stop(self, request_id: str) -> None:
+        """Ask the engine to end a command early; its future still gets the final event."""
+        self._send(protocol.Stop(request_id=uuid.uuid4().hex, target_id=request_id))
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End the process: by closing its pipe, or by force after `timeout_s`. Its memory is free on return."""
+        self._closing = True
+        try:
+            self._commands.close()
+        except BrokenPipeError:
+            pass  # it is already gone; the wait below collects it
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._ended.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+
+    def _send(self, command: Any) -> None:
+        try:
+            with self._lock:
+                self._commands.write(protocol.encode(command))
+                self._commands.flush()
+        except (BrokenPipeError, ValueError):
+            # The process ended; the events thread sees end-of-file and fails what is pending.
+            _log.warning("engine.gone", pid=self.pid, command=command.kind)
+
+    def _read_events(self, events: Any) -> None:
+        with events:
+            for line in events:
+                try:
+                    event = protocol.EVENTS.validate_json(line)
+                except ValidationError:
+                    self.garbage_lines += 1
+                    _log.warning("engine.garbage", pid=self.pid, size_bytes=len(line))
+                    continue
+                self._deliver(event)
+        self._process.wait()
+        self._log_thread.join(timeout=5)
+        with self._lock:
+            self._ended.set()
+            pending, self._pending = self._pending, {}
+        for future, _ in pending.values():
+            future.set_exception(self._death())
+        if self._on_exit is not None:
+            self._on_exit()
+
+    def _deliver(self, event: Any) -> None:
+        final = isinstance(event, protocol.Done | protocol.Failed)
+        with self._lock:
+            found = self._pending.pop(event.request_id, None) if final else self._pending.get(event.request_id)
+        if found is None:
+            return
+        future, on_event = found
+        if isinstance(event, protocol.Done):
+            future.set_result(event.result)
+        elif isinstance(event, protocol.Failed):
+            extras = {"error_class": event.error_class, "suggestions": event.suggestions}
+            future.set_exception(CommandFailed(event.message, **extras, log_tail=self.log_tail()))
+        elif on_event is not None:
+            on_event(event)
+
+    def _death(self) -> EngineDied:
+        code = self._process.poll()
+        number = -code if code is not None and code < 0 else None
+        how = f"by signal {number} ({signal.Signals(number).name})" if number else f"with exit code {code}"
+        return EngineDied(
+            f"The engine process {self.pid} ended {how}.",
+            exit_code=code if code is not None and code >= 0 else None,
+            signal=number,
+            log_tail=self.log_tail(),
+        )
+
+    def _copy_log(self) -> None:
+        """Copy the engine's output to its file, starting a new one at the cap; drains whatever it prints."""
+        stream = self._process.stdout
+        if stream is None:
+            raise EngineUnavailable("The engine has no output pipe.")
+        file, size = self._log_path.open("ab"), self._log_path.stat().st_size
+        with stream:
+            # Bounded reads: a line of a gigabyte must not be held in memory.
+            for line in iter(lambda: stream.readline(65536), b""):
+                self._tail.append(line.decode("utf-8", "replace").rstrip())
+                if size + len(line) > _LOG_CAP_BYTES:
+                    file.close()
+                    os.replace(self._log_path, self._log_path.with_suffix(".log.1"))
+                    file, size = self._log_path.open("ab"), 0
+                size += file.write(line)
+                file.flush()
+        file.close()
+
+
+def _spawn() -> tuple["subprocess.Popen[bytes]", Any, Any]:
+    """Start `python -m engine` with a private pair of pipes. Runs on the spawner's thread."""
+    command_read, command_write = os.pipe()
+    event_read, event_write = os.pipe()
+    environment = {
+        **os.environ,
+        **_ENGINE_ENVIRONMENT,
+        protocol.COMMAND_FD_VARIABLE: str(command_read),
+        protocol.EVENT_FD_VARIABLE: str(event_write),
+        "PEFT_STUDIO_PARENT_PID": str(os.getpid()),
+    }
+    for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"):
+        environment.pop(secret, None)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine"],
+            cwd=_BACKEND,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(command_read, event_write),
+            start_new_session=True,  # a terminal's Ctrl-C is for the server, which then ends its engines
+        )
+    except OSError:
+        os.close(command_write)
+        os.close(event_read)
+        raise
+    finally:
+        os.close(command_read)
+        os.close(event_write)
+    return process, os.fdopen(command_write, "wb"), os.fdopen(event_read, "rb")
