@@ -50,8 +50,21 @@ def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any,
         trust_remote_code=False,
         local_files_only=True,
     )
+    _keep_gradients_through_4bit(model)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     return model, tokenizer
+
+
+def _keep_gradients_through_4bit(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for its inference kernel on CPUs with avx512_bf16.
+
+    Linear4bit does so on the first forward pass in eval mode and never undoes it; the kernel has no backward
+    pass, so training after any evaluation or generation would silently get wrong gradients (seen with
+    bitsandbytes 0.50.2: the gradient's norm fell to a fifth and the loss stayed where it was).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 class Base:

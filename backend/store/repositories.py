@@ -1,0 +1,133 @@
+"""Reads and writes of each table, on a connection whose transaction the caller owns."""
+
+from dataclasses import asdict
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+
+from domain.job_states import FINAL_STATES, JobState
+from store.records import AdapterRecord, DatasetRecord, EventRecord, JobRecord
+from store.tables import adapters, datasets, job_events, jobs
+
+
+class Datasets:
+    """Stored datasets."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def add(self, record: DatasetRecord) -> None:
+        self._connection.execute(insert(datasets).values(**asdict(record)))
+
+    def get(self, dataset_id: str) -> DatasetRecord | None:
+        row = self._connection.execute(select(datasets).where(datasets.c.id == dataset_id)).one_or_none()
+        return None if row is None else DatasetRecord(**row._mapping)
+
+    def list(self) -> list[DatasetRecord]:
+        rows = self._connection.execute(select(datasets).order_by(datasets.c.created_at.desc()))
+        return [DatasetRecord(**row._mapping) for row in rows]
+
+    def delete(self, dataset_id: str) -> None:
+        self._connection.execute(delete(datasets).where(datasets.c.id == dataset_id))
+
+    def jobs_using(self, dataset_id: str) -> list[tuple[str, JobState]]:
+        """Return the jobs that refer to the dataset, with their states."""
+        uses = (jobs.c.dataset_id == dataset_id) | (jobs.c.validation_dataset_id == dataset_id)
+        return [
+            (job_id, JobState(state))
+            for job_id, state in self._connection.execute(select(jobs.c.id, jobs.c.state).where(uses))
+        ]
+
+
+def _job(row: Row[Any]) -> JobRecord:
+    values = dict(row._mapping)
+    values["state"] = JobState(values["state"])
+    values["validation_fraction"] = float(values["validation_fraction"])
+    return JobRecord(**values)
+
+
+class Jobs:
+    """Training jobs and their events."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def next_sequence(self) -> int:
+        return int(self._connection.execute(select(func.coalesce(func.max(jobs.c.sequence), 0))).scalar_one()) + 1
+
+    def add(self, record: JobRecord) -> None:
+        values = asdict(record) | {"validation_fraction": repr(record.validation_fraction)}
+        self._connection.execute(insert(jobs).values(**values))
+
+    def get(self, job_id: str) -> JobRecord | None:
+        row = self._connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
+        return None if row is None else _job(row)
+
+    def by_idempotency_key(self, key: str) -> JobRecord | None:
+        row = self._connection.execute(select(jobs).where(jobs.c.idempotency_key == key)).one_or_none()
+        return None if row is None else _job(row)
+
+    def list(self, states: frozenset[JobState] | None = None) -> list[JobRecord]:
+        query = select(jobs).order_by(jobs.c.sequence.desc())
+        if states is not None:
+            query = query.where(jobs.c.state.in_(sorted(states)))
+        return [_job(row) for row in self._connection.execute(query)]
+
+    def next_queued(self) -> JobRecord | None:
+        """Return the job to run next: highest priority, then first come."""
+        query = select(jobs).where(jobs.c.state == JobState.QUEUED).order_by(jobs.c.priority.desc(), jobs.c.sequence)
+        row = self._connection.execute(query.limit(1)).one_or_none()
+        return None if row is None else _job(row)
+
+    def change_state(self, job_id: str, current: JobState, following: JobState, **columns: Any) -> bool:
+        """Change a job's state if it still is `current`; tell whether it was."""
+        where = (jobs.c.id == job_id) & (jobs.c.state == current)
+        result = self._connection.execute(update(jobs).where(where).values(state=following, **columns))
+        return result.rowcount == 1
+
+    def set(self, job_id: str, **columns: Any) -> None:
+        self._connection.execute(update(jobs).where(jobs.c.id == job_id).values(**columns))
+
+    def delete(self, job_id: str) -> None:
+        self._connection.execute(delete(job_events).where(job_events.c.job_id == job_id))
+        self._connection.execute(delete(jobs).where(jobs.c.id == job_id))
+
+    def append_event(self, job_id: str, kind: str, data: dict[str, Any], created_at: str) -> int:
+        """Add an event and return its sequence number, from 1 for each job."""
+        newest = select(func.coalesce(func.max(job_events.c.sequence), 0)).where(job_events.c.job_id == job_id)
+        sequence = int(self._connection.execute(newest).scalar_one()) + 1
+        self._connection.execute(
+            insert(job_events).values(job_id=job_id, sequence=sequence, kind=kind, data=data, created_at=created_at)
+        )
+        return sequence
+
+    def events(self, job_id: str, after: int, limit: int, kind: str | None = None) -> list[EventRecord]:
+        query = select(job_events).where((job_events.c.job_id == job_id) & (job_events.c.sequence > after))
+        if kind is not None:
+            query = query.where(job_events.c.kind == kind)
+        rows = self._connection.execute(query.order_by(job_events.c.sequence).limit(limit))
+        return [EventRecord(**row._mapping) for row in rows]
+
+
+class Adapters:
+    """Trained adapters."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def add(self, record: AdapterRecord) -> None:
+        self._connection.execute(insert(adapters).values(**asdict(record)))
+
+    def get(self, adapter_id: str) -> AdapterRecord | None:
+        row = self._connection.execute(select(adapters).where(adapters.c.id == adapter_id)).one_or_none()
+        return None if row is None else AdapterRecord(**row._mapping)
+
+    def list(self) -> list[AdapterRecord]:
+        rows = self._connection.execute(select(adapters).order_by(adapters.c.created_at.desc()))
+        return [AdapterRecord(**row._mapping) for row in rows]
+
+    def delete(self, adapter_id: str) -> None:
+        self._connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
+
+
+UNFINISHED_STATES = frozenset(JobState) - FINAL_STATES
