@@ -1,0 +1,123 @@
+"""Trained adapters: immutable folders and their records."""
+
+import io
+import shutil
+import zipfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from core.errors import AdapterNotFound
+from core.settings import get_settings
+from services.database import get_database
+from services.peft_service import PeftService, get_peft_service
+from store.database import Database
+from store.records import AdapterRecord
+from store.repositories import Adapters
+
+_CHUNK_BYTES = 2**20
+
+
+class AdapterService:
+    """Lists, hands out and deletes adapters.
+
+    Args:
+        folder: One sub-folder an adapter, as PEFT loads it.
+    """
+
+    def __init__(self, database: Database, folder: Path, peft: PeftService) -> None:
+        self._database, self._folder, self._peft = database, folder, peft
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path_for(self, adapter_id: str) -> Path:
+        """Return where an adapter's folder is, or will be."""
+        return self._folder / adapter_id
+
+    def list(self) -> list[AdapterRecord]:
+        """Return every adapter, newest first."""
+        with self._database.begin() as connection:
+            return Adapters(connection).list()
+
+    def get(self, adapter_id: str) -> AdapterRecord:
+        """Return one adapter.
+
+        Raises:
+            AdapterNotFound: There is none of that id.
+        """
+        with self._database.begin() as connection:
+            record = Adapters(connection).get(adapter_id)
+        if record is None:
+            raise AdapterNotFound(f"No adapter has the id {adapter_id}.")
+        return record
+
+    def files(self, adapter_id: str) -> list[tuple[str, int]]:
+        """Return the adapter's files as (name, bytes), by name."""
+        folder = Path(self.get(adapter_id).path)
+        return [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if _is_own(path)]
+
+    def zipped(self, adapter_id: str) -> Iterator[bytes]:
+        """Yield a zip of the folder, made as it is read: no copy is stored.
+
+        Weights do not compress, so nothing is compressed.
+        """
+        folder = Path(self.get(adapter_id).path)
+        return _zip(folder, [path for path in sorted(folder.iterdir()) if _is_own(path)])
+
+    def delete(self, adapter_id: str) -> None:
+        """Delete an adapter, taking it off loaded models first.
+
+        Raises:
+            AdapterNotFound: There is none of that id.
+            ModelBusy: A model that has it is training.
+        """
+        record = self.get(adapter_id)
+        self._peft.detach_everywhere(adapter_id)
+        with self._database.begin() as connection:
+            Adapters(connection).delete(adapter_id)
+        shutil.rmtree(record.path, ignore_errors=True)
+
+
+def _is_own(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+class _Pipe(io.RawIOBase):
+    """A write-only file that gives its content to whoever drains it."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        part = bytes(data)  # type: ignore[call-overload]
+        self._parts.append(part)
+        self._position += len(part)
+        return len(part)
+
+    def tell(self) -> int:
+        return self._position
+
+    def drain(self) -> bytes:
+        """Return what was written since the last call."""
+        parts, self._parts = self._parts, []
+        return b"".join(parts)
+
+
+def _zip(folder: Path, files: "list[Path]") -> Iterator[bytes]:
+    pipe = _Pipe()
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
+        for path in files:
+            with path.open("rb") as source, archive.open(zipfile.ZipInfo.from_file(path, path.name), "w") as target:
+                while chunk := source.read(_CHUNK_BYTES):
+                    target.write(chunk)
+                    yield pipe.drain()
+    yield pipe.drain()
+
+
+@cache
+def get_adapter_service() -> AdapterService:
+    """Return the process's adapter service."""
+    return AdapterService(get_database(), get_settings().home / "adapters", get_peft_service())

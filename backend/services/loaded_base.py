@@ -1,0 +1,178 @@
+"""One base model in one engine, from the request to the free memory."""
+
+import threading
+import uuid
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from core.clock import Clock
+from core.errors import ModelBusy, ModelNotReady, StudioError
+from services.engine_process import EngineProcess
+
+
+class LoadState(StrEnum):
+    """Where a base is."""
+
+    QUEUED = "queued"
+    DOWNLOADING = "downloading"
+    LOADING = "loading"
+    READY = "ready"
+    BUSY = "busy"
+    FAILED = "failed"
+    UNLOADING = "unloading"
+
+
+@dataclass(frozen=True)
+class BaseKey:
+    """What makes two requests the same base in memory."""
+
+    model_id: str
+    revision: str | None
+    quantization: str
+    precision: str
+    device: str
+    engine: str
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """How far a load is; None where it cannot be known."""
+
+    fraction: float | None
+    downloaded_bytes: int | None
+    total_bytes: int | None
+    eta_s: float | None
+
+
+class LoadedBase:
+    """The state of one base. Changes come from the loader's thread and the engine's; readers see them at once."""
+
+    def __init__(self, key: BaseKey, clock: Clock) -> None:
+        self.id = uuid.uuid4().hex[:8]
+        self.key = key
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self.state = LoadState.QUEUED
+        self.progress = LoadProgress(None, None, None, None)
+        self.process: EngineProcess | None = None
+        self.loading: Future[None] | None = None
+        self.error: StudioError | None = None
+        self.adapters: tuple[str, ...] = ()
+        self.busy_with: str | None = None
+        self.total_parameters: int | None = None
+        self.memory_bytes: int | None = None
+        self.load_s: float | None = None
+        self.loaded_at: datetime | None = None
+        self.last_used_at: datetime | None = None
+        self.last_used = clock.monotonic()
+        self._stage_started = clock.monotonic()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was unloaded before it was ready."""
+        return self.state is LoadState.UNLOADING
+
+    def report(self, state: str, fraction: float | None, downloaded: int | None, total: int | None) -> None:
+        """Record progress of the load."""
+        with self._lock:
+            if self.state is LoadState.UNLOADING:
+                return
+            if self.state.value != state:
+                self._stage_started = self._clock.monotonic()
+                self.state = LoadState(state)
+            elapsed = self._clock.monotonic() - self._stage_started
+            eta = elapsed / fraction * (1 - fraction) if fraction else None
+            self.progress = LoadProgress(fraction, downloaded, total, eta)
+
+    def ready(self, result: dict[str, Any]) -> None:
+        """Record what the engine said of the loaded base."""
+        with self._lock:
+            self.total_parameters = result["total_parameters"]
+            self.memory_bytes = result["memory_bytes"]
+            self.load_s = result["load_s"]
+            self.loaded_at = self.last_used_at = self._clock.now()
+            self.last_used = self._clock.monotonic()
+            if self.state is not LoadState.UNLOADING:
+                self.state = LoadState.READY
+                self.progress = LoadProgress(1.0, self.progress.downloaded_bytes, self.progress.total_bytes, 0.0)
+        self._done.set()
+
+    def fail(self, error: StudioError) -> None:
+        """Record why there is no base."""
+        with self._lock:
+            if self.state is not LoadState.UNLOADING:
+                self.state, self.error = LoadState.FAILED, error
+            self.adapters = ()
+            self.memory_bytes = None
+        self._done.set()
+
+    def finish(self, state: LoadState) -> None:
+        """Set a last state."""
+        with self._lock:
+            self.state = state
+        self._done.set()
+
+    @property
+    def settled(self) -> bool:
+        """Whether the load has ended, well or not."""
+        return self._done.is_set()
+
+    def engine(self) -> EngineProcess:
+        """Return the engine for a short command.
+
+        Raises:
+            ModelNotReady: There is no base yet, or no more.
+            ModelBusy: A job holds it.
+        """
+        with self._lock:
+            if self.state is LoadState.BUSY:
+                raise ModelBusy(f"The model is {self.busy_with}; try again when it is done.")
+            if self.state is not LoadState.READY or self.process is None:
+                why = f": {self.error.detail}" if self.error is not None else ""
+                raise ModelNotReady(f"The model is {self.state.value}{why}")
+            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
+            return self.process
+
+    def acquire(self, purpose: str) -> EngineProcess:
+        """Take the engine for a long command."""
+        process = self.engine()
+        with self._lock:
+            if self.state is not LoadState.READY:
+                raise ModelBusy(f"The model is {self.busy_with or self.state.value}.")
+            self.state, self.busy_with = LoadState.BUSY, purpose
+        return process
+
+    def release(self) -> None:
+        """Give the engine back."""
+        with self._lock:
+            self.busy_with = None
+            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
+            if self.state is LoadState.BUSY:
+                self.state = LoadState.READY
+
+    def attached(self, adapter_id: str, memory_bytes: int) -> None:
+        """Record that an adapter is on the base."""
+        with self._lock:
+            if adapter_id not in self.adapters:
+                self.adapters = (*self.adapters, adapter_id)
+            self.memory_bytes = memory_bytes
+
+    def detached(self, adapter_id: str, memory_bytes: int) -> None:
+        """Record that an adapter is off the base."""
+        with self._lock:
+            self.adapters = tuple(name for name in self.adapters if name != adapter_id)
+            self.memory_bytes = memory_bytes
+
+    def log_tail(self) -> list[str]:
+        """Return the engine's last lines."""
+        return self.process.log_tail() if self.process is not None else []
+
+    def end_process(self) -> None:
+        """End the engine; its memory is free on return."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.close()

@@ -1,0 +1,41 @@
+"""The machine as the services need it: devices by name, and the engine that runs on each."""
+
+from functools import cache
+
+from services.devices import Device, EngineName, choose_device, choose_engine
+from services.hardware_service import HardwareService, get_hardware_service
+
+
+class Machine:
+    """Answers from the hardware profile; free memory is read anew each time, since admission depends on it."""
+
+    def __init__(self, hardware: HardwareService) -> None:
+        self._hardware = hardware
+
+    def device(self, wanted: str | int) -> Device:
+        """Resolve `auto`, `cpu` or a GPU's index.
+
+        Raises:
+            SettingRejected: There is no such GPU.
+        """
+        usage = self._hardware.usage()
+        profile = self._hardware.profile().value
+        if not profile.gpus:
+            return choose_device(wanted, [], usage.memory.available_bytes)
+        fresh = self._hardware.profile(refresh=True).value
+        return choose_device(wanted, list(fresh.gpus), usage.memory.available_bytes)
+
+    def engine(self, wanted: str, device: Device) -> EngineName:
+        """Resolve `auto`, `transformers` or `unsloth` for a device.
+
+        Raises:
+            SettingRejected: Unsloth was asked for and cannot run here.
+        """
+        choice = self._hardware.profile().value.engine
+        return choose_engine(wanted, device, choice.name, choice.reason)
+
+
+@cache
+def get_machine() -> Machine:
+    """Return the process's machine."""
+    return Machine(get_hardware_service())

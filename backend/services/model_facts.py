@@ -1,0 +1,43 @@
+"""A model's shape, from its config alone: local if it is here, from the Hub if it is not."""
+
+from functools import cache
+from typing import Any, Protocol
+
+from domain.model_shape import ModelShape, read_shape
+from services.embedded_model import CONFIG, MODEL_ID
+from services.model_registry_service import get_model_registry_service
+
+
+class ConfigSource(Protocol):
+    """Finds a model's config.json; the registry does."""
+
+    def config_of(self, model_id: str, revision: str | None) -> dict[str, Any]:
+        """Return the parsed config.json."""
+        ...
+
+
+class ModelFacts:
+    """Reads shapes."""
+
+    def __init__(self, configs: ConfigSource) -> None:
+        self._configs = configs
+
+    def config(self, model_id: str, revision: str | None) -> dict[str, Any]:
+        """Return a model's config.json.
+
+        Raises:
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+        """
+        if model_id == MODEL_ID and revision is None:
+            return dict(CONFIG)
+        return self._configs.config_of(model_id, revision)
+
+    def shape(self, model_id: str, revision: str | None) -> ModelShape | None:
+        """Return a model's dimensions, or None where its family is not known here."""
+        return read_shape(self.config(model_id, revision))
+
+
+@cache
+def get_model_facts() -> ModelFacts:
+    """Return the process's model facts."""
+    return ModelFacts(get_model_registry_service())

@@ -1,0 +1,366 @@
+"""Configurations, and the base models that are loaded: one engine a base, shared by whoever asks for it."""
+
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from core.clock import Clock, SystemClock
+from core.errors import DoesNotFit, LoadedModelNotFound, ModelBusy, ModelNotReady, StudioError
+from core.logging import get_logger
+from core.settings import get_settings
+from domain import protocol
+from domain.algorithms import Algorithm
+from domain.configure import Configuration, configure
+from domain.memory_estimate import judge, loading_bytes
+from domain.model_shape import ModelShape
+from domain.use_cases import UseCaseId
+from services.devices import Device, EngineName
+from services.engine_process import EngineProcess
+from services.loaded_base import BaseKey, LoadedBase, LoadState
+from services.machine import Machine, get_machine
+from services.model_files import ModelFiles, get_model_files
+from services.model_facts import ModelFacts, get_model_facts
+
+_log = get_logger(__name__)
+_IDLE_CHECK_S = 15.0
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What a client wants loaded."""
+
+    model_id: str
+    revision: str | None
+    algorithm: Algorithm
+    use_case: UseCaseId | None
+    overrides: dict[str, Any]
+    engine: str
+    device: str | int
+    force: bool
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model with the configuration it was asked for. Several may share one base."""
+
+    id: str
+    model_id: str
+    revision: str | None
+    algorithm: Algorithm
+    configuration: Configuration
+    base: LoadedBase
+    estimated_bytes: int | None
+    trainable_parameters: int | None
+
+    @property
+    def state(self) -> LoadState:
+        return self.base.state
+
+
+class PeftService:
+    """Loads, lends out and unloads base models.
+
+    Args:
+        clock: For ages and idle times.
+        machine: Tells the devices and the engine.
+        files: Brings a model's files onto this machine.
+        facts: Tells a model's shape without its weights.
+        log_dir: Where engines write.
+        idle_unload_s: A model unused for this long is unloaded.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        machine: Machine,
+        files: ModelFiles,
+        facts: ModelFacts,
+        *,
+        log_dir: Path,
+        idle_unload_s: float,
+    ) -> None:
+        self._clock, self._machine, self._files, self._facts = clock, machine, files, facts
+        self._log_dir, self._idle_unload_s = log_dir, idle_unload_s
+        self._models: dict[str, LoadedModel] = {}
+        self._bases: dict[BaseKey, LoadedBase] = {}
+        self._lock = threading.RLock()
+        self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
+        self._closed = threading.Event()
+        threading.Thread(target=self._unload_idle, name="idle-unload", daemon=True).start()
+
+    # Configuration
+
+    def configure(
+        self,
+        algorithm: Algorithm,
+        use_case: UseCaseId | None,
+        overrides: dict[str, Any],
+        *,
+        model_id: str | None = None,
+        revision: str | None = None,
+        device: Device | None = None,
+    ) -> Configuration:
+        """Make a complete configuration for this machine and, if named, a model.
+
+        Raises:
+            SettingRejected: An override cannot take effect.
+            ModelNotFound: There is no such model.
+        """
+        device = device or self._machine.device("auto")
+        shape = self._facts.shape(model_id, revision) if model_id is not None else None
+        return configure(
+            algorithm,
+            use_case=use_case,
+            overrides=overrides,
+            machine=device.facts,
+            max_positions=shape.max_positions if shape is not None else None,
+        )
+
+    # Loading
+
+    def load(self, request: LoadRequest) -> LoadedModel:
+        """Start loading a model, or join the load of the same base that is there already.
+
+        Raises:
+            SettingRejected: A setting cannot take effect.
+            ModelNotFound: There is no such model.
+            DoesNotFit: Its weights exceed what the device has free.
+        """
+        device = self._machine.device(request.device)
+        engine = self._machine.engine(request.engine, device)
+        shape = self._facts.shape(request.model_id, request.revision)
+        configuration = self.configure(
+            request.algorithm,
+            request.use_case,
+            request.overrides,
+            model_id=request.model_id,
+            revision=request.revision,
+            device=device,
+        )
+        config = configuration.config
+        key = BaseKey(
+            request.model_id, request.revision, config.quantization, config.precision, device.torch_name, engine
+        )
+        with self._lock:
+            base = self._bases.get(key)
+            if base is not None and base.state in (LoadState.FAILED, LoadState.UNLOADING):
+                base = None
+            for model in self._models.values():
+                same = model.base is base and model.algorithm == request.algorithm
+                if same and model.configuration.config == config:
+                    return model
+            needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
+            if base is None:
+                if not request.force:
+                    self._admit(request.model_id, needed, device)
+                base = self._start(key, configuration, engine, device)
+            model = LoadedModel(
+                f"mdl_{uuid.uuid4().hex[:12]}",
+                request.model_id,
+                request.revision,
+                request.algorithm,
+                configuration,
+                base,
+                needed,
+                _trainable(shape, configuration),
+            )
+            self._models[model.id] = model
+            return model
+
+    def _admit(self, model_id: str, needed: int | None, device: Device) -> None:
+        if needed is None or device.available_bytes is None:
+            return
+        if judge(needed, needed, device.available_bytes) == "does_not_fit":
+            raise DoesNotFit(
+                f"{model_id} needs about {needed} bytes on {device.torch_name}, which has {device.available_bytes} "
+                "free. Unload another model, use algorithm qlora, or force=true to try all the same.",
+                estimate_bytes=needed,
+                available_bytes=device.available_bytes,
+                suggestions=["algorithm qlora", "unload a loaded model", "a smaller model", "force=true"],
+            )
+
+    def _start(
+        self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device
+    ) -> LoadedBase:
+        base = LoadedBase(key, self._clock)
+        self._bases[key] = base
+        future: Future[None] = self._loaders.submit(self._load, base, configuration, engine, device)
+        base.loading = future
+        return base
+
+    def _load(self, base: LoadedBase, configuration: Configuration, engine: EngineName, device: Device) -> None:
+        """Bring the files here and load them in a new engine; every outcome is a state of the base."""
+        try:
+            path = self._files.ensure(base.key.model_id, base.key.revision, base.report)
+            if base.cancelled:
+                base.finish(LoadState.UNLOADING)
+                return
+            base.report("loading", None, None, None)
+            process = EngineProcess(self._log_dir / f"engine-{base.id}.log", on_exit=lambda: self._on_exit(base))
+            base.process = process
+            _, future = process.request(
+                lambda request_id: protocol.LoadBase(
+                    request_id=request_id,
+                    model_path=str(path),
+                    config=configuration.config,
+                    device=device.torch_name,
+                    engine=engine,
+                )
+            )
+            base.ready(future.result())
+            _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=base.load_s)
+        except StudioError as error:
+            _log.warning("model.load_failed", model_id=base.key.model_id, error=error.detail)
+            base.fail(error)
+            base.end_process()
+        except Exception as error:
+            _log.exception("model.load_crashed", model_id=base.key.model_id)
+            base.fail(StudioError(f"The model could not be loaded: {type(error).__name__}."))
+            base.end_process()
+
+    def _on_exit(self, base: LoadedBase) -> None:
+        if base.state in (LoadState.READY, LoadState.BUSY):
+            base.fail(ModelNotReady("The engine that held the model ended; load it again."))
+            _log.error("engine.ended", model_id=base.key.model_id, log_tail=base.log_tail())
+
+    # Reading
+
+    def models(self) -> list[LoadedModel]:
+        """Return every loaded model, oldest first."""
+        with self._lock:
+            return list(self._models.values())
+
+    def get(self, model_id: str) -> LoadedModel:
+        """Return one loaded model.
+
+        Raises:
+            LoadedModelNotFound: There is none of that id.
+        """
+        with self._lock:
+            model = self._models.get(model_id)
+        if model is None:
+            raise LoadedModelNotFound(f"No loaded model has the id {model_id}.")
+        return model
+
+    # Using
+
+    @contextmanager
+    def lent(self, model: LoadedModel, purpose: str) -> Iterator[EngineProcess]:
+        """Hold the base for one long piece of work; others get ModelBusy meanwhile.
+
+        Raises:
+            ModelNotReady: It is still loading, or failed.
+            ModelBusy: Something else holds it.
+        """
+        process = model.base.acquire(purpose)
+        try:
+            yield process
+        finally:
+            model.base.release()
+
+    def attach(self, model: LoadedModel, adapter_id: str, path: Path) -> None:
+        """Make an adapter usable on a loaded base. It stays until the base is unloaded."""
+        if adapter_id in model.base.adapters:
+            return
+        process = model.base.engine()
+        _, future = process.request(
+            lambda request_id: protocol.AttachAdapter(
+                request_id=request_id, adapter_id=adapter_id, path=str(path)
+            )
+        )
+        result = future.result()
+        model.base.attached(adapter_id, result["memory_bytes"])
+
+    def detach_everywhere(self, adapter_id: str) -> None:
+        """Take an adapter off every base that has it.
+
+        Raises:
+            ModelBusy: A base that has it is training.
+        """
+        for base in {id(model.base): model.base for model in self.models()}.values():
+            if adapter_id not in base.adapters:
+                continue
+            if base.busy_with is not None:
+                raise ModelBusy(f"The base of the adapter is {base.busy_with}.")
+            _, future = base.engine().request(
+                lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id=adapter_id)
+            )
+            base.detached(adapter_id, future.result()["memory_bytes"])
+
+    # Unloading
+
+    def unload(self, model_id: str) -> None:
+        """Forget a loaded model; the last one on a base ends its engine and frees its memory before returning.
+
+        Raises:
+            LoadedModelNotFound: There is none of that id.
+            ModelBusy: A job is training on the base.
+        """
+        with self._lock:
+            model = self.get(model_id)
+            base = model.base
+            others = [other for other in self._models.values() if other.base is base and other.id != model_id]
+            if not others:
+                if base.busy_with is not None:
+                    raise ModelBusy(f"The model is {base.busy_with}; cancel the job first.")
+                base.finish(LoadState.UNLOADING)
+                if self._bases.get(base.key) is base:
+                    del self._bases[base.key]
+            del self._models[model_id]
+        if not others:
+            base.end_process()
+
+    def _unload_idle(self) -> None:
+        while not self._closed.wait(min(_IDLE_CHECK_S, self._idle_unload_s)):
+            for model in self.models():
+                idle_s = self._clock.monotonic() - model.base.last_used
+                if model.state is LoadState.READY and idle_s >= self._idle_unload_s:
+                    try:
+                        self.unload(model.id)
+                        _log.info("model.unloaded_idle", model_id=model.model_id, idle_s=round(idle_s))
+                    except (ModelBusy, LoadedModelNotFound):
+                        continue  # it was put to use, or unloaded, at this very moment
+
+    def close(self) -> None:
+        """End every engine."""
+        self._closed.set()
+        with self._lock:
+            bases = list({id(model.base): model.base for model in self._models.values()}.values())
+            self._models.clear()
+            self._bases.clear()
+        for base in bases:
+            base.finish(LoadState.UNLOADING)
+            base.end_process()
+        self._loaders.shutdown(wait=False, cancel_futures=True)
+
+    def with_trained(self, model: LoadedModel, trainable: int) -> None:
+        """Record the exact count of trainable parameters once an engine has said it."""
+        with self._lock:
+            if model.id in self._models:
+                self._models[model.id] = replace(model, trainable_parameters=trainable)
+
+
+def _trainable(shape: ModelShape | None, configuration: Configuration) -> int | None:
+    from domain.memory_estimate import adapter_parameters
+
+    return adapter_parameters(shape, configuration.config) if shape is not None else None
+
+
+@cache
+def get_peft_service() -> PeftService:
+    """Return the process's PEFT service."""
+    settings = get_settings()
+    return PeftService(
+        SystemClock(),
+        get_machine(),
+        get_model_files(),
+        get_model_facts(),
+        log_dir=settings.home / "logs",
+        idle_unload_s=settings.idle_unload_s,
+    )
