@@ -1,0 +1,1 @@
+"""Routers: parse, delegate, return. Errors become problem documents in `problems.py` alone."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from functools import cache
+from core.singleton import singleton
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
@@ -88,7 +88,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-@cache
+@singleton
 def get_settings() -> Settings:
     """Return the process's settings, read once."""
     return Settings.from_env()

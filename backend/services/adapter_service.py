@@ -4,7 +4,7 @@ import io
 import shutil
 import zipfile
 from collections.abc import Iterator
-from functools import cache
+from core.singleton import singleton
 from pathlib import Path
 
 from core.errors import AdapterNotFound
@@ -117,7 +117,7 @@ def _zip(folder: Path, files: "list[Path]") -> Iterator[bytes]:
     yield pipe.drain()
 
 
-@cache
+@singleton
 def get_adapter_service() -> AdapterService:
     """Return the process's adapter service."""
     return AdapterService(get_database(), get_settings().home / "adapters", get_peft_service())

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from core.singleton import singleton
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -275,7 +275,7 @@ def _detection(upload: Upload, columns: list[str]) -> Detection:
     raise DatasetRejected(f"The format {candidates} needs columns that are not in {columns}.", errors=[])
 
 
-@cache
+@singleton
 def get_dataset_service() -> DatasetService:
     """Return the process's dataset service."""
     settings = get_settings()

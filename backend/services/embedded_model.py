@@ -7,7 +7,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable
-from functools import cache
+from core.singleton import singleton
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -141,7 +141,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@cache
+@singleton
 def get_embedded_model() -> EmbeddedModel:
     """Return the process's embedded model."""
     settings = get_settings()

@@ -10,6 +10,7 @@ from typing import Any
 
 from core.clock import Clock
 from core.errors import ModelBusy, ModelNotReady, StudioError
+from services.devices import EngineName
 from services.engine_process import EngineProcess
 
 
@@ -34,7 +35,7 @@ class BaseKey:
     quantization: str
     precision: str
     device: str
-    engine: str
+    engine: EngineName
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The machine as the services need it: devices by name, and the engine that runs on each."""
 
-from functools import cache
+from core.singleton import singleton
 
 from services.devices import Device, EngineName, choose_device, choose_engine
 from services.hardware_service import HardwareService, get_hardware_service
@@ -35,7 +35,7 @@ class Machine:
         return choose_engine(wanted, device, choice.name, choice.reason)
 
 
-@cache
+@singleton
 def get_machine() -> Machine:
     """Return the process's machine."""
     return Machine(get_hardware_service())

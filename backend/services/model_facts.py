@@ -1,6 +1,6 @@
 """A model's shape, from its config alone: local if it is here, from the Hub if it is not."""
 
-from functools import cache
+from core.singleton import singleton
 from typing import Any, Protocol
 
 from domain.model_shape import ModelShape, read_shape
@@ -37,7 +37,7 @@ class ModelFacts:
         return read_shape(self.config(model_id, revision))
 
 
-@cache
+@singleton
 def get_model_facts() -> ModelFacts:
     """Return the process's model facts."""
     return ModelFacts(get_model_registry_service())

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
+from core.singleton import singleton
 from pathlib import Path
 from typing import Protocol
 
@@ -82,7 +82,7 @@ def check_safe(path: Path, model_id: str) -> None:
         raise NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code and are not loaded.")
 
 
-@cache
+@singleton
 def get_model_files() -> ModelFiles:
     """Return the process's model files."""
     return ModelFiles(get_embedded_model())

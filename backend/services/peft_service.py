@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from core.singleton import singleton
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +352,7 @@ def _trainable(shape: ModelShape | None, configuration: Configuration) -> int | 
     return adapter_parameters(shape, configuration.config) if shape is not None else None
 
 
-@cache
+@singleton
 def get_peft_service() -> PeftService:
     """Return the process's PEFT service."""
     settings = get_settings()

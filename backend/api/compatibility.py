@@ -1,0 +1,66 @@
+"""POST /api/models/compatibility: whether a fine-tune fits, before anything is downloaded."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends
+from pydantic import Field
+
+from api.peft_schemas import ModelId, Request, Response, Revision
+from domain.algorithms import Algorithm
+from services.compatibility_service import CompatibilityService, get_compatibility_service
+
+router = APIRouter(prefix="/api/models", tags=["models"])
+
+
+class CompatibilityRequest(Request):
+    model_id: ModelId
+    revision: Revision | None = None
+    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    rank: int | None = Field(default=None, ge=1, le=1024)
+    target_modules: Literal["all-linear"] | list[str] | None = None
+    max_seq_length: int | None = Field(default=None, ge=8, le=1_048_576)
+    batch_size: int | None = Field(default=None, ge=1, le=1024)
+    gradient_checkpointing: bool | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    device: Literal["auto", "cpu"] | Annotated[int, Field(ge=0, le=63)] = "auto"
+    memory_bytes: int | None = Field(default=None, ge=1, le=2**50, description="Judge against this instead.")
+
+
+class Estimate(Response):
+    total_bytes: int
+    weights_bytes: int
+    adapter_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+    overhead_bytes: int
+    low_bytes: int
+    high_bytes: int
+
+
+class SuggestedChange(Response):
+    change: str
+    estimate_bytes: int
+    verdict: Literal["fits", "tight", "does_not_fit", "unknown"]
+
+
+class CompatibilityResponse(Response):
+    verdict: Literal["fits", "tight", "does_not_fit", "unknown"]
+    available_bytes: int | None
+    estimate: Estimate | None
+    reasons: list[str]
+    suggestions: list[SuggestedChange]
+    blockers: list[str]
+
+
+@router.post("/compatibility")
+def compatibility(
+    body: CompatibilityRequest, service: Annotated[CompatibilityService, Depends(get_compatibility_service)]
+) -> CompatibilityResponse:
+    """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it."""
+    names = ("rank", "target_modules", "max_seq_length", "batch_size", "gradient_checkpointing", "optimizer", "precision")
+    overrides = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    result = service.check(body.model_id, body.revision, body.algorithm, overrides, body.device, body.memory_bytes)
+    return CompatibilityResponse.model_validate(result)

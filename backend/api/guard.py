@@ -1,0 +1,118 @@
+"""What every request passes: an id, who may ask (Host, Origin, key), and a line in the log."""
+
+import hmac
+import time
+import uuid
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.problems import problem
+from core.logging import get_logger
+from core.settings import Settings, is_loopback
+
+_log = get_logger("api.requests")
+_OPEN_PATHS = frozenset({"/health"})
+# Everything but dataset uploads is a small JSON document.
+MAX_JSON_BYTES = 4 * 2**20
+
+
+class Guard:
+    """ASGI middleware. A web page the user visits must not be able to drive a server on loopback, so the Host
+    must be ours and a foreign Origin is refused, whatever the method."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+        self._hosts = frozenset({settings.host.lower(), *(host.lower() for host in settings.allowed_hosts)})
+        self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex[:16]
+        started = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            refusal = self._refusal(scope)
+            await (refusal or self._app)(scope, receive, send_with_id)
+            _log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                elapsed_ms=round((time.monotonic() - started) * 1000, 1),
+            )
+
+    def _refusal(self, scope: Scope) -> ASGIApp | None:
+        headers = Headers(scope=scope)
+        path = scope["path"]
+        if len(headers.getlist("host")) != 1 or not self._is_ours(headers["host"]):
+            return problem(path, slug="wrong-host", title="Wrong host", status=421, detail="The Host is not this server.")
+        origin = headers.get("origin")
+        if (origin is not None and not self._may_call(origin, headers["host"])) or (
+            origin is None and headers.get("sec-fetch-site") == "cross-site"
+        ):
+            return problem(
+                path,
+                slug="foreign-origin",
+                title="Foreign origin",
+                status=403,
+                detail="Pages of this origin may not call the server; see PEFT_STUDIO_CORS_ORIGINS.",
+            )
+        if self._key is not None and path not in _OPEN_PATHS and scope["method"] != "OPTIONS":
+            scheme, _, sent = headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self._key):
+                return problem(
+                    path,
+                    slug="unauthorized",
+                    title="Unauthorized",
+                    status=401,
+                    detail="Send the API key as 'Authorization: Bearer <key>'.",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        return self._body_refusal(scope, headers)
+
+    def _body_refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
+        path, length = scope["path"], headers.get("content-length", "0")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not length.isdigit():
+            return problem(path, slug="bad-length", title="Bad length", status=400, detail="Content-Length is no number.")
+        multipart = kind == "multipart/form-data"
+        if multipart and int(length) > self._settings.max_upload_bytes + MAX_JSON_BYTES:
+            limit = self._settings.max_upload_bytes
+            return problem(path, slug="too-large", title="Too large", status=413, detail=f"The limit is {limit} bytes.")
+        if not multipart and int(length) > MAX_JSON_BYTES:
+            return problem(
+                path, slug="too-large", title="Too large", status=413, detail=f"The limit is {MAX_JSON_BYTES} bytes."
+            )
+        if int(length) > 0 and kind not in ("application/json", "multipart/form-data"):
+            return problem(
+                path,
+                slug="unsupported-media-type",
+                title="Unsupported media type",
+                status=415,
+                detail="Send application/json (or multipart/form-data to upload a dataset).",
+            )
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname
+        except ValueError:
+            return False
+        return name is not None and (name in self._hosts or is_loopback(name))
+
+    def _may_call(self, origin: str, host: str) -> bool:
+        return origin in self._settings.cors_origins or origin in (f"http://{host}", f"https://{host}")

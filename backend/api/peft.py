@@ -1,0 +1,142 @@
+"""/api/peft: algorithms, configurations, loaded models, generation."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+
+from api import peft_schemas as schemas
+from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
+from core.errors import StudioError
+from domain.algorithms import SPECS, Algorithm
+from domain.use_cases import USE_CASES
+from services.adapter_service import AdapterService, get_adapter_service
+from services.generation_service import Generation, GenerationRequest, GenerationService, get_generation_service
+from services.peft_service import LoadedModel, LoadRequest, PeftService, get_peft_service
+
+router = APIRouter(prefix="/api/peft", tags=["peft"])
+Peft = Annotated[PeftService, Depends(get_peft_service)]
+Generator = Annotated[GenerationService, Depends(get_generation_service)]
+Adapters = Annotated[AdapterService, Depends(get_adapter_service)]
+
+
+@router.get("/algorithms")
+def algorithms(peft: Peft) -> schemas.AlgorithmList:
+    """The methods, their parameters with ranges and defaults, and whether each can be used on this machine."""
+    return schemas.AlgorithmList(algorithms=[algorithm_view(SPECS[name], peft) for name in Algorithm])
+
+
+@router.get("/use-cases")
+def use_cases() -> schemas.UseCaseList:
+    """What people fine-tune for, and the settings each purpose starts from."""
+    return schemas.UseCaseList(use_cases=[use_case_view(case) for case in USE_CASES.values()])
+
+
+@router.post("/configure")
+def configure(body: schemas.ConfigureRequest, peft: Peft) -> schemas.ConfigureResponse:
+    """A complete configuration, every parameter with its source and reason. Nothing is loaded."""
+    configuration = peft.configure(
+        body.algorithm, body.use_case, body.overrides.sent(), model_id=body.model_id, revision=body.revision
+    )
+    return configuration_view(body, configuration)
+
+
+@router.post("/load-model", status_code=202, responses={200: {"model": schemas.LoadedModelResponse}})
+async def load_model(
+    body: schemas.LoadModelRequest, response: Response, peft: Peft, generator: Generator, adapters: Adapters
+) -> schemas.LoadedModelResponse:
+    """Load a base model: 202 while it loads, 200 once it is ready within `wait_s`.
+
+    The same base at the same precision is loaded once, whoever asks; its loaded models share one engine.
+    """
+    model = await asyncio.to_thread(_start_load, body, peft, adapters)
+    ready = await _wait(model, body.wait_s if body.adapter_id is None else max(body.wait_s, 0))
+    if ready and body.adapter_id is not None and model.state in ("ready",):
+        await asyncio.to_thread(generator.attach, model, body.adapter_id)
+    response.headers["Location"] = f"/api/peft/loaded-models/{model.id}"
+    response.status_code = 200 if model.state in ("ready", "busy") else 202
+    return loaded_model_view(peft.get(model.id))
+
+
+def _start_load(body: schemas.LoadModelRequest, peft: PeftService, adapters: AdapterService) -> LoadedModel:
+    if body.adapter_id is not None:
+        adapters.get(body.adapter_id)
+    return peft.load(
+        LoadRequest(
+            model_id=body.model_id,
+            revision=body.revision,
+            algorithm=body.algorithm,
+            use_case=body.use_case,
+            overrides=body.overrides.sent(),
+            engine=body.engine,
+            device=body.device,
+            force=body.force,
+        )
+    )
+
+
+async def _wait(model: LoadedModel, wait_s: float) -> bool:
+    """Wait until the load has ended; holds no thread while it waits."""
+    loading: Future[None] | None = model.base.loading
+    if loading is not None and wait_s > 0:
+        await asyncio.wait([asyncio.wrap_future(loading)], timeout=wait_s)
+    return model.base.settled
+
+
+@router.get("/loaded-models")
+def loaded_models(peft: Peft) -> schemas.LoadedModelList:
+    """Every loaded model, oldest first."""
+    return schemas.LoadedModelList(models=[loaded_model_view(model) for model in peft.models()])
+
+
+@router.get("/loaded-models/{loaded_model_id}")
+def loaded_model(loaded_model_id: str, peft: Peft) -> schemas.LoadedModelResponse:
+    """One loaded model, with the progress of its load."""
+    return loaded_model_view(peft.get(loaded_model_id))
+
+
+@router.delete("/loaded-models/{loaded_model_id}", status_code=204)
+def unload(loaded_model_id: str, peft: Peft) -> None:
+    """Unload a model. The last one on a base ends its engine; its memory is free when this answers."""
+    peft.unload(loaded_model_id)
+
+
+@router.post("/loaded-models/{loaded_model_id}/generate", response_model=schemas.GenerateResponse)
+async def generate(loaded_model_id: str, body: schemas.GenerateRequest, generator: Generator) -> Any:
+    """Continue a conversation or a prompt, with an adapter or the bare base."""
+    request = GenerationRequest(**{name: getattr(body, name) for name in GenerationRequest.__dataclass_fields__})
+    if body.stream:
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+        def put(piece: str | None) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        generation = await asyncio.to_thread(generator.start, loaded_model_id, request, put)
+        generation.future.add_done_callback(lambda _: put(None))
+        return StreamingResponse(_events(generation, pieces, body.adapter_id), media_type="text/event-stream")
+    generation = await asyncio.to_thread(generator.start, loaded_model_id, request)
+    try:
+        result = await asyncio.to_thread(generation.result)
+    finally:
+        generation.stop()
+    return schemas.GenerateResponse(**result, adapter_id=body.adapter_id)
+
+
+async def _events(
+    generation: Generation, pieces: "asyncio.Queue[str | None]", adapter_id: str | None
+) -> AsyncIterator[bytes]:
+    """Yield token events and one last event; a reader that goes away stops the generation."""
+    try:
+        while (piece := await pieces.get()) is not None:
+            yield format_sse_event(data_str=json.dumps({"text": piece}), event="token")
+        result = await asyncio.to_thread(generation.result)
+        yield format_sse_event(data_str=json.dumps(result | {"adapter_id": adapter_id}), event="done")
+    except StudioError as error:
+        yield format_sse_event(data_str=json.dumps({"type": error.slug, "detail": error.detail}), event="error")
+    finally:
+        generation.stop()

@@ -1,0 +1,191 @@
+"""Requests and responses of /api/peft."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from domain.algorithms import Algorithm
+from domain.peft_config import NOT_AVAILABLE, PeftConfig, PeftOverrides
+from domain.protocol import ChatMessage
+from domain.use_cases import UseCaseId
+from services.loaded_base import LoadState
+
+ModelId = Annotated[
+    str,
+    StringConstraints(
+        min_length=1,
+        max_length=96,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$",
+    ),
+    Field(description="The Hub's `owner/name`.", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"]),
+]
+Revision = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+Overrides = Annotated[PeftOverrides, Field(description="Settings kept exactly as sent, or refused.")]  # type: ignore[valid-type]
+
+
+class Request(BaseModel):
+    """Base of request bodies: unknown fields and values of another type are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_what_is_not_available(cls, body: Any) -> Any:
+        overrides = body.get("overrides") if isinstance(body, dict) else None
+        for name in overrides if isinstance(overrides, dict) else ():
+            if name in NOT_AVAILABLE:
+                raise ValueError(f"overrides.{name}: {NOT_AVAILABLE[name]}")
+        return body
+
+
+class Response(BaseModel):
+    """Base of response bodies: every field is always there."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class ParameterInfo(Response):
+    name: str
+    type: str
+    default: Any = Field(description="What this algorithm uses on this machine if nothing is asked for.")
+    minimum: float | None
+    maximum: float | None
+    choices: list[Any] | None
+    description: str
+
+
+class AlgorithmInfo(Response):
+    id: Algorithm
+    name: str
+    summary: str
+    paper: str
+    parameters: list[ParameterInfo]
+    constraints: list[str]
+    memory: str
+    speed: str
+    available: bool
+    unavailable_reason: str | None
+
+
+class AlgorithmList(Response):
+    algorithms: list[AlgorithmInfo]
+
+
+class UseCaseInfo(Response):
+    id: UseCaseId
+    name: str
+    summary: str
+    defaults: dict[str, Any]
+
+
+class UseCaseList(Response):
+    use_cases: list[UseCaseInfo]
+
+
+class ConfigureRequest(Request):
+    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
+    model_id: ModelId | None = None
+    revision: Revision | None = None
+    overrides: Overrides = Field(default_factory=PeftOverrides)
+
+
+class ChosenParameter(Response):
+    value: Any
+    source: Literal["default", "use_case", "algorithm", "hardware", "override"]
+    reason: str
+
+
+class ConfigureResponse(Response):
+    algorithm: Algorithm
+    use_case: UseCaseId | None
+    model_id: str | None
+    config: PeftConfig
+    parameters: dict[str, ChosenParameter] = Field(description="Every parameter with where its value came from.")
+
+
+class LoadModelRequest(Request):
+    model_id: ModelId
+    revision: Revision | None = None
+    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
+    overrides: Overrides = Field(default_factory=PeftOverrides)
+    adapter_id: str | None = Field(default=None, max_length=64, description="Also put this adapter on the base.")
+    engine: Literal["auto", "unsloth", "transformers"] = "auto"
+    device: Literal["auto", "cpu"] | Annotated[int, Field(ge=0, le=63)] = "auto"
+    wait_s: float = Field(default=0, ge=0, le=600, description="Answer when it is ready, or after this long.")
+    force: bool = Field(default=False, description="Load even what is estimated not to fit.")
+
+
+class Progress(Response):
+    fraction: float | None
+    downloaded_bytes: int | None
+    total_bytes: int | None
+    eta_s: float | None
+
+
+class Parameters(Response):
+    total: int | None = Field(description="Parameters of the base; null until it is loaded.")
+    trainable: int | None = Field(description="Parameters that an adapter of this configuration trains.")
+
+
+class Memory(Response):
+    estimated_bytes: int | None = Field(description="Estimated for holding the base; null for unknown families.")
+    measured_bytes: int | None = Field(description="Of the engine process or the GPU's allocator, when last looked at.")
+
+
+class LoadError(Response):
+    type: str
+    message: str
+    log_tail: list[str]
+
+
+class LoadedModelResponse(Response):
+    id: str
+    model_id: str
+    revision: str | None
+    algorithm: Algorithm
+    config: PeftConfig
+    engine: Literal["transformers", "unsloth"]
+    device: str
+    state: LoadState
+    progress: Progress
+    adapters: list[str] = Field(description="Adapters on the base; all may be used without loading it again.")
+    parameters: Parameters
+    memory: Memory
+    loaded_at: str | None
+    last_used_at: str | None
+    load_s: float | None
+    engine_pid: int | None
+    error: LoadError | None
+
+
+class LoadedModelList(Response):
+    models: list[LoadedModelResponse]
+
+
+class GenerateRequest(Request):
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1000)
+    prompt: str | None = Field(default=None, min_length=1, max_length=1_000_000)
+    adapter_id: str | None = Field(default=None, max_length=64, description="Answer with this adapter; null: the base.")
+    max_new_tokens: int = Field(default=256, ge=1, le=32768)
+    temperature: float = Field(default=0.7, ge=0, le=10, description="0 always takes the likeliest token.")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    stop: list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] = Field(default=[], max_length=16)
+    stream: bool = Field(default=False, description="Answer with server-sent events: token…, then done or error.")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "GenerateRequest":
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("send either messages or prompt")
+        return self
+
+
+class GenerateResponse(Response):
+    text: str
+    adapter_id: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: Literal["stop", "length"]
+    elapsed_s: float

@@ -1,0 +1,128 @@
+"""/api/training: jobs and what happens to them."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+
+from api import training_schemas as schemas
+from api.training_schemas import job_view
+from domain.job_states import FINAL_STATES, JobState
+from services.training_service import JobRequest, TrainingService, get_training_service
+from store.records import EventRecord
+
+router = APIRouter(prefix="/api/training", tags=["training"])
+Training = Annotated[TrainingService, Depends(get_training_service)]
+_PAGE = 500
+_KEEPALIVE_S = 15.0
+
+
+@router.post("/jobs", status_code=202)
+def create(body: schemas.CreateJobRequest, response: Response, training: Training) -> schemas.JobResponse:
+    """Queue a fine-tune. With an idempotency key, the same request again returns the same job."""
+    values = {name: getattr(body, name) for name in JobRequest.__dataclass_fields__}
+    record = training.create(JobRequest(**values | {"overrides": body.overrides.sent()}))
+    response.headers["Location"] = f"/api/training/jobs/{record.id}"
+    return job_view(record)
+
+
+@router.get("/jobs")
+def list_jobs(training: Training, state: Annotated[list[JobState] | None, Query()] = None) -> schemas.JobList:
+    """Jobs, newest first, in all states or those named."""
+    records = training.list(frozenset(state) if state else None)
+    return schemas.JobList(jobs=[job_view(record) for record in records])
+
+
+@router.get("/jobs/{job_id}")
+def get_job(job_id: str, training: Training) -> schemas.JobResponse:
+    """One job, with its progress and, if it failed, why."""
+    return job_view(training.get(job_id))
+
+
+@router.get("/jobs/{job_id}/events", response_model=schemas.JobEvents)
+def events(
+    job_id: str,
+    training: Training,
+    format: Annotated[Literal["sse", "json"], Query()] = "sse",  # noqa: A002 - the contract's name
+    after: Annotated[int, Query(ge=0, description="Only events with a higher sequence number.")] = 0,
+    last_event_id: Annotated[int | None, Header(ge=0)] = None,
+) -> object:
+    """What happened to the job, as server-sent events (live, until it ends) or as JSON.
+
+    Events: state, progress, started, metrics, evaluation. Each `id` is a sequence number without gaps; a
+    reader that comes back with `Last-Event-ID` gets all that it missed.
+    """
+    training.get(job_id)
+    start = max(after, last_event_id or 0)
+    if format == "json":
+        found = training.events(job_id, start, _PAGE)
+        return schemas.JobEvents(events=[schemas.JobEvent.model_validate(event) for event in found])
+    return StreamingResponse(_stream(training, job_id, start), media_type="text/event-stream")
+
+
+async def _stream(training: TrainingService, job_id: str, after: int) -> AsyncIterator[bytes]:
+    with training.broadcast.listening(job_id) as changed:
+        while True:
+            changed.clear()
+            # In this order: a job seen as final has written its last event before the events are read.
+            ended = (await asyncio.to_thread(training.get, job_id)).state in FINAL_STATES | {JobState.INTERRUPTED}
+            found = await asyncio.to_thread(training.events, job_id, after, _PAGE)
+            for event in found:
+                after = event.sequence
+                yield _sse(event)
+            if ended and len(found) < _PAGE:
+                return
+            if not found:
+                try:
+                    await asyncio.wait_for(changed.wait(), _KEEPALIVE_S)
+                except TimeoutError:
+                    yield b": still here\n\n"
+
+
+def _sse(event: EventRecord) -> bytes:
+    data = json.dumps(event.data | {"created_at": event.created_at})
+    return format_sse_event(data_str=data, event=event.kind, id=str(event.sequence))
+
+
+@router.get("/jobs/{job_id}/metrics")
+def metrics(job_id: str, training: Training) -> schemas.JobMetricsList:
+    """Every step's metrics, with the evaluation loss at the steps that were evaluated."""
+    training.get(job_id)
+    evaluations = {
+        event.data["step"]: event.data["eval_loss"] for event in training.events(job_id, 0, 10**7, "evaluation")
+    }
+    return schemas.JobMetricsList(
+        metrics=[
+            schemas.MetricsRow.model_validate(event.data | {"eval_loss": evaluations.get(event.data["step"])})
+            for event in training.events(job_id, 0, 10**7, "metrics")
+        ],
+        initial_eval_loss=evaluations.get(0),
+    )
+
+
+@router.get("/jobs/{job_id}/log")
+def log(job_id: str, training: Training, tail: Annotated[int, Query(ge=1, le=1000)] = 100) -> schemas.JobLog:
+    """The last lines of the engine's own output."""
+    return schemas.JobLog(lines=training.log_tail(job_id, tail))
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202)
+def cancel(job_id: str, training: Training) -> schemas.JobResponse:
+    """End a job: a queued one at once, a running one within a forward pass. The base stays loaded."""
+    return job_view(training.cancel(job_id))
+
+
+@router.post("/jobs/{job_id}/resume", status_code=202)
+def resume(job_id: str, training: Training) -> schemas.JobResponse:
+    """Queue an interrupted job again. It starts from the base: checkpoints are not written by this version."""
+    return job_view(training.resume(job_id))
+
+
+@router.delete("/jobs/{job_id}", status_code=204)
+def delete(job_id: str, training: Training) -> None:
+    """Forget a job that has ended; its adapter stays."""
+    training.delete(job_id)

@@ -1,0 +1,98 @@
+"""The server: `python main.py` listens on 127.0.0.1:8000."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+from starlette.middleware.cors import CORSMiddleware
+
+from api import adapters, compatibility, datasets, hardware, models, peft, problems, service, training
+from api.guard import Guard
+from core.home_lock import HomeTaken, lock_home
+from core.logging import configure_logging
+from core.settings import Settings, get_settings
+from core.version import VERSION
+from services.database import get_database
+from services.dataset_service import get_dataset_service
+from services.peft_service import get_peft_service
+from services.training_service import get_training_service
+
+_GRACE_S = 5  # for requests under way when the server is told to stop; event streams do not end by themselves
+
+
+@asynccontextmanager
+async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    await asyncio.to_thread(get_dataset_service().remove_leftovers)
+    await asyncio.to_thread(get_training_service().start)
+    yield
+    await asyncio.to_thread(stop_services)
+
+
+def stop_services() -> None:
+    """End the running job as interrupted, every engine, and the database's connections."""
+    for training_service in filter(None, (get_training_service.made,)):
+        training_service.close()
+    for peft_service in filter(None, (get_peft_service.made,)):
+        peft_service.close()
+    for database in filter(None, (get_database.made,)):
+        database.close()
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """Build the application."""
+    settings = settings or get_settings()
+    app = FastAPI(
+        title="PEFT Studio",
+        version=VERSION,
+        summary="Parameter-efficient fine-tuning of language models over HTTP.",
+        lifespan=_lifespan,
+        responses={"default": {"model": problems.Problem, "description": "A problem document (RFC 9457)."}},
+    )
+    problems.install(app)
+    # compatibility before models: the latter's last route takes every path below /api/models.
+    for module in (service, hardware, compatibility, models, peft, datasets, training, adapters):
+        app.include_router(module.router)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Location", "X-Request-ID"],
+        )
+    app.add_middleware(Guard, settings=settings)
+    return app
+
+
+def main() -> int:
+    """Serve until a signal; returns the exit code."""
+    try:
+        settings = get_settings()
+    except ValidationError as error:
+        for item in error.errors(include_input=False):
+            print(f"peft-studio: {'.'.join(str(part) for part in item['loc'])}: {item['msg']}", file=sys.stderr)  # noqa: T201
+        return 2
+    try:
+        lock = lock_home(settings.home)
+    except (HomeTaken, OSError) as error:
+        print(f"peft-studio: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    configure_logging(settings)
+    with lock:
+        uvicorn.run(
+            create_app(settings),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            timeout_graceful_shutdown=_GRACE_S,
+            server_header=False,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Text from a loaded base, with or without one of the adapters on it."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import Rejected
+from core.singleton import singleton
+from domain import protocol
+from services.adapter_service import AdapterService, get_adapter_service
+from services.engine_process import CommandFailed, EngineProcess
+from services.peft_service import LoadedModel, PeftService, get_peft_service
+
+
+class AdapterOfAnotherBase(Rejected):
+    """The adapter was trained on another base than the one loaded."""
+
+    slug, title = "adapter-of-another-base", "Adapter of another base"
+
+
+class GenerationRejected(Rejected):
+    """The engine cannot generate what was asked for."""
+
+    slug, title = "generation-rejected", "Generation rejected"
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """What to continue and how."""
+
+    messages: list[protocol.ChatMessage] | None
+    prompt: str | None
+    adapter_id: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: list[str]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generation under way."""
+
+    process: EngineProcess
+    request_id: str
+    future: "Future[dict[str, Any]]"
+
+    def result(self) -> dict[str, Any]:
+        """Wait for the end.
+
+        Raises:
+            GenerationRejected: The engine refused the request.
+            EngineFailed: The engine failed or died.
+        """
+        try:
+            return self.future.result()
+        except CommandFailed as error:
+            if error.extras["error_class"] == "bad_setting":
+                raise GenerationRejected(error.detail) from error
+            raise
+
+    def stop(self) -> None:
+        """End it early: nobody listens any more."""
+        if not self.future.done():
+            self.process.stop(self.request_id)
+
+
+class GenerationService:
+    """Starts generations; adapters are put on the base when first asked for."""
+
+    def __init__(self, peft: PeftService, adapters: AdapterService) -> None:
+        self._peft, self._adapters = peft, adapters
+
+    def start(
+        self, model_id: str, request: GenerationRequest, on_text: Callable[[str], None] | None = None
+    ) -> Generation:
+        """Start generating.
+
+        Args:
+            on_text: Takes the pieces as they come, on the engine reader's thread.
+
+        Raises:
+            LoadedModelNotFound, AdapterNotFound: There is no such model or adapter.
+            AdapterOfAnotherBase: They do not belong together.
+            ModelNotReady, ModelBusy: The model cannot answer now.
+        """
+        model = self._peft.get(model_id)
+        process = model.base.engine()
+        if request.adapter_id is not None:
+            self.attach(model, request.adapter_id)
+
+        def on_event(event: Any) -> None:
+            if on_text is not None and isinstance(event, protocol.Token):
+                on_text(event.text)
+
+        request_id, future = process.request(
+            lambda request_id: protocol.Generate(request_id=request_id, **request.__dict__), on_event
+        )
+        return Generation(process, request_id, future)
+
+    def attach(self, model: LoadedModel, adapter_id: str) -> None:
+        """Put an adapter on a loaded base, if it is not there already."""
+        record = self._adapters.get(adapter_id)
+        if record.base_model_id != model.model_id:
+            raise AdapterOfAnotherBase(f"The adapter belongs to {record.base_model_id}, not to {model.model_id}.")
+        self._peft.attach(model, adapter_id, Path(record.path))
+
+
+@singleton
+def get_generation_service() -> GenerationService:
+    """Return the process's generation service."""
+    return GenerationService(get_peft_service(), get_adapter_service())
