@@ -52,7 +52,7 @@ def _details(record: AdapterRecord, files: list[tuple[str, int]]) -> AdapterDeta
 @router.get("")
 def list_adapters(adapters: Adapters) -> AdapterList:
     """Every adapter, newest first."""
-    return AdapterList(adapters=[AdapterSummary.model_validate(record.__dict__) for record in adapters.list()])
+    return AdapterList(adapters=[AdapterSummary.model_validate(record.__dict__) for record in adapters.all()])
 
 
 @router.get("/{adapter_id}")

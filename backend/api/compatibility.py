@@ -60,7 +60,15 @@ def compatibility(
     body: CompatibilityRequest, service: Annotated[CompatibilityService, Depends(get_compatibility_service)]
 ) -> CompatibilityResponse:
     """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it."""
-    names = ("rank", "target_modules", "max_seq_length", "batch_size", "gradient_checkpointing", "optimizer", "precision")
+    names = (
+        "rank",
+        "target_modules",
+        "max_seq_length",
+        "batch_size",
+        "gradient_checkpointing",
+        "optimizer",
+        "precision",
+    )
     overrides = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     result = service.check(body.model_id, body.revision, body.algorithm, overrides, body.device, body.memory_bytes)
     return CompatibilityResponse.model_validate(result)

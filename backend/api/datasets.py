@@ -57,7 +57,7 @@ def upload(
     file: UploadFile,
     datasets: Datasets,
     name: Annotated[str, Form(max_length=200)] = "",
-    format: Annotated[Literal["auto"] | DatasetFormat, Form()] = "auto",  # noqa: A002 - the contract's name
+    format: Annotated[Literal["auto"] | DatasetFormat, Form()] = "auto",
     column_map: Annotated[str, Form(max_length=4096, description="JSON: the format's field → your column.")] = "{}",
     on_bad_rows: Annotated[BadRows, Form(description="Refuse a file with bad rows, or skip them.")] = "reject",
 ) -> DatasetResponse:
@@ -88,7 +88,7 @@ def _column_map(text: str) -> dict[str, str]:
 @router.get("")
 def list_datasets(datasets: Datasets) -> DatasetList:
     """Every dataset, newest first."""
-    return DatasetList(datasets=[DatasetResponse.model_validate(record) for record in datasets.list()])
+    return DatasetList(datasets=[DatasetResponse.model_validate(record) for record in datasets.all()])
 
 
 @router.get("/{dataset_id}")

@@ -59,7 +59,9 @@ class Guard:
         headers = Headers(scope=scope)
         path = scope["path"]
         if len(headers.getlist("host")) != 1 or not self._is_ours(headers["host"]):
-            return problem(path, slug="wrong-host", title="Wrong host", status=421, detail="The Host is not this server.")
+            return problem(
+                path, slug="wrong-host", title="Wrong host", status=421, detail="The Host is not this server."
+            )
         origin = headers.get("origin")
         if (origin is not None and not self._may_call(origin, headers["host"])) or (
             origin is None and headers.get("sec-fetch-site") == "cross-site"
@@ -88,14 +90,20 @@ class Guard:
         path, length = scope["path"], headers.get("content-length", "0")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if not length.isdigit():
-            return problem(path, slug="bad-length", title="Bad length", status=400, detail="Content-Length is no number.")
+            return problem(
+                path, slug="bad-length", title="Bad length", status=400, detail="Content-Length is no number."
+            )
         multipart = kind == "multipart/form-data"
         if multipart and int(length) > self._settings.max_upload_bytes + MAX_JSON_BYTES:
             limit = self._settings.max_upload_bytes
             return problem(path, slug="too-large", title="Too large", status=413, detail=f"The limit is {limit} bytes.")
         if not multipart and int(length) > MAX_JSON_BYTES:
             return problem(
-                path, slug="too-large", title="Too large", status=413, detail=f"The limit is {MAX_JSON_BYTES} bytes."
+                path,
+                slug="too-large",
+                title="Too large",
+                status=413,
+                detail=f"The limit is {MAX_JSON_BYTES} bytes.",
             )
         if int(length) > 0 and kind not in ("application/json", "multipart/form-data"):
             return problem(

@@ -20,7 +20,7 @@ ModelId = Annotated[
     Field(description="The Hub's `owner/name`.", examples=["HuggingFaceTB/SmolLM2-135M-Instruct"]),
 ]
 Revision = Annotated[str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
-Overrides = Annotated[PeftOverrides, Field(description="Settings kept exactly as sent, or refused.")]  # type: ignore[valid-type]
+Overrides = Annotated[PeftOverrides, Field(description="Settings kept exactly as sent, or refused.")]
 
 
 class Request(BaseModel):

@@ -33,7 +33,7 @@ def create(body: schemas.CreateJobRequest, response: Response, training: Trainin
 @router.get("/jobs")
 def list_jobs(training: Training, state: Annotated[list[JobState] | None, Query()] = None) -> schemas.JobList:
     """Jobs, newest first, in all states or those named."""
-    records = training.list(frozenset(state) if state else None)
+    records = training.all(frozenset(state) if state else None)
     return schemas.JobList(jobs=[job_view(record) for record in records])
 
 
@@ -47,7 +47,7 @@ def get_job(job_id: str, training: Training) -> schemas.JobResponse:
 def events(
     job_id: str,
     training: Training,
-    format: Annotated[Literal["sse", "json"], Query()] = "sse",  # noqa: A002 - the contract's name
+    format: Annotated[Literal["sse", "json"], Query()] = "sse",
     after: Annotated[int, Query(ge=0, description="Only events with a higher sequence number.")] = 0,
     last_event_id: Annotated[int | None, Header(ge=0)] = None,
 ) -> object:

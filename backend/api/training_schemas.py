@@ -117,7 +117,16 @@ class JobLog(Response):
 def job_view(record: JobRecord) -> JobResponse:
     """Show a job."""
     progress, result = record.progress, record.result
-    names = ("id", "name", "state", "model_id", "revision", "loaded_model_id", "dataset_id", "validation_dataset_id")
+    names = (
+        "id",
+        "name",
+        "state",
+        "model_id",
+        "revision",
+        "loaded_model_id",
+        "dataset_id",
+        "validation_dataset_id",
+    )
     rest = ("validation_fraction", "priority", "attempts", "adapter_id", "created_at", "started_at", "finished_at")
     return JobResponse(
         **{name: getattr(record, name) for name in (*names, *rest)},

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import IO
 
 
-class HomeTaken(Exception):  # noqa: N818 - a fact
+class HomeTaken(Exception):
     """Another server uses the data directory."""
 
 

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Mapping
-from core.singleton import singleton
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+
+from core.singleton import singleton
 
 _PREFIX = "PEFT_STUDIO_"
 _LIST_FIELDS = frozenset({"model_dirs", "allowed_hosts", "cors_origins"})

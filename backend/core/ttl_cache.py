@@ -49,6 +49,4 @@ class TtlCell(Generic[T]):
                 held = (self._compute(), self._clock.now(), started)
                 self._held = held
         value, measured_at, began = held
-        return Timed(
-            value, measured_at, measured_at + timedelta(seconds=self._ttl_s), self._clock.monotonic() - began
-        )
+        return Timed(value, measured_at, measured_at + timedelta(seconds=self._ttl_s), self._clock.monotonic() - began)

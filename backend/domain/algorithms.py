@@ -117,11 +117,11 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             "https://arxiv.org/abs/2404.02948",
             fixed={"init_weights": "pissa", "use_dora": False},
             refused={
-                "quantization": {
-                    value: "the singular vectors are taken from full-precision weights; quantising the residual "
-                    "(QPiSSA) is not available, use 'none'"
-                    for value in ("nf4", "int8")
-                }
+                "quantization": dict.fromkeys(
+                    ("nf4", "int8"),
+                    "the singular vectors are taken from full-precision weights; quantising the residual "
+                    "(QPiSSA) is not available, use 'none'",
+                )
             },
             defaults={"use_rslora": False, "quantization": "none"},
             reasons={

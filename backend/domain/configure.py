@@ -129,7 +129,7 @@ def configure(
     values = {name: choices[name].value for name in PARAMETER_NAMES}
     errors = _contradictions(algorithm, values, overrides, machine, max_positions)
     if errors:
-        raise SettingRejected("; ".join(error["message"] for error in errors), errors=errors)
+        raise SettingRejected("; ".join(str(error["message"]) for error in errors), errors=errors)
     try:
         return Configuration(PeftConfig.model_validate(values), {name: choices[name] for name in PARAMETER_NAMES})
     except ValidationError as error:
@@ -137,7 +137,7 @@ def configure(
             {"location": [str(part) for part in item["loc"]], "message": f"{item['loc'][0]}: {item['msg']}"}
             for item in error.errors(include_input=False)
         ]
-        raise SettingRejected("; ".join(item["message"] for item in problems), errors=problems) from error
+        raise SettingRejected("; ".join(str(item["message"]) for item in problems), errors=problems) from error
 
 
 def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> dict[str, Choice]:

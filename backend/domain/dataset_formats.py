@@ -31,7 +31,7 @@ def detect(columns: Sequence[str]) -> Detection | None:
     if "conversations" in names:
         return Detection("messages", {"messages": "conversations"})
     if {"instruction", "output"} <= names:
-        optional = {name: name for name in ("input", "system") if name in names}
+        optional: dict[str, str] = {name: name for name in ("input", "system") if name in names}
         return Detection("alpaca", {"instruction": "instruction", "output": "output", **optional})
     for prompt, completion in _PAIRS:
         if {prompt, completion} <= names:

@@ -56,7 +56,10 @@ def targeted(shape: ModelShape, config: PeftConfig) -> dict[str, tuple[int, int]
     return {
         name: size
         for name, size in shape.linears.items()
-        if any(wanted == name or wanted.endswith(f".{name}") or name.endswith(f".{wanted}") for wanted in config.target_modules)
+        if any(
+            wanted == name or wanted.endswith(f".{name}") or name.endswith(f".{wanted}")
+            for wanted in config.target_modules
+        )
     }
 
 

@@ -40,7 +40,19 @@ class ModelShape:
 
 # Families with q, k, v, o projections and a gated MLP under Llama's names.
 _LLAMA_LIKE = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3", "stablelm", "olmo2"}
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "smollm3",
+        "stablelm",
+        "olmo2",
+    }
 )
 _TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "gpt2"})
 _LIMIT = 10_000_000  # no real dimension is near it; a config with more is an attack on whoever multiplies
@@ -118,5 +130,10 @@ def _gpt2(config: Mapping[str, Any]) -> ModelShape | None:
         _dimension(config, "n_positions"),
         True,
         False,
-        {"c_attn": (hidden, 3 * hidden), "attn.c_proj": (hidden, hidden), "c_fc": (hidden, inner), "mlp.c_proj": (inner, hidden)},
+        {
+            "c_attn": (hidden, 3 * hidden),
+            "attn.c_proj": (hidden, hidden),
+            "c_fc": (hidden, inner),
+            "mlp.c_proj": (inner, hidden),
+        },
     )

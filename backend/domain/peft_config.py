@@ -61,7 +61,7 @@ class OverridesBase(BaseModel):
 
 # Same annotation and bounds as PeftConfig, but absent by default: pydantic does not validate defaults, so an
 # explicit null is refused wherever the parameter itself cannot be null.
-PeftOverrides: type[OverridesBase] = create_model(
+PeftOverrides: type[OverridesBase] = create_model(  # type: ignore[call-overload]
     "PeftOverrides",
     __base__=OverridesBase,
     __module__=__name__,
@@ -73,8 +73,8 @@ PeftOverrides: type[OverridesBase] = create_model(
 
 # Parameters of the contract that this version cannot honour yet. Refused by name, so that nobody believes them.
 NOT_AVAILABLE: MappingProxyType[str, str] = MappingProxyType(
-    {
-        name: "checkpoints are not written by this version; a job that is cut off starts again from the base"
-        for name in ("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints")
-    }
+    dict.fromkeys(
+        ("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
+        "checkpoints are not written by this version; a job that is cut off starts again from the base",
+    )
 )

@@ -103,7 +103,11 @@ def _trained_spans(
             raise BadData(
                 f"row {number + 1}: the model's chat template renders turn {index + 1} differently when more turns "
                 "follow, so the answer's tokens cannot be told from the prompt's",
-                ["train_on=all", "train_on=last_assistant", "split the conversation so that each row has one answer"],
+                [
+                    "train_on=all",
+                    "train_on=last_assistant",
+                    "split the conversation so that each row has one answer",
+                ],
             )
         # The end-of-turn mark is learned, the line break behind it is not: generation stops at the mark.
         spans.append((len(before), len(through.rstrip())))

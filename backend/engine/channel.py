@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from domain import protocol
 
 
-class Stopped(Exception):  # noqa: N818 - a request, not an error
+class Stopped(Exception):
     """The client asked that the running command end now."""
 
 

@@ -44,9 +44,7 @@ class CommandLoop:
 
     def _fail(self, request_id: str, error_class: Any, message: str, suggestions: list[str]) -> None:
         self._channel.emit(
-            protocol.Failed(
-                request_id=request_id, error_class=error_class, message=message, suggestions=suggestions
-            )
+            protocol.Failed(request_id=request_id, error_class=error_class, message=message, suggestions=suggestions)
         )
 
     def _dispatch(self, command: Any) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Why a command failed, in the classes of domain/protocol.py.
 
-    CommandError
-    ├── BadData       the rows cannot be trained on
-    ├── BadSetting    a setting cannot take effect on this model
-    ├── BadModel      the model's files cannot be loaded
-    ├── NotFinite     the loss became NaN or infinite
-    └── OutOfMemory   the device has no memory left
+CommandError
+├── BadData       the rows cannot be trained on
+├── BadSetting    a setting cannot take effect on this model
+├── BadModel      the model's files cannot be loaded
+├── NotFinite     the loss became NaN or infinite
+└── OutOfMemory   the device has no memory left
 """
 
 from typing import ClassVar

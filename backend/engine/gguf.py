@@ -1,6 +1,5 @@
 """The `prepare_gguf` command: a GGUF file becomes a normal local model."""
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,8 @@ def prepare_gguf(command: PrepareGguf, channel: Channel) -> dict[str, Any]:
     model.to(torch.bfloat16).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
-        os.chmod(file, 0o600)
-    os.replace(temporary, output)
+        file.chmod(0o600)
+    temporary.replace(output)
     fsync_folder(output.parent)
     progress("ready", 1.0)
     return {"path": str(output)}

@@ -49,9 +49,7 @@ def targeted_layers(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int
     if config.target_modules == "all-linear":
         return layers
     missing = [
-        name
-        for name in config.target_modules
-        if not any(path == name or path.endswith(f".{name}") for path in layers)
+        name for name in config.target_modules if not any(path == name or path.endswith(f".{name}") for path in layers)
     ]
     if missing:
         known = sorted({path.rsplit(".", 1)[-1] for path in layers})

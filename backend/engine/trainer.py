@@ -232,7 +232,7 @@ class Trainer:
             logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
         )
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _evaluate(self, step: int) -> float | None:
         if not self._validation:
             return None
@@ -248,8 +248,6 @@ class Trainer:
         loss = total / count
         epoch = step * self._config.gradient_accumulation / self._epoch_length
         self._emit(
-            Evaluated(
-                request_id=self._request_id, step=step, epoch=epoch, eval_loss=loss, elapsed_s=self._elapsed()
-            )
+            Evaluated(request_id=self._request_id, step=step, epoch=epoch, eval_loss=loss, elapsed_s=self._elapsed())
         )
         return loss

@@ -4,11 +4,11 @@ import io
 import shutil
 import zipfile
 from collections.abc import Iterator
-from core.singleton import singleton
 from pathlib import Path
 
 from core.errors import AdapterNotFound
 from core.settings import get_settings
+from core.singleton import singleton
 from services.database import get_database
 from services.peft_service import PeftService, get_peft_service
 from store.database import Database
@@ -33,10 +33,10 @@ class AdapterService:
         """Return where an adapter's folder is, or will be."""
         return self._folder / adapter_id
 
-    def list(self) -> list[AdapterRecord]:
+    def all(self) -> list[AdapterRecord]:
         """Return every adapter, newest first."""
         with self._database.begin() as connection:
-            return Adapters(connection).list()
+            return Adapters(connection).all()
 
     def get(self, adapter_id: str) -> AdapterRecord:
         """Return one adapter.
@@ -110,7 +110,10 @@ def _zip(folder: Path, files: "list[Path]") -> Iterator[bytes]:
     pipe = _Pipe()
     with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
         for path in files:
-            with path.open("rb") as source, archive.open(zipfile.ZipInfo.from_file(path, path.name), "w") as target:
+            with (
+                path.open("rb") as source,
+                archive.open(zipfile.ZipInfo.from_file(path, path.name), "w") as target,
+            ):
                 while chunk := source.read(_CHUNK_BYTES):
                     target.write(chunk)
                     yield pipe.drain()

@@ -1,8 +1,7 @@
 """The process's database, migrated when it is first used."""
 
-from core.singleton import singleton
-
 from core.settings import get_settings
+from core.singleton import singleton
 from store.database import Database
 
 

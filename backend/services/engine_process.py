@@ -9,6 +9,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,8 @@ class EngineProcess:
     def close(self, timeout_s: float = 10.0) -> None:
         """End the process: by closing its pipe, or by force after `timeout_s`. Its memory is free on return."""
         self._closing = True
-        try:
+        with suppress(BrokenPipeError):  # it is already gone; the wait below collects it
             self._commands.close()
-        except BrokenPipeError:
-            pass  # it is already gone; the wait below collects it
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -35,15 +35,15 @@ def download_snapshot(model_id: str, revision: str | None, patterns: list[str], 
 
 def _progress_bar(on_progress: LoadProgress) -> Any:
     """Make a tqdm class that reports bytes over all files instead of drawing."""
-    from huggingface_hub.utils import tqdm
+    from huggingface_hub.utils.tqdm import tqdm
 
     lock = threading.Lock()
     done: dict[int, tuple[float, float]] = {}
 
-    class ByteCounter(tqdm):  # type: ignore[misc, type-arg]
+    class ByteCounter(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs["disable"] = True
-            super().__init__(*args, **kwargs)
+            super().__init__(*args, **kwargs)  # type: ignore[no-untyped-call]
             self._is_bytes = kwargs.get("unit") == "B"
             self._report(float(kwargs.get("initial") or 0))
 

@@ -1,7 +1,6 @@
 """The machine as the services need it: devices by name, and the engine that runs on each."""
 
 from core.singleton import singleton
-
 from services.devices import Device, EngineName, choose_device, choose_engine
 from services.hardware_service import HardwareService, get_hardware_service
 

@@ -1,8 +1,8 @@
 """A model's shape, from its config alone: local if it is here, from the Hub if it is not."""
 
-from core.singleton import singleton
 from typing import Any, Protocol
 
+from core.singleton import singleton
 from domain.model_shape import ModelShape, read_shape
 from services.embedded_model import CONFIG, MODEL_ID
 from services.model_registry_service import get_model_registry_service

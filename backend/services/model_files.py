@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Callable
-from core.singleton import singleton
 from pathlib import Path
 from typing import Protocol
 
 from core.errors import ModelRejected, NeedsRemoteCode, NoSafeWeights
+from core.singleton import singleton
 from services.embedded_model import MODEL_ID, EmbeddedModel, get_embedded_model
+from services.model_registry_service import get_model_registry_service
 
 # state of a load (downloading or loading), fraction, downloaded bytes, total bytes
 LoadProgress = Callable[[str, float | None, int | None, int | None], None]
@@ -85,4 +86,4 @@ def check_safe(path: Path, model_id: str) -> None:
 @singleton
 def get_model_files() -> ModelFiles:
     """Return the process's model files."""
-    return ModelFiles(get_embedded_model())
+    return ModelFiles(get_embedded_model(), get_model_registry_service())

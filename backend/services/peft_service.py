@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from core.singleton import singleton
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from core.clock import Clock, SystemClock
 from core.errors import DoesNotFit, LoadedModelNotFound, ModelBusy, ModelNotReady, StudioError
 from core.logging import get_logger
 from core.settings import get_settings
+from core.singleton import singleton
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.configure import Configuration, configure
@@ -24,8 +24,8 @@ from services.devices import Device, EngineName
 from services.engine_process import EngineProcess
 from services.loaded_base import BaseKey, LoadedBase, LoadState
 from services.machine import Machine, get_machine
-from services.model_files import ModelFiles, get_model_files
 from services.model_facts import ModelFacts, get_model_facts
+from services.model_files import ModelFiles, get_model_files
 
 _log = get_logger(__name__)
 _IDLE_CHECK_S = 15.0
@@ -185,9 +185,7 @@ class PeftService:
                 suggestions=["algorithm qlora", "unload a loaded model", "a smaller model", "force=true"],
             )
 
-    def _start(
-        self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device
-    ) -> LoadedBase:
+    def _start(self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device) -> LoadedBase:
         base = LoadedBase(key, self._clock)
         self._bases[key] = base
         future: Future[None] = self._loaders.submit(self._load, base, configuration, engine, device)
@@ -219,7 +217,7 @@ class PeftService:
             _log.warning("model.load_failed", model_id=base.key.model_id, error=error.detail)
             base.fail(error)
             base.end_process()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a loader thread must end in a state; the log has the traceback
             _log.exception("model.load_crashed", model_id=base.key.model_id)
             base.fail(StudioError(f"The model could not be loaded: {type(error).__name__}."))
             base.end_process()
@@ -270,9 +268,7 @@ class PeftService:
             return
         process = model.base.engine()
         _, future = process.request(
-            lambda request_id: protocol.AttachAdapter(
-                request_id=request_id, adapter_id=adapter_id, path=str(path)
-            )
+            lambda request_id: protocol.AttachAdapter(request_id=request_id, adapter_id=adapter_id, path=str(path))
         )
         result = future.result()
         model.base.attached(adapter_id, result["memory_bytes"])

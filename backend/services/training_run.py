@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 
 
-class RunEnded(Exception):  # noqa: N818 - how a run leaves early, its state already recorded
+class RunEnded(Exception):
     """The run is over."""
 
 
@@ -211,7 +211,7 @@ class TrainingRun:
         self._interrupted = True
         self.cancel()
 
-    def log_tail(self) -> "list[str]":
+    def log_tail(self) -> list[str]:
         """Return the engine's last lines."""
         return self._process.log_tail() if self._process is not None else []
 
@@ -225,5 +225,3 @@ class TrainingRun:
 def _death_class(error: EngineDied) -> str:
     # The kernel's out-of-memory killer sends SIGKILL; so does a person. The message says no more than that.
     return "engine_killed" if error.extras.get("signal") == 9 else "engine_crash"
-
-

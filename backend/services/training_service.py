@@ -5,13 +5,13 @@ import json
 import threading
 import uuid
 from dataclasses import dataclass
-from core.singleton import singleton
 from typing import Any
 
 from core.broadcast import Broadcast
 from core.clock import Clock, SystemClock
 from core.errors import Conflict, JobNotFound, SettingRejected, TransitionNotPermitted
 from core.logging import get_logger
+from core.singleton import singleton
 from domain.algorithms import Algorithm
 from domain.job_states import ACTIVE_STATES, FINAL_STATES, JobState, may_change
 from domain.use_cases import UseCaseId
@@ -161,17 +161,17 @@ class TrainingService:
             raise JobNotFound(f"No training job has the id {job_id}.")
         return record
 
-    def list(self, states: frozenset[JobState] | None = None) -> list[JobRecord]:
+    def all(self, states: frozenset[JobState] | None = None) -> list[JobRecord]:
         """Return jobs, newest first."""
         with self._database.begin() as connection:
-            return Jobs(connection).list(states)
+            return Jobs(connection).all(states)
 
-    def events(self, job_id: str, after: int, limit: int, kind: str | None = None) -> "list[EventRecord]":
+    def events(self, job_id: str, after: int, limit: int, kind: str | None = None) -> list[EventRecord]:
         """Return events with a sequence number above `after`, in order."""
         with self._database.begin() as connection:
             return Jobs(connection).events(job_id, after, limit, kind)
 
-    def log_tail(self, job_id: str, lines: int) -> "list[str]":
+    def log_tail(self, job_id: str, lines: int) -> list[str]:
         """Return the last lines of the engine that trains or trained the job, as far as they are known."""
         record = self.get(job_id)
         run = self._running
@@ -270,7 +270,7 @@ class TrainingService:
 
     def start(self) -> None:
         """Mark what a former server left unfinished, and start working."""
-        for record in self.list(ACTIVE_STATES):
+        for record in self.all(ACTIVE_STATES):
             error = {
                 "class": "server_ended",
                 "message": "The server ended while the job ran; resume starts it again.",
@@ -301,7 +301,7 @@ class TrainingService:
             run.execute()
         except RunEnded:
             return
-        except Exception:
+        except Exception:  # noqa: BLE001 - the worker lives on; the job says failed, the log why
             _log.exception("job.crashed", job_id=record.id)
             run.fail_unexpectedly()
         finally:
@@ -321,7 +321,6 @@ class TrainingService:
 
 def _rejected(location: str, message: str) -> SettingRejected:
     return SettingRejected(f"{location}: {message}", errors=[{"location": [location], "message": message}])
-
 
 
 @singleton

@@ -23,7 +23,7 @@ class Datasets:
         row = self._connection.execute(select(datasets).where(datasets.c.id == dataset_id)).one_or_none()
         return None if row is None else DatasetRecord(**row._mapping)
 
-    def list(self) -> list[DatasetRecord]:
+    def all(self) -> list[DatasetRecord]:
         rows = self._connection.execute(select(datasets).order_by(datasets.c.created_at.desc()))
         return [DatasetRecord(**row._mapping) for row in rows]
 
@@ -67,7 +67,7 @@ class Jobs:
         row = self._connection.execute(select(jobs).where(jobs.c.idempotency_key == key)).one_or_none()
         return None if row is None else _job(row)
 
-    def list(self, states: frozenset[JobState] | None = None) -> list[JobRecord]:
+    def all(self, states: frozenset[JobState] | None = None) -> list[JobRecord]:
         query = select(jobs).order_by(jobs.c.sequence.desc())
         if states is not None:
             query = query.where(jobs.c.state.in_(sorted(states)))
@@ -122,7 +122,7 @@ class Adapters:
         row = self._connection.execute(select(adapters).where(adapters.c.id == adapter_id)).one_or_none()
         return None if row is None else AdapterRecord(**row._mapping)
 
-    def list(self) -> list[AdapterRecord]:
+    def all(self) -> list[AdapterRecord]:
         rows = self._connection.execute(select(adapters).order_by(adapters.c.created_at.desc()))
         return [AdapterRecord(**row._mapping) for row in rows]
 

@@ -1,0 +1,172 @@
+"""What this machine is and what it is doing."""
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from core.clock import Clock, SystemClock
+from core.settings import get_settings
+from core.singleton import singleton
+from core.ttl_cache import Timed, TtlCell
+from services.cuda_checks import CudaCheck, run_cuda_checks
+from services.host_probe import CpuReading, DiskReading, HostProbe, MemoryReading
+from services.nvml_probe import DriverFacts, GpuReading, NvmlProbe
+
+PROFILE_TTL_S = 300.0
+PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes")
+# Volta: the oldest that Unsloth supports (its README, "Supports NVIDIA GPUs since 2018, minimum 7.0").
+_UNSLOTH_CAPABILITY = (7, 0)
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Which engine trains here and why."""
+
+    name: Literal["unsloth", "transformers"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """The machine at one moment."""
+
+    gpus: tuple[GpuReading, ...]
+    cpu: CpuReading
+    memory: MemoryReading
+    disk: DiskReading
+    cuda: DriverFacts
+    platform: str
+    python_version: str
+    packages: Mapping[str, str | None]
+    engine: EngineChoice
+
+
+@dataclass(frozen=True)
+class UsageReading:
+    """What changes from second to second."""
+
+    gpus: tuple[GpuReading, ...]
+    cpu: CpuReading
+    memory: MemoryReading
+    disk: DiskReading
+
+
+@dataclass(frozen=True)
+class CudaValidation:
+    """Whether a CUDA fine-tune would work here."""
+
+    valid: bool
+    checks: tuple[CudaCheck, ...]
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Read the packages' versions from their metadata; nothing is imported."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def select_engine(gpus: tuple[GpuReading, ...], packages: Mapping[str, str | None]) -> EngineChoice:
+    """Choose Unsloth where it can run, plain transformers + PEFT everywhere else."""
+    working = [gpu for gpu in gpus if gpu.error is None and gpu.compute_capability is not None]
+    if not working:
+        return EngineChoice("transformers", "no NVIDIA GPU answers; Unsloth needs one")
+    if packages.get("unsloth") is None:
+        return EngineChoice("transformers", "the package unsloth is not installed")
+    best = max(working, key=lambda gpu: _capability(gpu.compute_capability))
+    if _capability(best.compute_capability) < _UNSLOTH_CAPABILITY:
+        return EngineChoice("transformers", f"compute capability {best.compute_capability} is below Unsloth's 7.0")
+    return EngineChoice("unsloth", f"{best.name} has compute capability {best.compute_capability}")
+
+
+def _capability(text: str | None) -> tuple[int, int]:
+    major, _, minor = (text or "0.0").partition(".")
+    return int(major), int(minor)
+
+
+class HardwareService:
+    """Answers from a five-minute profile, and live where it is asked for.
+
+    Args:
+        packages: Reads the installed versions.
+        data_path: The disk that is reported is the one that holds this path.
+        cuda_checks: Runs the torch side of the validation in a process of its own.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        nvml: NvmlProbe,
+        host: HostProbe,
+        packages: Callable[[], Mapping[str, str | None]],
+        data_path: Path,
+        cuda_checks: Callable[[], list[CudaCheck]],
+    ) -> None:
+        self._nvml, self._host, self._packages = nvml, host, packages
+        self._data_path, self._cuda_checks = data_path, cuda_checks
+        self._profile = TtlCell(PROFILE_TTL_S, clock, self._measure)
+
+    def profile(self, *, refresh: bool = False) -> Timed[HardwareProfile]:
+        """Return the profile, measured at most five minutes ago, or now with `refresh`."""
+        return self._profile.get(refresh=refresh)
+
+    def _measure(self) -> HardwareProfile:
+        usage, packages = self.usage(), self._packages()
+        return HardwareProfile(
+            gpus=usage.gpus,
+            cpu=usage.cpu,
+            memory=usage.memory,
+            disk=usage.disk,
+            cuda=self._nvml.driver(),
+            platform=platform.platform(),
+            python_version=platform.python_version(),
+            packages=packages,
+            engine=select_engine(usage.gpus, packages),
+        )
+
+    def usage(self) -> UsageReading:
+        """Return one live reading."""
+        return UsageReading(self._nvml.gpus(), self._host.cpu(), self._host.memory(), self._host.disk(self._data_path))
+
+    def validate_cuda(self) -> CudaValidation:
+        """Check the driver here and torch in a process of its own; without a GPU, say so in one check."""
+        driver = self._nvml.driver()
+        if not driver.available:
+            check = CudaCheck(
+                "driver",
+                "fail",
+                f"No CUDA GPU can be used: {driver.reason}. Fine-tuning runs on the CPU with transformers + PEFT.",
+                "With an NVIDIA GPU in this machine, install its driver; `nvidia-smi` must list the GPU.",
+            )
+            return CudaValidation(False, (check,))
+        gpus = self._nvml.gpus()
+        if not gpus:
+            check = CudaCheck(
+                "device", "fail", "The driver answers but lists no GPU.", "Check CUDA's container runtime."
+            )
+            return CudaValidation(False, (check,))
+        lost = [f"GPU {gpu.index}: {gpu.error}" for gpu in gpus if gpu.error is not None]
+        names = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus if gpu.error is None)
+        checks = [
+            CudaCheck("driver", "pass", f"Driver {driver.driver_version}, CUDA {driver.cuda_version}.", None),
+            CudaCheck("device", "fail", "; ".join(lost), "Reset or reseat the GPU; see `dmesg` for Xid errors.")
+            if lost
+            else CudaCheck("device", "pass", names, None),
+            *self._cuda_checks(),
+        ]
+        return CudaValidation(all(check.status != "fail" for check in checks), tuple(checks))
+
+
+@singleton
+def get_hardware_service() -> HardwareService:
+    """Return the process's hardware service."""
+    return HardwareService(
+        SystemClock(), NvmlProbe(), HostProbe(), installed_versions, get_settings().home, run_cuda_checks
+    )
