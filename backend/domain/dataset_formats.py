@@ -128,7 +128,7 @@ def _turn(turn: Any, where: str) -> dict[str, str]:
     role = turn.get("role", turn.get("from"))
     content_name = "content" if "content" in turn else "value"
     role = _ALIASES.get(role, role) if isinstance(role, str) else role
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise RowRejected(f"{where} has the role {role!r:.40}; known are {sorted(_ROLES)}")
     ignored = sorted(set(turn) - {"role", "from", "content", "value", "name"})
     if any(turn[name] is not None for name in ignored):

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from domain.peft_config import PeftConfig
@@ -132,7 +132,8 @@ class Base:
         if isinstance(self.model, PeftModel):
             self.model.add_adapter(name, config)
         else:
-            self.model = get_peft_model(self.model, config, adapter_name=name)
+            # Not get_peft_model: it would write the local folder over the base's id in the adapter's config.
+            self.model = PeftModelForCausalLM(self.model, config, adapter_name=name)
         self.model.set_adapter(name)
 
     def detach(self, name: str) -> None:

@@ -1,0 +1,174 @@
+"""Property 1: use case selection configures all parameters; overrides are kept exactly or refused."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import SettingRejected
+from domain.algorithms import SPECS, Algorithm
+from domain.configure import Configuration, MachineFacts, configure
+from domain.peft_config import NOT_AVAILABLE, PARAMETER_NAMES, PeftOverrides
+from domain.use_cases import USE_CASES, UseCaseId
+
+CPU = MachineFacts(has_gpu=False, supports_bf16=False)
+MACHINES = [CPU, MachineFacts(has_gpu=True, supports_bf16=False), MachineFacts(has_gpu=True, supports_bf16=True)]
+
+_VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "rank": st.integers(1, 256),
+    "alpha": st.integers(1, 512),
+    "dropout": st.floats(0, 0.9),
+    "target_modules": st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "v_proj"]]),
+    "bias": st.just("none"),
+    "use_rslora": st.booleans(),
+    "use_dora": st.booleans(),
+    "init_weights": st.sampled_from(["default", "gaussian", "pissa"]),
+    "quantization": st.sampled_from(["none", "nf4", "int8"]),
+    "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
+    "learning_rate": st.floats(1e-7, 1),
+    "batch_size": st.integers(1, 64),
+    "gradient_accumulation": st.integers(1, 64),
+    "epochs": st.floats(0.1, 10),
+    "max_steps": st.one_of(st.none(), st.integers(1, 10**6)),
+    "warmup_ratio": st.floats(0, 1),
+    "scheduler": st.sampled_from(["linear", "cosine", "constant"]),
+    "weight_decay": st.floats(0, 1),
+    "max_grad_norm": st.floats(0.01, 100),
+    "max_seq_length": st.integers(8, 8192),
+    "packing": st.booleans(),
+    "optimizer": st.sampled_from(["adamw", "adamw_8bit"]),
+    "gradient_checkpointing": st.booleans(),
+    "train_on": st.sampled_from(["assistant", "last_assistant", "all"]),
+    "seed": st.integers(0, 2**31 - 1),
+    "eval_every_steps": st.one_of(st.none(), st.integers(1, 10**6)),
+    "early_stopping_patience": st.one_of(st.none(), st.integers(1, 100)),
+}
+overrides_of_any_kind = st.fixed_dictionaries({}, optional=_VALUES)
+
+
+def _make(
+    algorithm: Algorithm, use_case: UseCaseId | None, overrides: dict[str, Any], machine: MachineFacts
+) -> Configuration:
+    return configure(algorithm, use_case=use_case, overrides=overrides, machine=machine)
+
+
+def test_the_strategy_draws_every_parameter() -> None:
+    assert set(_VALUES) == set(PARAMETER_NAMES)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=["cpu", "gpu-fp16", "gpu-bf16"])
+@pytest.mark.parametrize("use_case", [None, *UseCaseId])
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_use_case_selection_configures_all_parameters(
+    algorithm: Algorithm, use_case: UseCaseId | None, machine: MachineFacts
+) -> None:
+    configuration = _make(algorithm, use_case, {}, machine)
+    assert set(configuration.choices) == set(PARAMETER_NAMES)
+    assert all(choice.reason for choice in configuration.choices.values())
+    for name in PARAMETER_NAMES:
+        assert getattr(configuration.config, name) == configuration.choices[name].value
+    if use_case is not None:
+        for name, value in USE_CASES[use_case].defaults.items():
+            choice = configuration.choices[name]
+            assert choice.source in ("use_case", "algorithm")
+            if choice.source == "use_case":
+                assert choice.value == value
+    for name, value in SPECS[algorithm].fixed.items():
+        assert getattr(configuration.config, name) == value
+
+
+@given(
+    st.sampled_from(Algorithm),
+    st.one_of(st.none(), st.sampled_from(UseCaseId)),
+    overrides_of_any_kind,
+    st.sampled_from(MACHINES),
+)
+def test_overrides_are_kept_exactly_or_refused_by_name(
+    algorithm: Algorithm, use_case: UseCaseId | None, overrides: dict[str, Any], machine: MachineFacts
+) -> None:
+    try:
+        configuration = _make(algorithm, use_case, overrides, machine)
+    except SettingRejected as error:
+        named = {name for item in error.extras["errors"] for name in item["location"]}
+        assert named and named <= set(PARAMETER_NAMES)
+        assert all(item["message"] for item in error.extras["errors"])
+        return
+    for name, value in overrides.items():
+        assert getattr(configuration.config, name) == value
+        assert configuration.choices[name].source == "override"
+    for name, choice in configuration.choices.items():
+        assert name in overrides or choice.source != "override"
+
+
+@given(st.sampled_from(UseCaseId), st.sampled_from(MACHINES))
+def test_flags_are_exact_and_exclusive(use_case: UseCaseId, machine: MachineFacts) -> None:
+    flags = {
+        algorithm: (config.use_rslora, config.use_dora, config.init_weights, config.quantization)
+        for algorithm in Algorithm
+        for config in [_make(algorithm, use_case, {}, machine).config]
+    }
+    assert flags == {
+        Algorithm.LORA: (False, False, "default", "none"),
+        Algorithm.QLORA: (False, False, "default", "nf4"),
+        Algorithm.DORA: (False, True, "default", "none"),
+        Algorithm.PISSA: (False, False, "pissa", "none"),
+        Algorithm.RSLORA: (True, False, "default", "none"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "overrides", "names"),
+    [
+        (Algorithm.RSLORA, {"use_rslora": False}, {"use_rslora"}),
+        (Algorithm.DORA, {"use_dora": False}, {"use_dora"}),
+        (Algorithm.QLORA, {"quantization": "none"}, {"quantization"}),
+        (Algorithm.QLORA, {"quantization": "int8"}, {"quantization"}),
+        (Algorithm.PISSA, {"init_weights": "default"}, {"init_weights"}),
+        (Algorithm.PISSA, {"quantization": "nf4", "use_dora": True}, {"quantization", "use_dora"}),
+        (Algorithm.LORA, {"init_weights": "pissa"}, {"init_weights"}),
+        (Algorithm.LORA, {"precision": "fp16"}, {"precision"}),
+        (Algorithm.LORA, {"optimizer": "adamw_8bit"}, {"optimizer"}),
+        (Algorithm.LORA, {"early_stopping_patience": 2}, {"early_stopping_patience"}),
+    ],
+)
+def test_what_cannot_take_effect_on_a_cpu_is_refused_all_at_once(
+    algorithm: Algorithm, overrides: dict[str, Any], names: set[str]
+) -> None:
+    with pytest.raises(SettingRejected) as caught:
+        _make(algorithm, None, overrides, CPU)
+    assert {name for item in caught.value.extras["errors"] for name in item["location"]} == names
+
+
+def test_combinations_that_make_sense_are_kept() -> None:
+    config = _make(Algorithm.DORA, None, {"use_rslora": True, "quantization": "nf4"}, CPU).config
+    assert (config.use_dora, config.use_rslora, config.quantization) == (True, True, "nf4")
+
+
+def test_alpha_follows_the_rank_unless_it_is_set() -> None:
+    assert _make(Algorithm.LORA, UseCaseId.CHATBOT, {"rank": 8}, CPU).config.alpha == 16
+    assert _make(Algorithm.PISSA, UseCaseId.CHATBOT, {"rank": 8}, CPU).config.alpha == 8
+    assert _make(Algorithm.LORA, None, {"rank": 8, "alpha": 5}, CPU).config.alpha == 5
+
+
+def test_the_sequence_length_is_the_models_at_most() -> None:
+    short = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU, max_positions=512)
+    assert short.config.max_seq_length == 512
+    with pytest.raises(SettingRejected):
+        configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 513}, machine=CPU, max_positions=512)
+
+
+@given(st.sampled_from(sorted(set(PARAMETER_NAMES) - {"max_steps", "eval_every_steps", "early_stopping_patience"})))
+def test_null_is_refused_where_a_parameter_cannot_be_null(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        PeftOverrides.model_validate({name: None})
+
+
+@pytest.mark.parametrize("value", ["16", True, 16.5, 2**63, 0, -1])
+def test_a_rank_that_is_no_whole_number_in_range_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="rank"):
+        PeftOverrides.model_validate({"rank": value})
+
+
+def test_what_is_not_available_is_no_parameter() -> None:
+    assert not set(NOT_AVAILABLE) & set(PARAMETER_NAMES)

@@ -1,0 +1,26 @@
+"""The table of transitions."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from domain.job_states import ACTIVE_STATES, FINAL_STATES, TRANSITIONS, JobState, may_change
+
+
+def test_final_states_stay_final() -> None:
+    assert {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED} == FINAL_STATES
+    assert not any(may_change(final, state) for final in FINAL_STATES for state in JobState)
+
+
+def test_every_state_is_in_the_table_and_reachable() -> None:
+    assert set(TRANSITIONS) == set(JobState)
+    reached = {JobState.QUEUED}
+    for _ in JobState:
+        reached |= {following for state in reached for following in TRANSITIONS[state]}
+    assert reached == set(JobState)
+
+
+@given(st.sampled_from(JobState))
+def test_a_job_succeeds_only_while_it_runs_and_everything_unfinished_can_be_cancelled(state: JobState) -> None:
+    assert may_change(state, JobState.SUCCEEDED) == (state is JobState.RUNNING)
+    assert may_change(state, JobState.CANCELLED) == (state not in FINAL_STATES)
+    assert may_change(state, JobState.INTERRUPTED) == (state in ACTIVE_STATES)

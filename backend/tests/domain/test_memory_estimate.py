@@ -1,0 +1,89 @@
+"""The memory estimate: components add up and move the way they must."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from domain.algorithms import Algorithm
+from domain.configure import MachineFacts, configure
+from domain.memory_estimate import adapter_parameters, estimate, judge, suggest
+from domain.model_shape import ModelShape, read_shape
+from domain.peft_config import PeftConfig
+from services.embedded_model import CONFIG, PARAMETERS
+
+CPU = MachineFacts(has_gpu=False, supports_bf16=False)
+
+
+def _shape() -> ModelShape:
+    shape = read_shape(CONFIG)
+    assert shape is not None
+    return shape
+
+
+def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: object) -> PeftConfig:
+    return configure(algorithm, use_case=None, overrides=overrides, machine=CPU).config
+
+
+def test_the_embedded_models_parameters_are_counted_exactly_but_for_its_norms() -> None:
+    shape = _shape()
+    norms = (2 * shape.layers + 1) * shape.hidden
+    assert shape.linear_parameters + shape.embedding_parameters + norms == PARAMETERS
+
+
+def test_adapter_parameters_are_those_that_peft_counts() -> None:
+    assert adapter_parameters(_shape(), _config()) == 4_884_480
+    assert adapter_parameters(_shape(), _config(Algorithm.DORA)) == 5_040_000
+
+
+@given(st.sampled_from(Algorithm), st.integers(1, 16), st.integers(8, 4096), st.integers(1, 64), st.booleans())
+def test_the_components_are_the_total_and_lie_in_the_range(
+    algorithm: Algorithm, batch: int, length: int, rank: int, checkpointing: bool
+) -> None:
+    config = _config(
+        algorithm, batch_size=batch, max_seq_length=length, rank=rank, gradient_checkpointing=checkpointing
+    )
+    found = estimate(_shape(), config, on_gpu=False)
+    parts = found.weights_bytes + found.adapter_bytes + found.gradients_bytes + found.optimizer_bytes
+    assert parts + found.activations_bytes + found.logits_bytes + found.overhead_bytes == found.total_bytes
+    assert found.low_bytes <= found.total_bytes <= found.high_bytes
+
+
+@given(
+    st.sampled_from(["batch_size", "max_seq_length", "rank"]), st.integers(8, 500), st.integers(1, 500), st.booleans()
+)
+def test_more_never_needs_less(name: str, value: int, more: int, checkpointing: bool) -> None:
+    small = estimate(_shape(), _config(**{name: value, "gradient_checkpointing": checkpointing}), on_gpu=False)
+    large = estimate(_shape(), _config(**{name: value + more, "gradient_checkpointing": checkpointing}), on_gpu=False)
+    assert small.total_bytes < large.total_bytes
+
+
+def test_four_bits_checkpointing_and_dora_move_the_estimate_the_right_way() -> None:
+    plain = estimate(_shape(), _config(), on_gpu=False)
+    assert estimate(_shape(), _config(Algorithm.QLORA), on_gpu=False).weights_bytes < plain.weights_bytes
+    checkpointed = estimate(_shape(), _config(gradient_checkpointing=True), on_gpu=False)
+    assert checkpointed.activations_bytes < plain.activations_bytes
+    assert estimate(_shape(), _config(Algorithm.DORA), on_gpu=False).total_bytes > plain.total_bytes
+
+
+def test_suggestions_each_need_less() -> None:
+    config = _config()
+    needed = estimate(_shape(), config, on_gpu=False).total_bytes
+    suggestions = suggest(_shape(), config, needed // 2, on_gpu=False)
+    assert len(suggestions) >= 4
+    assert all(suggestion.estimate_bytes < needed for suggestion in suggestions)
+
+
+@pytest.mark.parametrize(("free", "verdict"), [(99, "does_not_fit"), (100, "tight"), (119, "tight"), (120, "fits")])
+def test_the_verdict_is_tight_between_the_estimate_and_its_upper_end(free: int, verdict: str) -> None:
+    assert judge(100, 120, free) == verdict
+
+
+@given(st.dictionaries(st.sampled_from([*CONFIG, "x"]), st.one_of(st.none(), st.text(), st.integers(), st.booleans())))
+def test_a_hostile_config_is_unknown_or_bounded(values: dict[str, object]) -> None:
+    shape = read_shape({**CONFIG, **values})
+    assert shape is None or shape.layers <= 10_000
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "deepseek_v3", "mamba", None])
+def test_a_family_whose_layers_are_not_known_is_unknown(model_type: str | None) -> None:
+    assert read_shape({**CONFIG, "model_type": model_type}) is None

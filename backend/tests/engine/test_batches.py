@@ -1,0 +1,124 @@
+"""Masking, padding, packing and order."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from engine.batches import IGNORED, Row, best_fit_bins, epoch_batches, pack, pad, tokenize
+from engine.errors import BadData
+
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "the quick?"},
+    {"role": "assistant", "content": "brown fox"},
+    {"role": "user", "content": "and the user|> assistant?"},
+    {"role": "assistant", "content": "lazy dog"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_path: Path) -> AutoTokenizer:
+    return AutoTokenizer.from_pretrained(tiny_path)
+
+
+def _trained_text(tokenizer: AutoTokenizer, train_on: str) -> str:
+    row = tokenize(tokenizer, 0, TURNS, train_on, 256)
+    return tokenizer.decode([label for label in row.labels if label != IGNORED])
+
+
+@pytest.mark.parametrize(
+    ("train_on", "trained"),
+    [
+        ("assistant", "brown fox<|end|>lazy dog<|end|>"),
+        ("last_assistant", "lazy dog<|end|>"),
+    ],
+)
+def test_exactly_the_answers_and_their_ends_carry_loss(tokenizer: AutoTokenizer, train_on: str, trained: str) -> None:
+    assert _trained_text(tokenizer, train_on) == trained
+
+
+def test_train_on_all_trains_every_token(tokenizer: AutoTokenizer) -> None:
+    row = tokenize(tokenizer, 0, TURNS, "all", 256)
+    assert row.labels == row.ids
+    assert row.trained_tokens == len(row.ids) - 1  # nothing predicts the first
+
+
+def test_truncation_is_at_the_limit_and_said(tokenizer: AutoTokenizer) -> None:
+    row = tokenize(tokenizer, 0, TURNS, "assistant", 10)
+    assert (len(row.ids), row.truncated) == (10, True)
+    assert not tokenize(tokenizer, 0, TURNS, "assistant", 256).truncated
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer: AutoTokenizer) -> None:
+    kept = tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{{ m['content'] if loop.last or m['role'] == 'user' else 'hidden' }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    try:
+        with pytest.raises(BadData, match="turn 3"):
+            tokenize(tokenizer, 0, TURNS, "assistant", 256)
+    finally:
+        tokenizer.chat_template = kept
+
+
+rows_of_any_length = st.lists(st.integers(2, 40), min_size=1, max_size=60).map(
+    lambda lengths: [Row(i, [1] * n, [IGNORED] + [1] * (n - 1), False) for i, n in enumerate(lengths)]
+)
+
+
+@given(rows_of_any_length, st.integers(1, 7), st.booleans(), st.integers(0, 5))
+def test_an_epoch_has_every_row_once_and_the_same_order_for_the_same_seed(
+    rows: list[Row], batch_size: int, packing: bool, seed: int
+) -> None:
+    def order() -> list[list[int]]:
+        return [
+            batch.rows
+            for batch in epoch_batches(
+                rows, batch_size=batch_size, capacity=40, packing=packing, pad_id=0, seed=seed, epoch=0
+            )
+        ]
+
+    first = order()
+    assert sorted(number for batch in first for number in batch) == [row.number for row in rows]
+    assert order() == first
+
+
+@given(rows_of_any_length)
+def test_bins_never_overflow_and_no_two_could_be_one(rows: list[Row]) -> None:
+    sizes = [sum(len(row.ids) for row in rows) for rows in best_fit_bins(rows, 40)]
+    assert max(sizes) <= 40
+    assert sum(size <= 20 for size in sizes) <= 1
+
+
+@given(rows_of_any_length)
+def test_packing_and_padding_train_the_same_tokens(rows: list[Row]) -> None:
+    packed, padded = pack(best_fit_bins(rows, 40), 0), pad(rows, 0)
+    assert packed.trained_tokens == padded.trained_tokens == int((packed.labels[:, 1:] != IGNORED).sum())
+    assert int((padded.labels[:, 1:] != IGNORED).sum()) == padded.trained_tokens
+    assert packed.tokens == padded.tokens
+
+
+def test_packed_rows_do_not_see_each_other(tiny_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_path, attn_implementation="sdpa").eval()
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        Row(i, ids := torch.randint(4, 300, (n,), generator=generator).tolist(), ids, False)
+        for i, n in enumerate([17, 9, 5, 30])
+    ]
+    bins = best_fit_bins(rows, 40)
+    batch = pack(bins, 0)
+    with torch.no_grad():
+        together = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        for line, members in enumerate(bins):
+            start = 0
+            for row in members:
+                alone = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+                part = together[line, start : start + len(row.ids)]
+                assert torch.allclose(part, alone, atol=5e-5), (line, row.number)
+                start += len(row.ids)
