@@ -38,7 +38,7 @@ def prepare_gguf(command: PrepareGguf, channel: Channel) -> dict[str, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = command.model_id
-    temporary = output.with_name(output.name + ".tmp")
+    temporary = output.with_name(f".{output.name}.tmp")  # hidden: a folder in the making is no model
     shutil.rmtree(temporary, ignore_errors=True)
     progress("writing", 0.8)
     model.to(torch.bfloat16).save_pretrained(temporary)

@@ -1,27 +1,15 @@
 """Whether a fine-tune fits this machine, from the model's config alone."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from core.singleton import singleton
 from domain.algorithms import Algorithm
-from domain.configure import configure
 from domain.memory_estimate import MemoryEstimate, Suggestion, Verdict, estimate, judge, suggest
-from domain.model_records import ModelSummary
 from domain.model_shape import read_shape
-from services.embedded_model import CONFIG, MODEL_ID
 from services.machine import Machine, get_machine
 from services.model_facts import ModelFacts, get_model_facts
 from services.peft_service import PeftService, get_peft_service
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A verdict in short."""
-
-    verdict: Verdict
-    estimate_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -79,35 +67,6 @@ class CompatibilityService:
         reasons.append(f"{needed.total_bytes} bytes estimated, {available} free on {device.torch_name}")
         suggestions = [] if verdict == "fits" else suggest(shape, config, available, on_gpu=device.on_gpu)
         return Compatibility(verdict, available, needed, reasons, suggestions, blockers)
-
-    def fits(self, config_json: Mapping[str, Any]) -> dict[Algorithm, Fit] | None:
-        """Judge every algorithm with its defaults, or return None where the family is not known."""
-        shape = read_shape(config_json)
-        if shape is None:
-            return None
-        device = self._machine.device("auto")
-        found = {}
-        for algorithm in Algorithm:
-            config = configure(
-                algorithm, use_case=None, overrides={}, machine=device.facts, max_positions=shape.max_positions
-            ).config
-            needed = estimate(shape, config, on_gpu=device.on_gpu)
-            verdict = self._judge(needed, device.available_bytes)
-            found[algorithm] = Fit(verdict, needed.total_bytes)
-        return found
-
-    def quick_fit(self, model: ModelSummary, algorithm: Algorithm) -> Fit | None:
-        """Judge a search result whose config is on this machine; None where it would have to be fetched."""
-        if model.model_id != MODEL_ID:
-            return None
-        fits = self.fits(CONFIG)
-        return fits[algorithm] if fits is not None else None
-
-    @staticmethod
-    def _judge(needed: MemoryEstimate, available: int | None) -> Verdict:
-        if available is None:
-            return "unknown"
-        return judge(needed.total_bytes, needed.high_bytes, available)
 
 
 @singleton

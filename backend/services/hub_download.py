@@ -14,10 +14,11 @@ def download_snapshot(model_id: str, revision: str | None, patterns: list[str], 
     Raises:
         ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
     """
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from services.hub_errors import map_hub_error
+    from services.hub_client import map_hub_error
 
     try:
         return Path(
@@ -29,7 +30,7 @@ def download_snapshot(model_id: str, revision: str | None, patterns: list[str], 
                 tqdm_class=_progress_bar(on_progress),
             )
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
         raise map_hub_error(error, model_id) from error
 
 

@@ -1,111 +1,319 @@
-"""Models that are on this machine: the embedded one, the model folders, the Hub cache."""
+"""Models on this machine: the operator's folders, what was prepared here, the Hub's cache, the embedded model.
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+Only names, config.json and safetensors headers are read. A folder whose weights are missing, truncated or broken
+is no model: it is left out, and the log says why.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.logging import get_logger
-from domain.model_records import ModelSummary
-from domain.safetensors_header import parameters_by_dtype
+from pydantic_core import from_json
 
+from core.errors import ModelRejected
+from core.logging import get_logger
+from domain.model_records import (
+    ModelDetails,
+    ModelFile,
+    ModelSummary,
+    SearchQuery,
+    check_model_id,
+    has_chat_template,
+    in_bounds,
+    needs_remote_code,
+    text,
+    texts,
+    weight_files,
+)
+from domain.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
+
+_MAX_JSON_BYTES = 64 * 2**20  # tokenizer_config.json files of 10 MB exist
+_MAX_FILES = 10_000  # listed for one model
+_MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
+# What the Hub derives a task from, for the class names that leave no doubt. Source: huggingface/transformers,
+# utils/update_metadata.py, PIPELINE_TAGS_AND_AUTO_MODELS.
+_TASK_OF_ENDING = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForMaskedLM": "fill-mask",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+}
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A model with where it is; `path` is None for the embedded model before it is prepared."""
+    """A model on this machine.
 
-    summary: ModelSummary
+    Attributes:
+        path: Its folder; None where it still has to be prepared.
+        revision: The Hub's commit, where it came from there.
+        config: config.json, where there is no folder to read it from.
+    """
+
+    model_id: str
     path: Path | None
-    config: dict[str, Any]
+    summary: ModelSummary
+    revision: str | None
+    config: dict[str, Any] | None = None
 
 
 class LocalModels:
-    """Looks again at every call: folders change under a running server.
+    """Finds them; every call looks at the disk again, but a header is parsed once for a file's size and time.
 
     Args:
-        folders: Hold models as `name/` or `owner/name/`.
-        embedded: The model that needs no Hub.
+        model_dirs: Folders with `name` or `owner/name` below them.
+        prepared_dir: A folder with `name` or `owner--name` below it.
+        hub_cache_dir: Where huggingface_hub keeps downloads.
+        embedded: The model that needs no Hub, if there is one.
     """
 
-    def __init__(self, folders: tuple[Path, ...], embedded: Callable[[], LocalModel | None]) -> None:
-        self._folders, self._embedded = folders, embedded
+    def __init__(
+        self,
+        model_dirs: Sequence[Path],
+        *,
+        prepared_dir: Path | None,
+        hub_cache_dir: Callable[[], Path | None],
+        embedded: Callable[[], LocalModel | None] | None,
+    ) -> None:
+        self._model_dirs = tuple(model_dirs)
+        self._prepared_dir = prepared_dir
+        self._hub_cache_dir = hub_cache_dir
+        self._embedded = embedded
+        self._lock = threading.Lock()
+        self._headers: dict[tuple[str, int, int], SafetensorsHeader] = {}
 
-    def all(self) -> list[LocalModel]:
-        """Return every model once; the embedded one first, then the folders, then the Hub cache."""
+    def all(self) -> tuple[LocalModel, ...]:
+        """Return every model once, by id; what the operator put in a folder comes before other copies of it."""
         found: dict[str, LocalModel] = {}
-        for model in (*filter(None, (self._embedded(),)), *self._in_folders(), *_in_hub_cache()):
-            found.setdefault(model.summary.model_id, model)
-        return list(found.values())
+        for model in self._candidates():
+            found.setdefault(model.model_id, model)
+        return tuple(found[model_id] for model_id in sorted(found, key=str.lower))
 
     def find(self, model_id: str) -> LocalModel | None:
-        """Return the model of that id, or None."""
-        return next((model for model in self.all() if model.summary.model_id == model_id), None)
+        """Return the model of an id, or None."""
+        return next((model for model in self.all() if model.model_id == model_id), None)
 
-    def local_path(self, model_id: str) -> Path | None:
-        """Return the model's folder, or None."""
-        model = self.find(model_id)
-        return model.path if model is not None else None
+    def search(self, query: SearchQuery) -> list[LocalModel]:
+        """Return the models that a query matches, by id: what orders the Hub's list is not known here."""
+        return [model for model in self.all() if _matches(model.summary, query)]
 
-    def _in_folders(self) -> Iterator[LocalModel]:
-        for root in self._folders:
-            for config in (*sorted(root.glob("*/config.json")), *sorted(root.glob("*/*/config.json"))):
-                # A link that leads out of the folder would let a name reach any file of the machine.
-                if config.resolve().is_relative_to(root.resolve()):
-                    model = read_model(config.parent, config.parent.relative_to(root).as_posix())
-                    if model is not None:
-                        yield model
+    def config(self, model: LocalModel) -> dict[str, Any] | None:
+        """Return the model's config.json, or None if it has become unreadable."""
+        return model.config if model.path is None else self._json(model.path, "config.json")
+
+    def details(self, model: LocalModel) -> ModelDetails:
+        """Return what the model's folder says of it."""
+        config = self.config(model)
+        folder = model.path
+        files = _walk(folder, self._roots(folder)) if folder is not None else ()
+        paths = [file.path for file in files]
+        tokenizer = self._json(folder, "tokenizer_config.json") if folder and "tokenizer_config.json" in paths else None
+        return ModelDetails(
+            summary=model.summary,
+            sha=model.revision,
+            revision=model.revision,
+            files=files,
+            parameters_by_dtype=self._count_by_dtype(folder, paths) if folder is not None else None,
+            config=config,
+            chat_template=has_chat_template(paths, tokenizer),
+            base_model=None,
+            languages=None,
+            requires_remote_code=needs_remote_code(config, tokenizer),
+        )
+
+    def _count_by_dtype(self, folder: Path, paths: Iterable[str]) -> dict[str, int] | None:
+        counts: dict[str, int] = {}
+        try:
+            for name in weight_files(paths):
+                for dtype, number in self._header((folder / name).resolve()).parameters_by_dtype.items():
+                    counts[dtype] = counts.get(dtype, 0) + number
+        except (ValueError, OSError) as error:  # changed since it was found
+            _log.warning("local_models.weights_not_read", path=str(folder), reason=str(error))
+            return None
+        return counts or None
+
+    def _json(self, folder: Path, name: str) -> dict[str, Any] | None:
+        try:
+            return _read_json(_inside(folder / name, self._roots(folder)))
+        except (ValueError, OSError) as error:
+            _log.warning("local_models.file_not_read", path=str(folder / name), reason=str(error))
+            return None
+
+    def _roots(self, folder: Path) -> tuple[Path, ...]:
+        """Return where a model's files may be: in its folder, or for the Hub's cache in what its links are made to."""
+        cache_dir = self._hub_cache_dir()
+        if cache_dir is None or not folder.resolve().is_relative_to(cache_dir.resolve()):
+            return (folder.resolve(),)
+        # <cache>/models--owner--name/snapshots/<commit>: links into the repository's blobs, which may be links into
+        # the blobs that all repositories share (huggingface_hub/utils/_shared_blobs.py).
+        repo = folder.parent.parent
+        return folder.resolve(), (repo / "blobs").resolve(), (cache_dir / "blobs").resolve()
+
+    def _candidates(self) -> Iterator[LocalModel]:
+        for root in self._model_dirs:
+            for name, folder in _model_folders(root.expanduser(), levels=2):
+                yield from self._read(name, folder, None)
+        if self._prepared_dir is not None:
+            for name, folder in _model_folders(self._prepared_dir, levels=1):
+                yield from self._read(name.replace("--", "/", 1), folder, None)
+        yield from self._cached()
+        embedded = self._embedded() if self._embedded is not None else None
+        if embedded is not None:
+            yield replace(embedded, summary=replace(embedded.summary, local=True))
+
+    def _cached(self) -> Iterator[LocalModel]:
+        """Yield the Hub cache's models, each at `main`, or else at the revision fetched last."""
+        cache_dir = self._hub_cache_dir()
+        if cache_dir is None or not cache_dir.is_dir():
+            return
+        from huggingface_hub import scan_cache_dir
+
+        try:
+            repos = [repo for repo in scan_cache_dir(cache_dir).repos if repo.repo_type == "model"]
+        except OSError as error:  # e.g. a repository deleted during the scan
+            _log.warning("local_models.cache_not_read", path=str(cache_dir), reason=str(error))
+            return
+        for repo in repos:
+            for revision in sorted(
+                repo.revisions, key=lambda item: ("main" in item.refs, item.last_modified), reverse=True
+            ):
+                models = list(self._read(repo.repo_id, revision.snapshot_path, revision.commit_hash))
+                if models:
+                    yield from models
+                    break
+
+    def _read(self, model_id: str, folder: Path, revision: str | None) -> Iterator[LocalModel]:
+        """Yield the model in a folder, if there is a whole one whose files are all below its roots."""
+        try:
+            check_model_id(model_id)
+            names = [path.name for path in folder.iterdir() if path.is_file()]
+            if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+                return
+            weights = weight_files(names)
+            if not weights:
+                raise ValueError("a shard of the weights is missing")
+            roots = self._roots(folder)
+            paths = {name: _inside(folder / name, roots) for name in ("config.json", *weights)}
+            config = _read_json(paths.pop("config.json"))
+            headers = [self._header(path) for path in paths.values()]
+            size_bytes = sum(path.stat().st_size for path in paths.values())
+        except (ValueError, OSError, ModelRejected) as error:
+            _log.warning("local_models.left_out", path=str(folder), reason=str(error))
+            return
+        summary = _summary(model_id, config, sum(header.parameters for header in headers) or None, size_bytes)
+        yield LocalModel(model_id, folder, summary, revision)
+
+    def _header(self, path: Path) -> SafetensorsHeader:
+        """Read one file's header.
+
+        Raises:
+            ValueError: It is broken, or the file is not as long as it says.
+            OSError: It cannot be read.
+        """
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            key = (str(path), status.st_size, status.st_mtime_ns)
+            with self._lock:
+                known = self._headers.get(key)
+            if known is not None:
+                return known
+            length = header_length(file.read(LENGTH_BYTES))
+            header = parse_header(file.read(length), status.st_size - LENGTH_BYTES - length)
+        with self._lock:
+            if len(self._headers) >= _MAX_HEADERS:
+                self._headers.clear()
+            self._headers[key] = header
+        return header
 
 
-def _in_hub_cache() -> Iterator[LocalModel]:
+def hub_cache_dir() -> Path:
+    """Return where huggingface_hub keeps downloads: HF_HUB_CACHE, or `hub` in HF_HOME."""
     from huggingface_hub import constants
 
-    for repository in sorted(Path(constants.HF_HUB_CACHE).glob("models--*")):
-        reference = repository / "refs" / "main"
-        if not reference.is_file():
-            continue
-        snapshot = repository / "snapshots" / reference.read_text(encoding="utf-8").strip()
-        model_id = repository.name.removeprefix("models--").replace("--", "/")
-        if (snapshot / "config.json").is_file() and (model := read_model(snapshot, model_id)) is not None:
-            yield model
+    return Path(constants.HF_HUB_CACHE)
 
 
-def read_model(folder: Path, model_id: str) -> LocalModel | None:
-    """Read a model's folder; None, with a line in the log, where it is not one."""
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        return None
+def _model_folders(root: Path, *, levels: int, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """Yield `(name, folder)` of the folders with a config.json; links to folders are not followed."""
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-        counts = [_count(file) for file in weights]
-    except (OSError, ValueError) as error:
-        _log.warning("local_model.unreadable", folder=str(folder), error=str(error))
-        return None
-    if not isinstance(config, dict):
-        return None
-    architectures = config.get("architectures") or [None]
-    summary = ModelSummary(
+        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            _log.warning("local_models.folder_not_read", path=str(root), reason=str(error))
+        return
+    for folder in folders:
+        if folder.name.startswith("."):
+            continue
+        if (folder / "config.json").is_file():
+            yield prefix + folder.name, folder
+        elif levels > 1:
+            yield from _model_folders(folder, levels=levels - 1, prefix=f"{folder.name}/")
+
+
+def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
+    resolved = path.resolve(strict=True)
+    if not any(resolved.is_relative_to(root) for root in roots):
+        raise ValueError(f"{path.name} is a link out of the model's folder")
+    return resolved
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"{path.name} is larger than {_MAX_JSON_BYTES} bytes")
+    content = from_json(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return content
+
+
+def _walk(folder: Path, roots: tuple[Path, ...]) -> tuple[ModelFile, ...]:
+    files = []
+    for parent, _, names in os.walk(folder):  # does not follow links to folders
+        for name in names:
+            path = Path(parent) / name
+            try:
+                size_bytes = _inside(path, roots).stat().st_size
+            except (ValueError, FileNotFoundError):
+                continue  # a link to elsewhere or to nothing: not a file of the model
+            files.append(ModelFile(path.relative_to(folder).as_posix(), size_bytes))
+        if len(files) >= _MAX_FILES:
+            break
+    return tuple(sorted(files, key=lambda file: file.path)[:_MAX_FILES])
+
+
+def _summary(model_id: str, config: dict[str, Any], parameters: int | None, size_bytes: int) -> ModelSummary:
+    architectures = texts(config.get("architectures"))
+    tasks = {task for name in architectures for ending, task in _TASK_OF_ENDING.items() if name.endswith(ending)}
+    return ModelSummary(
         model_id=model_id,
         author=model_id.split("/")[0] if "/" in model_id else None,
-        downloads=None,
-        likes=None,
-        task="text-generation" if str(architectures[0]).endswith("ForCausalLM") else None,
-        library="transformers",
-        tags=(),
-        license=None,
-        gated=None,
-        parameters=sum(sum(count.values()) for count in counts),
-        size_bytes=sum(file.stat().st_size for file in weights),
-        architecture=architectures[0],
-        created_at=None,
-        modified_at=None,
+        task=tasks.pop() if len(tasks) == 1 else None,
+        # save_pretrained of transformers writes its version; other libraries' configs lack it.
+        library="transformers" if text(config.get("transformers_version")) else None,
+        parameters=parameters,
+        size_bytes=size_bytes,
+        architecture=architectures[0] if architectures else None,
         local=True,
     )
-    return LocalModel(summary, folder, config)
 
 
-def _count(path: Path) -> dict[str, int]:
-    with path.open("rb") as file:
-        return parameters_by_dtype(file)
+def _matches(summary: ModelSummary, query: SearchQuery) -> bool:
+    """Tell whether a model matches; what is not known of it matches no filter."""
+    wanted = {
+        "task": query.task,
+        "author": query.author,
+        "library": query.library,
+        "license": query.license,
+        "gated": query.gated,
+    }
+    if any(value is not None and getattr(summary, name) != value for name, value in wanted.items()):
+        return False
+    if query.query and query.query.lower() not in summary.model_id.lower():
+        return False
+    return set(query.tags) <= set(summary.tags) and in_bounds(summary, query)

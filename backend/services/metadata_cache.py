@@ -1,108 +1,189 @@
-"""What the Hub said, on the disk: fresh for a while, revalidated after, stale when the Hub cannot be reached."""
+"""What the Hub said, kept on disk: fresh for a while, then revalidated, and stale when the Hub is away."""
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import TypeAdapter
+from pydantic_core import from_json, to_json
 
 from core.clock import Clock
-from core.errors import HubUnavailable
+from core.errors import HubUnavailable, StorageFull
 from core.files import write_atomic
 from core.logging import get_logger
-from services.hub_client import HubAnswer
+from domain.model_records import moment, text
 
+T = TypeVar("T")
+SEARCH_TTL_S = 3600.0
+DETAILS_TTL_S = 86400.0
+_FORMAT = 1  # of the files; another number is another shape, and the entry is fetched again
+_MAX_ENTRIES = 2000  # searches differ endlessly; at 20-100 kB each this stays below 200 MB
 _log = get_logger(__name__)
-FOREVER = float("inf")
 
 
 @dataclass(frozen=True)
-class Cached:
-    """A document with its age. `from_hub` tells whether the Hub was asked for this answer."""
+class Fetched(Generic[T]):
+    """An upstream answer. `value` is None where the holder of `etag` has it already (HTTP 304)."""
 
-    document: Any
-    next_cursor: str | None
+    value: T | None
+    etag: str | None
+
+
+@dataclass(frozen=True)
+class Cached(Generic[T]):
+    """A value with when the Hub last confirmed it. `source` is hub if that was during this call."""
+
+    value: T
     fetched_at: datetime
+    source: Literal["hub", "cache"]
     stale: bool
-    from_hub: bool
 
 
 @dataclass(frozen=True)
-class _Entry:
-    document: Any
-    next_cursor: str | None
+class _Entry(Generic[T]):
+    value: T
     etag: str | None
     fetched_at: datetime
 
 
 class MetadataCache:
-    """One JSON file a question. Survives restarts; a file that cannot be read is fetched again."""
+    """One JSON file a key.
+
+    Args:
+        folder: Where the files are; made at the first write.
+        clock: Its wall clock ages entries, since they outlive the process.
+    """
 
     def __init__(self, folder: Path, clock: Clock) -> None:
-        self._folder, self._clock = folder, clock
-        self._locks: dict[str, threading.Lock] = {}
-        self._guard = threading.Lock()
+        self._folder = folder
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._flights: dict[str, Future[Cached[Any]]] = {}
 
-    def get(self, question: str, ttl_s: float, fetch: Callable[[str | None], HubAnswer]) -> Cached:
-        """Answer from the cache while fresh; otherwise ask, once however many threads want to know.
+    def get(
+        self,
+        key: str,
+        adapter: TypeAdapter[T],
+        fetch: Callable[[str | None], Fetched[T]],
+        ttl_s: Callable[[T], float | None],
+    ) -> Cached[T]:
+        """Return the value of a key, asking upstream at most once however many threads want it.
 
         Args:
-            question: What is asked; part of no file name.
-            ttl_s: Seconds an answer is fresh.
-            fetch: Asks the Hub, given the ETag of the stale answer; a None document means "not modified".
+            key: Names the question; hashed into the file's name.
+            adapter: Checks what was read from disk.
+            fetch: Asks upstream, given the ETag of what is held.
+            ttl_s: Seconds a value stays fresh; None is for good.
 
         Raises:
-            HubUnavailable: The Hub cannot be asked and nothing is cached.
-            StudioError: Whatever else `fetch` raises.
+            HubUnavailable: Upstream cannot be reached and nothing is held.
+            Exception: Whatever else `fetch` raises; nothing is stored.
         """
-        key = hashlib.sha256(question.encode()).hexdigest()
-        with self._guard:
-            lock = self._locks.setdefault(key, threading.Lock())
-        with lock:
-            entry = self._read(key)
-            if entry is not None and self._age_s(entry) < ttl_s:
-                return Cached(entry.document, entry.next_cursor, entry.fetched_at, stale=False, from_hub=False)
-            try:
-                answer = fetch(entry.etag if entry is not None else None)
-            except HubUnavailable:
-                if entry is None:
-                    raise
-                return Cached(entry.document, entry.next_cursor, entry.fetched_at, stale=True, from_hub=False)
-            fresh = self._keep(key, entry, answer)
-            return Cached(fresh.document, fresh.next_cursor, fresh.fetched_at, stale=False, from_hub=True)
+        with self._lock:
+            flight = self._flights.get(key)
+            leads = flight is None
+            if flight is None:
+                flight = self._flights[key] = Future()
+        if not leads:
+            return flight.result()
+        try:
+            result = self._resolve(key, adapter, fetch, ttl_s)
+        except BaseException as error:
+            flight.set_exception(error)
+            raise
+        else:
+            flight.set_result(result)
+            return result
+        finally:
+            with self._lock:
+                del self._flights[key]
 
     def clear(self) -> None:
-        """Forget everything."""
-        for file in self._folder.glob("*.json"):
-            file.unlink(missing_ok=True)
+        """Forget every entry."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
 
-    def _age_s(self, entry: _Entry) -> float:
-        # A clock set back must not make an answer fresh for a year.
-        age = (self._clock.now() - entry.fetched_at).total_seconds()
-        return age if age >= 0 else FOREVER
-
-    def _keep(self, key: str, stale: _Entry | None, answer: HubAnswer) -> _Entry:
-        now = self._clock.now()
-        if answer.document is None and stale is not None:
-            fresh = _Entry(stale.document, stale.next_cursor, stale.etag, now)
-        else:
-            fresh = _Entry(answer.document, answer.next_cursor, answer.etag, now)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        content = fresh.__dict__ | {"fetched_at": now.isoformat()}
-        write_atomic(self._folder / f"{key}.json", json.dumps(content).encode())
-        return fresh
-
-    def _read(self, key: str) -> _Entry | None:
-        file = self._folder / f"{key}.json"
+    def _resolve(
+        self,
+        key: str,
+        adapter: TypeAdapter[T],
+        fetch: Callable[[str | None], Fetched[T]],
+        ttl_s: Callable[[T], float | None],
+    ) -> Cached[T]:
+        held = self._read(key, adapter)
+        if held is not None and self._is_fresh(held, ttl_s(held.value)):
+            return Cached(held.value, held.fetched_at, "cache", stale=False)
         try:
-            content = json.loads(file.read_bytes())
-            fetched_at = datetime.fromisoformat(content["fetched_at"]).astimezone(UTC)
-            return _Entry(content["document"], content["next_cursor"], content["etag"], fetched_at)
+            fetched = fetch(held.etag if held is not None else None)
+        except HubUnavailable as error:
+            if held is None:
+                raise
+            _log.warning("metadata_cache.stale", fetched_at=held.fetched_at.isoformat(), reason=error.detail)
+            return Cached(held.value, held.fetched_at, "cache", stale=True)
+        value = fetched.value if fetched.value is not None else held.value if held is not None else None
+        if value is None:
+            raise HubUnavailable("The Hub answered that nothing has changed, but nothing was held.")
+        now = self._clock.now()
+        self._write(key, _Entry(value, fetched.etag, now))
+        return Cached(value, now, "hub", stale=False)
+
+    def _is_fresh(self, entry: _Entry[Any], ttl_s: float | None) -> bool:
+        if ttl_s is None:
+            return True
+        age = self._clock.now() - entry.fetched_at
+        # An entry from the future was written under a clock that has been set back: its age is not known.
+        return timedelta(0) <= age < timedelta(seconds=ttl_s)
+
+    def _path(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+
+    def _files(self) -> list[Path]:
+        return list(self._folder.glob("*.json")) if self._folder.is_dir() else []
+
+    def _read(self, key: str, adapter: TypeAdapter[T]) -> _Entry[T] | None:
+        path = self._path(key)
+        try:
+            raw = from_json(path.read_bytes())
+            if not isinstance(raw, dict) or raw.get("format") != _FORMAT or raw.get("key") != key:
+                raise ValueError("not an entry of this cache for this key")
+            fetched_at = moment(raw.get("fetched_at"))
+            if fetched_at is None:
+                raise ValueError("no time of fetching")
+            return _Entry(adapter.validate_python(raw.get("value")), text(raw.get("etag")), fetched_at)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            _log.warning("metadata_cache.corrupt", file=file.name, error=str(error))
+        except (ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
+            _log.warning("metadata_cache.rebuilt", file=path.name, reason=str(error)[:300])
             return None
+
+    def _write(self, key: str, entry: _Entry[Any]) -> None:
+        content = to_json(
+            {
+                "format": _FORMAT,
+                "key": key,
+                "etag": entry.etag,
+                "fetched_at": entry.fetched_at.isoformat(),
+                "value": entry.value,
+            },
+            inf_nan_mode="constants",  # some config.json files hold Infinity
+        )
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(self._path(key), content)
+            self._prune()
+        except (StorageFull, OSError) as error:
+            # The answer is at hand; a disk that cannot keep it only makes the next question slower.
+            _log.warning("metadata_cache.not_kept", reason=str(error))
+
+    def _prune(self) -> None:
+        files = self._files()
+        if len(files) <= _MAX_ENTRIES:
+            return
+        # Half at once, oldest first, so that this is not done at every write.
+        for _, path in sorted((path.stat().st_mtime, path) for path in files)[: len(files) - _MAX_ENTRIES // 2]:
+            path.unlink(missing_ok=True)

@@ -1,229 +1,237 @@
-"""Models, wherever they are: the Hub through a cache, and this machine when the Hub cannot be reached."""
+"""Which models there are: the Hub's, through the cache, and this machine's."""
 
 import json
-import re
 import time
-from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from core.clock import Clock, SystemClock
-from core.errors import HubUnavailable, ModelRejected, TaskNotFound
+from core.errors import HubUnavailable, ModelGated, ModelNotFound, ModelRejected, SettingRejected, TaskNotFound
+from core.logging import get_logger
 from core.settings import Settings, get_settings
 from core.singleton import singleton
-from domain.model_records import ModelDetails, ModelFile, ModelSummary, SearchQuery, details_from_hub, summary_from_hub
-from services import embedded_model
-from services.hub_client import HubAnswer, HubClient
-from services.local_models import LocalModel, LocalModels
-from services.metadata_cache import FOREVER, MetadataCache
+from domain.algorithms import Algorithm
+from domain.model_records import (
+    TASKS,
+    DetailsAnswer,
+    Fit,
+    HubPage,
+    ModelDetails,
+    ModelSummary,
+    RatedModel,
+    SearchPage,
+    SearchQuery,
+    check_model_id,
+    check_revision,
+)
+from services.embedded_listing import embedded_local_model
+from services.hub_client import HubClient, QueryRejected, search_params
+from services.local_models import LocalModel, LocalModels, hub_cache_dir
+from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
+from services.model_fit import fit_of
 
-SEARCH_TTL_S = 3600.0
-DETAILS_TTL_S = 86400.0
-_MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_SHA = re.compile(r"[0-9a-f]{40}")
-# Source: the Hub's pipeline tags (huggingface.js, packages/tasks), text and what a causal model can serve.
-TASKS = (
-    "text-generation", "text-classification", "token-classification", "question-answering", "summarization",
-    "translation", "fill-mask", "sentence-similarity", "feature-extraction", "zero-shot-classification",
-    "table-question-answering", "image-text-to-text", "visual-question-answering", "image-classification",
-    "image-to-text", "text-to-image", "object-detection", "automatic-speech-recognition", "text-to-speech",
-    "audio-classification", "any-to-any",
-)  # fmt: skip
+# config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
+FitOf = Callable[[dict[str, Any] | None, ModelSummary, str], Fit | None]
 
-Source = Literal["hub", "cache", "local"]
-
-
-@dataclass(frozen=True)
-class SearchPage:
-    """One page of models, and how fresh it is."""
-
-    models: list[ModelSummary]
-    next_cursor: str | None
-    source: Source
-    fetched_at: datetime
-    stale: bool
+_PAGES = TypeAdapter(HubPage)
+_DETAILS = TypeAdapter(ModelDetails)
+_LOCAL_CURSOR = "local:"
+_UNREADABLE_TTL_S = 60.0  # a gated model's config: its licence may be accepted any minute
+_SHA_CHARACTERS = frozenset("0123456789abcdef")
+_log = get_logger(__name__)
 
 
 class ModelRegistryService:
-    """Searches and describes models."""
+    """Answers questions about models.
 
-    def __init__(self, hub: HubClient, cache: MetadataCache, local: LocalModels, clock: Clock) -> None:
-        self._hub, self._cache, self._local, self._clock = hub, cache, local, clock
+    Args:
+        hub: Asks the Hub.
+        cache: Keeps its answers.
+        local: Finds what is on this machine.
+        clock: Dates answers that are not the Hub's.
+        fit_of: Judges whether a fine-tune fits; None judges nothing.
+    """
+
+    def __init__(
+        self, hub: HubClient, cache: MetadataCache, local: LocalModels, clock: Clock, *, fit_of: FitOf | None = None
+    ) -> None:
+        self._hub, self._cache, self._local, self._clock, self._fit_of = hub, cache, local, clock, fit_of
 
     def search(self, query: SearchQuery) -> SearchPage:
-        """List models from the Hub, or what is on this machine when it cannot be reached."""
-        question = "search " + json.dumps(asdict(query), sort_keys=True)
-        try:
-            cached = self._cache.get(question, SEARCH_TTL_S, lambda etag: self._hub.search(query, etag))
-        except HubUnavailable:
-            return self._search_local(query)
-        here = {model.summary.model_id for model in self._local.all()}
-        models = [summary_from_hub(payload) for payload in cached.document]
-        models = [replace(model, local=model.model_id in here) for model in models]
-        source: Source = "hub" if cached.from_hub else "cache"
-        return SearchPage(models, cached.next_cursor, source, cached.fetched_at, cached.stale)
+        """Return a page of models; this machine's own where the Hub cannot be reached and nothing is cached.
 
-    def _search_local(self, query: SearchQuery) -> SearchPage:
-        models = [model.summary for model in self._local.all() if _matches(model.summary, query)]
-        return SearchPage(models[: query.limit], None, "local", self._clock.now(), stale=False)
+        Raises:
+            SettingRejected: Only fitting models are wanted and nothing judges that here.
+            QueryRejected: The cursor is not one.
+            HubUnavailable: A later page of the Hub's list is wanted and cannot be had.
+        """
+        if query.only_fitting and self._fit_of is None:
+            raise SettingRejected("only_fitting: whether a model fits is not judged by this server.")
+        if query.cursor is not None and query.cursor.startswith(_LOCAL_CURSOR):
+            return self._search_local(query)
+        params = search_params(query)
+        try:
+            found = self._cache.get(
+                self._key("search", params), _PAGES, lambda etag: self._hub.search(query, etag), lambda _: SEARCH_TTL_S
+            )
+        except HubUnavailable as error:
+            if query.cursor is not None:
+                raise
+            _log.warning("models.answered_locally", reason=error.detail)
+            return self._search_local(query)
+        here = {model.model_id: model for model in self._local.all()}
+        models = [
+            (replace(summary, local=summary.model_id in here), here.get(summary.model_id))
+            for summary in found.value.models
+        ]
+        return SearchPage(
+            self._rated(models, query), found.value.next_cursor, found.source, found.fetched_at, found.stale
+        )
 
     def popular(self, task: str, limit: int) -> SearchPage:
-        """List the most downloaded models of a task.
+        """Return a task's most downloaded models.
 
         Raises:
             TaskNotFound: The Hub has no such task; `tasks` lists those it has.
         """
         if task not in TASKS:
-            raise TaskNotFound(f"There is no task {task!r:.60}. Known are: {', '.join(TASKS)}.", tasks=list(TASKS))
-        query = SearchQuery(None, task, None, None, (), None, None, None, None, "downloads", limit, None)
-        return self.search(query)
+            raise TaskNotFound(f"{task[:100]!r} is not a task of the Hub; `tasks` lists them.", tasks=list(TASKS))
+        return self.search(SearchQuery(task=task, sort="downloads", limit=limit))
 
-    def details(self, model_id: str, revision: str | None) -> ModelDetails:
-        """Describe a model.
+    def details(self, model_id: str, revision: str | None = None) -> DetailsAnswer:
+        """Return one model; from its folder here where the Hub cannot be reached or does not know it.
 
         Raises:
-            ModelRejected: The id is not one the Hub could have.
-            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+            ModelRejected: The id or the revision cannot be one.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says, and the model is not here either.
         """
         check_model_id(model_id)
-        here = self._local.find(model_id)
+        if revision is not None:
+            check_revision(revision)
+        local = self._local.find(model_id)
         try:
-            payload, config = self._payload(model_id, revision)
-        except HubUnavailable:
-            if here is None or revision is not None:
+            found = self._cache.get(
+                self._key("details", [model_id, revision]),
+                _DETAILS,
+                lambda etag: self._hub.details(model_id, revision, etag),
+                lambda details: _details_ttl_s(details, revision),
+            )
+        except (HubUnavailable, ModelNotFound) as error:
+            if local is None or revision not in (None, local.revision):
                 raise
-            return _local_details(here)
-        found = details_from_hub(payload, config, revision)
-        return replace(found, summary=replace(found.summary, local=here is not None))
+            _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
+            details = self._local.details(local)
+            return DetailsAnswer(details, self._fits(details), "local", self._clock.now(), False)
+        details = replace(found.value, summary=replace(found.value.summary, local=local is not None))
+        return DetailsAnswer(details, self._fits(details), found.source, found.fetched_at, found.stale)
 
-    def config_of(self, model_id: str, revision: str | None) -> dict[str, Any]:
-        """Return a model's config.json, from this machine if it is here.
-
-        Raises:
-            ModelRejected: It has none.
-            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
-        """
-        check_model_id(model_id)
-        here = self._local.find(model_id) if revision is None else None
-        if here is not None:
-            return here.config
-        _, config = self._payload(model_id, revision)
-        if config is None:
-            raise ModelRejected(f"{model_id} has no config.json, so it is no transformers model.")
-        return config
-
-    def _payload(self, model_id: str, revision: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        ttl_s = FOREVER if revision is not None and _SHA.fullmatch(revision) else DETAILS_TTL_S
-        question = f"model {model_id} {revision or ''}"
-        payload = self._cache.get(question, ttl_s, lambda etag: self._hub.model(model_id, revision, etag)).document
-        names = {item.get("rfilename") for item in payload.get("siblings") or ()}
-        sha = payload.get("sha")
-        if "config.json" not in names or not isinstance(sha, str):
-            return payload, None
-
-        def fetch(_etag: str | None) -> HubAnswer:
-            return HubAnswer({"config": self._hub.config(payload.get("id", model_id), sha)}, None, None)
-
-        return payload, self._cache.get(f"config {model_id} {sha}", FOREVER, fetch).document["config"]
-
-    def local_models(self) -> list[LocalModel]:
-        """Return what is on this machine."""
+    def local_models(self) -> tuple[LocalModel, ...]:
+        """Return the models on this machine."""
         return self._local.all()
 
+    def resolve_local(self, model_id: str) -> LocalModel | None:
+        """Return the model on this machine, or None."""
+        return self._local.find(model_id)
+
     def local_path(self, model_id: str) -> Path | None:
-        """Return the folder of a model that is on this machine, or None."""
-        return self._local.local_path(model_id)
+        """Return the folder of the model on this machine, or None if there is none or it is still to be prepared."""
+        local = self._local.find(model_id)
+        return local.path if local is not None else None
+
+    def config_of(self, model_id: str, revision: str | None = None) -> dict[str, Any]:
+        """Return a model's config.json, from this machine if the model is here.
+
+        Raises:
+            ModelRejected: The id cannot be one, or the model has no readable config.json.
+            ModelGated: Its licence has to be accepted first.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+        """
+        check_model_id(model_id)
+        local = self._local.find(model_id)
+        if local is not None and revision in (None, local.revision):
+            config = self._local.config(local)
+            if config is not None:
+                return config
+        details = self.details(model_id, revision).details
+        if details.config is not None:
+            return details.config
+        if all(file.path != "config.json" for file in details.files):
+            raise ModelRejected(f"{model_id} has no config.json: it is not a transformers model.")
+        if details.summary.gated:
+            raise ModelGated(
+                f"{model_id} is gated: accept its licence on its page, and set HF_TOKEN to a token of that account.",
+                model_id=model_id,
+            )
+        raise ModelRejected(f"{model_id}: config.json is not a JSON object.")
 
     def clear_cache(self) -> None:
         """Forget what the Hub said."""
         self._cache.clear()
 
+    def fit_of_local(self, model: LocalModel) -> Fit | None:
+        """Judge a model on this machine, with LoRA."""
+        return self._fit(self._local.config(model), model.summary, None) if self._fit_of is not None else None
 
-def check_model_id(model_id: str) -> None:
-    """Refuse an id that the Hub could not have.
+    def _search_local(self, query: SearchQuery) -> SearchPage:
+        start = (query.cursor or _LOCAL_CURSOR).removeprefix(_LOCAL_CURSOR) or "0"
+        if not (start.isascii() and start.isdecimal() and len(start) <= 9):
+            raise QueryRejected("`cursor` is not one that a search returned.")
+        models = self._local.search(query)
+        begin, end = int(start), int(start) + query.limit
+        page = [(model.summary, model) for model in models[begin:end]]
+        next_cursor = f"{_LOCAL_CURSOR}{end}" if end < len(models) else None
+        return SearchPage(self._rated(page, query), next_cursor, "local", self._clock.now(), False)
 
-    Raises:
-        ModelRejected: Source: huggingface_hub's validate_repo_id.
-    """
-    if not _MODEL_ID.fullmatch(model_id) or len(model_id) > 96 or "--" in model_id or ".." in model_id:
-        raise ModelRejected(f"{model_id!r:.120} is not a model id: it must read owner/name.")
+    def _rated(
+        self, models: Sequence[tuple[ModelSummary, LocalModel | None]], query: SearchQuery
+    ) -> tuple[RatedModel, ...]:
+        if self._fit_of is None:
+            return tuple(RatedModel(summary, None) for summary, _ in models)
+        rated = (
+            RatedModel(summary, self._fit(self._local.config(here) if here else None, summary, query.algorithm))
+            for summary, here in models
+        )
+        if not query.only_fitting:
+            return tuple(rated)
+        return tuple(model for model in rated if model.fit is not None and model.fit.verdict in ("fits", "tight"))
 
+    def _fits(self, details: ModelDetails) -> dict[str, Fit | None]:
+        return {item.value: self._fit(details.config, details.summary, item.value) for item in Algorithm}
 
-def _matches(model: ModelSummary, query: SearchQuery) -> bool:
-    """Filter local models; a model of which a filtered field is unknown does not match."""
-    wanted = (
-        (query.task, model.task),
-        (query.author, model.author),
-        (query.library, model.library),
-        (query.license, model.license),
-    )
-    if any(want is not None and want != have for want, have in wanted):
-        return False
-    if query.query and query.query.lower() not in model.model_id.lower():
-        return False
-    if query.gated is not None and bool(model.gated) != query.gated:
-        return False
-    if not set(query.tags) <= set(model.tags):
-        return False
-    low, high = query.min_parameters, query.max_parameters
-    if low is None and high is None:
-        return True
-    return model.parameters is not None and (low or 0) <= model.parameters <= (high or model.parameters)
+    def _fit(self, config: dict[str, Any] | None, summary: ModelSummary, algorithm: str | None) -> Fit | None:
+        return self._fit_of(config, summary, algorithm or Algorithm.LORA.value) if self._fit_of is not None else None
 
-
-def _local_details(model: LocalModel) -> ModelDetails:
-    files: tuple[ModelFile, ...] = ()
-    template: bool | None = None
-    if model.path is not None:
-        present = [path for path in sorted(model.path.iterdir()) if path.is_file()]
-        files = tuple(ModelFile(path.name, path.stat().st_size) for path in present)
-        template = any(path.name == "chat_template.jinja" for path in present)
-    return ModelDetails(
-        summary=model.summary,
-        sha=None,
-        revision=None,
-        files=files,
-        parameters_by_dtype=None,
-        config=model.config,
-        chat_template=template,
-        base_model=None,
-        languages=(),
-        requires_remote_code=bool(model.config.get("auto_map")),
-    )
+    def _key(self, kind: str, question: object) -> str:
+        return json.dumps([kind, self._hub.endpoint, self._hub.authenticated, question])
 
 
-def embedded_local_model() -> LocalModel:
-    """Describe the embedded model as the registry shows it, prepared or not."""
-    summary = ModelSummary(
-        model_id=embedded_model.MODEL_ID,
-        author="HuggingFaceTB",
-        downloads=None,
-        likes=None,
-        task="text-generation",
-        library="transformers",
-        tags=("embedded",),
-        license="apache-2.0",
-        gated=False,
-        parameters=embedded_model.PARAMETERS,
-        size_bytes=embedded_model.SIZE_BYTES,
-        architecture="LlamaForCausalLM",
-        created_at=None,
-        modified_at=None,
-        local=True,
-    )
-    return LocalModel(summary, embedded_model.get_embedded_model().path, dict(embedded_model.CONFIG))
+def _details_ttl_s(details: ModelDetails, revision: str | None) -> float | None:
+    if details.summary.gated and details.config is None:
+        return _UNREADABLE_TTL_S
+    pinned = revision is not None and len(revision) == 40 and set(revision) <= _SHA_CHARACTERS
+    return None if pinned else DETAILS_TTL_S
 
 
-def build_model_registry_service(settings: Settings) -> ModelRegistryService:
-    """Wire the registry."""
+def build_model_registry_service(
+    settings: Settings, *, embedded: Callable[[], LocalModel | None] | None, fit_of: FitOf | None
+) -> ModelRegistryService:
+    """Build the service on the settings' folders and the environment's Hub."""
     clock = SystemClock()
-    local = LocalModels(settings.model_dirs, embedded_local_model)
+    local = LocalModels(
+        settings.model_dirs,
+        prepared_dir=settings.resolved_cache_dir / "models",
+        hub_cache_dir=hub_cache_dir,
+        embedded=embedded,
+    )
     cache = MetadataCache(settings.resolved_cache_dir / "hub", clock)
-    return ModelRegistryService(HubClient(time.sleep), cache, local, clock)
+    return ModelRegistryService(HubClient(clock, time.sleep), cache, local, clock, fit_of=fit_of)
 
 
 @singleton
 def get_model_registry_service() -> ModelRegistryService:
-    """Return the process's registry."""
-    return build_model_registry_service(get_settings())
+    """Return the process's model registry."""
+    return build_model_registry_service(get_settings(), embedded=embedded_local_model, fit_of=fit_of)

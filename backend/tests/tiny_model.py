@@ -11,6 +11,9 @@ _CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five
 
 def make_tiny_model(folder: Path) -> None:
     """Write the model as a normal local folder. The weights are the same each time."""
+    from engine.guards import hide_broken_torchvision
+
+    hide_broken_torchvision()
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

@@ -1,0 +1,33 @@
+"""Whether a fine-tune of a model fits this machine, in short: for lists and details."""
+
+from typing import Any
+
+from domain.algorithms import Algorithm
+from domain.configure import configure
+from domain.memory_estimate import estimate, judge
+from domain.model_records import Fit, ModelSummary
+from domain.model_shape import read_shape
+from services.machine import get_machine
+
+
+def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str) -> Fit | None:
+    """Judge an algorithm with its defaults against what is free now.
+
+    Args:
+        config: config.json, if it is at hand: nothing is fetched for a list.
+        algorithm: Its id.
+
+    Returns:
+        The verdict, or None where the layers of the model are not known.
+    """
+    shape = read_shape(config) if config is not None else None
+    if shape is None:
+        return None
+    device = get_machine().device("auto")
+    settings = configure(
+        Algorithm(algorithm), use_case=None, overrides={}, machine=device.facts, max_positions=shape.max_positions
+    ).config
+    needed = estimate(shape, settings, on_gpu=device.on_gpu)
+    if device.available_bytes is None:
+        return Fit("unknown", needed.total_bytes)
+    return Fit(judge(needed.total_bytes, needed.high_bytes, device.available_bytes), needed.total_bytes)

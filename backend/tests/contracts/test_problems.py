@@ -1,0 +1,118 @@
+"""Every refusal is a problem document with a stable type; nothing is echoed and nothing crashes."""
+
+from typing import Any
+
+import pytest
+from conftest import TINY_ID
+from server import StudioServer
+
+from api.problems import STATUS, status_of
+from core import errors
+
+
+def _subclasses(kind: type[errors.StudioError]) -> set[type[errors.StudioError]]:
+    return {kind}.union(*(_subclasses(child) for child in kind.__subclasses__()))
+
+
+def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
+    import services.generation_service
+    import services.training_service  # noqa: F401 - they define errors of their own
+
+    kinds = _subclasses(errors.StudioError)
+    assert all(400 <= status_of(kind("x")) < 600 for kind in kinds)
+    assert len({kind.slug for kind in kinds}) == len(kinds)
+    assert set(STATUS) <= kinds
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "kind"),
+    [
+        ("POST", "/api/peft/load-model", {"model_id": "nobody/nothing"}, 503, "hub-unavailable"),
+        ("POST", "/api/peft/load-model", {"model_id": TINY_ID, "algorithm": "lorra"}, 422, "invalid-request"),
+        ("POST", "/api/peft/load-model", {"model_id": TINY_ID, "trust_remote_code": True}, 422, "invalid-request"),
+        ("POST", "/api/peft/load-model", {"model_id": TINY_ID, "engine": "unsloth"}, 422, "setting-rejected"),
+        ("POST", "/api/peft/load-model", {"model_id": TINY_ID, "device": 0}, 422, "setting-rejected"),
+        ("POST", "/api/peft/load-model", {"model_id": TINY_ID, "wait_s": "5"}, 422, "invalid-request"),
+        ("POST", "/api/peft/load-model", {"model_id": "../../etc/passwd"}, 422, "invalid-request"),
+        ("POST", "/api/peft/load-model", {"model_id": "a/b/c"}, 422, "invalid-request"),
+        ("POST", "/api/peft/configure", {"overrides": {"rnak": 4}}, 422, "invalid-request"),
+        ("POST", "/api/peft/configure", {"overrides": {"checkpoint_every_steps": 4}}, 422, "invalid-request"),
+        ("POST", "/api/peft/configure", {"overrides": {"precision": "fp16"}}, 422, "setting-rejected"),
+        (
+            "POST",
+            "/api/peft/configure",
+            {"algorithm": "pissa", "overrides": {"quantization": "nf4"}},
+            422,
+            "setting-rejected",
+        ),
+        ("POST", "/api/training/jobs", {"model_id": TINY_ID, "dataset_id": "ds_x"}, 404, "dataset-not-found"),
+        ("POST", "/api/training/jobs", {"dataset_id": "ds_x"}, 422, "setting-rejected"),
+        ("POST", "/api/training/jobs", {"loaded_model_id": "mdl_x", "dataset_id": "d"}, 404, "loaded-model-not-found"),
+        ("GET", "/api/training/jobs/none", None, 404, "job-not-found"),
+        ("GET", "/api/training/jobs/none/events", None, 404, "job-not-found"),
+        ("GET", "/api/adapters/none/download", None, 404, "adapter-not-found"),
+        ("GET", "/api/datasets/none", None, 404, "dataset-not-found"),
+        ("GET", "/api/models/popular/cooking", None, 404, "task-not-found"),
+        ("GET", "/api/models/a/b/c", None, 422, "model-rejected"),
+        ("GET", "/api/hardware/stream?interval_s=0", None, 422, "invalid-request"),
+        ("DELETE", "/api/peft/loaded-models/none", None, 404, "loaded-model-not-found"),
+        ("PUT", "/api/peft/algorithms", None, 405, "method-not-allowed"),
+        ("GET", "/nowhere", None, 404, "not-found"),
+    ],
+)
+def test_a_refusal_is_a_problem_document(
+    studio: StudioServer, method: str, path: str, body: Any, status: int, kind: str
+) -> None:
+    response = studio.http.request(method, path, json=body)
+    assert response.headers["content-type"] == "application/problem+json", response.text
+    problem = response.json()
+    assert (response.status_code, problem["type"]) == (status, f"/problems/{kind}")
+    assert problem["status"] == status and problem["title"] and problem["detail"]
+    assert problem["instance"] == path.partition("?")[0]
+    assert studio.engines() == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b'{"overrides": {"learning_rate": NaN}}', 422),
+        (b'{"overrides": {"learning_rate": 1e999}}', 422),
+        (b'{"overrides": {"rank": ' + b"9" * 4000 + b"}}", 422),
+        (b'{"model_id": "\\ud800/x"}', 422),
+        (b"[" * 900 + b"]" * 900, 422),
+        (b'{"algorithm": ', 422),
+        (b"\xff\xfe{\x00}\x00", 400),
+    ],
+)
+def test_hostile_json_is_refused_without_being_echoed(studio: StudioServer, raw: bytes, status: int) -> None:
+    response = studio.http.post("/api/peft/configure", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == status, response.text
+    assert len(response.content) < 2000
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil"}, 421),
+        ({"Host": "[::1]evil"}, 421),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Host": "localhost"}, 200),
+    ],
+)
+def test_a_web_page_cannot_drive_the_server(studio: StudioServer, headers: dict[str, str], status: int) -> None:
+    response = studio.http.get("/api/peft/use-cases", headers=headers)
+    assert response.status_code == status
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_only_json_is_taken_on_json_routes(studio: StudioServer) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        response = studio.http.post("/api/peft/configure", content=b"{}", headers={"Content-Type": kind})
+        assert response.status_code == 415
+    big = studio.http.post(
+        "/api/peft/configure", content=b" " * (5 * 2**20), headers={"Content-Type": "application/json"}
+    )
+    assert big.status_code == 413

@@ -1,0 +1,548 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core import errors
+from domain.model_records import ModelFile, SearchQuery, check_model_id, details_from_wire, summary_from_wire
+from services.hub_client import HubClient, QueryRejected, map_hub_error, search_params
+
+ANY = SearchQuery(task=None)
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
+WEIGHTS = safetensors_bytes({"w": ("BF16", (4, 8))})
+FILES = {
+    "config.json": json.dumps(CONFIG).encode(),
+    "tokenizer_config.json": b'{"chat_template": "{{ messages }}"}',
+    "model.safetensors": WEIGHTS,
+    "onnx/model.onnx": b"x" * 10,
+}
+RECORDED = Path(__file__).resolve().parents[4] / "shared" / "data" / "hub_api" / "vcr"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quiet_environment(monkeypatch, tmp_path)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubDouble]:
+    with HubDouble() as double:
+        yield double
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def client(hub: HubDouble, clock: ManualClock) -> HubClient:
+    return HubClient(clock, clock.sleep, endpoint=hub.url)
+
+
+def found(client: HubClient, query: SearchQuery) -> list[str]:
+    page = client.search(query).value
+    assert page is not None
+    return [model.model_id for model in page.models]
+
+
+# Search
+
+
+def test_every_filter_reaches_the_hub(hub: HubDouble, client: HubClient) -> None:
+    info: dict[str, Any] = {
+        "pipeline_tag": "text-generation",
+        "library_name": "transformers",
+        "tags": ["license:mit", "en", "chat"],
+        "safetensors": {"parameters": {"BF16": 7_000_000_001}, "total": 7_000_000_001},
+        "gated": "manual",
+    }
+    hub.add_model("me/wanted-model", {}, **info)
+    changes: list[dict[str, Any]] = [
+        {"pipeline_tag": "fill-mask"},
+        {"library_name": "gguf"},
+        {"tags": ["license:mit", "en"]},
+        {"tags": ["license:apache-2.0", "en", "chat"]},
+        {"safetensors": {"total": 6_999_999_999}},
+        {"safetensors": {"total": 7_000_000_002}},
+        {"safetensors": None},
+        {"gated": False},
+    ]
+    for number, change in enumerate(changes):
+        hub.add_model(f"me/wanted-{number}", {}, **info | change)
+    hub.add_model("you/wanted", {}, **info)
+    hub.add_model("me/other", {}, **info)
+    query = SearchQuery(
+        query="Wanted",
+        author="me",
+        library="transformers",
+        tags=("en", "chat"),
+        license="mit",
+        gated=True,
+        min_parameters=7_000_000_000,
+        max_parameters=7_000_000_001,
+    )
+
+    assert found(client, query) == ["me/wanted-model"]
+
+
+@pytest.mark.parametrize(
+    ("sort", "key"),
+    [
+        ("downloads", "downloads"),
+        ("likes", "likes"),
+        ("trending", "trendingScore"),
+        ("created", "createdAt"),
+        ("modified", "lastModified"),
+    ],
+)
+def test_every_order_is_the_hubs(hub: HubDouble, client: HubClient, sort: Any, key: str) -> None:
+    values = [f"2025-01-0{n}T00:00:00.000Z" for n in (2, 3, 1)] if "At" in key or "Mod" in key else [2, 3, 1]
+    for name, value in zip("abc", values, strict=True):
+        hub.add_model(f"me/{name}", {}, **{key: value})
+
+    assert found(client, SearchQuery(task=None, sort=sort)) == ["me/b", "me/a", "me/c"]
+
+
+def test_pages_follow_the_cursor_of_the_link_header(hub: HubDouble, client: HubClient) -> None:
+    for number in range(5):
+        hub.add_model(f"me/m{number}", {}, downloads=number)
+    names: list[str] = []
+    cursor, pages = None, 0
+    while pages == 0 or cursor is not None:
+        page = client.search(SearchQuery(task=None, limit=2, cursor=cursor)).value
+        assert page is not None
+        names += [model.model_id for model in page.models]
+        cursor, pages = page.next_cursor, pages + 1
+
+    assert names == [f"me/m{number}" for number in (4, 3, 2, 1, 0)]
+    assert pages == 3
+    assert hub.requests["list"] == 3
+
+
+@pytest.mark.parametrize("cursor", ["http://169.254.169.254/latest", "a b", "a&sort=likes", "", "x" * 2001])
+def test_a_cursor_is_never_an_address(hub: HubDouble, client: HubClient, cursor: str) -> None:
+    with pytest.raises(QueryRejected):
+        client.search(SearchQuery(cursor=cursor))
+    assert hub.requests.total() == 0
+
+
+def test_a_cursor_that_the_hub_refuses_is_the_requests_fault(client: HubClient) -> None:
+    with pytest.raises(QueryRejected, match="Invalid cursor"):
+        client.search(SearchQuery(cursor="bm9wZQ=="))
+
+
+def test_what_the_hub_does_not_say_is_none(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("bare", {}, downloads=None, likes=None, gated=None, createdAt="2022-03-02T23:29:04.000Z")
+    hub.fail("list", status=200, body=b'[{"id": "bare", "createdAt": "2022-03-02T23:29:04.000Z"}]')
+
+    page = client.search(ANY).value
+
+    assert page is not None
+    known = {name: value for name, value in vars(page.models[0]).items() if value is not None}
+    assert known == {"model_id": "bare", "tags": (), "local": False}
+
+
+@given(st.integers(1, 10**13), st.integers(1, 10**13))
+def test_bounds_are_rounded_outwards(minimum: int, maximum: int) -> None:
+    sent = dict(search_params(SearchQuery(min_parameters=minimum, max_parameters=maximum)))["num_parameters"]
+    low, high = (part.split(":")[1] for part in str(sent).split(","))
+    units = {"K": 10**3, "M": 10**6, "B": 10**9, "0": 0}
+    read = [int(word[:-1] or 0) * units[word[-1]] if word != "0" else 0 for word in (low, high)]
+
+    for exact, rounded in ((minimum, read[0]), (maximum, read[1])):
+        assert abs(exact - rounded) < (10**6 if exact >= 10**6 else 10**3)
+    assert read[0] <= minimum
+    assert maximum <= read[1]
+
+
+# Details
+
+
+def test_details_say_what_the_repository_holds(hub: HubDouble, client: HubClient) -> None:
+    commit = hub.add_model(
+        "me/chat",
+        FILES,
+        tags=["license:mit"],
+        cardData={"base_model": ["me/base", "me/other"], "language": "en", "license": "mit"},
+        safetensors={"parameters": {"BF16": 32}, "total": 32},
+        config={"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        downloads=3,
+    )
+
+    details = client.details("me/chat").value
+
+    assert details is not None
+    assert (details.sha, details.revision) == (commit, None)
+    assert details.config == CONFIG
+    assert details.files == tuple(ModelFile(name, len(data)) for name, data in FILES.items())
+    assert details.parameters_by_dtype == {"BF16": 32}
+    assert (details.chat_template, details.base_model, details.languages) == (True, "me/base", ("en",))
+    assert details.requires_remote_code is False
+    summary = details.summary
+    assert (summary.size_bytes, summary.parameters, summary.architecture) == (len(WEIGHTS), 32, "LlamaForCausalLM")
+    assert (summary.author, summary.license, summary.downloads, summary.gated) == ("me", "mit", 3, False)
+    assert summary.created_at == datetime(2024, 1, 2, tzinfo=UTC)
+
+
+def test_a_revision_is_that_revision(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", {"config.json": b'{"a": 1}'})
+    old = hub.add_model("me/m", {"config.json": b'{"a": 2}'}, revision="refs/pr/1")
+
+    details = client.details("me/m", "refs/pr/1").value
+
+    assert details is not None
+    assert (details.sha, details.config) == (old, {"a": 2})
+
+
+def test_a_renamed_model_is_answered_under_its_new_name_with_sizes(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("new/name", FILES)
+    hub.rename("old", "new/name")
+
+    details = client.details("old").value
+
+    assert details is not None
+    assert (details.summary.model_id, details.summary.size_bytes) == ("new/name", len(WEIGHTS))
+
+
+def test_a_gated_model_is_described_without_its_config(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/gated", FILES, gated="manual")
+
+    details = client.details("me/gated").value
+
+    assert details is not None
+    assert (details.summary.gated, details.config) == (True, None)
+    assert (details.chat_template, details.requires_remote_code) == (None, None)
+
+
+def test_a_token_that_was_granted_access_reads_the_config(
+    hub: HubDouble, client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add_model("me/gated", FILES, gated="auto", granted=("hf_valid",))
+    monkeypatch.setenv("HF_TOKEN", "hf_valid")
+
+    details = client.details("me/gated").value
+
+    assert client.authenticated
+    assert details is not None
+    assert details.config == CONFIG
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"a": "\\ud800"}'])
+def test_a_broken_config_is_no_config(hub: HubDouble, client: HubClient, content: bytes) -> None:
+    hub.add_model("me/broken", {"config.json": content})
+
+    details = client.details("me/broken").value
+
+    assert details is not None
+    assert details.config is None
+
+
+@pytest.mark.parametrize(
+    ("files", "info", "chat", "code"),
+    [
+        ({"config.json": b'{"auto_map": {"AutoModel": "x.Y"}}'}, {}, False, True),
+        ({"config.json": b"{}", "chat_template.jinja": b"x"}, {}, True, False),
+        ({"config.json": b"{}", "tokenizer_config.json": b"{}"}, {}, False, False),
+        ({"config.json": b"{}", "tokenizer_config.json": b"["}, {}, None, False),
+        ({"README.md": b""}, {"tags": ["custom_code"]}, False, True),
+        ({"README.md": b""}, {"config": {"tokenizer_config": {"chat_template": "x"}}}, True, None),
+    ],
+)
+def test_chat_template_and_remote_code(
+    hub: HubDouble,
+    client: HubClient,
+    files: dict[str, bytes],
+    info: dict[str, Any],
+    chat: bool | None,
+    code: bool | None,
+) -> None:
+    hub.add_model("me/m", files, **info)
+
+    details = client.details("me/m").value
+
+    assert details is not None
+    assert (details.chat_template, details.requires_remote_code) == (chat, code)
+
+
+def test_an_answer_that_has_not_changed_is_not_sent_again(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", FILES)
+    etag = client.details("me/m").etag
+
+    again = client.details("me/m", etag=etag)
+
+    assert etag is not None
+    assert (again.value, again.etag) == (None, etag)
+    assert hub.requests["resolve"] == 2
+
+
+def test_weights_are_never_asked_for(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", FILES)
+    client.details("me/m")
+
+    assert {seen.path.split("/")[-1] for seen in hub.seen if seen.route == "resolve"} == {
+        "config.json",
+        "tokenizer_config.json",
+    }
+
+
+# Ids
+
+
+@pytest.mark.parametrize("model_id", ["gpt2", "a/b", "a_b/c.d-e", "A/B_", "0/1", "a/" + "b" * 94])
+def test_ids_of_the_hub_are_accepted(model_id: str) -> None:
+    check_model_id(model_id)
+
+
+@pytest.mark.parametrize(
+    "model_id",
+    [
+        *("", "/", "a/", "/a", "a/b/c", "a//b", "..", "../a", "a/..", "a..b", "a--b", ".a", "a.", "-a", "a/b.git"),
+        *("a b", "a\n", "é", "a/b?x", "a%2fb", "a/" + "b" * 95),
+    ],
+)
+def test_other_ids_never_reach_the_hub(hub: HubDouble, client: HubClient, model_id: str) -> None:
+    with pytest.raises(errors.ModelRejected):
+        client.details(model_id)
+    assert hub.requests.total() == 0
+
+
+@pytest.mark.parametrize("revision", ["", "../x", "a//b", "a?b", "-x", "a" * 101, "a/"])
+def test_other_revisions_never_reach_the_hub(hub: HubDouble, client: HubClient, revision: str) -> None:
+    with pytest.raises(errors.ModelRejected):
+        client.details("a/b", revision)
+    assert hub.requests.total() == 0
+
+
+# Errors
+
+
+def test_a_missing_model_and_a_missing_revision_are_not_found(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", FILES)
+    for arguments in (("me/absent", None), ("me/m", "absent")):
+        with pytest.raises(errors.ModelNotFound):
+            client.details(*arguments)
+
+
+def test_a_revoked_token_is_named_and_never_shown(
+    hub: HubDouble, client: HubClient, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked_secret")
+    hub.add_model("me/m", FILES)
+    for ask in (lambda: client.details("me/m"), lambda: client.search(ANY)):
+        with pytest.raises(errors.AccessDenied, match="HF_TOKEN") as caught:
+            ask()
+        assert "hf_revoked_secret" not in f"{caught.value!r}{caught.value.extras}"
+    output = capfd.readouterr()
+    assert "hf_revoked_secret" not in output.out + output.err
+
+
+def test_a_pause_that_is_long_is_told_and_kept(hub: HubDouble, client: HubClient, clock: ManualClock) -> None:
+    hub.fail("list", status=429, headers=RATE_LIMITED)
+    for passed_s in (0, 20):
+        clock.advance(passed_s)
+        with pytest.raises(errors.HubUnavailable) as caught:
+            client.search(ANY)
+        assert caught.value.extras == {"retry_after_s": 55.0 - passed_s}
+    clock.advance(35)
+
+    assert found(client, ANY) == []
+    assert hub.requests["list"] == 2
+    assert clock.slept_s == []
+
+
+def test_a_pause_that_is_short_is_waited_for(hub: HubDouble, client: HubClient, clock: ManualClock) -> None:
+    hub.fail("list", status=429, headers={"Retry-After": "7"})
+    dates = {"Date": "Fri, 21 Mar 2025 11:19:30 GMT", "Retry-After": "Fri, 21 Mar 2025 11:19:33 GMT"}
+    hub.fail("list", status=503, headers=dates)
+
+    assert found(client, ANY) == []
+    assert clock.slept_s == [7.0, 3.0]
+
+
+def test_passing_faults_are_tried_again_a_bounded_number_of_times(
+    hub: HubDouble, client: HubClient, clock: ManualClock
+) -> None:
+    hub.fail("list", status=503, times=2)
+    assert found(client, ANY) == []
+    assert hub.requests["list"] == 3
+
+    hub.fail("list", status=502, times=9)
+    with pytest.raises(errors.HubUnavailable, match="502"):
+        client.search(ANY)
+    assert hub.requests["list"] == 6
+    assert clock.slept_s == [1.0, 2.0, 1.0, 2.0]
+
+
+def test_a_cut_connection_is_tried_again(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", FILES)
+    hub.fail("info", "cut")
+
+    assert client.details("me/m").value is not None
+    assert hub.requests["info"] == 2
+
+
+def test_a_hub_that_hangs_is_given_up(hub: HubDouble, clock: ManualClock) -> None:
+    hub.fail("list", "hang", times=3)
+    with pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
+        HubClient(clock, clock.sleep, endpoint=hub.url, timeout_s=0.05).search(ANY)
+    assert hub.requests["list"] == 3
+
+
+def test_a_hub_that_is_not_there_is_asked_once(clock: ManualClock) -> None:
+    with pytest.raises(errors.HubUnavailable):
+        HubClient(clock, clock.sleep, endpoint="http://127.0.0.1:1").search(ANY)
+    assert clock.slept_s == []
+
+
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"{}", b"3", b'[{"likes": 1}]', b"[3]", b""])
+def test_a_captive_portals_answer_is_the_hub_being_away(hub: HubDouble, client: HubClient, body: bytes) -> None:
+    hub.fail("list", status=200, body=body)
+    with pytest.raises(errors.HubUnavailable):
+        client.search(ANY)
+
+
+def test_half_an_answer_is_the_hub_being_away(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", FILES)
+    hub.fail("info", "short")
+    with pytest.raises(errors.HubUnavailable):
+        client.details("me/m")
+
+
+def test_offline_mode_asks_nobody(hub: HubDouble, client: HubClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(errors.HubUnavailable, match="HF_HUB_OFFLINE"):
+        client.search(ANY)
+    assert hub.requests.total() == 0
+
+
+def test_the_endpoint_is_the_environments(monkeypatch: pytest.MonkeyPatch, clock: ManualClock) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example/")
+    assert HubClient(clock, clock.sleep).endpoint == "http://mirror.example"
+
+
+def response(status: int, **headers: str) -> httpx.Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return httpx.Response(status, headers=named, request=httpx.Request("GET", "https://hub.example/api/models/a/b"))
+
+
+def local_entry(cause: Exception | None) -> Exception:
+    error = hub_errors.LocalEntryNotFoundError("not cached")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (hub_errors.GatedRepoError("x", response=response(403)), errors.ModelGated),
+        (hub_errors.RepositoryNotFoundError("x", response=response(404)), errors.ModelNotFound),
+        (hub_errors.RevisionNotFoundError("x", response=response(404)), errors.ModelNotFound),
+        (hub_errors.DisabledRepoError("x", response=response(403)), errors.AccessDenied),
+        (hub_errors.RemoteEntryNotFoundError("x", response=response(404)), errors.ModelRejected),
+        (hub_errors.BadRequestError("x", response=response(400)), errors.ModelRejected),
+        (hub_errors.HfHubHTTPError("x", response=response(401)), errors.ModelNotFound),
+        (hub_errors.HfHubHTTPError("x", response=response(403)), errors.AccessDenied),
+        (hub_errors.HfHubHTTPError("x", response=response(404)), errors.ModelNotFound),
+        (hub_errors.HfHubHTTPError("x", response=response(418)), errors.HubUnavailable),
+        (hub_errors.HfHubHTTPError("x", response=response(429, Retry_After="soon")), errors.HubUnavailable),
+        (hub_errors.HfHubHTTPError("x", response=response(500)), errors.HubUnavailable),
+        (hub_errors.HFValidationError("x"), errors.ModelRejected),
+        (hub_errors.OfflineModeIsEnabled("x"), errors.HubUnavailable),
+        (local_entry(None), errors.HubUnavailable),
+        (local_entry(hub_errors.GatedRepoError("x", response=response(403))), errors.ModelGated),
+        (httpx.ConnectError("x"), errors.HubUnavailable),
+        (httpx.TooManyRedirects("x"), errors.HubUnavailable),
+        (httpx.InvalidURL("x"), errors.HubUnavailable),
+        (ConnectionResetError(104, "x"), errors.HubUnavailable),
+        (OSError("Consistency check failed"), errors.HubUnavailable),
+        (OSError(28, "No space left on device"), errors.StorageFull),
+        (errors.ModelGated("x"), errors.ModelGated),
+    ],
+)
+def test_every_error_of_the_client_has_one_of_ours(error: Exception, expected: type[errors.StudioError]) -> None:
+    assert type(map_hub_error(error, "a/b")) is expected
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "x"), RuntimeError("x")])
+def test_an_error_that_is_not_the_hubs_is_not_blamed_on_it(error: Exception) -> None:
+    assert type(map_hub_error(error, "a/b")) is errors.StudioError
+
+
+# The double, and the real Hub's answers
+
+
+def test_huggingface_hub_itself_downloads_from_the_double(hub: HubDouble, tmp_path: Path) -> None:
+    commit = hub.add_model("me/m", FILES)
+    folder = Path(snapshot_download("me/m", endpoint=hub.url, cache_dir=tmp_path, token="hf_valid"))
+
+    assert folder.name == commit
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == set(FILES)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert all("Authorization" not in seen.headers for seen in hub.seen if seen.route == "cdn")
+    assert any("Authorization" in seen.headers for seen in hub.seen if seen.route == "resolve")
+
+
+def recorded(suffix: str) -> list[Path]:
+    return sorted(RECORDED.glob(f"*models__*{suffix}")) if RECORDED.is_dir() else []
+
+
+@pytest.mark.skipif(not RECORDED.is_dir(), reason="the recorded responses are not here")
+def test_nothing_is_invented_about_what_the_real_hub_answered() -> None:
+    models = 0
+    for path in recorded(".body.json"):
+        body = json.loads(path.read_text())
+        for payload in body if isinstance(body, list) else [body]:
+            if "error" in payload:
+                continue
+            models += 1
+            details = details_from_wire(payload, None, None, None)
+            summary = details.summary
+            assert summary == summary_from_wire(payload)
+            assert summary.model_id == payload["id"]
+            for name, key in {"downloads": "downloads", "likes": "likes", "task": "pipeline_tag"}.items():
+                assert getattr(summary, name) == payload.get(key), (path.name, name)
+            assert summary.library == payload.get("library_name")
+            assert summary.tags == tuple(payload.get("tags") or ())
+            assert summary.parameters == (payload.get("safetensors") or {}).get("total")
+            assert summary.gated == (None if "gated" not in payload else payload["gated"] is not False)
+            assert summary.size_bytes is None  # none of these was asked for with blobs
+            for name, key in {"created_at": "createdAt", "modified_at": "lastModified"}.items():
+                at = getattr(summary, name)
+                assert at is None or at.strftime("%Y-%m-%dT%H:%M:%S") == payload[key][:19]
+                assert at is not None or payload.get(key) in (None, "2022-03-02T23:29:04.000Z")
+            assert details.sha == payload.get("sha")
+            assert (details.languages is None) == ("cardData" not in payload)
+            assert [file.path for file in details.files] == [item["rfilename"] for item in payload.get("siblings", [])]
+    assert models > 1000
+
+
+@given(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text())))
+def test_odd_fields_hide_nothing_else(odd: dict[str, Any]) -> None:
+    names = ["tags", "gated", "downloads", "likes", "safetensors", "siblings", "config", "cardData", "createdAt"]
+    payload = dict(zip(names, odd.values(), strict=False)) | {"id": "a/b"}
+    assert details_from_wire(payload, None, None, None).summary.model_id == "a/b"
+
+
+def test_nothing_heavy_is_imported_to_make_a_client() -> None:
+    code = (
+        "import sys, time; from services.hub_client import HubClient; import services.model_registry_service;"
+        "from core.clock import SystemClock; HubClient(SystemClock(), time.sleep);"
+        "early = [m for m in ('torch', 'transformers', 'huggingface_hub', 'httpx') if m in sys.modules];"
+        "import huggingface_hub; huggingface_hub.HfApi; huggingface_hub.scan_cache_dir;"
+        "late = [m for m in ('torch', 'transformers') if m in sys.modules]; print(early, late)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] []"

@@ -1,0 +1,352 @@
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
+
+from core.errors import (
+    AccessDenied,
+    HubUnavailable,
+    ModelGated,
+    ModelNotFound,
+    ModelRejected,
+    SettingRejected,
+    TaskNotFound,
+)
+from core.settings import Settings
+from domain.model_records import Fit, ModelSummary, SearchPage, SearchQuery
+from services.hub_client import HubClient, QueryRejected
+from services.local_models import LocalModel, LocalModels
+from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
+from services.model_registry_service import FitOf, ModelRegistryService, build_model_registry_service
+
+TEXT = {"pipeline_tag": "text-generation"}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8}
+FILES = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": safetensors_bytes({"w": ("BF16", (4,))})}
+
+
+@dataclass
+class Bench:
+    """A registry on a double, a manual clock and folders of its own."""
+
+    hub: HubDouble
+    clock: ManualClock
+    folder: Path
+    embedded: LocalModel | None = None
+
+    def registry(self, fit_of: FitOf | None = None) -> ModelRegistryService:
+        """Make a registry as a fresh process would: what is shared is on disk."""
+        local = LocalModels(
+            [self.folder / "models"],
+            prepared_dir=None,
+            hub_cache_dir=lambda: None,
+            embedded=lambda: self.embedded,
+        )
+        client = HubClient(self.clock, self.clock.sleep, endpoint=self.hub.url)
+        cache = MetadataCache(self.folder / "cache", self.clock)
+        return ModelRegistryService(client, cache, local, self.clock, fit_of=fit_of)
+
+    def put_local(self, model_id: str, files: dict[str, bytes] = FILES) -> Path:
+        folder = self.folder / "models" / model_id
+        folder.mkdir(parents=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        return folder
+
+    def go_away(self) -> None:
+        for route in ("list", "info", "resolve"):
+            self.hub.fail(route, status=503, times=10**6)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
+    quiet_environment(monkeypatch, tmp_path)
+    with HubDouble() as hub:
+        yield Bench(hub, ManualClock(), tmp_path)
+
+
+def ids(page: SearchPage) -> list[str]:
+    return [model.summary.model_id for model in page.models]
+
+
+# Search
+
+
+def test_a_search_is_the_hubs_then_the_caches_then_stale(bench: Bench) -> None:
+    bench.hub.add_model("me/m", {}, **TEXT)
+    seen = []
+    for step in (0, SEARCH_TTL_S - 1, 1, SEARCH_TTL_S):
+        bench.clock.advance(step)
+        if step == SEARCH_TTL_S:
+            bench.go_away()
+        page = bench.registry().search(SearchQuery())
+        seen.append((ids(page), page.source, page.stale))
+
+    assert seen == [
+        (["me/m"], "hub", False),
+        (["me/m"], "cache", False),
+        (["me/m"], "hub", False),
+        (["me/m"], "cache", True),
+    ]
+    assert bench.hub.requests["list"] == 2 + 3  # the last is tried three times
+
+
+def test_how_models_are_judged_asks_the_hub_nothing_new(bench: Bench) -> None:
+    registry = bench.registry(lambda *_: None)
+    for algorithm in (None, "lora", "qlora"):
+        registry.search(SearchQuery(algorithm=algorithm))
+    assert bench.hub.requests["list"] == 1
+
+
+def test_answers_with_and_without_a_token_are_kept_apart(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = bench.registry()
+    registry.search(SearchQuery())
+    monkeypatch.setenv("HF_TOKEN", "hf_valid")
+    registry.search(SearchQuery())
+
+    assert bench.hub.requests["list"] == 2
+    assert all(b"hf_valid" not in path.read_bytes() for path in (bench.folder / "cache").iterdir())
+
+
+def test_models_that_are_here_are_marked(bench: Bench) -> None:
+    for name in ("me/here", "me/there"):
+        bench.hub.add_model(name, {}, **TEXT)
+    bench.put_local("me/here")
+    registry = bench.registry()
+    for _ in range(2):  # from the Hub, then from the cache
+        page = registry.search(SearchQuery())
+        assert {model.summary.model_id: model.summary.local for model in page.models} == {
+            "me/here": True,
+            "me/there": False,
+        }
+
+
+def test_without_the_hub_a_search_pages_through_what_is_here(bench: Bench) -> None:
+    for name in ("org/a", "org/b", "org/c", "other/d"):
+        bench.put_local(name)
+    bench.go_away()
+    registry = bench.registry()
+    names, cursor = [], None
+    for _ in range(2):
+        page = registry.search(SearchQuery(author="org", limit=2, cursor=cursor))
+        names += ids(page)
+        cursor = page.next_cursor
+        assert (page.source, page.stale, page.fetched_at) == ("local", False, bench.clock.now())
+
+    assert (names, cursor) == (["org/a", "org/b", "org/c"], None)
+
+
+def test_a_later_page_of_the_hub_is_not_replaced_by_local_models(bench: Bench) -> None:
+    bench.put_local("org/a")
+    bench.go_away()
+    with pytest.raises(HubUnavailable):
+        bench.registry().search(SearchQuery(cursor="bmV4dA=="))
+
+
+@pytest.mark.parametrize("cursor", ["local:-1", "local:x", "local:²", "local:9999999999"])
+def test_a_local_cursor_is_a_number(bench: Bench, cursor: str) -> None:
+    with pytest.raises(QueryRejected):
+        bench.registry().search(SearchQuery(cursor=cursor))
+
+
+def test_a_limited_hub_is_the_hub_being_away_and_is_left_alone(bench: Bench) -> None:
+    bench.hub.fail("list", status=429, headers=RATE_LIMITED)
+    registry = bench.registry()
+    for _ in range(3):
+        assert registry.search(SearchQuery()).source == "local"
+    assert bench.hub.requests["list"] == 1
+
+
+def test_a_revoked_token_is_not_taken_for_the_hub_being_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+    with pytest.raises(AccessDenied):
+        bench.registry().search(SearchQuery())
+
+
+# Fit
+
+
+def fits_if_small(config: dict[str, Any] | None, summary: ModelSummary, algorithm: str) -> Fit | None:
+    if summary.parameters is None:
+        return None
+    needed = summary.parameters * (1 if algorithm == "qlora" else 4)
+    return Fit("fits" if needed < 100 else "does_not_fit", needed)
+
+
+def test_only_fitting_leaves_out_what_does_not_fit_or_is_not_known(bench: Bench) -> None:
+    for name, total in (("me/small", 10), ("me/middle", 50), ("me/large", 1000), ("me/unknown", None)):
+        bench.hub.add_model(name, {}, safetensors={"total": total} if total else None, **TEXT)
+    registry = bench.registry(fits_if_small)
+
+    assert ids(registry.search(SearchQuery(only_fitting=True))) == ["me/small"]
+    assert set(ids(registry.search(SearchQuery(only_fitting=True, algorithm="qlora")))) == {"me/small", "me/middle"}
+    fits = {model.summary.model_id: model.fit for model in registry.search(SearchQuery(algorithm="lora")).models}
+    assert fits["me/middle"] == Fit("does_not_fit", 200)
+    assert fits["me/unknown"] is None
+
+
+def test_only_fitting_is_refused_where_nothing_judges(bench: Bench) -> None:
+    with pytest.raises(SettingRejected, match="only_fitting"):
+        bench.registry().search(SearchQuery(only_fitting=True))
+    assert [model.fit for model in bench.registry().search(SearchQuery()).models] == []
+
+
+def test_a_model_that_is_here_is_judged_by_its_config(bench: Bench) -> None:
+    bench.hub.add_model("me/m", {}, **TEXT)
+    bench.put_local("me/m")
+    configs: list[Any] = []
+    registry = bench.registry(lambda config, *_: configs.append(config))
+    registry.search(SearchQuery())
+    registry.fit_of_local(registry.local_models()[0])
+    assert configs == [CONFIG, CONFIG]
+
+
+def test_details_are_judged_for_every_algorithm(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES, safetensors={"total": 50})
+    fits = bench.registry(fits_if_small).details("me/m").fits
+    assert {name: fit and fit.verdict for name, fit in fits.items()} == {
+        "lora": "does_not_fit",
+        "qlora": "fits",
+        "dora": "does_not_fit",
+        "pissa": "does_not_fit",
+        "rslora": "does_not_fit",
+    }
+
+
+# Popular
+
+
+def test_popular_is_by_downloads(bench: Bench) -> None:
+    for name, downloads in (("me/a", 1), ("me/b", 3), ("me/c", 2)):
+        bench.hub.add_model(name, {}, downloads=downloads, **TEXT)
+    bench.hub.add_model("me/other", {}, downloads=9, pipeline_tag="fill-mask")
+    assert ids(bench.registry().popular("text-generation", 2)) == ["me/b", "me/c"]
+
+
+def test_a_task_nobody_knows_lists_the_tasks(bench: Bench) -> None:
+    with pytest.raises(TaskNotFound) as caught:
+        bench.registry().popular("text-degeneration", 3)
+    assert "text-generation" in caught.value.extras["tasks"]
+    assert bench.hub.requests.total() == 0
+
+
+# Details
+
+
+def test_details_last_a_day_and_a_commit_lasts_for_good(bench: Bench) -> None:
+    commit = bench.hub.add_model("me/m", FILES)
+    registry = bench.registry()
+    asked = []
+    for step in (0, DETAILS_TTL_S - 1, 1, 10 * DETAILS_TTL_S):
+        bench.clock.advance(step)
+        sources = [registry.details("me/m", revision).source for revision in (None, commit)]
+        asked.append(sources)
+    assert asked == [["hub", "hub"], ["cache", "cache"], ["hub", "cache"], ["hub", "cache"]]
+
+
+def test_a_licence_that_was_accepted_is_noticed_soon(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_valid")
+    bench.hub.add_model("me/gated", FILES, gated="auto")
+    registry = bench.registry()
+    with pytest.raises(ModelGated):
+        registry.config_of("me/gated")
+    bench.hub.add_model("me/gated", FILES, granted=("hf_valid",))
+    bench.clock.advance(60)
+
+    assert registry.config_of("me/gated") == CONFIG
+
+
+def test_without_the_hub_details_come_from_the_folder(bench: Bench) -> None:
+    bench.put_local("me/m")
+    bench.go_away()
+    answer = bench.registry().details("me/m")
+
+    assert (answer.source, answer.stale, answer.details.config) == ("local", False, CONFIG)
+    assert answer.details.parameters_by_dtype == {"BF16": 4}
+    for model_id, revision in (("me/absent", None), ("me/m", "v2")):
+        with pytest.raises(HubUnavailable):
+            bench.registry().details(model_id, revision)
+
+
+def test_a_model_that_only_this_machine_has_is_found(bench: Bench) -> None:
+    bench.put_local("my-own")
+    assert bench.registry().details("my-own").source == "local"
+    with pytest.raises(ModelNotFound):
+        bench.registry().details("my-other")
+
+
+def test_details_of_the_hub_say_whether_the_model_is_here(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES)
+    assert not bench.registry().details("me/m").details.summary.local
+    bench.put_local("me/m")
+    assert bench.registry().details("me/m").details.summary.local
+
+
+# Configs and folders
+
+
+def test_a_config_comes_from_this_machine_first(bench: Bench) -> None:
+    bench.hub.add_model("me/m", {"config.json": b'{"from": "hub"}'})
+    bench.put_local("me/m")
+    registry = bench.registry()
+
+    assert registry.config_of("me/m") == CONFIG
+    assert bench.hub.requests.total() == 0
+    assert registry.config_of("me/m", "main") == {"from": "hub"}
+
+
+def test_a_config_that_is_missing_or_broken_is_said_to_be(bench: Bench) -> None:
+    bench.hub.add_model("me/none", {"model.gguf": b"x"})
+    bench.hub.add_model("me/broken", {"config.json": b"[1]"})
+    with pytest.raises(ModelRejected, match=r"no config\.json"):
+        bench.registry().config_of("me/none")
+    with pytest.raises(ModelRejected, match="not a JSON object"):
+        bench.registry().config_of("me/broken")
+
+
+def test_a_local_model_is_resolved_to_its_folder(bench: Bench) -> None:
+    folder = bench.put_local("me/m")
+    bench.embedded = LocalModel("org/embedded", None, ModelSummary("org/embedded"), None, CONFIG)
+    registry = bench.registry()
+    found = registry.resolve_local("me/m")
+
+    assert found is not None
+    assert found.path == registry.local_path("me/m") == folder
+    assert [model.model_id for model in registry.local_models()] == ["me/m", "org/embedded"]
+    assert registry.resolve_local("org/embedded") is not None
+    assert registry.local_path("org/embedded") is None
+    assert registry.config_of("org/embedded") == CONFIG
+    assert registry.resolve_local("me/absent") is None
+    assert registry.local_path("me/absent") is None
+
+
+@pytest.mark.parametrize("model_id", ["a/b/c", "../etc", "a--b", "", "a b"])
+def test_an_id_that_cannot_be_one_is_refused(bench: Bench, model_id: str) -> None:
+    registry = bench.registry()
+    for ask in (registry.details, registry.config_of):
+        with pytest.raises(ModelRejected):
+            ask(model_id)
+    assert registry.resolve_local(model_id) is None
+
+
+def test_clearing_the_cache_asks_the_hub_again(bench: Bench) -> None:
+    registry = bench.registry()
+    registry.search(SearchQuery())
+    registry.clear_cache()
+    assert registry.search(SearchQuery()).source == "hub"
+    assert bench.hub.requests["list"] == 2
+
+
+def test_the_service_is_built_from_settings_and_environment(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", bench.hub.url)
+    bench.hub.add_model("me/m", FILES, **TEXT)
+    folder = bench.put_local("me/here")
+    settings = Settings(home=bench.folder / "home", model_dirs=(bench.folder / "models",))
+    registry = build_model_registry_service(settings, embedded=None, fit_of=None)
+
+    assert ids(registry.search(SearchQuery())) == ["me/m"]
+    assert registry.local_path("me/here") == folder
+    assert list((bench.folder / "home" / "cache" / "hub").iterdir())
