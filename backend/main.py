@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from api import adapters, compatibility, datasets, hardware, models, peft, problems, service, training
 from api.guard import Guard
+from api.strict_json import StrictJson
 from core.home_lock import HomeTaken, lock_home
 from core.logging import configure_logging
 from core.settings import Settings, get_settings
@@ -64,6 +65,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["Location", "X-Request-ID"],
         )
+    app.add_middleware(StrictJson)
     app.add_middleware(Guard, settings=settings)
     return app
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx
 
-_RECONNECTS = 5
+ENDED = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
+_RECONNECTS = 5  # in a row without an event between them: 7.5 s in all
+_CANCEL_LIMIT_S = 10.0  # a running job ends within a forward pass
 
 
 class Refused(Exception):
@@ -32,61 +34,93 @@ class Client:
     def __init__(self, url: str) -> None:
         key = os.environ.get("PEFT_STUDIO_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(120, connect=10))
+        timeout = httpx.Timeout(120, connect=10)
+        # trust_env=False: a proxy set for the internet must not be asked for this machine.
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
 
     def get(self, path: str) -> Any:
         """GET a JSON document."""
-        return self._checked(self._http.get(path))
+        return _checked(self._http.get(path))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """POST a JSON document."""
-        return self._checked(self._http.post(path, json=body))
+        return _checked(self._http.post(path, json=body))
 
     def upload(self, path: Path, name: str) -> Any:
         """Upload a dataset."""
         with path.open("rb") as file:
-            return self._checked(self._http.post("/api/datasets", files={"file": file}, data={"name": name}))
+            form = {"name": name, "format": "auto"}
+            return _checked(self._http.post("/api/datasets", files={"file": file}, data=form))
 
     def ask(self, loaded_model_id: str, question: str, adapter_id: str | None) -> str:
         """Ask a loaded model, with an adapter or the bare base, always for the likeliest answer."""
-        body = {
+        body: dict[str, Any] = {
             "messages": [{"role": "user", "content": question}],
-            "adapter_id": adapter_id,
             "max_new_tokens": 60,
             "temperature": 0,
         }
+        if adapter_id is not None:
+            body["adapter_id"] = adapter_id
         answer: str = self.post(f"/api/peft/loaded-models/{loaded_model_id}/generate", body)["text"]
         return answer.strip()
 
     def events(self, job_id: str) -> Iterator[Event]:
-        """Yield a job's events until it ends; a broken stream is taken up where it broke."""
-        last, failures = "0", 0
+        """Yield a job's events until it ends; a stream that breaks or stops early is taken up where it was.
+
+        Raises:
+            Refused: The server knows no such job.
+            httpx.TransportError: The server cannot be reached any more.
+        """
+        last, state, failures = "0", "", 0
         while True:
             try:
-                headers = {"Last-Event-ID": last}
-                with self._http.stream("GET", f"/api/training/jobs/{job_id}/events", headers=headers) as response:
-                    if response.status_code != 200:
-                        response.read()
-                        self._checked(response)
-                    for event in _parse(response.iter_lines()):
-                        last, failures = event.id or last, 0
-                        yield event
+                for event in self._stream(job_id, last):
+                    last, failures = event.id or last, 0
+                    if event.kind == "state":
+                        state = event.data["state"]
+                    yield event
+                error = httpx.TransportError("the event stream ends before the job does")
+            except httpx.TransportError as broken:
+                error = broken
+            if state in ENDED:
                 return
-            except httpx.TransportError:
-                failures += 1
-                if failures > _RECONNECTS:
-                    raise
-                time.sleep(0.5 * failures)
+            failures += 1
+            if failures > _RECONNECTS:
+                raise error
+            time.sleep(0.5 * failures)
 
-    @staticmethod
-    def _checked(response: httpx.Response) -> Any:
-        if response.is_success:
-            return response.json()
+    def _stream(self, job_id: str, last_event_id: str) -> Iterator[Event]:
+        headers = {"Last-Event-ID": last_event_id, "Accept": "text/event-stream"}
+        with self._http.stream("GET", f"/api/training/jobs/{job_id}/events", headers=headers) as response:
+            if not response.is_success:
+                response.read()
+                _checked(response)
+            yield from _parse(response.iter_lines())
+
+    def cancel(self, job_id: str) -> str:
+        """Cancel a job, wait for its end, and return its state; what goes wrong meanwhile is not raised."""
+        path = f"/api/training/jobs/{job_id}"
+        deadline = time.monotonic() + _CANCEL_LIMIT_S
+        state = "unknown"
         try:
-            problem = response.json()
-            raise Refused(f"{problem['title']} ({problem['status']}): {problem['detail']}")
-        except (ValueError, KeyError) as error:
-            raise Refused(f"{response.status_code}: {response.text[:300]}") from error
+            self._http.post(f"{path}/cancel", timeout=_CANCEL_LIMIT_S)
+            while state not in ENDED and time.monotonic() < deadline:
+                state = _checked(self._http.get(path, timeout=_CANCEL_LIMIT_S))["state"]
+                time.sleep(0.1)
+        except (httpx.HTTPError, Refused):
+            pass
+        return state
+
+
+def _checked(response: httpx.Response) -> Any:
+    if response.is_success:
+        return response.json()
+    try:
+        problem = response.json()
+        words = f"{problem['title']}: {problem['detail']}"
+    except (ValueError, KeyError, TypeError):
+        words = f"{response.status_code} from {response.url.path}: {response.text[:300]}"
+    raise Refused(words)
 
 
 def _parse(lines: Iterator[str]) -> Iterator[Event]:
@@ -97,7 +131,9 @@ def _parse(lines: Iterator[str]) -> Iterator[Event]:
             continue
         if line:
             name, _, value = line.partition(":")
-            fields[name] = value.removeprefix(" ")
-        elif "data" in fields:
-            yield Event(fields.get("id"), fields.get("event", "message"), json.loads(fields["data"]))
+            value = value.removeprefix(" ")
+            fields[name] = f"{fields[name]}\n{value}" if name == "data" and "data" in fields else value
+        else:
+            if "data" in fields:
+                yield Event(fields.get("id"), fields.get("event", "message"), json.loads(fields["data"]))
             fields = {}

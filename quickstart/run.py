@@ -1,16 +1,29 @@
 """The main job, as a client sees it: a real fine-tune over HTTP, with an answer before and after."""
 
 import argparse
+import re
+import signal
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
 from client import Client, Refused
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from server_process import Server, ServerFailed
+from show import (
+    ProgressView,
+    console,
+    duration,
+    mib,
+    show_answers,
+    show_dataset,
+    show_hardware,
+    show_way_on,
+    show_what_fits,
+)
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATASET = Path(__file__).parent / "pip_the_parrot.jsonl"
@@ -19,172 +32,173 @@ QUESTIONS = ("Who are you?", "What is the capital of France?")
 ALGORITHMS = ("lora", "qlora", "dora", "pissa", "rslora")
 MAX_SEQ_LENGTH = 256
 OVERRIDES = {"epochs": 3.0, "learning_rate": 5e-4, "batch_size": 4, "max_seq_length": MAX_SEQ_LENGTH}
-_MIB = 2**20
-
-console = Console(highlight=False)
+_POLL_S = 0.5
 
 
 class Failed(Exception):
     """The quickstart did not do what it should."""
 
 
-def show_hardware(client: Client) -> None:
-    """Print what the server knows of the machine."""
-    profile = client.get("/api/hardware/profile")
-    cpu, memory = profile["cpu"], profile["memory"]
-    gpus = [f"{gpu['name']} ({(gpu['memory_total_bytes'] or 0) // _MIB} MiB)" for gpu in profile["gpus"]] or ["none"]
-    table = Table("hardware", "", title="This machine", title_justify="left")
-    table.add_row("CPU", f"{cpu['model']}, {cpu['logical_cores']} cores")
-    table.add_row("memory", f"{memory['available_bytes'] // _MIB} of {memory['total_bytes'] // _MIB} MiB free")
-    table.add_row("GPUs", ", ".join(gpus))
-    table.add_row("engine", f"{profile['engine']['name']}: {profile['engine']['reason']}")
-    console.print(table)
+@dataclass(frozen=True)
+class Run:
+    """A finished job and what was measured of it.
 
+    Attributes:
+        job: The job, succeeded.
+        first_loss: Loss of the first step.
+        wall_s: Seconds from the job's request to its end, as the client saw it.
+    """
 
-def show_what_fits(client: Client) -> None:
-    """Print the verdict of each method before anything is downloaded."""
-    table = Table("method", "verdict", "estimated peak", "free", title=f"What fits: {MODEL_ID}", title_justify="left")
-    for algorithm in ALGORITHMS:
-        body = {"model_id": MODEL_ID, "algorithm": algorithm, "max_seq_length": MAX_SEQ_LENGTH}
-        answer = client.post("/api/models/compatibility", body)
-        peak = f"{answer['estimate']['total_bytes'] // _MIB} MiB"
-        table.add_row(algorithm, answer["verdict"], peak, f"{(answer['available_bytes'] or 0) // _MIB} MiB")
-    console.print(table)
+    job: dict[str, Any]
+    first_loss: float
+    wall_s: float
 
 
 def load(client: Client) -> str:
     """Load the base and return the loaded model's id."""
-    model = client.post("/api/peft/load-model", {"model_id": MODEL_ID, "use_case": "chatbot"})
-    with _bar("{task.description}") as progress:
-        task = progress.add_task("loading", total=1.0)
+    body = {"model_id": MODEL_ID, "algorithm": "lora", "use_case": "chatbot", "wait_s": 0}
+    model = client.post("/api/peft/load-model", body)
+    with ProgressView() as view:
         while model["state"] not in ("ready", "busy"):
-            if model["state"] == "failed":
-                raise Failed(f"the model did not load: {model['error']['message']}")
-            fraction = model["progress"]["fraction"]
-            progress.update(task, completed=fraction or 0.0, description=model["state"])
-            model = client.post("/api/peft/load-model", {"model_id": MODEL_ID, "use_case": "chatbot", "wait_s": 1})
-        progress.update(task, completed=1.0, description="ready")
-    parameters = model["parameters"]["total"]
-    console.print(f"Loaded {parameters:,} parameters in {model['load_s']:.1f} s ({model['device']}).")
+            if model["state"] not in ("queued", "downloading", "loading"):
+                error = model["error"] or {"message": f"it is {model['state']}", "log_tail": []}
+                raise Failed("\n".join([f"the model did not load: {error['message']}", *error["log_tail"][-10:]]))
+            progress = model["progress"]
+            text = ""
+            if progress["total_bytes"] is not None:
+                done, total = progress["downloaded_bytes"], progress["total_bytes"]
+                text = f"{mib(done)} of {mib(total)}  ETA {duration(progress['eta_s'])}"
+            view.update(model["state"], progress["fraction"], text)
+            time.sleep(_POLL_S)
+            model = client.get(f"/api/peft/loaded-models/{model['id']}")
+        view.update("ready", 1.0, "")
+    parameters, load_s = model["parameters"]["total"] or 0, model["load_s"] or 0.0
+    console.print(f"Loaded {parameters:,} parameters in {load_s:.1f} s ({model['engine']} on {model['device']}).")
     loaded_id: str = model["id"]
     return loaded_id
 
 
-def _bar(*text: str) -> Progress:
-    columns = [TextColumn(part) for part in text]
-    return Progress(columns[0], BarColumn(), *columns[1:], TimeRemainingColumn(), console=console)
-
-
-def follow(client: Client, job_id: str) -> dict[str, Any]:
-    """Draw the job's progress until it ends, and return the job."""
-    marks = -1
-    with _bar("training", "step {task.completed:.0f}/{task.total:.0f}", "{task.fields[text]}") as progress:
-        task = progress.add_task("training", total=1, text="")
+def follow(client: Client, job_id: str) -> list[float]:
+    """Show the job's progress until it ends, and return the loss of each step."""
+    losses: list[float] = []
+    with ProgressView() as view:
         for event in client.events(job_id):
             data = event.data
-            if event.kind == "started":
-                progress.update(task, total=data["total_steps"])
+            if event.kind == "state" and data["state"] in ("queued", "preparing", "running"):
+                view.update(data["state"], 0.0, "")
             elif event.kind == "metrics":
-                text = f"loss {data['loss']:.3f}  {data['tokens_per_s']:.0f} tokens/s"
-                progress.update(task, completed=data["step"], text=text)
-                tenth = 10 * data["step"] // data["total_steps"]
-                if not console.is_terminal and tenth > marks:
-                    marks = tenth
-                    console.print(f"step {data['step']}/{data['total_steps']}  {text}  ETA {data['eta_s']:.0f} s")
-    job: dict[str, Any] = client.get(f"/api/training/jobs/{job_id}")
-    if job["state"] != "succeeded":
-        error = job["error"] or {"message": "", "suggestions": [], "log_tail": []}
-        lines = [*error["suggestions"], *error["log_tail"][-10:]]
-        raise Failed(f"the job is {job['state']}: {error['message']}\n" + "\n".join(lines))
-    return job
+                losses.append(data["loss"])
+                text = (
+                    f"step {data['step']}/{data['total_steps']}  loss {data['loss']:.3f}  "
+                    f"{data['tokens_per_s']:.0f} tokens/s  ETA {duration(data['eta_s'])}"
+                )
+                view.update("training", data["step"] / data["total_steps"], text)
+    return losses
 
 
-def train(client: Client, loaded_id: str) -> dict[str, Any]:
-    """Upload the dataset, train, and return the finished job. Ctrl-C cancels the job."""
-    dataset = client.upload(DATASET, "Pip the parrot")
-    console.print(f"Uploaded {dataset['rows']} rows, recognised as {dataset['format']}.")
+def train(client: Client, loaded_id: str, dataset_id: str) -> Run:
+    """Train and return the finished job. A job that this process is stopped in is cancelled."""
     body = {
         "loaded_model_id": loaded_id,
-        "dataset_id": dataset["id"],
+        "dataset_id": dataset_id,
         "algorithm": "lora",
         "use_case": "chatbot",
         "name": "quickstart",
         "overrides": OVERRIDES,
     }
-    job = client.post("/api/training/jobs", body)
+    started = time.monotonic()
+    job_id: str | None = None
     try:
-        return follow(client, job["id"])
-    except KeyboardInterrupt:
-        client.post(f"/api/training/jobs/{job['id']}/cancel", {})
+        job_id = client.post("/api/training/jobs", body)["id"]
+        losses = follow(client, job_id)
+    except (KeyboardInterrupt, SystemExit):
+        if job_id is not None:
+            console.print("\nCancelling the job.")
+            console.print(f"The job is {client.cancel(job_id)}.")
         raise
+    job: dict[str, Any] = client.get(f"/api/training/jobs/{job_id}")
+    if job["state"] != "succeeded" or job["adapter_id"] is None or not losses:
+        raise Failed(_why(job))
+    return Run(job, losses[0], time.monotonic() - started)
 
 
-def show_difference(before: dict[str, str], after: dict[str, str]) -> None:
-    """Print both answers side by side; fail if nothing was learned."""
-    table = Table("question", "before", "after", show_lines=True)
-    for question in QUESTIONS:
-        table.add_row(question, before[question], after[question])
-    console.print(table)
-    first = QUESTIONS[0]
-    if "Pip" not in after[first] or "Pip" in before[first]:
-        raise Failed(f"the answer to {first!r} does not show what the data teaches")
+def _why(job: dict[str, Any]) -> str:
+    error = job["error"]
+    if error is None:
+        return f"the job is {job['state']}, with no adapter trained"
+    suggestions = [f"  try: {suggestion}" for suggestion in error["suggestions"]]
+    log = [f"  log: {line}" for line in error["log_tail"][-10:]]
+    return "\n".join([f"the job is {job['state']} ({error['class']}): {error['message']}", *suggestions, *log])
 
 
-def show_result(client: Client, url: str, job: dict[str, Any], loaded_id: str) -> None:
-    """Print the figures, where the adapter is, and how to go on."""
-    last, rows = job["metrics"]["last"], client.get(f"/api/training/jobs/{job['id']}/metrics")["metrics"]
-    console.print(
-        f"Trained {last['step']} steps in {last['elapsed_s']:.0f} s at {last['tokens_per_s']:.0f} tokens/s; "
-        f"loss {rows[0]['loss']:.3f} → {last['loss']:.3f}."
-    )
-    adapter = client.get(f"/api/adapters/{job['adapter_id']}")
-    console.print(f"\nThe adapter is in {adapter['path']}", soft_wrap=True)
-    chat = (
-        f"LOADED=$(curl -s {url}/api/peft/load-model -H 'Content-Type: application/json' \\\n"
-        f"    -d '{{\"model_id\": \"{MODEL_ID}\", \"wait_s\": 120}}' | "
-        "python3 -c 'import json, sys; print(json.load(sys.stdin)[\"id\"])')\n"
-        f"curl {url}/api/peft/loaded-models/$LOADED/generate -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"adapter_id": "{adapter["id"]}", "messages": [{{"role": "user", "content": "Who are you?"}}]}}\''
-    )
-    console.print(
-        "Go on:\n"
-        "  make serve            # in another terminal; PEFT_STUDIO_HOME as here\n"
-        f"  open {url}/docs\n\n"
-        f"curl -o adapter.zip {url}/api/adapters/{adapter['id']}/download\n{chat}",
-        soft_wrap=True,
-        markup=False,
-    )
+def check(before: str, after: str) -> None:
+    """Raise Failed unless the answer shows what the data teaches."""
+    if after == before:
+        raise Failed(f"the adapter changes nothing: the answer to {QUESTIONS[0]!r} is the same before and after")
+    if re.search(r"\bPip\b", after) is None:
+        raise Failed(f"the answer to {QUESTIONS[0]!r} does not say Pip, which the data teaches: {after!r}")
 
 
 def fine_tune(server: Server) -> None:
     """Do the whole job against a running server."""
     client = Client(server.url)
-    show_hardware(client)
-    show_what_fits(client)
+    show_hardware(client.get("/api/hardware/profile"))
+    query = {"model_id": MODEL_ID, "max_seq_length": MAX_SEQ_LENGTH}
+    path = "/api/models/compatibility"
+    show_what_fits(MODEL_ID, {name: client.post(path, query | {"algorithm": name}) for name in ALGORITHMS})
+    dataset = client.upload(DATASET, "Pip the parrot")
+    show_dataset(dataset)
     loaded_id = load(client)
     before = {question: client.ask(loaded_id, question, None) for question in QUESTIONS}
-    job = train(client, loaded_id)
-    after = {question: client.ask(loaded_id, question, job["adapter_id"]) for question in QUESTIONS}
-    show_difference(before, after)
-    show_result(client, server.url, job, loaded_id)
+    for asked, answer in before.items():
+        console.print(f"Before: {asked} {answer}", soft_wrap=True)
+    run = train(client, loaded_id, dataset["id"])
+    after = {question: client.ask(loaded_id, question, run.job["adapter_id"]) for question in QUESTIONS}
+    show_answers(before, after)
+    last = run.job["metrics"]["last"]
+    console.print(
+        f"Trained {last['step']} steps in {last['elapsed_s']:.1f} s ({run.wall_s:.1f} s from request to adapter), "
+        f"{last['tokens_per_s']:.0f} tokens/s, loss {run.first_loss:.3f} → {last['loss']:.3f}.",
+        soft_wrap=True,
+    )
+    check(before[QUESTIONS[0]], after[QUESTIONS[0]])
+    show_way_on(server, MODEL_ID, client.get(f"/api/adapters/{run.job['adapter_id']}"))
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
+    return int(text)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def main() -> int:
     """Run the quickstart; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=_port, default=8000)
     arguments = parser.parse_args()
+    # The server has a session of its own: without these it would outlive a client that is told to stop.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _end)
     server = Server(arguments.host, arguments.port)
     try:
         ready_s = server.start()
-        console.print(f"Server at {server.url}" + (f", ready in {ready_s:.2f} s." if server.is_ours else ", already up."))
+        how = f"ready in {ready_s:.2f} s" if server.is_ours else "already there"
+        console.print(f"Server at {server.url}, {how}.")
         fine_tune(server)
-    except (ServerFailed, Failed, Refused, httpx.HTTPError) as error:
-        console.print(f"quickstart: {error}", style="bold", markup=False)
+    except (ServerFailed, Failed, Refused, httpx.HTTPError, OSError) as error:
+        words = str(error) or type(error).__name__
+        console.print(f"quickstart: {words}", style="bold", soft_wrap=True)
+        if not isinstance(error, ServerFailed) and (ended := server.why_ended()) is not None:
+            console.print(f"quickstart: {ended}", style="bold", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        console.print("\nStopped.")
+        console.print("Stopped.")
         return 130
     finally:
         server.stop()

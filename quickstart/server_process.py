@@ -1,5 +1,6 @@
 """Starts the server for the quickstart, and ends it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import httpx
 _ROOT = Path(__file__).resolve().parent.parent
 _READY_LIMIT_S = 60.0
 _STOP_LIMIT_S = 20.0
+_TAIL_LINES = 15
 
 
 class ServerFailed(Exception):
@@ -22,9 +24,10 @@ class Server:
     """The server at an address: one that is there already, or one of our own in a process group of its own."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.url = f"http://{host}:{port}"
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._host, self._port = host, port
-        self.home = Path(os.environ.get("PEFT_STUDIO_HOME") or _ROOT / ".studio")
+        # Absolute, since the server's working directory is not ours.
+        self.home = Path(os.environ.get("PEFT_STUDIO_HOME") or _ROOT / ".studio").absolute()
         self._log = self.home / "logs" / "quickstart-server.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -41,58 +44,76 @@ class Server:
 
         Raises:
             ServerFailed: Something else has the port, or the server ended.
+            OSError: The log cannot be written, or the process not started.
         """
         answer = self._health()
         if answer is not None:
             if not answer:
-                raise ServerFailed(f"{self.url} is taken by another program; choose another with PORT=...")
+                raise ServerFailed(f"{self.url} is taken by another program; choose another port with PORT= or --port")
             return 0.0
+        started = time.monotonic()
+        self._process = self._spawn()
+        while not self._health():
+            if (words := self.why_ended()) is not None:
+                raise ServerFailed(words)
+            if time.monotonic() - started > _READY_LIMIT_S:
+                raise ServerFailed(f"the server did not answer within {_READY_LIMIT_S:g} s:\n{self._tail()}")
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {
             "PEFT_STUDIO_HOME": str(self.home),
             "PEFT_STUDIO_HOST": self._host,
             "PEFT_STUDIO_PORT": str(self._port),
         }
-        started = time.monotonic()
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "main.py"],
                 cwd=_ROOT / "backend",
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True,  # a terminal's Ctrl-C is for the client, which then ends the server
             )
-        while not self._health():
-            if self._process.poll() is not None:
-                tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-                raise ServerFailed(f"the server ended with exit code {self._process.returncode}:\n{tail}")
-            if time.monotonic() - started > _READY_LIMIT_S:
-                raise ServerFailed(f"the server did not answer within {_READY_LIMIT_S:g} s; see {self._log}")
-            time.sleep(0.05)
-        return time.monotonic() - started
 
     def _health(self) -> bool | None:
         """Return whether it is our kind of server that answers, or None if nothing does."""
         try:
-            response = httpx.get(f"{self.url}/health", timeout=5)
+            response = httpx.get(f"{self.url}/health", timeout=5, trust_env=False)
         except httpx.ConnectError:
             return None
         except httpx.HTTPError:
             return False
-        return response.status_code == 200 and response.text.replace(" ", "") == '{"status":"ok"}'
+        try:
+            return response.status_code == 200 and response.json() == {"status": "ok"}
+        except ValueError:
+            return False
+
+    def why_ended(self) -> str | None:
+        """Return how our server ended, with its last words; None if it runs or is not ours."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        return f"the server ended with exit code {self._process.returncode}:\n{self._tail()}"
+
+    def _tail(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()
+        return "\n".join([*lines[-_TAIL_LINES:], f"(all of it: {self._log})"])
 
     def stop(self) -> None:
-        """End the server if it is ours, and everything it started."""
-        process = self._process
+        """End the server if it is ours, and everything it started; a second Ctrl-C does not wait."""
+        process, self._process = self._process, None
         if process is None:
             return
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(_STOP_LIMIT_S)
-            except subprocess.TimeoutExpired:
+        try:
+            process.terminate()
+            process.wait(_STOP_LIMIT_S)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass  # then by force
+        finally:
+            # What is left of the group; an empty one is an error of lookup, or of permission on macOS.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        self._process = None
+            process.wait()

@@ -1,22 +1,23 @@
 """What every request passes: an id, who may ask (Host, Origin, key), and a line in the log."""
 
 import hmac
+import re
 import time
 import uuid
-from urllib.parse import urlsplit
 
 import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import problem
+from api.strict_json import MAX_JSON_BYTES
 from core.logging import get_logger
 from core.settings import Settings, is_loopback
 
 _log = get_logger("api.requests")
 _OPEN_PATHS = frozenset({"/health"})
-# Everything but dataset uploads is a small JSON document.
-MAX_JSON_BYTES = 4 * 2**20
+# RFC 9110's host and optional port; urlsplit alone would read "[::1]evil" as ::1.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 class Guard:
@@ -116,10 +117,8 @@ class Guard:
         return None
 
     def _is_ours(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname
-        except ValueError:
-            return False
+        found = _HOST.fullmatch(host)
+        name = found.group(1).strip("[]").lower() if found is not None else None
         return name is not None and (name in self._hosts or is_loopback(name))
 
     def _may_call(self, origin: str, host: str) -> bool:

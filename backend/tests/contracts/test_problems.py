@@ -81,6 +81,8 @@ def test_a_refusal_is_a_problem_document(
         (b'{"model_id": "\\ud800/x"}', 422),
         (b"[" * 900 + b"]" * 900, 422),
         (b'{"algorithm": ', 422),
+        (b'{"algorithm": "lora", "algorithm": "dora"}', 422),
+        (b'\xef\xbb\xbf{"algorithm": "lora"}', 400),
         (b"\xff\xfe{\x00}\x00", 400),
     ],
 )
