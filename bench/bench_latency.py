@@ -14,8 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "backend" / "tests"))
 sys.path.insert(0, str(ROOT / "backend"))
 
-from conftest import CACHE
-from server import StudioServer
+from server import CACHE, StudioServer
 
 REQUESTS, INTERVAL_S = 500, 0.02
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,12 +32,12 @@ def run_cuda_checks(
     The result comes on a pipe of its own, so whatever the libraries print cannot be taken for it.
     """
     read, write = os.pipe()
-    with os.fdopen(read, "rb") as results:
+    with os.fdopen(read, "rb") as results, tempfile.TemporaryDirectory() as scratch:
         try:
             process = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=_BACKEND,
-                env={**os.environ, RESULT_FD_VARIABLE: str(write)},
+                env={**os.environ, RESULT_FD_VARIABLE: str(write), "UNSLOTH_COMPILE_LOCATION": scratch},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

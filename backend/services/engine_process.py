@@ -75,7 +75,7 @@ class EngineProcess:
         self.garbage_lines = 0
         log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._process, self._commands, events = _spawner.submit(_spawn).result()
+            self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent).result()
         except OSError as error:
             raise EngineUnavailable(f"No engine process could be started: {error}") from error
         self._log_thread = threading.Thread(target=self._copy_log, name="engine-log", daemon=True)
@@ -213,13 +213,15 @@ class EngineProcess:
         file.close()
 
 
-def _spawn() -> tuple["subprocess.Popen[bytes]", Any, Any]:
+def _spawn(work_dir: Path) -> tuple["subprocess.Popen[bytes]", Any, Any]:
     """Start `python -m engine` with a private pair of pipes. Runs on the spawner's thread."""
     command_read, command_write = os.pipe()
     event_read, event_write = os.pipe()
     environment = {
         **os.environ,
         **_ENGINE_ENVIRONMENT,
+        # Unsloth writes the code it generates to the working directory unless it is told where.
+        "UNSLOTH_COMPILE_LOCATION": str(work_dir / "unsloth_compiled_cache"),
         protocol.COMMAND_FD_VARIABLE: str(command_read),
         protocol.EVENT_FD_VARIABLE: str(event_write),
         "PEFT_STUDIO_PARENT_PID": str(os.getpid()),

@@ -14,6 +14,8 @@ import httpx
 import psutil
 
 BACKEND = Path(__file__).resolve().parent.parent
+# Prepared models are kept between runs: preparing the embedded one takes half a minute.
+CACHE = Path(os.environ.get("PEFT_STUDIO_TEST_CACHE") or BACKEND.parent / ".cache")
 _LIMIT_S = 120.0
 
 
@@ -146,6 +148,15 @@ class StudioServer:
         )
         assert response.status_code == 200, response.text
         return dict(response.json())
+
+
+def start_server(home: Path, model_dirs: Path, **environment: str) -> StudioServer:
+    """Start a server on a free port, with no Hub."""
+    return StudioServer(
+        home,
+        {"PEFT_STUDIO_MODEL_DIRS": str(model_dirs), "PEFT_STUDIO_CACHE_DIR": str(CACHE), "HF_HUB_OFFLINE": "1"}
+        | environment,
+    )
 
 
 def wait_until(condition: Any, limit_s: float = 30.0) -> None:

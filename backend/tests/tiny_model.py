@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+TINY_ID = "tests/tiny-llama"
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -11,9 +12,6 @@ _CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five
 
 def make_tiny_model(folder: Path) -> None:
     """Write the model as a normal local folder. The weights are the same each time."""
-    from engine.guards import hide_broken_torchvision
-
-    hide_broken_torchvision()
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast

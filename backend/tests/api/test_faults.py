@@ -7,9 +7,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY_ID, start_server
 from rows import messages_jsonl
-from server import BACKEND, StudioServer, wait_until
+from server import BACKEND, StudioServer, start_server, wait_until
+from tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 ENDLESS = {"max_steps": 1_000_000, "max_seq_length": 64}

@@ -10,9 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import TINY_ID
 from rows import messages_jsonl
 from server import BACKEND, StudioServer
+from tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

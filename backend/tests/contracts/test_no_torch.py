@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CACHE, TINY_ID
-from server import BACKEND
+from server import BACKEND, CACHE
+from tiny_model import TINY_ID
 
 # Every operation of the OpenAPI document, called in one fresh interpreter; then what it has imported.
 SCRIPT = """

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from conftest import TINY_ID
 from server import StudioServer
+from tiny_model import TINY_ID
 
 from api.problems import STATUS, status_of
 from core import errors
