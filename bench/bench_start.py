@@ -15,7 +15,7 @@ BACKEND = Path(__file__).resolve().parents[1] / "backend"
 ROUNDS = 7
 BARE = (
     "import uvicorn\nfrom fastapi import FastAPI\napp = FastAPI()\n"
-    "@app.get('/health')\ndef health() -> dict[str, str]:\n    return {'status': 'ok'}\n"
+    "@app.get('/health')\ndef health() -> dict[str, str]:\n    return {{'status': 'ok'}}\n"
     "uvicorn.run(app, host='127.0.0.1', port={port}, log_level='warning')\n"
 )
 
