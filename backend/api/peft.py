@@ -55,9 +55,9 @@ async def load_model(
     The same base at the same precision is loaded once, whoever asks; its loaded models share one engine.
     """
     model = await asyncio.to_thread(_start_load, body, peft, adapters)
-    ready = await _wait(model, body.wait_s if body.adapter_id is None else max(body.wait_s, 0))
-    if ready and body.adapter_id is not None and model.state in ("ready",):
-        await asyncio.to_thread(generator.attach, model, body.adapter_id)
+    if body.adapter_id is not None:
+        await asyncio.to_thread(generator.attach_when_ready, model, body.adapter_id)
+    await _wait(model, body.wait_s)
     response.headers["Location"] = f"/api/peft/loaded-models/{model.id}"
     response.status_code = 200 if model.state in ("ready", "busy") else 202
     return loaded_model_view(peft.get(model.id))
@@ -80,12 +80,11 @@ def _start_load(body: schemas.LoadModelRequest, peft: PeftService, adapters: Ada
     )
 
 
-async def _wait(model: LoadedModel, wait_s: float) -> bool:
+async def _wait(model: LoadedModel, wait_s: float) -> None:
     """Wait until the load has ended; holds no thread while it waits."""
     loading: Future[None] | None = model.base.loading
     if loading is not None and wait_s > 0:
         await asyncio.wait([asyncio.wrap_future(loading)], timeout=wait_s)
-    return model.base.settled
 
 
 @router.get("/loaded-models")

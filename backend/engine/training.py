@@ -161,6 +161,8 @@ def _write_adapter(
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    # A run cut off after this point and before its record was written is trained again to the same place.
+    shutil.rmtree(output, ignore_errors=True)
     os.replace(temporary, output)
     fsync_folder(output.parent)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from core.errors import EngineFailed, EngineUnavailable
+from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
 from domain import protocol
 
@@ -181,7 +181,20 @@ class EngineProcess:
             extras = {"error_class": event.error_class, "suggestions": event.suggestions}
             future.set_exception(CommandFailed(event.message, **extras, log_tail=self.log_tail()))
         elif on_event is not None:
+            self._handle(event, on_event, future)
+
+    def _handle(self, event: Any, on_event: EventHandler, future: "Future[dict[str, Any]]") -> None:
+        """Hand an event on. If that fails (the disk is full, say), the command fails: this thread must live."""
+        try:
             on_event(event)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the reader goes on
+            _log.exception("engine.event_lost", pid=self.pid, event_kind=event.kind)
+            with self._lock:
+                known = self._pending.pop(event.request_id, None)
+            if known is not None:
+                detail = error.detail if isinstance(error, StudioError) else type(error).__name__
+                future.set_exception(EngineFailed(f"An event of the engine could not be recorded: {detail}"))
+            self.stop(event.request_id)
 
     def _death(self) -> EngineDied:
         code = self._process.poll()

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import Rejected
+from core.errors import Rejected, StudioError
+from core.logging import get_logger
 from core.singleton import singleton
 from domain import protocol
 from services.adapter_service import AdapterService, get_adapter_service
 from services.engine_process import CommandFailed, EngineProcess
 from services.peft_service import LoadedModel, PeftService, get_peft_service
+from store.records import AdapterRecord
+
+_log = get_logger(__name__)
 
 
 class AdapterOfAnotherBase(Rejected):
@@ -101,12 +105,36 @@ class GenerationService:
         )
         return Generation(process, request_id, future)
 
+    def attach_when_ready(self, model: LoadedModel, adapter_id: str) -> None:
+        """Put an adapter on a base now, or as soon as it has loaded; `adapters` of the loaded model tells when.
+
+        Raises:
+            AdapterNotFound, AdapterOfAnotherBase: It can never be put there.
+        """
+        self._check(model, adapter_id)
+        loading = model.base.loading
+        if loading is None or loading.done():
+            self.attach(model, adapter_id)
+        else:
+            loading.add_done_callback(lambda _: self._attach_loaded(model, adapter_id))
+
+    def _attach_loaded(self, model: LoadedModel, adapter_id: str) -> None:
+        if not model.base.usable:
+            return  # the load failed; the loaded model says why
+        try:
+            self.attach(model, adapter_id)
+        except StudioError as error:
+            _log.warning("adapter.not_attached", adapter_id=adapter_id, model_id=model.id, error=error.detail)
+
     def attach(self, model: LoadedModel, adapter_id: str) -> None:
         """Put an adapter on a loaded base, if it is not there already."""
+        self._peft.attach(model, adapter_id, Path(self._check(model, adapter_id).path))
+
+    def _check(self, model: LoadedModel, adapter_id: str) -> AdapterRecord:
         record = self._adapters.get(adapter_id)
         if record.base_model_id != model.model_id:
             raise AdapterOfAnotherBase(f"The adapter belongs to {record.base_model_id}, not to {model.model_id}.")
-        self._peft.attach(model, adapter_id, Path(record.path))
+        return record
 
 
 @singleton

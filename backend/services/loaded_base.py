@@ -122,6 +122,11 @@ class LoadedBase:
         """Whether the load has ended, well or not."""
         return self._done.is_set()
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is loaded and its engine lives."""
+        return self.state in (LoadState.READY, LoadState.BUSY)
+
     def engine(self) -> EngineProcess:
         """Return the engine for a short command.
 

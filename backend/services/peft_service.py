@@ -223,7 +223,7 @@ class PeftService:
             base.end_process()
 
     def _on_exit(self, base: LoadedBase) -> None:
-        if base.state in (LoadState.READY, LoadState.BUSY):
+        if base.usable:
             base.fail(ModelNotReady("The engine that held the model ended; load it again."))
             _log.error("engine.ended", model_id=base.key.model_id, log_tail=base.log_tail())
 

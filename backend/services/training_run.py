@@ -83,10 +83,13 @@ class TrainingRun:
     def _find_or_load(self) -> LoadedModel:
         config = PeftConfig.model_validate(self.job.config)
         if self.job.loaded_model_id is not None:
-            model = self._peft.get(self.job.loaded_model_id)
-            key = model.base.key
-            if (key.quantization, key.precision) == (config.quantization, config.precision):
-                return model
+            named = [model for model in self._peft.models() if model.id == self.job.loaded_model_id]
+            # Another precision, an unloaded model or a dead engine: the base is loaded (again).
+            for model in named:
+                key = model.base.key
+                usable = model.state not in (LoadState.FAILED, LoadState.UNLOADING)
+                if usable and (key.quantization, key.precision) == (config.quantization, config.precision):
+                    return model
         return self._peft.load(
             LoadRequest(
                 model_id=self.job.model_id,
@@ -154,23 +157,21 @@ class TrainingRun:
     def _succeed(self, model: LoadedModel, result: dict[str, Any]) -> None:
         now = to_text(self._clock.now())
         figures = {key: value for key, value in result.items() if key not in ("path", "log_tail", "adapter_id")}
-        self._service.add_adapter(
-            AdapterRecord(
-                id=result["adapter_id"],
-                name=self.job.name,
-                base_model_id=model.model_id,
-                base_revision=model.revision,
-                algorithm=self.job.algorithm,
-                config=self.job.config,
-                job_id=self.job.id,
-                dataset_sha256=self._datasets.get(self.job.dataset_id).sha256,
-                metrics=figures,
-                path=str(Path(result["path"])),
-                created_at=now,
-            )
+        adapter = AdapterRecord(
+            id=result["adapter_id"],
+            name=self.job.name,
+            base_model_id=model.model_id,
+            base_revision=model.revision,
+            algorithm=self.job.algorithm,
+            config=self.job.config,
+            job_id=self.job.id,
+            dataset_sha256=self._datasets.get(self.job.dataset_id).sha256,
+            metrics=figures,
+            path=str(Path(result["path"])),
+            created_at=now,
         )
         kept = figures | {"log_tail": result["log_tail"]}
-        self._move(JobState.SUCCEEDED, adapter_id=result["adapter_id"], result=kept, finished_at=now)
+        self._move(JobState.SUCCEEDED, adapter=adapter, adapter_id=adapter.id, result=kept, finished_at=now)
 
     def _fail(self, error_class: str, error: StudioError, state: JobState) -> None:
         extras = error.extras
@@ -215,8 +216,8 @@ class TrainingRun:
         """Return the engine's last lines."""
         return self._process.log_tail() if self._process is not None else []
 
-    def _move(self, following: JobState, **columns: Any) -> None:
-        if self._service.move(self.job, following, **columns):
+    def _move(self, following: JobState, adapter: AdapterRecord | None = None, **columns: Any) -> None:
+        if self._service.move(self.job, following, adapter=adapter, **columns):
             self.job = replace(self.job, state=following)
         else:
             raise RunEnded  # cancelled while it was queued

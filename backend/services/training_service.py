@@ -226,8 +226,13 @@ class TrainingService:
 
     # Changing, for the run
 
-    def move(self, record: JobRecord, following: JobState, **columns: Any) -> bool:
-        """Change a job's state and write the event, in one transaction; tell whether it was still as given.
+    def move(
+        self, record: JobRecord, following: JobState, *, adapter: AdapterRecord | None = None, **columns: Any
+    ) -> bool:
+        """Change a job's state, write the event and record its adapter, in one transaction.
+
+        Returns:
+            Whether the job was still as given; if not, nothing was written.
 
         Raises:
             TransitionNotPermitted: The table of transitions does not allow it.
@@ -242,6 +247,8 @@ class TrainingService:
             changed = jobs.change_state(record.id, record.state, following, **columns)
             if changed:
                 jobs.append_event(record.id, "state", data, now)
+            if changed and adapter is not None:
+                Adapters(connection).add(adapter)
         if changed:
             _log.info("job.state", job_id=record.id, state=following.value)
             self._notify(record.id)
@@ -255,11 +262,6 @@ class TrainingService:
             if progress is not None:
                 jobs.set(job_id, progress=progress)
         self._notify(job_id)
-
-    def add_adapter(self, record: AdapterRecord) -> None:
-        """Record a finished adapter."""
-        with self._database.begin() as connection:
-            Adapters(connection).add(record)
 
     def _notify(self, job_id: str) -> None:
         self.broadcast.notify(job_id)
@@ -285,14 +287,23 @@ class TrainingService:
 
     def _work(self) -> None:
         while not self._closed:
-            with self._database.begin() as connection:
-                record = Jobs(connection).next_queued()
-            if record is None:
+            try:
+                busy = self._work_once()
+            except Exception:  # noqa: BLE001 - e.g. the disk is full: the log says so, and the next try may do better
+                _log.exception("training.worker_failed")
+                busy = False
+            if not busy:
                 with self._wake:
                     # Woken by every change; the time-out only covers a wake-up between the look and the wait.
                     self._wake.wait(timeout=1.0)
-                continue
+
+    def _work_once(self) -> bool:
+        """Run the next queued job, if there is one; tell whether there was."""
+        with self._database.begin() as connection:
+            record = Jobs(connection).next_queued()
+        if record is not None:
             self._guarded(record)
+        return record is not None
 
     def _guarded(self, record: JobRecord) -> None:
         run = TrainingRun(self, self._datasets, self._adapters, self._peft, self._clock, record)

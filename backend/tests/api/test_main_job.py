@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from rows import messages_jsonl
-from server import BACKEND, StudioServer
+from server import BACKEND, StudioServer, wait_until
 from tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
@@ -258,6 +258,22 @@ def test_nothing_to_learn_is_a_failed_job_that_says_so(studio: StudioServer) -> 
     studio.events(job["id"])
     error = studio.job(job["id"])["error"]
     assert error["class"] == "bad_data" and "max_seq_length" in " ".join(error["suggestions"])
+
+
+def test_an_adapter_asked_for_with_the_load_is_on_the_base_once_it_is_loaded(
+    studio: StudioServer, dataset: dict[str, Any]
+) -> None:
+    job = studio.submit(model_id=TINY_ID, dataset_id=dataset["id"], overrides={"max_steps": 1, "max_seq_length": 64})
+    studio.events(job["id"])
+    adapter_id = studio.job(job["id"])["adapter_id"]
+    body = {"model_id": TINY_ID, "adapter_id": adapter_id, "overrides": {"quantization": "nf4"}}
+    response = studio.http.post("/api/peft/load-model", json=body)
+    assert response.status_code == 202
+    path = f"/api/peft/loaded-models/{response.json()['id']}"
+    wait_until(lambda: studio.http.get(path).json()["adapters"] == [adapter_id])
+    assert studio.http.delete(path).status_code == 204
+    unknown = studio.http.post("/api/peft/load-model", json=body | {"adapter_id": "adp_none"})
+    assert unknown.status_code == 404
 
 
 def test_a_deleted_adapter_leaves_the_base_and_the_disk(studio: StudioServer, dataset: dict[str, Any]) -> None:
