@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from typing import Any
 import httpx
 import pytest
 from rows import messages_jsonl
-from server import BACKEND, StudioServer, wait_until
+from server import StudioServer, wait_until
+from stock_peft import in_stock_peft
 from tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
@@ -25,40 +24,19 @@ OVERRIDES = {
     "target_modules": ["q_proj", "up_proj"],
 }
 
-# Stock PEFT in a clean process: the base by path, the adapter from the unzipped download. Where the CPU has
-# avx512_bf16, bitsandbytes would answer with its lower-precision inference kernel, which the engine does not use.
-STOCK = """
-import json, sys
-sys.path.insert(0, {backend!r})
-from engine.guards import hide_broken_torchvision
-hide_broken_torchvision()
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-quantization = BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-) if {four_bit} else None
-base = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.float32, quantization_config=quantization)
-for module in base.modules():
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-model = PeftModel.from_pretrained(base, {adapter!r}).eval()
-tokenizer = AutoTokenizer.from_pretrained({adapter!r})
-turns = [{{"role": "user", "content": {question!r}}}]
-text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-with torch.no_grad():
-    output = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-print(json.dumps(tokenizer.decode(output[0, ids.shape[1]:], skip_special_tokens=True)))
-"""
-
-
-def in_stock_peft(base: Path, adapter: Path, question: str, *, four_bit: bool = False) -> str:
-    script = STOCK.format(
-        backend=str(BACKEND), base=str(base), adapter=str(adapter), question=question, four_bit=four_bit
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=base)
-    return str(json.loads(done.stdout.splitlines()[-1]))
+# The answer of stock PEFT, greedy, through the tokenizer and template that came with the adapter.
+ANSWER = """tokenizer.decode(model.generate(
+    (ids := tokenizer(
+        tokenizer.apply_chat_template(
+            [{{"role": "user", "content": {question!r}}}], tokenize=False, add_generation_prompt=True
+        ),
+        add_special_tokens=False,
+        return_tensors="pt",
+    ).input_ids),
+    max_new_tokens=12,
+    do_sample=False,
+    pad_token_id=tokenizer.pad_token_id,
+)[0, ids.shape[1]:], skip_special_tokens=True)"""
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +82,7 @@ def test_every_algorithm_loads_trains_and_hands_out_an_adapter_that_stock_peft_l
 
     # The served answer and stock PEFT's are the same text, token by token; the bare base still answers as before.
     served = studio.generate(loaded["id"], question, job["adapter_id"], max_new_tokens=12)["text"]
-    stock = in_stock_peft(tiny_path, tmp_path, question, four_bit=algorithm == "qlora")
+    stock = in_stock_peft(tiny_path, tmp_path, ANSWER.format(question=question), four_bit=algorithm == "qlora")
     assert stock == served
     assert served != before
     assert studio.generate(loaded["id"], question, max_new_tokens=12)["text"] == before
