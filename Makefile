@@ -1,6 +1,6 @@
 # PEFT Studio backend. `make quickstart` is the front door; `make help` lists the rest.
-HOST ?= 127.0.0.1
-PORT ?= 8000
+HOST ?= $(or $(PEFT_STUDIO_HOST),127.0.0.1)
+PORT ?= $(or $(PEFT_STUDIO_PORT),8000)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python

@@ -17,6 +17,7 @@ from core.home_lock import HomeTaken, lock_home
 from core.logging import configure_logging
 from core.settings import Settings, get_settings
 from core.version import VERSION
+from services.adapter_service import get_adapter_service
 from services.database import get_database
 from services.dataset_service import get_dataset_service
 from services.peft_service import get_peft_service
@@ -28,6 +29,7 @@ _GRACE_S = 5  # for requests under way when the server is told to stop; event st
 @asynccontextmanager
 async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(get_dataset_service().remove_leftovers)
+    await asyncio.to_thread(get_adapter_service().remove_leftovers)
     await asyncio.to_thread(get_training_service().start)
     yield
     await asyncio.to_thread(stop_services)

@@ -78,7 +78,7 @@ def upload(
 def _column_map(text: str) -> dict[str, str]:
     try:
         value: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ColumnMapRejected(f"column_map is not JSON: {error}") from error
     if not isinstance(value, dict) or not all(isinstance(column, str) for column in value.values()):
         raise ColumnMapRejected("column_map must be a JSON object of column names")

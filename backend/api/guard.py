@@ -106,7 +106,8 @@ class Guard:
                 status=413,
                 detail=f"The limit is {MAX_JSON_BYTES} bytes.",
             )
-        if int(length) > 0 and kind not in ("application/json", "multipart/form-data"):
+        has_body = int(length) > 0 or "transfer-encoding" in headers
+        if has_body and kind not in ("application/json", "multipart/form-data"):
             return problem(
                 path,
                 slug="unsupported-media-type",

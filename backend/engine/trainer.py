@@ -127,7 +127,7 @@ class Trainer:
 
     def _loop(self) -> Outcome:
         best, waits = math.inf, 0
-        initial_eval = final_eval = self._evaluate(0)
+        initial_eval = final_eval = self._evaluate(0, 0.0)
         losses: list[float] = []
         step, epoch, stopped_early = 0, 0, False
         while step < self.total_steps and not stopped_early:
@@ -135,9 +135,10 @@ class Trainer:
             for at in range(0, len(batches), self._config.gradient_accumulation):
                 group = batches[at : at + self._config.gradient_accumulation]
                 step += 1
-                losses.append(self._step(step, epoch + (at + len(group)) / len(batches), group))
+                passes = epoch + (at + len(group)) / len(batches)
+                losses.append(self._step(step, passes, group))
                 if self._evaluates_after(step):
-                    final_eval = self._evaluate(step)
+                    final_eval = self._evaluate(step, passes)
                     waits = 0 if final_eval is not None and final_eval < best else waits + 1
                     best = min(best, final_eval if final_eval is not None else math.inf)
                     stopped_early = waits >= (self._config.early_stopping_patience or math.inf)
@@ -233,7 +234,7 @@ class Trainer:
         )
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _evaluate(self, step: int) -> float | None:
+    def _evaluate(self, step: int, epoch: float) -> float | None:
         if not self._validation:
             return None
         self._base.model.eval()
@@ -246,7 +247,6 @@ class Trainer:
             count += batch.trained_tokens
         self._base.model.train()
         loss = total / count
-        epoch = step * self._config.gradient_accumulation / self._epoch_length
         self._emit(
             Evaluated(request_id=self._request_id, step=step, epoch=epoch, eval_loss=loss, elapsed_s=self._elapsed())
         )

@@ -110,6 +110,8 @@ def _load_rows(
             f"none of the {len(sets[0])} rows has a token to learn within {command.config.max_seq_length} tokens",
             ["raise max_seq_length", "train_on=all", "check that the rows have assistant answers"],
         )
+    if (command.validation_path or command.validation_fraction > 0) and not learning[1]:
+        raise BadData("no validation row has a token to learn", ["more rows", "a larger validation_fraction"])
     return learning[0], learning[1], len(sets[0]) - len(learning[0])
 
 

@@ -29,6 +29,12 @@ class AdapterService:
         self._database, self._folder, self._peft = database, folder, peft
         folder.mkdir(parents=True, exist_ok=True)
 
+    def remove_leftovers(self) -> None:
+        """Delete what runs that were cut off left: adapters in the making and PiSSA's copies of original weights."""
+        for pattern in ("adp_*.tmp", "pissa-*"):
+            for folder in self._folder.glob(pattern):
+                shutil.rmtree(folder)
+
     def path_for(self, adapter_id: str) -> Path:
         """Return where an adapter's folder is, or will be."""
         return self._folder / adapter_id

@@ -69,7 +69,7 @@ def _first_line_is_object(file: BinaryIO) -> bool:
     file.seek(position)
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         # A lone "{" begins an indented object; anything else is a bad first line of JSONL.
         return line.strip() != b"{"
 
@@ -159,6 +159,6 @@ def _csv_row(line: int, header: list[str], values: list[str]) -> SourceRow:
     if isinstance(row.get("messages"), str):
         try:
             row["messages"] = json.loads(row["messages"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return SourceRow(line, None, f"'messages' is not JSON: {error}")
     return SourceRow(line, row, None)

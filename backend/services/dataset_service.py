@@ -192,11 +192,9 @@ class DatasetService:
         shutil.rmtree(self._folder / dataset_id)
 
     def remove_leftovers(self) -> None:
-        """Delete folders that a cut-off upload left: those with no row in the database."""
-        known = {record.id for record in self.all()}
-        for folder in self._folder.iterdir():
-            if folder.name not in known:
-                shutil.rmtree(folder)
+        """Delete what cut-off uploads left. Whole folders stay, even unknown ones: another database may know them."""
+        for folder in self._folder.glob("ds_*.tmp"):
+            shutil.rmtree(folder)
 
 
 def _normalise(upload: Upload, folder: Path) -> _Result:

@@ -92,6 +92,12 @@ class EngineProcess:
         """Whether the process runs and takes commands."""
         return not self._closing and not self._ended.is_set()
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether a command has not had its final event yet."""
+        with self._lock:
+            return bool(self._pending)
+
     def log_tail(self) -> list[str]:
         """Return the last lines of the engine's own output."""
         return list(self._tail)

@@ -89,6 +89,14 @@ class LoadedBase:
             eta = elapsed / fraction * (1 - fraction) if fraction else None
             self.progress = LoadProgress(fraction, downloaded, total, eta)
 
+    def adopt(self, process: EngineProcess) -> bool:
+        """Take the engine that will hold the base; False if it was unloaded meanwhile and nobody will end it."""
+        with self._lock:
+            if self.state is LoadState.UNLOADING:
+                return False
+            self.process = process
+            return True
+
     def ready(self, result: dict[str, Any]) -> None:
         """Record what the engine said of the loaded base."""
         with self._lock:
@@ -179,6 +187,7 @@ class LoadedBase:
 
     def end_process(self) -> None:
         """End the engine; its memory is free on return."""
-        process, self.process = self.process, None
+        with self._lock:
+            process, self.process = self.process, None
         if process is not None:
             process.close()

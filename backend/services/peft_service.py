@@ -5,7 +5,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,11 @@ class PeftService:
             max_positions=shape.max_positions if shape is not None else None,
         )
 
+    def device_of(self, model: LoadedModel) -> Device:
+        """Return the device that a loaded model is on, with what it has free now."""
+        name = model.base.key.device
+        return self._machine.device(name if name == "cpu" else int(name.removeprefix("cuda:")))
+
     # Loading
 
     def load(self, request: LoadRequest) -> LoadedModel:
@@ -201,7 +206,9 @@ class PeftService:
                 return
             base.report("loading", None, None, None)
             process = EngineProcess(self._log_dir / f"engine-{base.id}.log", on_exit=lambda: self._on_exit(base))
-            base.process = process
+            if not base.adopt(process):
+                process.close()
+                return
             _, future = process.request(
                 lambda request_id: protocol.LoadBase(
                     request_id=request_id,
@@ -316,7 +323,8 @@ class PeftService:
         while not self._closed.wait(min(_IDLE_CHECK_S, self._idle_unload_s)):
             for model in self.models():
                 idle_s = self._clock.monotonic() - model.base.last_used
-                if model.state is LoadState.READY and idle_s >= self._idle_unload_s:
+                working = model.base.process is not None and model.base.process.has_pending
+                if model.state is LoadState.READY and not working and idle_s >= self._idle_unload_s:
                     try:
                         self.unload(model.id)
                         _log.info("model.unloaded_idle", model_id=model.model_id, idle_s=round(idle_s))
@@ -334,12 +342,6 @@ class PeftService:
             base.finish(LoadState.UNLOADING)
             base.end_process()
         self._loaders.shutdown(wait=False, cancel_futures=True)
-
-    def with_trained(self, model: LoadedModel, trainable: int) -> None:
-        """Record the exact count of trainable parameters once an engine has said it."""
-        with self._lock:
-            if model.id in self._models:
-                self._models[model.id] = replace(model, trainable_parameters=trainable)
 
 
 def _trainable(shape: ModelShape | None, configuration: Configuration) -> int | None:

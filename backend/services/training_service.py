@@ -12,7 +12,8 @@ from core.clock import Clock, SystemClock
 from core.errors import Conflict, JobNotFound, SettingRejected, TransitionNotPermitted
 from core.logging import get_logger
 from core.singleton import singleton
-from domain.algorithms import Algorithm
+from domain.algorithms import SPECS, Algorithm
+from domain.configure import Configuration
 from domain.job_states import ACTIVE_STATES, FINAL_STATES, JobState, may_change
 from domain.use_cases import UseCaseId
 from services.adapter_service import AdapterService, get_adapter_service
@@ -81,10 +82,11 @@ class TrainingService:
             IdempotencyKeyReused: The key belongs to another request.
         """
         digest = hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
+        earlier = self._earlier(request, digest)
+        if earlier is not None:
+            return earlier
         model_id, revision = self._model_of(request)
-        configuration = self._peft.configure(
-            request.algorithm, request.use_case, request.overrides, model_id=model_id, revision=revision
-        )
+        configuration = self._configure(request, model_id, revision)
         self._check_data(request, configuration.config.early_stopping_patience, configuration.config.eval_every_steps)
         job_id = f"job_{uuid.uuid4().hex[:12]}"
         now = to_text(self._clock.now())
@@ -125,6 +127,34 @@ class TrainingService:
             jobs.append_event(job_id, "state", {"state": JobState.QUEUED.value}, now)
         self._notify(job_id)
         return record
+
+    def _earlier(self, request: JobRequest, digest: str) -> JobRecord | None:
+        """Return the job of the same idempotency key, if it is the same request."""
+        if request.idempotency_key is None:
+            return None
+        with self._database.begin() as connection:
+            earlier = Jobs(connection).by_idempotency_key(request.idempotency_key)
+        if earlier is not None and earlier.request_sha256 != digest:
+            raise IdempotencyKeyReused(f"The idempotency key belongs to the job {earlier.id}.")
+        return earlier
+
+    def _configure(self, request: JobRequest, model_id: str, revision: str | None) -> Configuration:
+        """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused."""
+        loaded = self._peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
+        device = self._peft.device_of(loaded) if loaded is not None else None
+        overrides = dict(request.overrides)
+        if loaded is not None:
+            for name in ("quantization", "precision"):
+                have = getattr(loaded.base.key, name)
+                wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
+                if wanted != have:
+                    raise _rejected(
+                        name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another"
+                    )
+                overrides[name] = have
+        return self._peft.configure(
+            request.algorithm, request.use_case, overrides, model_id=model_id, revision=revision, device=device
+        )
 
     def _model_of(self, request: JobRequest) -> tuple[str, str | None]:
         if request.loaded_model_id is None:

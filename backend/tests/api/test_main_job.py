@@ -272,3 +272,15 @@ def test_a_deleted_adapter_leaves_the_base_and_the_disk(studio: StudioServer, da
 def test_a_dataset_that_a_job_refers_to_is_not_deleted(studio: StudioServer, dataset: dict[str, Any]) -> None:
     response: httpx.Response = studio.http.delete(f"/api/datasets/{dataset['id']}")
     assert (response.status_code, response.json()["type"]) == (409, "/problems/dataset-in-use")
+
+
+def test_a_job_on_a_loaded_base_takes_it_as_it_is_or_is_refused(studio: StudioServer, dataset: dict[str, Any]) -> None:
+    loaded = studio.load(TINY_ID, overrides={"precision": "bf16", "max_seq_length": 65})
+    body = {"loaded_model_id": loaded["id"], "dataset_id": dataset["id"]}
+    job = studio.submit(**body, overrides={"max_steps": 1})
+    assert job["config"]["precision"] == "bf16"
+    for request in ({"overrides": {"precision": "fp32"}}, {"algorithm": "qlora"}):
+        refused = studio.http.post("/api/training/jobs", json=body | request)
+        assert (refused.status_code, refused.json()["type"]) == (422, "/problems/setting-rejected")
+    studio.events(job["id"])
+    assert len(studio.engines()) >= 1 and studio.job(job["id"])["state"] == "succeeded"
