@@ -3,9 +3,9 @@
     StudioError
     ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
     │                       JobNotFound, AdapterNotFound
-    ├── Rejected            SettingRejected, DatasetRejected, ModelRejected, NothingToLearn
+    ├── Rejected            SettingRejected, DatasetRejected, ModelRejected
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
-    │                       AdapterInUse, DatasetInUse, NeedsRemoteCode, NoSafeWeights
+    │                       DatasetInUse, NeedsRemoteCode, NoSafeWeights
     ├── AccessDenied        ModelGated
     ├── Unavailable         HubUnavailable, EngineUnavailable
     ├── EngineFailed        the engine process died or reported an error
@@ -95,12 +95,6 @@ class DatasetRejected(Rejected):
     slug, title = "dataset-rejected", "Dataset rejected"
 
 
-class NothingToLearn(Rejected):
-    """After masking and truncation no row has a token to train on."""
-
-    slug, title = "nothing-to-learn", "Nothing to learn"
-
-
 class ModelRejected(Rejected):
     """The model's files cannot be used: a broken config, an unsupported architecture."""
 
@@ -141,12 +135,6 @@ class DatasetInUse(Conflict):
     """A job that has not ended uses the dataset."""
 
     slug, title = "dataset-in-use", "Dataset in use"
-
-
-class AdapterInUse(Conflict):
-    """A loaded model has the adapter attached."""
-
-    slug, title = "adapter-in-use", "Adapter in use"
 
 
 class NeedsRemoteCode(Conflict):

@@ -11,7 +11,16 @@ from core.errors import StorageFull
 
 def fsync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename in it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    _fsync(folder, getattr(os, "O_DIRECTORY", 0))
+
+
+def fsync_file(file: Path) -> None:
+    """Flush the content of a file that a library wrote."""
+    _fsync(file, 0)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -4,7 +4,7 @@ T is batch × sequence, a the bytes of an activation, H hidden, M the MLP's widt
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 from domain.model_shape import ModelShape
@@ -170,8 +170,3 @@ def suggest(shape: ModelShape, config: PeftConfig, available_bytes: int, *, on_g
         verdict = judge(changed.total_bytes, changed.high_bytes, available_bytes)
         suggestions.append(Suggestion(change, changed.total_bytes, verdict))
     return suggestions
-
-
-def as_dict(value: MemoryEstimate) -> dict[str, int]:
-    """Return the components by the names of the API."""
-    return asdict(value)

@@ -84,8 +84,7 @@ class Trainer:
         self._pad_id = int(base.tokenizer.pad_token_id)
         self._parameters = [p for p in base.model.parameters() if p.requires_grad]
         self._optimizer = make_optimizer(self._parameters, config)
-        self._epoch_length = len(self._epoch(0))
-        self.total_steps = planned_steps(config, self._epoch_length)
+        self.total_steps = planned_steps(config, len(self._epoch(0)))
         self._scheduler = get_scheduler(
             SCHEDULERS[config.scheduler],
             self._optimizer,

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from core.files import fsync_folder
+from core.files import fsync_file, fsync_folder
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base
@@ -158,11 +158,7 @@ def _write_adapter(
     (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(_card(command, outcome), encoding="utf-8")
     for file in temporary.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_file(file)
     # A run cut off after this point and before its record was written is trained again to the same place.
     shutil.rmtree(output, ignore_errors=True)
     os.replace(temporary, output)

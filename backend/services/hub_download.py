@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# state of a load (downloading or loading), fraction, downloaded bytes, total bytes
 LoadProgress = Callable[[str, float | None, int | None, int | None], None]
 
 

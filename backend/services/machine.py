@@ -18,11 +18,7 @@ class Machine:
             SettingRejected: There is no such GPU.
         """
         usage = self._hardware.usage()
-        profile = self._hardware.profile().value
-        if not profile.gpus:
-            return choose_device(wanted, [], usage.memory.available_bytes)
-        fresh = self._hardware.profile(refresh=True).value
-        return choose_device(wanted, list(fresh.gpus), usage.memory.available_bytes)
+        return choose_device(wanted, list(usage.gpus), usage.memory.available_bytes)
 
     def engine(self, wanted: str, device: Device) -> EngineName:
         """Resolve `auto`, `transformers` or `unsloth` for a device.

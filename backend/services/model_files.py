@@ -1,17 +1,15 @@
 """From a model id to a folder of safe weights on this machine, downloading it if need be."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from core.errors import ModelRejected, NeedsRemoteCode, NoSafeWeights
 from core.singleton import singleton
 from services.embedded_model import MODEL_ID, EmbeddedModel, get_embedded_model
+from services.hub_download import LoadProgress, download_snapshot
 from services.model_registry_service import get_model_registry_service
 
-# state of a load (downloading or loading), fraction, downloaded bytes, total bytes
-LoadProgress = Callable[[str, float | None, int | None, int | None], None]
 _PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 
 
@@ -54,8 +52,6 @@ class ModelFiles:
             found = self._local.local_path(model_id) if self._local is not None else None
             if found is not None:
                 return found
-        from services.hub_download import download_snapshot
-
         return download_snapshot(model_id, revision, list(_PATTERNS), on_progress)
 
 

@@ -17,7 +17,7 @@ from core.singleton import singleton
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.configure import Configuration, configure
-from domain.memory_estimate import judge, loading_bytes
+from domain.memory_estimate import adapter_parameters, judge, loading_bytes
 from domain.model_shape import ModelShape
 from domain.use_cases import UseCaseId
 from services.devices import Device, EngineName
@@ -345,8 +345,6 @@ class PeftService:
 
 
 def _trainable(shape: ModelShape | None, configuration: Configuration) -> int | None:
-    from domain.memory_estimate import adapter_parameters
-
     return adapter_parameters(shape, configuration.config) if shape is not None else None
 
 

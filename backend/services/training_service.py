@@ -82,7 +82,8 @@ class TrainingService:
             IdempotencyKeyReused: The key belongs to another request.
         """
         digest = hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
-        earlier = self._earlier(request, digest)
+        with self._database.begin() as connection:
+            earlier = _earlier(Jobs(connection), request, digest)
         if earlier is not None:
             return earlier
         model_id, revision = self._model_of(request)
@@ -92,12 +93,10 @@ class TrainingService:
         now = to_text(self._clock.now())
         with self._database.begin() as connection:
             jobs = Jobs(connection)
-            if request.idempotency_key is not None:
-                earlier = jobs.by_idempotency_key(request.idempotency_key)
-                if earlier is not None:
-                    if earlier.request_sha256 != digest:
-                        raise IdempotencyKeyReused(f"The idempotency key belongs to the job {earlier.id}.")
-                    return earlier
+            # Again, now that nobody else can write: the same request may have come meanwhile.
+            earlier = _earlier(jobs, request, digest)
+            if earlier is not None:
+                return earlier
             record = JobRecord(
                 id=job_id,
                 sequence=jobs.next_sequence(),
@@ -127,16 +126,6 @@ class TrainingService:
             jobs.append_event(job_id, "state", {"state": JobState.QUEUED.value}, now)
         self._notify(job_id)
         return record
-
-    def _earlier(self, request: JobRequest, digest: str) -> JobRecord | None:
-        """Return the job of the same idempotency key, if it is the same request."""
-        if request.idempotency_key is None:
-            return None
-        with self._database.begin() as connection:
-            earlier = Jobs(connection).by_idempotency_key(request.idempotency_key)
-        if earlier is not None and earlier.request_sha256 != digest:
-            raise IdempotencyKeyReused(f"The idempotency key belongs to the job {earlier.id}.")
-        return earlier
 
     def _configure(self, request: JobRequest, model_id: str, revision: str | None) -> Configuration:
         """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused."""
@@ -358,6 +347,20 @@ class TrainingService:
             self._wake.notify_all()
         if self._worker is not None:
             self._worker.join(timeout=15)
+
+
+def _earlier(jobs: Jobs, request: JobRequest, digest: str) -> JobRecord | None:
+    """Return the job of the same idempotency key.
+
+    Raises:
+        IdempotencyKeyReused: It was another request.
+    """
+    if request.idempotency_key is None:
+        return None
+    earlier = jobs.by_idempotency_key(request.idempotency_key)
+    if earlier is not None and earlier.request_sha256 != digest:
+        raise IdempotencyKeyReused(f"The idempotency key belongs to the job {earlier.id}.")
+    return earlier
 
 
 def _rejected(location: str, message: str) -> SettingRejected:

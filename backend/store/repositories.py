@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from domain.job_states import FINAL_STATES, JobState
+from domain.job_states import JobState
 from store.records import AdapterRecord, DatasetRecord, EventRecord, JobRecord
 from store.tables import adapters, datasets, job_events, jobs
 
@@ -128,6 +128,3 @@ class Adapters:
 
     def delete(self, adapter_id: str) -> None:
         self._connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
-
-
-UNFINISHED_STATES = frozenset(JobState) - FINAL_STATES
