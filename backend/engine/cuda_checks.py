@@ -1,18 +1,33 @@
-"""The torch side of the CUDA validation: `python -m engine.cuda_checks` writes its checks as JSON."""
+"""The torch side of the CUDA validation: `python -m engine.cuda_checks` writes its checks as one line of JSON.
+
+The checks take torch as an argument, so that a double can stand in for it.
+"""
 
 import json
 import os
-from collections.abc import Callable
-from importlib.metadata import version
+import sys
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from engine.guards import hide_broken_torchvision
+from engine.lifeline import die_with_parent
 
 _MIB = 2**20
 _SIZE = 512
 # A product of 512 × 512 standard normal matrices has entries of about √512 ≈ 23; fp32 with TF32 off rounds
-# them by less than 1e-4, bf16 inputs (8 bits of mantissa) by less than 1.
-_TOLERANCE = {"fp32": 1e-2, "bf16": 2.0}
+# them by less than 1e-4, fp16 and bf16 results (11 and 8 bits of mantissa) by less than 0.1 and 1 a rounding.
+_TOLERANCE = {"fp32": 1e-2, "fp16": 1.0, "bf16": 2.0}
+# The mean error of NF4 on a standard normal is 0.073 (QLoRA, arXiv 2305.14314, appendix E: 4-bit NormalFloat).
+_NF4_TOLERANCE = 0.1
+# With less than this beside the CUDA context, only the smallest models train; hence a warning and no failure.
+_ROOM_BYTES = 2048 * _MIB
+_BF16_MAJOR = 8  # Ampere (CUDA programming guide, compute capabilities)
+_UNSLOTH_CAPABILITY = (7, 0)  # as services/hardware_service.py chooses the engine
+# What Unsloth patches at run time, so that a version it refuses breaks training and not just the import.
+_UNSLOTH_NEEDS = ("unsloth_zoo", "torch", "transformers", "peft", "trl", "bitsandbytes", "triton", "xformers")
+_REINSTALL = "Reinstall the package for this GPU and driver."
+_FREE_MEMORY = "End other programs on the GPU; `nvidia-smi` lists them."
 
 Check = dict[str, str | None]
 
@@ -21,21 +36,30 @@ def _check(name: str, status: str, detail: str, fix: str | None = None) -> Check
     return {"name": name, "status": status, "detail": detail, "fix": fix}
 
 
-def torch_build(torch: Any) -> Check:
+def torch_build(torch: Any, environment: Mapping[str, str] = os.environ) -> Check:
     """Is torch built for CUDA, and does its CUDA start with this driver?"""
+    name, build = "torch_build", f"torch {torch.__version__}"
     if torch.version.cuda is None:
-        fix = "pip install a CUDA build of torch"
-        return _check("torch_build", "fail", f"torch {torch.__version__} is a CPU build.", fix)
-    if not torch.cuda.is_available():
-        detail = f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use this driver."
-        return _check("torch_build", "fail", detail, "Update the driver, or install a torch for its CUDA version.")
-    return _check("torch_build", "pass", f"torch {torch.__version__}, CUDA {torch.version.cuda}.")
+        return _check(name, "fail", f"{build} is not a CUDA build.", "pip install a CUDA build of torch.")
+    if torch.cuda.is_available():
+        return _check(name, "pass", f"{build}, CUDA {torch.version.cuda}, {torch.cuda.device_count()} GPU(s).")
+    hidden = environment.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        detail = f"{build} sees no GPU, and CUDA_VISIBLE_DEVICES is {hidden!r}."
+        return _check(name, "fail", detail, "Unset CUDA_VISIBLE_DEVICES, or name GPUs that are there.")
+    detail = f"{build} (CUDA {torch.version.cuda}) cannot use this driver."
+    return _check(name, "fail", detail, "Update the driver, or install a torch for its CUDA version.")
 
 
 def matrix_product(torch: Any, index: int, kind: str) -> Check:
-    """Multiply on the GPU and compare with the CPU's answer in float64."""
-    name = f"matrix_product_{kind}_{index}"
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+    """Multiply on the GPU and compare with the CPU's answer in float64.
+
+    Args:
+        index: torch's number of the GPU.
+        kind: fp32, fp16 or bf16.
+    """
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[kind]
+    torch.set_float32_matmul_precision("highest")  # TF32 rounds to 10 bits: its error would hide a real one
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(_SIZE, _SIZE, generator=generator).to(dtype)
     right = torch.randn(_SIZE, _SIZE, generator=generator).to(dtype)
@@ -43,44 +67,88 @@ def matrix_product(torch: Any, index: int, kind: str) -> Check:
     device = f"cuda:{index}"
     found = (left.to(device) @ right.to(device)).double().cpu()
     error = float((found - expected).abs().max())
-    status = "pass" if error <= _TOLERANCE[kind] else "fail"
-    fix = None if status == "pass" else "The GPU computes wrong results: check its memory and clocks."
-    return _check(name, status, f"Largest difference from the CPU's answer: {error:.2e}.", fix)
+    detail = f"Largest difference from the CPU's answer: {error:.2e}."
+    if error <= _TOLERANCE[kind]:  # false for NaN too
+        return _check(f"matrix_product_{kind}_{index}", "pass", detail)
+    fix = "The GPU computes wrong results: check its memory (ECC errors), temperature and clocks."
+    return _check(f"matrix_product_{kind}_{index}", "fail", detail, fix)
 
 
 def bf16(torch: Any, index: int) -> Check:
-    """Multiply in bfloat16 where the GPU has it."""
+    """Multiply in bfloat16, or in float16 where the GPU has no bfloat16."""
     major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return _check(f"bf16_{index}", "warn", f"Compute capability {major}.{minor} has no bf16; fp16 is used.")
-    return matrix_product(torch, index, "bf16")
+    if major >= _BF16_MAJOR:
+        return matrix_product(torch, index, "bf16") | {"name": f"bf16_{index}"}
+    product = matrix_product(torch, index, "fp16") | {"name": f"bf16_{index}"}
+    if product["status"] == "fail":
+        return product
+    detail = f"Compute capability {major}.{minor} has no bf16; fp16 works. {product['detail']}"
+    return _check(f"bf16_{index}", "warn", detail, "Nothing to do: training uses fp16 here.")
 
 
 def four_bit(torch: Any, index: int) -> Check:
     """Quantise a matrix to NF4 and back with bitsandbytes."""
     import bitsandbytes.functional as functional
 
+    name = f"bitsandbytes_4bit_{index}"
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0)).to(f"cuda:{index}")
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     error = float((functional.dequantize_4bit(packed, state) - weight).abs().mean())
-    # The mean error of NF4 on a standard normal is 0.073 (QLoRA, appendix E: 4-bit NormalFloat).
-    status = "pass" if error < 0.1 else "fail"
-    return _check(f"bitsandbytes_4bit_{index}", status, f"Mean error of NF4 on normal weights: {error:.3f}.")
-
-
-def unsloth_importable(_torch: Any) -> Check:
-    """Import Unsloth, which checks the versions of what it patches."""
-    import unsloth  # noqa: F401
-
-    return _check("unsloth", "pass", f"unsloth {version('unsloth')} imports.")
+    detail = f"Mean error of NF4 on normal weights: {error:.3f}."
+    if error < _NF4_TOLERANCE:
+        return _check(name, "pass", detail)
+    return _check(name, "fail", detail, "Reinstall bitsandbytes for this CUDA version.")
 
 
 def free_memory(torch: Any, index: int) -> Check:
     """Is there room for a small model?"""
     free, total = torch.cuda.mem_get_info(index)
-    status = "pass" if free > 2048 * _MIB else "warn"
-    fix = None if status == "pass" else "End other programs on the GPU; `nvidia-smi` lists them."
-    return _check(f"memory_{index}", status, f"{free // _MIB} MiB of {total // _MIB} MiB free.", fix)
+    detail = f"{free // _MIB} MiB of {total // _MIB} MiB free."
+    enough = free >= _ROOM_BYTES
+    return _check(f"memory_{index}", "pass" if enough else "warn", detail, None if enough else _FREE_MEMORY)
+
+
+def unsloth_importable(torch: Any, installed: Callable[[str], str] = version) -> Check:
+    """Import Unsloth where it can run, and compare the versions of what it patches with what it asks for."""
+    instead = "models train with transformers + PEFT instead"
+    try:
+        unsloth_version = installed("unsloth")
+    except PackageNotFoundError:
+        return _check("unsloth", "skip", f"unsloth is not installed; {instead}.", "pip install unsloth")
+    best = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    if best < _UNSLOTH_CAPABILITY:
+        detail = f"Compute capability {best[0]}.{best[1]} is below Unsloth's 7.0; {instead}."
+        return _check("unsloth", "skip", detail)
+    import unsloth  # noqa: F401
+
+    refused = refused_versions(requires("unsloth") or [], installed)
+    if refused:
+        detail = f"unsloth {unsloth_version} imports, but it asks for other versions: {'; '.join(refused)}."
+        return _check("unsloth", "warn", detail, "pip install -r requirements.txt")
+    return _check("unsloth", "pass", f"unsloth {unsloth_version} imports; what it needs is there.")
+
+
+def refused_versions(requirements: list[str], installed: Callable[[str], str] = version) -> list[str]:
+    """Name the packages that Unsloth patches whose installed version it does not accept.
+
+    Args:
+        requirements: As importlib.metadata gives them (PEP 508).
+    """
+    from packaging.requirements import Requirement
+
+    refused = []
+    for requirement in map(Requirement, requirements):
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if not wanted or requirement.name.lower().replace("-", "_") not in _UNSLOTH_NEEDS:
+            continue
+        try:
+            found = installed(requirement.name)
+        except PackageNotFoundError:
+            refused.append(f"{requirement.name}{requirement.specifier} (not installed)")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            refused.append(f"{requirement.name}{requirement.specifier} (installed: {found})")
+    return refused
 
 
 def guarded(name: str, check: Callable[..., Check], *arguments: Any) -> Check:
@@ -88,32 +156,48 @@ def guarded(name: str, check: Callable[..., Check], *arguments: Any) -> Check:
     try:
         return check(*arguments)
     except Exception as error:  # noqa: BLE001 - any failure of a check is that check's result
-        return _check(
-            name, "fail", f"{type(error).__name__}: {error}", "Reinstall the package for this GPU and driver."
-        )
+        fix = _FREE_MEMORY if type(error).__name__ == "OutOfMemoryError" else _REINSTALL
+        return _check(name, "fail", f"{type(error).__name__}: {error}", fix)
 
 
 def run(torch: Any) -> list[Check]:
-    """Run every check that makes sense after the ones before it."""
-    checks = [guarded("torch_build", torch_build, torch)]
-    if checks[0]["status"] == "fail":
-        return checks
+    """Run every check; those that need a GPU are skipped where torch has none."""
+    first = guarded("torch_build", torch_build, torch)
+    if first["status"] == "fail":
+        names = ("matrix_product_fp32", "bf16", "bitsandbytes_4bit", "memory", "unsloth")
+        return [first, *(_check(name, "skip", "Not run: torch cannot use a GPU.") for name in names)]
+    checks = [first]
     for index in range(torch.cuda.device_count()):
+        checks.append(guarded(f"memory_{index}", free_memory, torch, index))
         checks.append(guarded(f"matrix_product_fp32_{index}", matrix_product, torch, index, "fp32"))
         checks.append(guarded(f"bf16_{index}", bf16, torch, index))
         checks.append(guarded(f"bitsandbytes_4bit_{index}", four_bit, torch, index))
-        checks.append(guarded(f"memory_{index}", free_memory, torch, index))
-    checks.append(guarded("unsloth", unsloth_importable, torch))
+    checks.append(guarded("unsloth", unsloth_importable, torch))  # last: importing it patches torch
     return checks
 
 
-def main() -> None:
-    """Write the checks to the pipe named in the environment."""
-    hide_broken_torchvision()
-    import torch
+def run_here() -> list[Check]:
+    """Import torch and run every check; a torch that does not import is the first check's failure."""
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError) as error:
+        detail = f"torch does not import: {type(error).__name__}: {error}"
+        return [_check("torch_build", "fail", detail, "pip install a CUDA build of torch.")]
+    return run(torch)
 
-    with os.fdopen(int(os.environ["PEFT_STUDIO_RESULT_FD"]), "w") as results:
-        json.dump(run(torch), results)
+
+def main() -> None:
+    """Write the checks to the pipe that the environment names, or to stdout."""
+    if "PEFT_STUDIO_PARENT_PID" in os.environ:
+        die_with_parent(int(os.environ["PEFT_STUDIO_PARENT_PID"]))
+    given = os.environ.get("PEFT_STUDIO_RESULT_FD")
+    descriptor = int(given) if given is not None else os.dup(sys.stdout.fileno())
+    os.set_inheritable(descriptor, False)  # a library's own subprocess must not hold the pipe open
+    if hide_broken_torchvision():
+        os.environ["UNSLOTH_SKIP_TORCHVISION_CHECK"] = "1"  # as the engine does; text models need none
+    document = json.dumps(run_here()) + "\n"
+    with os.fdopen(descriptor, "w") as results:
+        results.write(document)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ _ENGINE_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # torch then numbers GPUs as NVML does, and not the fastest first
 }
 # PR_SET_PDEATHSIG fires when the *thread* that forked ends, so one thread that never ends starts all engines.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")

@@ -19,6 +19,7 @@ PROFILE_TTL_S = 300.0
 PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes")
 # Volta: the oldest that Unsloth supports (its README, "Supports NVIDIA GPUs since 2018, minimum 7.0").
 _UNSLOTH_CAPABILITY = (7, 0)
+_ON_CPU = "Fine-tuning runs on the CPU with transformers + PEFT."
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class EngineChoice:
 
 
 @dataclass(frozen=True)
+class CudaFacts:
+    """Whether a process here can use CUDA. `cuda_version` is the newest that the driver supports."""
+
+    available: bool
+    driver_version: str | None
+    cuda_version: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """The machine at one moment."""
 
@@ -37,7 +48,7 @@ class HardwareProfile:
     cpu: CpuReading
     memory: MemoryReading
     disk: DiskReading
-    cuda: DriverFacts
+    cuda: CudaFacts
     platform: str
     python_version: str
     packages: Mapping[str, str | None]
@@ -86,6 +97,20 @@ def select_engine(gpus: tuple[GpuReading, ...], packages: Mapping[str, str | Non
     return EngineChoice("unsloth", f"{best.name} has compute capability {best.compute_capability}")
 
 
+def cuda_facts(driver: DriverFacts, gpus: tuple[GpuReading, ...]) -> CudaFacts:
+    """Say whether there is a GPU that answers, and if not, why."""
+    reason = driver.reason
+    if driver.available and not gpus:
+        reason = "the driver lists no GPU"
+    elif driver.available and all(gpu.error is not None for gpu in gpus):
+        reason = f"no GPU answers: {_failures(gpus)}"
+    return CudaFacts(reason is None, driver.driver_version, driver.cuda_version, reason)
+
+
+def _failures(gpus: tuple[GpuReading, ...]) -> str:
+    return "; ".join(f"GPU {gpu.index}: {gpu.error}" for gpu in gpus if gpu.error is not None)
+
+
 def _capability(text: str | None) -> tuple[int, int]:
     major, _, minor = (text or "0.0").partition(".")
     return int(major), int(minor)
@@ -112,6 +137,7 @@ class HardwareService:
         self._nvml, self._host, self._packages = nvml, host, packages
         self._data_path, self._cuda_checks = data_path, cuda_checks
         self._profile = TtlCell(PROFILE_TTL_S, clock, self._measure)
+        self._validation = TtlCell(PROFILE_TTL_S, clock, self._validate)
 
     def profile(self, *, refresh: bool = False) -> Timed[HardwareProfile]:
         """Return the profile, measured at most five minutes ago, or now with `refresh`."""
@@ -124,7 +150,7 @@ class HardwareService:
             cpu=usage.cpu,
             memory=usage.memory,
             disk=usage.disk,
-            cuda=self._nvml.driver(),
+            cuda=cuda_facts(self._nvml.driver(), usage.gpus),
             platform=platform.platform(),
             python_version=platform.python_version(),
             packages=packages,
@@ -133,35 +159,42 @@ class HardwareService:
 
     def usage(self) -> UsageReading:
         """Return one live reading."""
-        return UsageReading(self._nvml.gpus(), self._host.cpu(), self._host.memory(), self._host.disk(self._data_path))
+        host = self._host
+        return UsageReading(self._nvml.gpus(), host.cpu(), host.memory(), host.disk(self._data_path))
 
     def validate_cuda(self) -> CudaValidation:
-        """Check the driver here and torch in a process of its own; without a GPU, say so in one check."""
-        driver = self._nvml.driver()
+        """Check the driver here and torch in a process of its own; without a GPU, say so in one check.
+
+        However many ask at the same moment, one process runs at a time and those who wait share the next result:
+        each one loads torch and a CUDA context on every GPU.
+        """
+        return self._validation.get(refresh=True).value
+
+    def _validate(self) -> CudaValidation:
+        driver, gpus = self._nvml.driver(), self._nvml.gpus()
         if not driver.available:
-            check = CudaCheck(
-                "driver",
-                "fail",
-                f"No CUDA GPU can be used: {driver.reason}. Fine-tuning runs on the CPU with transformers + PEFT.",
-                "With an NVIDIA GPU in this machine, install its driver; `nvidia-smi` must list the GPU.",
-            )
-            return CudaValidation(False, (check,))
-        gpus = self._nvml.gpus()
+            detail = f"No CUDA GPU can be used: {driver.reason}. {_ON_CPU}"
+            return CudaValidation(False, (CudaCheck("driver", "fail", detail, driver.fix),))
         if not gpus:
-            check = CudaCheck(
-                "device", "fail", "The driver answers but lists no GPU.", "Check CUDA's container runtime."
-            )
-            return CudaValidation(False, (check,))
-        lost = [f"GPU {gpu.index}: {gpu.error}" for gpu in gpus if gpu.error is not None]
-        names = ", ".join(f"{gpu.index}: {gpu.name}" for gpu in gpus if gpu.error is None)
+            detail = f"The driver answers but lists no GPU. {_ON_CPU}"
+            fix = "Start a container with its GPUs (`--gpus all`); elsewhere `nvidia-smi` must list the GPU."
+            return CudaValidation(False, (CudaCheck("device", "fail", detail, fix),))
         checks = [
             CudaCheck("driver", "pass", f"Driver {driver.driver_version}, CUDA {driver.cuda_version}.", None),
-            CudaCheck("device", "fail", "; ".join(lost), "Reset or reseat the GPU; see `dmesg` for Xid errors.")
-            if lost
-            else CudaCheck("device", "pass", names, None),
-            *self._cuda_checks(),
+            _device_check(gpus),
         ]
+        if any(gpu.error is None for gpu in gpus):  # torch can wait for ever on a GPU that is lost
+            checks.extend(self._cuda_checks())
         return CudaValidation(all(check.status != "fail" for check in checks), tuple(checks))
+
+
+def _device_check(gpus: tuple[GpuReading, ...]) -> CudaCheck:
+    names = ", ".join(f"{gpu.index}: {gpu.name or 'unnamed'}" for gpu in gpus if gpu.error is None)
+    lost = _failures(gpus)
+    if not lost:
+        return CudaCheck("device", "pass", names, None)
+    detail = lost + (f"; these answer: {names}" if names else "")
+    return CudaCheck("device", "fail", detail, "Reset or reseat the GPU; see `dmesg` for Xid errors.")
 
 
 @singleton

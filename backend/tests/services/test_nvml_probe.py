@@ -1,20 +1,23 @@
-"""GPUs as NVML really answers: several, some queries unsupported, one lost, no driver."""
+"""GPUs as NVML really answers: several, some queries unsupported, one lost, MIG, no driver."""
 
 from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from services.cuda_checks import CudaCheck, run_cuda_checks
-from services.hardware_service import HardwareService, select_engine
-from services.host_probe import HostProbe
-from services.nvml_probe import NvmlProbe
+from services.nvml_probe import GpuReading, NvmlProbe
 
 GIB = 2**30
-
-
-class NVMLError(Exception):
-    """As pynvml's."""
+NOT_SUPPORTED = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+NO_FUNCTION = pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
+LOST = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+READ_FIELDS = (
+    *("uuid", "name", "memory_total_bytes", "memory_used_bytes", "memory_free_bytes", "compute_capability"),
+    *("supports_bf16", "utilization_percent", "temperature_c", "power_w"),
+)
 
 
 def answer(value: Any) -> Any:
@@ -23,192 +26,236 @@ def answer(value: Any) -> Any:
     return value
 
 
+def memory(total_gib: int, used_gib: int) -> SimpleNamespace:
+    return SimpleNamespace(total=total_gib * GIB, used=used_gib * GIB, free=(total_gib - used_gib) * GIB)
+
+
+def h100() -> dict[str, Any]:
+    return {
+        "handle": None,
+        "UUID": "GPU-0",
+        "Name": "NVIDIA H100",
+        "MemoryInfo": memory(80, 30),
+        "CudaComputeCapability": (9, 0),
+        "UtilizationRates": SimpleNamespace(gpu=37, memory=5),
+        "Temperature": 51,
+        "PowerUsage": 312_500,
+        "MigMode": [0, 0],
+    }
+
+
+def t4() -> dict[str, Any]:
+    """A card without sensors, with the bytes that older drivers answer."""
+    silent = dict.fromkeys(("UtilizationRates", "Temperature", "PowerUsage"), NOT_SUPPORTED)
+    names = {"UUID": b"GPU-1", "Name": b"Tesla T4", "MemoryInfo": memory(16, 0), "CudaComputeCapability": (7, 5)}
+    return h100() | silent | names | {"MigMode": NO_FUNCTION}
+
+
+def lost() -> dict[str, Any]:
+    return h100() | {"handle": LOST}
+
+
 class FakeNvml:
-    """Three cards: a whole one, one without sensors on an old driver's bytes, one that fell off the bus."""
+    """pynvml with cards of our own; its errors and constants are the real ones."""
 
-    NVMLError = NVMLError
-    NVML_TEMPERATURE_GPU = 0
+    def __init__(self, *cards: dict[str, Any]) -> None:
+        self.cards: list[dict[str, Any]] = list(cards) or [h100(), t4(), lost()]
+        self.init_error: Exception | None = None
+        self.count_error: Exception | None = None
+        self.cuda_v2: Any = 12080
+        self.starts = 0
 
-    def __init__(self) -> None:
-        unsupported = NVMLError("Not Supported")
-        self.cards: list[dict[str, Any]] = [
-            {
-                "uuid": "GPU-0",
-                "name": "NVIDIA H100",
-                "memory": SimpleNamespace(total=80 * GIB, used=30 * GIB, free=50 * GIB),
-                "capability": (9, 0),
-                "utilization": SimpleNamespace(gpu=37),
-                "temperature": 51,
-                "power": 312_500,
-            },
-            {
-                "uuid": b"GPU-1",
-                "name": b"Tesla T4",
-                "memory": SimpleNamespace(total=16 * GIB, used=0, free=16 * GIB),
-                "capability": (7, 5),
-                "utilization": unsupported,
-                "temperature": unsupported,
-                "power": unsupported,
-            },
-            {"uuid": NVMLError("GPU is lost")},
-        ]
+    def nvmlInit(self) -> None:
+        self.starts += 1
+        answer(self.init_error)
 
-    def nvmlInit(self) -> None: ...
+    def nvmlShutdown(self) -> None:
+        answer(self.count_error)
 
     def nvmlSystemGetDriverVersion(self) -> bytes:
         return b"570.86.10"
 
-    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:
-        return 12080
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> Any:
+        return answer(self.cuda_v2)
+
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        return 10020
 
     def nvmlDeviceGetCount(self) -> int:
+        answer(self.count_error)
         return len(self.cards)
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
+        answer(self.cards[index]["handle"])
         return self.cards[index]
 
-    def nvmlDeviceGetUUID(self, card: dict[str, Any]) -> Any:
-        return answer(card["uuid"])
+    def nvmlDeviceGetMaxMigDeviceCount(self, card: dict[str, Any]) -> int:
+        return len(card["instances"])
 
-    def nvmlDeviceGetName(self, card: dict[str, Any]) -> Any:
-        return answer(card["name"])
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, card: dict[str, Any], index: int) -> Any:
+        return answer(card["instances"][index])
 
-    def nvmlDeviceGetMemoryInfo(self, card: dict[str, Any]) -> Any:
-        return answer(card["memory"])
-
-    def nvmlDeviceGetCudaComputeCapability(self, card: dict[str, Any]) -> Any:
-        return answer(card["capability"])
-
-    def nvmlDeviceGetUtilizationRates(self, card: dict[str, Any]) -> Any:
-        return answer(card["utilization"])
-
-    def nvmlDeviceGetTemperature(self, card: dict[str, Any], _sensor: int) -> Any:
-        return answer(card["temperature"])
-
-    def nvmlDeviceGetPowerUsage(self, card: dict[str, Any]) -> Any:
-        return answer(card["power"])
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("nvmlDeviceGet"):
+            return lambda card, *_: answer(card[name.removeprefix("nvmlDeviceGet")])
+        return getattr(pynvml, name)
 
 
-class NoDriver(FakeNvml):
-    def nvmlInit(self) -> None:
-        raise NVMLError("NVML Shared Library Not Found")
+def no_driver() -> FakeNvml:
+    nvml = FakeNvml()
+    nvml.init_error = pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    return nvml
+
+
+def read(*cards: dict[str, Any]) -> tuple[GpuReading, ...]:
+    return NvmlProbe(FakeNvml(*cards)).gpus()
 
 
 def test_a_whole_card_is_read_in_full() -> None:
-    gpu = NvmlProbe(FakeNvml()).gpus()[0]
-    assert (gpu.uuid, gpu.name, gpu.compute_capability, gpu.supports_bf16) == ("GPU-0", "NVIDIA H100", "9.0", True)
-    assert (gpu.memory_total_bytes, gpu.memory_used_bytes, gpu.memory_free_bytes) == (80 * GIB, 30 * GIB, 50 * GIB)
-    assert (gpu.utilization_percent, gpu.temperature_c, gpu.power_w, gpu.error) == (37, 51, 312.5, None)
+    (gpu,) = read(h100())
+    assert gpu == GpuReading(
+        index=0,
+        uuid="GPU-0",
+        name="NVIDIA H100",
+        memory_total_bytes=80 * GIB,
+        memory_used_bytes=30 * GIB,
+        memory_free_bytes=50 * GIB,
+        compute_capability="9.0",
+        supports_bf16=True,
+        utilization_percent=37,
+        temperature_c=51,
+        power_w=312.5,
+        error=None,
+    )
 
 
 def test_what_a_card_does_not_support_is_none_and_never_zero() -> None:
-    gpu = NvmlProbe(FakeNvml()).gpus()[1]
+    (gpu,) = read(t4())
     assert (gpu.uuid, gpu.name, gpu.supports_bf16) == ("GPU-1", "Tesla T4", False)
-    assert (gpu.utilization_percent, gpu.temperature_c, gpu.power_w) == (None, None, None)
-    assert gpu.memory_used_bytes == 0
+    assert (gpu.utilization_percent, gpu.temperature_c, gpu.power_w, gpu.error) == (None, None, None, None)
+    assert gpu.memory_used_bytes == 0  # this one is known
+
+
+@pytest.mark.parametrize("answered", [NOT_SUPPORTED, SimpleNamespace(total=0, used=0, free=0)])
+def test_the_memory_of_a_gpu_that_shares_the_hosts_is_not_known(answered: Any) -> None:
+    (gpu,) = read(h100() | {"MemoryInfo": answered})
+    assert (gpu.memory_total_bytes, gpu.memory_used_bytes, gpu.memory_free_bytes) == (None, None, None)
+    assert (gpu.name, gpu.error) == ("NVIDIA H100", None)
+
+
+def test_a_card_that_hides_its_uuid_is_read_all_the_same() -> None:
+    (gpu,) = read(h100() | {"UUID": pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)})
+    assert (gpu.uuid, gpu.memory_total_bytes, gpu.error) == (None, 80 * GIB, None)
 
 
 def test_a_lost_card_is_marked_and_the_others_answer() -> None:
-    gpus = NvmlProbe(FakeNvml()).gpus()
-    assert [gpu.error for gpu in gpus] == [None, None, "GPU is lost"]
-    assert gpus[2].memory_total_bytes is None
+    gpus = read(h100(), lost(), t4())
+    assert [gpu.error for gpu in gpus] == [None, "GPU is lost", None]
+    assert [gpu.index for gpu in gpus] == [0, 1, 2]
+    assert gpus[1].memory_total_bytes is None
 
 
-def test_versions_and_their_absence() -> None:
+def test_a_card_that_is_lost_between_two_queries_is_marked() -> None:
+    (gpu,) = read(h100() | {"MemoryInfo": LOST, "PowerUsage": LOST})
+    assert (gpu.name, gpu.memory_total_bytes, gpu.error) == ("NVIDIA H100", None, "GPU is lost")
+
+
+QUERIES = sorted(set(h100()) - {"handle", "MigMode"})
+
+
+@given(st.dictionaries(st.sampled_from(QUERIES), st.sampled_from([NOT_SUPPORTED, NO_FUNCTION, LOST])))
+def test_any_query_may_fail_and_costs_its_own_fields_only(failing: dict[str, Any]) -> None:
+    (whole,), (gpu,) = read(h100()), read(h100() | failing)
+    assert (gpu.error is not None) == (LOST in failing.values())
+    fields = {
+        "uuid": "UUID",
+        "name": "Name",
+        "utilization_percent": "UtilizationRates",
+        "temperature_c": "Temperature",
+    }
+    fields |= {"power_w": "PowerUsage", "compute_capability": "CudaComputeCapability"}
+    fields |= {"supports_bf16": "CudaComputeCapability"}
+    for field in READ_FIELDS:
+        failed = fields.get(field, "MemoryInfo") in failing
+        assert getattr(gpu, field) == (None if failed else getattr(whole, field))
+
+
+def test_with_mig_on_the_first_instance_is_what_a_process_gets() -> None:
+    instance = {"UUID": "MIG-1", "Name": "NVIDIA H100 MIG 1g.10gb", "MemoryInfo": memory(10, 1)}
+    not_made = pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+    card = h100() | {"MigMode": [1, 1], "instances": [not_made, instance], "UtilizationRates": NOT_SUPPORTED}
+    (gpu,) = read(card)
+    assert (gpu.uuid, gpu.name, gpu.memory_free_bytes) == ("MIG-1", "NVIDIA H100 MIG 1g.10gb", 9 * GIB)
+    assert (gpu.compute_capability, gpu.temperature_c, gpu.utilization_percent) == ("9.0", 51, None)
+    assert gpu.error is None
+
+
+def test_with_mig_on_and_no_instance_the_gpu_cannot_be_used() -> None:
+    (gpu,) = read(h100() | {"MigMode": [1, 1], "instances": []})
+    assert gpu.memory_total_bytes is None and "no MIG instance" in (gpu.error or "")
+
+
+def test_the_drivers_versions() -> None:
     facts = NvmlProbe(FakeNvml()).driver()
     assert (facts.available, facts.driver_version, facts.cuda_version) == (True, "570.86.10", "12.8")
-    none = NvmlProbe(NoDriver())
-    assert none.gpus() == ()
-    assert not none.driver().available and "Not Found" in (none.driver().reason or "")
+    assert facts.reason is None and facts.fix is None
 
 
-def test_a_driver_that_appears_later_is_found() -> None:
-    nvml = NoDriver()
-    probe = NvmlProbe(nvml)
-    assert probe.gpus() == ()
-    nvml.nvmlInit = lambda: None  # type: ignore[method-assign]
-    assert len(probe.gpus()) == 3
-
-
-@pytest.mark.parametrize(
-    ("cards", "unsloth", "engine"),
-    [
-        ([0, 1, 2], "2026.10.7", "unsloth"),
-        ([1], "1", "unsloth"),
-        ([2], "1", "transformers"),
-        ([0], None, "transformers"),
-    ],
-)
-def test_the_engine_follows_the_best_card_that_answers(cards: list[int], unsloth: str | None, engine: str) -> None:
-    gpus = NvmlProbe(FakeNvml()).gpus()
-    choice = select_engine(tuple(gpus[index] for index in cards), {"unsloth": unsloth})
-    assert choice.name == engine and choice.reason
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-    def now(self) -> Any:
-        from datetime import UTC, datetime, timedelta
-
-        return datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=self.seconds)
-
-
-def _service(nvml: Any, tmp_path: Any, checks: Any = list, clock: Clock | None = None) -> HardwareService:
-    return HardwareService(clock or Clock(), NvmlProbe(nvml), HostProbe(), dict, tmp_path, checks)
-
-
-def test_the_profile_is_measured_every_five_minutes_or_when_asked(tmp_path: Any) -> None:
-    clock, nvml = Clock(), FakeNvml()
-    service = _service(nvml, tmp_path, clock=clock)
-    assert len(service.profile().value.gpus) == 3
-    nvml.cards.pop()
-    clock.seconds = 299.9
-    held = service.profile()
-    assert len(held.value.gpus) == 3 and held.age_s == 299.9
-    assert len(service.profile(refresh=True).value.gpus) == 2
-    nvml.cards.pop()
-    clock.seconds += 300
-    assert len(service.profile().value.gpus) == 1
-    assert service.profile().age_s == 0
-
-
-def test_validation_says_in_one_check_that_there_is_no_gpu(tmp_path: Any) -> None:
-    def never() -> list[CudaCheck]:
-        raise AssertionError("torch must not be asked without a GPU")
-
-    found = _service(NoDriver(), tmp_path, never).validate_cuda()
-    assert not found.valid and [(check.name, check.status) for check in found.checks] == [("driver", "fail")]
-    assert found.checks[0].fix
-
-
-def test_validation_is_as_good_as_its_worst_check(tmp_path: Any) -> None:
+def test_an_old_driver_is_asked_for_its_cuda_version_the_old_way() -> None:
     nvml = FakeNvml()
-    passing = lambda: [CudaCheck("torch_build", "pass", "d", None), CudaCheck("memory_0", "warn", "d", "f")]  # noqa: E731
-    assert not _service(nvml, tmp_path, passing).validate_cuda().valid  # a lost card
-    nvml.cards.pop()
-    assert _service(nvml, tmp_path, passing).validate_cuda().valid
+    nvml.cuda_v2 = NO_FUNCTION
+    assert NvmlProbe(nvml).driver().cuda_version == "10.2"
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "signal 11"),
-        ("import sys; sys.stderr.write('driver too old'); sys.exit(3)", "driver too old"),
-        ("pass", "exit code 0"),
-        ("import time; time.sleep(60)", "did not end within"),
+        (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, "no NVIDIA driver is installed"),
+        (pynvml.NVML_ERROR_DRIVER_NOT_LOADED, "kernel module is not loaded"),
+        (pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH, "different versions"),
+        (pynvml.NVML_ERROR_NO_PERMISSION, "may not open"),
+        (pynvml.NVML_ERROR_UNKNOWN, "Unknown Error"),
     ],
 )
-def test_checks_that_crash_or_hang_are_a_failed_check(code: str, words: str) -> None:
-    (check,) = run_cuda_checks(("-c", code), limit_s=2)
-    assert check.status == "fail" and words in check.detail
+def test_without_a_driver_there_are_no_gpus_and_the_reason_is_kept(code: int, words: str) -> None:
+    nvml = FakeNvml()
+    nvml.init_error = pynvml.NVMLError(code)
+    probe = NvmlProbe(nvml)
+    assert probe.gpus() == ()
+    facts = probe.driver()
+    assert not facts.available and words in (facts.reason or "") and facts.fix
 
 
-def test_the_checks_themselves_run_here_and_name_the_cpu_build() -> None:
-    checks = run_cuda_checks()
-    assert checks[0].name == "torch_build"
-    assert checks[0].status == "pass" or checks[0].fix
+def test_a_driver_that_appears_later_is_found() -> None:
+    nvml = no_driver()
+    probe = NvmlProbe(nvml)
+    assert probe.gpus() == ()
+    nvml.init_error = None
+    assert len(probe.gpus()) == 3 and probe.driver().available
+
+
+def test_a_driver_that_goes_away_and_comes_back_is_found_again() -> None:
+    nvml = FakeNvml()
+    probe = NvmlProbe(nvml)
+    assert len(probe.gpus()) == 3
+    nvml.count_error = pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+    assert probe.gpus() == ()
+    assert not probe.driver().available and "Unknown Error" in (probe.driver().reason or "")
+    nvml.count_error = None
+    assert len(probe.gpus()) == 3 and probe.driver().available
+
+
+def test_nvml_is_started_once() -> None:
+    nvml = FakeNvml()
+    probe = NvmlProbe(nvml)
+    for _ in range(3):
+        probe.gpus()
+        probe.driver()
+    assert nvml.starts == 1
+
+
+def test_the_real_library_answers_or_says_why_not() -> None:
+    probe = NvmlProbe()
+    facts = probe.driver()
+    assert facts.available == (facts.reason is None)
+    assert facts.available or probe.gpus() == ()
