@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-ENDED = frozenset({"succeeded", "failed", "cancelled", "interrupted"})
+# An interrupted job goes on by itself; a paused one waits for a person.
+ENDED = frozenset({"succeeded", "failed", "cancelled", "paused"})
 _RECONNECTS = 5  # in a row without an event between them: 7.5 s in all
 _CANCEL_LIMIT_S = 10.0  # a running job ends within a forward pass
 
@@ -65,7 +66,7 @@ class Client:
         return answer.strip()
 
     def events(self, job_id: str) -> Iterator[Event]:
-        """Yield a job's events until it ends; a stream that breaks or stops early is taken up where it was.
+        """Yield a job's events until it ends or is paused; a stream that breaks is taken up where it was.
 
         Raises:
             Refused: The server knows no such job.
@@ -79,11 +80,11 @@ class Client:
                     if event.kind == "state":
                         state = event.data["state"]
                     yield event
+                    if state in ENDED:
+                        return
                 error = httpx.TransportError("the event stream ends before the job does")
             except httpx.TransportError as broken:
                 error = broken
-            if state in ENDED:
-                return
             failures += 1
             if failures > _RECONNECTS:
                 raise error

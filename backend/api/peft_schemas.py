@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from domain.algorithms import Algorithm
-from domain.peft_config import NOT_AVAILABLE, PeftConfig, PeftOverrides
+from domain.peft_config import PeftConfig, PeftOverrides
 from domain.protocol import ChatMessage
 from domain.use_cases import UseCaseId
 from services.loaded_base import LoadState
@@ -27,15 +27,6 @@ class Request(BaseModel):
     """Base of request bodies: unknown fields and values of another type are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_what_is_not_available(cls, body: Any) -> Any:
-        overrides = body.get("overrides") if isinstance(body, dict) else None
-        for name in overrides if isinstance(overrides, dict) else ():
-            if name in NOT_AVAILABLE:
-                raise ValueError(f"overrides.{name}: {NOT_AVAILABLE[name]}")
-        return body
 
 
 class Response(BaseModel):

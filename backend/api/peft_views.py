@@ -5,7 +5,7 @@ from typing import Any
 from api import peft_schemas as schemas
 from domain.algorithms import AlgorithmSpec
 from domain.configure import Configuration
-from domain.peft_config import NOT_AVAILABLE, PeftConfig
+from domain.peft_config import PeftConfig
 from domain.use_cases import UseCase
 from services.peft_service import LoadedModel, PeftService
 from store.records import to_text
@@ -19,7 +19,6 @@ def algorithm_view(spec: AlgorithmSpec, peft: PeftService) -> schemas.AlgorithmI
     for name, refused in spec.refused.items():
         constraints += [f"{name}={value!r} is refused: {reason}" for value, reason in refused.items()]
     constraints.append("bias is 'none': a base's biases are shared by every adapter on it")
-    constraints += [f"{name} is refused: {reason}" for name, reason in NOT_AVAILABLE.items()]
     return schemas.AlgorithmInfo(
         id=spec.id,
         name=spec.name,

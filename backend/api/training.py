@@ -10,10 +10,11 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
 from api import training_schemas as schemas
-from api.training_schemas import job_view
+from api.training_schemas import checkpoint_view, job_view
 from domain.job_states import FINAL_STATES, JobState
-from services.training_service import JobRequest, TrainingService, get_training_service
-from store.records import EventRecord
+from services.job_intake import JobRequest
+from services.training_service import TrainingService, get_training_service
+from store.records import EventRecord, JobRecord
 
 router = APIRouter(prefix="/api/training", tags=["training"])
 Training = Annotated[TrainingService, Depends(get_training_service)]
@@ -27,20 +28,20 @@ def create(body: schemas.CreateJobRequest, response: Response, training: Trainin
     values = {name: getattr(body, name) for name in JobRequest.__dataclass_fields__}
     record = training.create(JobRequest(**values | {"overrides": body.overrides.sent()}))
     response.headers["Location"] = f"/api/training/jobs/{record.id}"
-    return job_view(record)
+    return _view(training, record)
 
 
 @router.get("/jobs")
 def list_jobs(training: Training, state: Annotated[list[JobState] | None, Query()] = None) -> schemas.JobList:
     """Jobs, newest first, in all states or those named."""
     records = training.all(frozenset(state) if state else None)
-    return schemas.JobList(jobs=[job_view(record) for record in records])
+    return schemas.JobList(jobs=[_view(training, record) for record in records])
 
 
 @router.get("/jobs/{job_id}")
 def get_job(job_id: str, training: Training) -> schemas.JobResponse:
     """One job, with its progress and, if it failed, why."""
-    return job_view(training.get(job_id))
+    return _view(training, training.get(job_id))
 
 
 @router.get("/jobs/{job_id}/events", response_model=schemas.JobEvents)
@@ -53,8 +54,9 @@ def events(
 ) -> object:
     """What happened to the job, as server-sent events (live, until it ends) or as JSON.
 
-    Events: state, progress, started, metrics, evaluation. Each `id` is a sequence number without gaps; a
-    reader that comes back with `Last-Event-ID` gets all that it missed.
+    Events: state, progress, started, metrics, evaluation, checkpoint. Each `id` is a sequence number without gaps; a
+    reader that comes back with `Last-Event-ID` gets all that it missed. Every step is there once, however often the
+    run was cut off. The stream of a paused or interrupted job stays open.
     """
     training.get(job_id)
     start = max(after, last_event_id or 0)
@@ -69,7 +71,7 @@ async def _stream(training: TrainingService, job_id: str, after: int) -> AsyncIt
         while True:
             changed.clear()
             # In this order: a job seen as final has written its last event before the events are read.
-            ended = (await asyncio.to_thread(training.get, job_id)).state in FINAL_STATES | {JobState.INTERRUPTED}
+            ended = (await asyncio.to_thread(training.get, job_id)).state in FINAL_STATES
             found = await asyncio.to_thread(training.events, job_id, after, _PAGE)
             for event in found:
                 after = event.sequence
@@ -110,19 +112,47 @@ def log(job_id: str, training: Training, tail: Annotated[int, Query(ge=1, le=100
     return schemas.JobLog(lines=training.log_tail(job_id, tail))
 
 
+@router.get("/jobs/{job_id}/checkpoints")
+def checkpoints(
+    job_id: str,
+    training: Training,
+    verify: Annotated[bool, Query(description="Read every file and compare its sum.")] = False,
+) -> schemas.CheckpointList:
+    """The job's checkpoints, oldest first, with what is wrong with each."""
+    training.get(job_id)
+    found = training.checkpoints.all(job_id, check_sums=verify)
+    return schemas.CheckpointList(checkpoints=[checkpoint_view(facts) for facts in found])
+
+
 @router.post("/jobs/{job_id}/cancel", status_code=202)
-def cancel(job_id: str, training: Training) -> schemas.JobResponse:
+def cancel(job_id: str, training: Training, body: schemas.CancelRequest | None = None) -> schemas.JobResponse:
     """End a job: a queued one at once, a running one within a forward pass. The base stays loaded."""
-    return job_view(training.cancel(job_id))
+    return _view(training, training.cancel(job_id, body.keep if body is not None else "nothing"))
+
+
+@router.post("/jobs/{job_id}/pause", status_code=202)
+def pause(job_id: str, training: Training) -> schemas.JobResponse:
+    """Stop a job so that it can go on later; a running one writes a checkpoint within a forward pass."""
+    return _view(training, training.pause(job_id))
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202)
 def resume(job_id: str, training: Training) -> schemas.JobResponse:
-    """Queue an interrupted job again. It starts from the base: checkpoints are not written by this version."""
-    return job_view(training.resume(job_id))
+    """Queue a paused or interrupted job now. It goes on from its newest checkpoint that verifies."""
+    return _view(training, training.resume(job_id))
+
+
+@router.post("/jobs/{job_id}/checkpoint", status_code=202)
+def checkpoint(job_id: str, training: Training) -> schemas.JobResponse:
+    """Write a checkpoint after the step under way; the event `checkpoint` says when it is there."""
+    return _view(training, training.write_checkpoint(job_id))
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
 def delete(job_id: str, training: Training) -> None:
-    """Forget a job that has ended; its adapter stays."""
+    """Forget a job that has ended, with its checkpoints; its adapter stays."""
     training.delete(job_id)
+
+
+def _view(training: TrainingService, record: JobRecord) -> schemas.JobResponse:
+    return job_view(record, training.place_of(record))

@@ -1,6 +1,7 @@
 """Requests and responses of /api/training."""
 
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -9,9 +10,15 @@ from domain.algorithms import Algorithm
 from domain.job_states import JobState
 from domain.peft_config import PeftConfig, PeftOverrides
 from domain.use_cases import UseCaseId
-from store.records import JobRecord
+from services.checkpoint_store import CheckpointFacts
+from services.training_service import QueuePlace
+from store.records import JobRecord, to_text
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+
+ResumeFrom = Annotated[
+    str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9_-]{1,64}(/step-[0-9]{8})?$")
+]
 
 
 class CreateJobRequest(Request):
@@ -26,7 +33,25 @@ class CreateJobRequest(Request):
     overrides: Overrides = Field(default_factory=PeftOverrides)
     name: str | None = Field(default=None, min_length=1, max_length=200)
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first.")
+    resume_from: ResumeFrom | None = Field(
+        default=None,
+        description="Begin with a checkpoint of another job: `job_…` for its newest, or `job_…/step-…`. The same "
+        "model, data and settings, except how long to train and when to evaluate, stop and write checkpoints.",
+    )
     idempotency_key: str | None = Field(default=None, min_length=1, max_length=200)
+
+
+class CancelRequest(Request):
+    keep: Literal["nothing", "checkpoints", "adapter"] = Field(
+        default="nothing",
+        description="What to keep of a running job's work: nothing, its checkpoints with a new one, or the adapter "
+        "as it is now.",
+    )
+
+
+class JobQueue(Response):
+    position: int = Field(description="1 runs next.")
+    estimated_start_at: str | None = Field(description="For the first in the queue, from the run before it.")
 
 
 class JobProgress(Response):
@@ -42,6 +67,8 @@ class JobMetrics(Response):
     last: dict[str, Any] | None = Field(description="The newest step's metrics.")
     initial_eval_loss: float | None
     final_eval_loss: float | None
+    best_eval_loss: float | None
+    adapter_step: int | None = Field(description="The step whose weights were handed out.")
 
 
 class JobError(Response):
@@ -68,7 +95,9 @@ class JobResponse(Response):
     priority: int
     progress: JobProgress
     metrics: JobMetrics
-    attempts: int
+    attempts: int = Field(description="How often it was started.")
+    resumed_from: str | None = Field(description="The checkpoint of another job that it began with.")
+    queue: JobQueue | None = Field(description="Its place while it is queued.")
     adapter_id: str | None
     error: JobError | None
     created_at: str
@@ -98,7 +127,7 @@ class MetricsRow(Response):
     loss: float
     eval_loss: float | None
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     tokens_per_s: float
     memory_bytes: int
@@ -110,12 +139,24 @@ class JobMetricsList(Response):
     initial_eval_loss: float | None
 
 
+class CheckpointResponse(Response):
+    id: str
+    step: int
+    size_bytes: int
+    created_at: str
+    problem: str | None = Field(description="Why it cannot be used; null if it can.")
+
+
+class CheckpointList(Response):
+    checkpoints: list[CheckpointResponse]
+
+
 class JobLog(Response):
     lines: list[str]
 
 
-def job_view(record: JobRecord) -> JobResponse:
-    """Show a job."""
+def job_view(record: JobRecord, place: QueuePlace | None) -> JobResponse:
+    """Show a job, and its place in the queue."""
     progress, result = record.progress, record.result
     names = (
         "id",
@@ -127,7 +168,16 @@ def job_view(record: JobRecord) -> JobResponse:
         "dataset_id",
         "validation_dataset_id",
     )
-    rest = ("validation_fraction", "priority", "attempts", "adapter_id", "created_at", "started_at", "finished_at")
+    rest = (
+        "validation_fraction",
+        "priority",
+        "attempts",
+        "resumed_from",
+        "adapter_id",
+        "created_at",
+        "started_at",
+        "finished_at",
+    )
     return JobResponse(
         **{name: getattr(record, name) for name in (*names, *rest)},
         algorithm=Algorithm(record.algorithm),
@@ -144,6 +194,25 @@ def job_view(record: JobRecord) -> JobResponse:
             last=progress.get("last"),
             initial_eval_loss=result.get("initial_eval_loss"),
             final_eval_loss=result.get("final_eval_loss"),
+            best_eval_loss=result.get("best_eval_loss"),
+            adapter_step=result.get("adapter_step"),
+        ),
+        queue=None
+        if place is None
+        else JobQueue(
+            position=place.position,
+            estimated_start_at=to_text(place.estimated_start_at) if place.estimated_start_at is not None else None,
         ),
         error=None if record.error is None else JobError.model_validate(record.error),
+    )
+
+
+def checkpoint_view(facts: CheckpointFacts) -> CheckpointResponse:
+    """Show a checkpoint."""
+    return CheckpointResponse(
+        id=facts.id,
+        step=facts.step,
+        size_bytes=facts.size_bytes,
+        created_at=to_text(datetime.fromtimestamp(facts.created_s, UTC)),
+        problem=facts.problem,
     )

@@ -2,8 +2,8 @@
 
     StudioError
     ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
-    │                       JobNotFound, AdapterNotFound
-    ├── Rejected            SettingRejected, DatasetRejected, ModelRejected
+    │                       JobNotFound, CheckpointNotFound, AdapterNotFound
+    ├── Rejected            SettingRejected, DatasetRejected, ModelRejected, CheckpointUnusable
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
     │                       DatasetInUse, NeedsRemoteCode, NoSafeWeights
     ├── AccessDenied        ModelGated
@@ -71,6 +71,12 @@ class JobNotFound(NotFound):
     slug, title = "job-not-found", "Job not found"
 
 
+class CheckpointNotFound(NotFound):
+    """The job has no such checkpoint."""
+
+    slug, title = "checkpoint-not-found", "Checkpoint not found"
+
+
 class AdapterNotFound(NotFound):
     """No adapter has that id."""
 
@@ -99,6 +105,12 @@ class ModelRejected(Rejected):
     """The model's files cannot be used: a broken config, an unsupported architecture."""
 
     slug, title = "model-rejected", "Model rejected"
+
+
+class CheckpointUnusable(Rejected):
+    """The checkpoint is damaged, or does not belong to a run like the one asked for."""
+
+    slug, title = "checkpoint-unusable", "Checkpoint unusable"
 
 
 class Conflict(StudioError):

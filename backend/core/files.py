@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,11 +50,47 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
 
 
 @contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give a folder to fill, then flush it and rename it to `target`: it is whole there, or not there.
+
+    A folder already at `target` is replaced; until then it stays as it is.
+
+    Raises:
+        StorageFull: The device has no space left.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")  # hidden: a folder in the making is nothing yet
+    shutil.rmtree(temporary, ignore_errors=True)
+    with storage_errors(target):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            for path in temporary.rglob("*"):
+                (fsync_folder if path.is_dir() else fsync_file)(path)
+            fsync_folder(temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            fsync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn the kernel's "no space left" into the error the API speaks of."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if says_no_space(error):
             raise StorageFull(f"No space is left on the device that holds {path.parent}.") from error
         raise
+
+
+def says_no_space(error: BaseException) -> bool:
+    """Tell whether an error is the kernel's "no space left", passed on by Python or by a library in another language.
+
+    safetensors, written in Rust, raises its own class with the kernel's number in the text.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(f"(os error {code})" in str(error) for code in (errno.ENOSPC, errno.EDQUOT))

@@ -36,6 +36,10 @@ class Settings(BaseModel):
     executor: Literal["local"] = Field(default="local", description="Where engines run.")
     idle_unload_s: float = Field(default=1800.0, gt=0, description="An idle model is unloaded after this.")
     max_upload_bytes: int = Field(default=5 * 2**30, gt=0, description="Largest dataset file accepted.")
+    max_checkpoint_bytes: int | None = Field(
+        default=None, gt=0, description="Most bytes of checkpoints a job keeps; the newest is always kept."
+    )
+    engine_silence_s: float = Field(default=60.0, gt=0, description="An engine silent for this long is ended.")
     log_format: Literal["console", "json"] = Field(default="console", description="Log lines' format.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -67,6 +67,9 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "seed": (42, "any fixed number makes a run repeatable"),
     "eval_every_steps": (None, "evaluated once at the end if there are validation rows"),
     "early_stopping_patience": (None, "the run goes to its end"),
+    "checkpoint_every_steps": (None, "checkpoints go by time"),
+    "checkpoint_every_minutes": (5.0, "what is lost to a crash is trained again in five minutes"),
+    "keep_checkpoints": (2, "an older one is there if the newest is damaged"),
 }
 
 

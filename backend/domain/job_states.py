@@ -7,33 +7,39 @@ from types import MappingProxyType
 class JobState(StrEnum):
     """Where a job is.
 
-    `interrupted` is the server's or the engine's death, not the job's fault; `failed` always says why.
+    `interrupted` is the server's or the engine's death, not the job's fault: it is queued again by itself. `paused`
+    waits for a person. `failed` always says why.
     """
 
     QUEUED = "queued"
     PREPARING = "preparing"
     RUNNING = "running"
+    PAUSING = "pausing"
+    PAUSED = "paused"
     INTERRUPTED = "interrupted"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
 
 
+_S = JobState
 TRANSITIONS: MappingProxyType[JobState, frozenset[JobState]] = MappingProxyType(
     {
-        JobState.QUEUED: frozenset({JobState.PREPARING, JobState.CANCELLED, JobState.FAILED}),
-        JobState.PREPARING: frozenset({JobState.RUNNING, JobState.CANCELLED, JobState.FAILED, JobState.INTERRUPTED}),
-        JobState.RUNNING: frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED, JobState.INTERRUPTED}),
-        JobState.INTERRUPTED: frozenset({JobState.QUEUED, JobState.CANCELLED, JobState.FAILED}),
-        JobState.SUCCEEDED: frozenset(),
-        JobState.FAILED: frozenset(),
-        JobState.CANCELLED: frozenset(),
+        _S.QUEUED: frozenset({_S.PREPARING, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
+        _S.PREPARING: frozenset({_S.RUNNING, _S.PAUSING, _S.PAUSED, _S.CANCELLED, _S.FAILED, _S.INTERRUPTED}),
+        _S.RUNNING: frozenset({_S.PAUSING, _S.PAUSED, _S.SUCCEEDED, _S.FAILED, _S.CANCELLED, _S.INTERRUPTED}),
+        _S.PAUSING: frozenset({_S.PAUSED, _S.SUCCEEDED, _S.FAILED, _S.CANCELLED, _S.INTERRUPTED}),
+        _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLED}),
+        _S.INTERRUPTED: frozenset({_S.QUEUED, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
+        _S.SUCCEEDED: frozenset(),
+        _S.FAILED: frozenset(),
+        _S.CANCELLED: frozenset(),
     }
 )
 
 FINAL_STATES = frozenset(state for state, following in TRANSITIONS.items() if not following)
 # States in which an engine may be working for the job.
-ACTIVE_STATES = frozenset({JobState.PREPARING, JobState.RUNNING})
+ACTIVE_STATES = frozenset({JobState.PREPARING, JobState.RUNNING, JobState.PAUSING})
 
 
 def may_change(current: JobState, following: JobState) -> bool:

@@ -1,6 +1,5 @@
 """The complete configuration of a fine-tune: every parameter, its type, range and meaning, in one place."""
 
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -42,8 +41,13 @@ class PeftConfig(BaseModel):
     seed: int = Field(ge=0, le=2**31 - 1, description="Seeds initialisation, dropout and the order of rows.")
     eval_every_steps: int | None = Field(ge=1, le=10_000_000, description="Steps between evaluations.")
     early_stopping_patience: int | None = Field(
-        ge=1, le=1000, description="Stop after this many evaluations without a lower loss."
+        ge=1,
+        le=1000,
+        description="Stop after this many evaluations without a lower loss, and hand out the best one's weights.",
     )
+    checkpoint_every_steps: int | None = Field(ge=1, le=10_000_000, description="Steps between checkpoints.")
+    checkpoint_every_minutes: float | None = Field(gt=0, le=10_080, description="Minutes between checkpoints.")
+    keep_checkpoints: int = Field(ge=1, le=1000, description="How many checkpoints a job keeps; the newest always.")
 
 
 PARAMETER_NAMES: tuple[str, ...] = tuple(PeftConfig.model_fields)
@@ -69,12 +73,4 @@ PeftOverrides: type[OverridesBase] = create_model(  # type: ignore[call-overload
         name: (field.rebuild_annotation(), Field(default=None, description=field.description))
         for name, field in PeftConfig.model_fields.items()
     },
-)
-
-# Parameters of the contract that this version cannot honour yet. Refused by name, so that nobody believes them.
-NOT_AVAILABLE: MappingProxyType[str, str] = MappingProxyType(
-    dict.fromkeys(
-        ("checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints"),
-        "checkpoints are not written by this version; a job that is cut off starts again from the base",
-    )
 )

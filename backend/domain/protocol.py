@@ -1,7 +1,8 @@
 """What the services and an engine process say to each other: one JSON object a line, on a pair of pipes.
 
 Every command carries a `request_id` and is answered by any number of events and exactly one final event
-(`done`, or `failed`). `stop` and `shutdown` are obeyed while another command runs.
+(`done`, or `failed`). `stop`, `write_checkpoint` and `shutdown` are obeyed while another command runs. An engine
+that is alive says so every HEARTBEAT_S seconds, whatever it does.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from domain.peft_config import PeftConfig
 
+HEARTBEAT_S = 2.0
 # File descriptors' environment variables of an engine process.
 COMMAND_FD_VARIABLE = "PEFT_STUDIO_ENGINE_COMMAND_FD"
 EVENT_FD_VARIABLE = "PEFT_STUDIO_ENGINE_EVENT_FD"
@@ -73,7 +75,11 @@ class Generate(_Command):
 
 
 class Train(_Command):
-    """Train a new adapter on the base and write it to a folder."""
+    """Train a new adapter on the base and write it to a folder.
+
+    The run goes on from the newest checkpoint in `checkpoints_path` that verifies, and of those beyond
+    `recorded_step`, whose metrics were lost, only if there is no other; without one, it starts from the base.
+    """
 
     kind: Literal["train"] = "train"
     adapter_id: str
@@ -84,6 +90,9 @@ class Train(_Command):
     output_path: str
     base_model_id: str
     base_revision: str | None
+    checkpoints_path: str
+    max_checkpoint_bytes: int | None
+    recorded_step: int
 
 
 class PrepareGguf(_Command):
@@ -95,10 +104,25 @@ class PrepareGguf(_Command):
     model_id: str
 
 
+StopMode = Literal["discard", "pause", "keep"]
+
+
 class Stop(_Command):
-    """End the command `target_id` early; it answers with its own final event."""
+    """End the command `target_id` early; it answers with its own final event.
+
+    A training run is thrown away (`discard`), leaves a checkpoint (`pause`), or ends well with the adapter as it is
+    (`keep`). Any other command ends in one way.
+    """
 
     kind: Literal["stop"] = "stop"
+    target_id: str
+    mode: StopMode
+
+
+class WriteCheckpoint(_Command):
+    """Write a checkpoint of the training run `target_id` after the optimizer step under way."""
+
+    kind: Literal["write_checkpoint"] = "write_checkpoint"
     target_id: str
 
 
@@ -109,7 +133,7 @@ class Shutdown(_Command):
 
 
 Command = Annotated[
-    LoadBase | AttachAdapter | DetachAdapter | Generate | Train | PrepareGguf | Stop | Shutdown,
+    LoadBase | AttachAdapter | DetachAdapter | Generate | Train | PrepareGguf | Stop | WriteCheckpoint | Shutdown,
     Field(discriminator="kind"),
 ]
 
@@ -147,10 +171,15 @@ class TrainingStarted(_Event):
     trained_tokens: int
     trainable_parameters: int
     warnings: list[str]
+    resumed_from_step: int | None
+    skipped_checkpoints: list[str]
 
 
 class StepMetrics(_Event):
-    """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds."""
+    """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds.
+
+    `grad_norm` is None where fp16 gradients overflowed and the step was left out.
+    """
 
     kind: Literal["step"] = "step"
     step: int
@@ -158,7 +187,7 @@ class StepMetrics(_Event):
     epoch: float
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     tokens: int
     tokens_per_s: float
     memory_bytes: int
@@ -176,6 +205,21 @@ class Evaluated(_Event):
     elapsed_s: float
 
 
+class CheckpointWritten(_Event):
+    """A checkpoint is whole on the disk."""
+
+    kind: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    size_bytes: int
+
+
+class Heartbeat(_Line):
+    """The engine's process runs. Sent on a thread of its own."""
+
+    kind: Literal["heartbeat"] = "heartbeat"
+
+
 class Done(_Event):
     """The command ended well. `result` depends on the command; see the engine's handlers."""
 
@@ -187,13 +231,24 @@ class Failed(_Event):
     """The command ended in an error of the given class; the engine itself lives on."""
 
     kind: Literal["failed"] = "failed"
-    error_class: Literal["out_of_memory", "bad_data", "not_finite", "bad_setting", "bad_model", "cancelled", "engine"]
+    error_class: Literal[
+        "out_of_memory",
+        "bad_data",
+        "not_finite",
+        "bad_setting",
+        "bad_model",
+        "disk_full",
+        "cancelled",
+        "paused",
+        "engine",
+    ]
     message: str
     suggestions: list[str]
 
 
 Event = Annotated[
-    Progress | Token | TrainingStarted | StepMetrics | Evaluated | Done | Failed, Field(discriminator="kind")
+    Progress | Token | TrainingStarted | StepMetrics | Evaluated | CheckpointWritten | Heartbeat | Done | Failed,
+    Field(discriminator="kind"),
 ]
 FinalEvent = Done | Failed
 

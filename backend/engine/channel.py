@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+import time
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -11,7 +12,11 @@ from domain import protocol
 
 
 class Stopped(Exception):
-    """The client asked that the running command end now."""
+    """The client asked that the running command end now, in the way that `mode` says."""
+
+    def __init__(self, mode: protocol.StopMode) -> None:
+        super().__init__(mode)
+        self.mode = mode
 
 
 class Channel:
@@ -22,8 +27,10 @@ class Channel:
         self._events = os.fdopen(event_fd, "wb", buffering=0)
         self._write_lock = threading.Lock()
         self._queue: queue.Queue[Any] = queue.Queue()
-        self._stops: set[str] = set()
+        self._stops: dict[str, protocol.StopMode] = {}
+        self._checkpoints_wanted: set[str] = set()
         threading.Thread(target=self._read, name="commands", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _read(self) -> None:
         for line in self._commands:
@@ -34,12 +41,19 @@ class Channel:
                 print(f"not a command: {error}", flush=True)  # noqa: T201 - the engine's log file
                 continue
             if isinstance(command, protocol.Stop):
-                self._stops.add(command.target_id)
+                self._stops[command.target_id] = command.mode
+            elif isinstance(command, protocol.WriteCheckpoint):
+                self._checkpoints_wanted.add(command.target_id)
             elif isinstance(command, protocol.Shutdown):
                 os._exit(0)
             else:
                 self._queue.put(command)
         os._exit(0)  # end-of-file: the server is gone
+
+    def _beat(self) -> None:
+        while True:
+            self.emit(protocol.Heartbeat())
+            time.sleep(protocol.HEARTBEAT_S)
 
     def next_command(self) -> Any:
         """Wait for the next command."""
@@ -62,5 +76,13 @@ class Channel:
 
     def check_stop(self, request_id: str) -> None:
         """Raise Stopped if the client asked to end the command."""
-        if self.stop_requested(request_id):
-            raise Stopped
+        mode = self._stops.get(request_id)
+        if mode is not None:
+            raise Stopped(mode)
+
+    def take_checkpoint_request(self, request_id: str) -> bool:
+        """Tell whether the client asked for a checkpoint since the last call."""
+        if request_id not in self._checkpoints_wanted:
+            return False
+        self._checkpoints_wanted.discard(request_id)
+        return True

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from core.errors import StorageFull
 from domain import protocol
 from engine.base import Base
 from engine.channel import Channel, Stopped
@@ -30,14 +31,16 @@ class CommandLoop:
             self._channel.check_stop(request_id)
             result = self._dispatch(command)
             self._channel.emit(protocol.Done(request_id=request_id, result=result))
-        except Stopped:
-            self._fail(request_id, "cancelled", "stopped on request", [])
+        except Stopped as stopped:
+            self._fail(request_id, "paused" if stopped.mode == "pause" else "cancelled", "stopped on request", [])
         except CommandError as error:
             self._fail(request_id, error.error_class, error.message, error.suggestions)
         except torch.OutOfMemoryError as error:
             self._fail(request_id, OutOfMemory.error_class, str(error), OUT_OF_MEMORY_SUGGESTIONS)
         except MemoryError:
             self._fail(request_id, OutOfMemory.error_class, "the host has no memory left", OUT_OF_MEMORY_SUGGESTIONS)
+        except StorageFull as error:
+            self._fail(request_id, "disk_full", error.detail, ["free space, then resume the job"])
         except Exception as error:  # noqa: BLE001 - the traceback goes to the log, the class to the client
             traceback.print_exc()
             self._fail(request_id, "engine", f"{type(error).__name__}: {error}", [])

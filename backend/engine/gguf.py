@@ -1,13 +1,12 @@
 """The `prepare_gguf` command: a GGUF file becomes a normal local model."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from core.files import fsync_folder
+from core.files import whole_folder
 from domain.protocol import PrepareGguf, Progress
 from engine.channel import Channel
 
@@ -38,14 +37,11 @@ def prepare_gguf(command: PrepareGguf, channel: Channel) -> dict[str, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.config._name_or_path = command.model_id
-    temporary = output.with_name(f".{output.name}.tmp")  # hidden: a folder in the making is no model
-    shutil.rmtree(temporary, ignore_errors=True)
     progress("writing", 0.8)
-    model.to(torch.bfloat16).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for file in temporary.iterdir():
-        file.chmod(0o600)
-    temporary.replace(output)
-    fsync_folder(output.parent)
+    with whole_folder(output) as folder:
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            file.chmod(0o600)
     progress("ready", 1.0)
     return {"path": str(output)}

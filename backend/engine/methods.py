@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import transpose
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -125,6 +126,26 @@ def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors under the names that PEFT saves them by, on the CPU."""
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def subtract_initial(model: PeftModel, adapter: str, initial: dict[str, torch.Tensor]) -> None:
+    """Freeze W − s·B₀A₀ in place of each W, as PEFT's PiSSA initialisation does, from A₀ and B₀ kept before.
+
+    The arithmetic is PEFT's (`LoraLayer.pissa_init`), in the same order and type, so that the bits are the same.
+    """
+    for name, a in initial.items():
+        path, marker, _ = name.partition(".lora_A.")
+        if not marker:
+            continue
+        layer = model.get_submodule(path)
+        base = layer.get_base_layer()
+        if not isinstance(layer, LoraLayer) or not isinstance(base, nn.Module):
+            raise BadSetting(f"{path} carries no adapter")
+        weight = base.weight
+        b = initial[f"{path}.lora_B.weight"].to(weight.device)
+        full = transpose(weight.data.to(torch.float32), layer.fan_in_fan_out)
+        full = full - layer.scaling[adapter] * b @ a.to(weight.device)
+        weight.data = transpose(full.to(weight.dtype), layer.fan_in_fan_out)
 
 
 def as_plain_lora(

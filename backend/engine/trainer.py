@@ -6,56 +6,69 @@ docs/decisions/0002-own-training-loop.md says why it is ours.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from inspect import signature
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
-from torch.nn import functional
-from transformers import get_scheduler, set_seed
+from transformers import set_seed
 
 from domain.peft_config import PeftConfig
-from domain.protocol import Evaluated, StepMetrics
+from domain.protocol import CheckpointWritten, Evaluated, StepMetrics
 from engine.base import Base
-from engine.batches import IGNORED, Batch, Row, epoch_batches, pad
-from engine.errors import NotFinite
-
-# A constant rate after the warm-up is transformers' "constant_with_warmup".
-SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+from engine.batches import Batch, Row, epoch_batches, pad
+from engine.channel import Stopped
+from engine.checkpoints import (
+    Checkpoint,
+    CheckpointFolder,
+    RunProgress,
+    Tensors,
+    restore_optimizer,
+    restore_rng,
+    rng_state,
+    split_optimizer,
+)
+from engine.errors import BadData, BadSetting, NotFinite
+from engine.loss import SummedLoss
+from engine.optimizer import make_optimizer, make_scheduler, planned_steps
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did. Losses are means a trained token; None where nothing was evaluated."""
+    """What a run did. Losses are means a trained token; None where nothing was evaluated.
+
+    Attributes:
+        adapter_step: The step whose parameters are handed out: the last, or with early stopping the best evaluated.
+    """
 
     steps: int
+    adapter_step: int
     first_loss: float
     final_loss: float
     initial_eval_loss: float | None
     final_eval_loss: float | None
+    best_eval_loss: float | None
     tokens: int
     elapsed_s: float
     stopped_early: bool
+    stopped_on_request: bool
 
 
-def planned_steps(config: PeftConfig, batches_per_epoch: int) -> int:
-    """Return the number of optimizer steps: `max_steps`, or `epochs` passes rounded up to whole steps."""
-    if config.max_steps is not None:
-        return config.max_steps
-    return max(1, math.ceil(config.epochs * math.ceil(batches_per_epoch / config.gradient_accumulation)))
+class Control(Protocol):
+    """What the client asks of a run while it runs."""
 
+    def check_stop(self) -> None:
+        """Raise Stopped if the run is to end; called between forward passes."""
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: PeftConfig) -> torch.optim.Optimizer:
-    """Make AdamW over the adapter's parameters (betas 0.9 and 0.999, epsilon 1e-8, as in the HF Trainer)."""
-    if config.optimizer == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    def take_checkpoint_request(self) -> bool:
+        """Tell whether a checkpoint was asked for since the last call."""
 
 
 class Trainer:
     """Trains the active adapter of a base.
+
+    Between two optimizer steps the whole state of a run is `progress`, the parameters, the optimizer with its
+    scheduler and scaler, and the random generators; a checkpoint holds these, so a run that goes on from one
+    computes what the uninterrupted run would, to the bit where the device's arithmetic is repeatable.
 
     Args:
         base: Holds the model with the adapter already created.
@@ -64,7 +77,10 @@ class Trainer:
         validation: Tokenized validation rows, or none.
         request_id: Stamped on every event.
         emit: Takes the events.
-        check_stop: Called between forward passes; raises to end the run.
+        control: Asked between forward passes whether to go on.
+        checkpoints: Where checkpoints go; None for a run without.
+        resume: The checkpoint to go on from.
+        initial: Tensors to keep in every checkpoint (PiSSA's A and B as initialised).
     """
 
     def __init__(
@@ -76,47 +92,61 @@ class Trainer:
         *,
         request_id: str,
         emit: Callable[[Any], None],
-        check_stop: Callable[[], None],
+        control: Control,
+        checkpoints: CheckpointFolder | None = None,
+        resume: Checkpoint | None = None,
+        initial: Tensors | None = None,
     ) -> None:
         self._base, self._config = base, config
         self._rows, self._validation = rows, validation
-        self._request_id, self._emit, self._check_stop = request_id, emit, check_stop
+        self._request_id, self._emit, self._control = request_id, emit, control
+        self._checkpoints, self._initial = checkpoints, initial or {}
         self._pad_id = int(base.tokenizer.pad_token_id)
-        self._parameters = [p for p in base.model.parameters() if p.requires_grad]
+        # Without the adapter's own name: another job may go on from the checkpoint.
+        own = f".{base.model.active_adapter}."
+        self._named = {name.replace(own, "."): p for name, p in base.model.named_parameters() if p.requires_grad}
+        self._parameters = list(self._named.values())
         self._optimizer = make_optimizer(self._parameters, config)
         self.total_steps = planned_steps(config, len(self._epoch(0)))
-        self._scheduler = get_scheduler(
-            SCHEDULERS[config.scheduler],
-            self._optimizer,
-            num_warmup_steps=math.ceil(config.warmup_ratio * self.total_steps),
-            num_training_steps=self.total_steps,
-        )
+        self._scheduler = make_scheduler(self._optimizer, config, self.total_steps)
         # fp16 gradients underflow without scaling; the other types need none.
         self._scaler = torch.amp.GradScaler(base.device.type, enabled=config.precision == "fp16")
-        forward = signature(base.model.get_base_model().forward).parameters
-        self._keeps_logits = "logits_to_keep" in forward
-        self._tokens = 0
-        self._started = 0.0
-        self._step_time_s = 0.0  # in optimizer steps alone, evaluation left out
+        self._loss = SummedLoss(base.model, base.device)
+        self.progress = RunProgress(evaluation_due=bool(validation))
+        self._best: Tensors = {}
+        set_seed(config.seed)
+        if resume is not None:
+            self._restore(resume)
+        # The generators as they were after the last whole step: what a stop in the middle of one goes back to.
+        self._rng = rng_state(base.device)
+        self._started = self._checkpoint_s = time.monotonic()
+        self._elapsed_before_s = self.progress.elapsed_s
 
     def run(self) -> Outcome:
-        """Train to the last step, or until early stopping.
+        """Train to the last step, to early stopping, or until the client wants what there is.
 
         Raises:
-            NotFinite: The loss of a step is NaN or infinite; the rows of that step are named.
+            NotFinite: The loss or the gradient of a step is NaN or infinite; the rows of that step are named.
+            Stopped: The client ended the run; if it asked for a pause, a checkpoint is written.
+            StorageFull: A checkpoint cannot be written; the older ones stay.
         """
         self._begin()
         try:
-            return self._loop()
+            self._loop()
+            return self._outcome(stopped_on_request=False)
+        except Stopped as stopped:
+            if stopped.mode == "pause":
+                self._write_checkpoint()
+            if stopped.mode != "keep" or self.progress.step == 0:
+                raise
+            return self._outcome(stopped_on_request=True)
         finally:
             self._end()
 
     def _begin(self) -> None:
-        set_seed(self._config.seed)
         if self._config.gradient_checkpointing and self._base.engine == "transformers":
             self._base.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         self._base.model.train()
-        self._started = time.monotonic()
 
     def _end(self) -> None:
         self._base.model.eval()
@@ -124,28 +154,45 @@ class Trainer:
             self._base.model.get_base_model().gradient_checkpointing_disable()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _loop(self) -> Outcome:
-        best, waits = math.inf, 0
-        initial_eval = final_eval = self._evaluate(0, 0.0)
-        losses: list[float] = []
-        step, epoch, stopped_early = 0, 0, False
-        while step < self.total_steps and not stopped_early:
-            batches = self._epoch(epoch)
-            for at in range(0, len(batches), self._config.gradient_accumulation):
-                group = batches[at : at + self._config.gradient_accumulation]
-                step += 1
-                passes = epoch + (at + len(group)) / len(batches)
-                losses.append(self._step(step, passes, group))
-                if self._evaluates_after(step):
-                    final_eval = self._evaluate(step, passes)
-                    waits = 0 if final_eval is not None and final_eval < best else waits + 1
-                    best = min(best, final_eval if final_eval is not None else math.inf)
-                    stopped_early = waits >= (self._config.early_stopping_patience or math.inf)
-                if step == self.total_steps or stopped_early:
-                    break
-            epoch += 1
+    def _loop(self) -> None:
+        progress, size = self.progress, self._config.gradient_accumulation
+        epoch, batches = progress.epoch, self._epoch(progress.epoch)
+        while True:
+            if progress.evaluation_due:
+                self._evaluate()
+            if progress.step >= self.total_steps or self._stopped_early:
+                return
+            self._checkpoint_if_due()
+            if progress.epoch != epoch:
+                epoch, batches = progress.epoch, self._epoch(progress.epoch)
+            self._step(batches[progress.position : progress.position + size], len(batches))
+
+    @property
+    def _stopped_early(self) -> bool:
+        patience = self._config.early_stopping_patience
+        return patience is not None and self.progress.waits >= patience
+
+    def _outcome(self, *, stopped_on_request: bool) -> Outcome:
+        """Sum the run up; with early stopping, put the parameters of the best evaluation in place first."""
+        progress = self.progress
+        if progress.first_loss is None or progress.loss is None:
+            raise BadData("the run has no step: there is nothing to hand out")
+        if self._best:
+            with torch.no_grad():
+                for name, parameter in self._named.items():
+                    parameter.copy_(self._best[name])
         return Outcome(
-            step, losses[0], losses[-1], initial_eval, final_eval, self._tokens, self._elapsed(), stopped_early
+            steps=progress.step,
+            adapter_step=progress.best_step if self._best and progress.best_step is not None else progress.step,
+            first_loss=progress.first_loss,
+            final_loss=progress.loss,
+            initial_eval_loss=progress.initial_eval_loss,
+            final_eval_loss=progress.eval_loss,
+            best_eval_loss=progress.best_eval_loss,
+            tokens=progress.tokens,
+            elapsed_s=self._elapsed(),
+            stopped_early=self._stopped_early,
+            stopped_on_request=stopped_on_request,
         )
 
     def _evaluates_after(self, step: int) -> bool:
@@ -163,7 +210,8 @@ class Trainer:
             epoch=epoch,
         )
 
-    def _step(self, step: int, epoch: float, batches: list[Batch]) -> float:
+    def _step(self, batches: list[Batch], batches_per_epoch: int) -> None:
+        """Take one optimizer step. `progress` changes at its end, so that a stop in its middle leaves no trace."""
         # Normalised by the trained tokens of the whole step: an answer token weighs the same whichever
         # micro-batch it is in (the gradient accumulation fix of transformers 4.46).
         began = time.monotonic()
@@ -171,82 +219,141 @@ class Trainer:
         learning_rate = float(self._scheduler.get_last_lr()[0])
         total = 0.0
         for batch in batches:
-            self._check_stop()
-            loss = self._summed_loss(batch) / count
+            self._control.check_stop()
+            loss = self._loss(batch) / count
             self._scaler.scale(loss).backward()
             total += float(loss.detach())
-            self._tokens += batch.tokens
-        if not math.isfinite(total):
-            rows = sorted(row + 1 for batch in batches for row in batch.rows)
-            raise NotFinite(
-                f"the loss of step {step} is {total}; its rows are {rows[:50]}",
-                ["halve learning_rate", "precision bf16 or fp32", "look at the named rows"],
-            )
         self._scaler.unscale_(self._optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+        overflow = self._scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves such a step out
+        if not math.isfinite(total) or (not math.isfinite(norm) and not overflow):
+            raise self._not_finite("loss" if not math.isfinite(total) else "gradient", batches)
         self._scaler.step(self._optimizer)
         self._scaler.update()
         self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._step_time_s += time.monotonic() - began
-        self._report(step, epoch, total, learning_rate, norm)
-        return total
+        progress = self.progress
+        progress.step += 1
+        progress.position += len(batches)
+        progress.passes = progress.epoch + progress.position / batches_per_epoch
+        if progress.position >= batches_per_epoch:
+            progress.epoch, progress.position = progress.epoch + 1, 0
+        progress.tokens += sum(batch.tokens for batch in batches)
+        progress.first_loss = total if progress.first_loss is None else progress.first_loss
+        progress.loss = total
+        progress.evaluation_due = self._evaluates_after(progress.step)
+        progress.step_time_s += time.monotonic() - began
+        self._rng = rng_state(self._base.device)
+        self._report(learning_rate, None if overflow else norm)
 
-    def _report(self, step: int, epoch: float, loss: float, learning_rate: float, norm: float) -> None:
+    def _not_finite(self, what: str, batches: list[Batch]) -> NotFinite:
+        rows = sorted(row + 1 for batch in batches for row in batch.rows)
+        return NotFinite(
+            f"the {what} of step {self.progress.step + 1} is not finite; its rows are {rows[:50]}",
+            ["halve learning_rate", "precision bf16 or fp32", "look at the named rows"],
+        )
+
+    def _report(self, learning_rate: float, norm: float | None) -> None:
+        progress = self.progress
+        if progress.loss is None:
+            raise ValueError("no step has been taken")
         self._emit(
             StepMetrics(
                 request_id=self._request_id,
-                step=step,
+                step=progress.step,
                 total_steps=self.total_steps,
-                epoch=epoch,
-                loss=loss,
+                epoch=progress.passes,
+                loss=progress.loss,
                 learning_rate=learning_rate,
                 grad_norm=norm,
-                tokens=self._tokens,
-                tokens_per_s=self._tokens / max(self._step_time_s, 1e-9),
+                tokens=progress.tokens,
+                tokens_per_s=progress.tokens / max(progress.step_time_s, 1e-9),
                 memory_bytes=self._base.memory_bytes(),
                 elapsed_s=self._elapsed(),
-                eta_s=self._step_time_s / step * (self.total_steps - step),
+                eta_s=progress.step_time_s / progress.step * (self.total_steps - progress.step),
             )
         )
 
     def _elapsed(self) -> float:
-        return max(time.monotonic() - self._started, 1e-9)
+        return self._elapsed_before_s + max(time.monotonic() - self._started, 1e-9)
 
-    def _summed_loss(self, batch: Batch) -> torch.Tensor:
-        """Cross-entropy summed over the trained tokens; the head runs only where some row has one."""
-        device = self._base.device
-        targets = batch.labels[:, 1:]
-        columns = torch.nonzero((targets != IGNORED).any(dim=0)).flatten()
-        inputs = {
-            "input_ids": batch.input_ids.to(device),
-            "attention_mask": None if batch.attention_mask is None else batch.attention_mask.to(device),
-            "position_ids": None if batch.position_ids is None else batch.position_ids.to(device),
+    # Checkpoints
+
+    def _checkpoint_if_due(self) -> None:
+        config, step = self._config, self.progress.step
+        asked = self._control.take_checkpoint_request()
+        if step == 0 and not asked:
+            return
+        every, minutes = config.checkpoint_every_steps, config.checkpoint_every_minutes
+        by_steps = every is not None and step % every == 0
+        by_time = minutes is not None and time.monotonic() - self._checkpoint_s >= 60 * minutes
+        if asked or by_steps or by_time:
+            self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        if self._checkpoints is None:
+            return
+        self.progress.elapsed_s = self._elapsed()
+        tensors, plain = split_optimizer(self._optimizer)
+        settings = {
+            "optimizer": plain,
+            "scheduler": self._scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "threads": torch.get_num_threads(),
         }
-        if self._keeps_logits:
-            logits = self._base.model(**inputs, use_cache=False, logits_to_keep=columns.to(device)).logits
-        else:
-            logits = self._base.model(**inputs, use_cache=False).logits[:, columns.to(device)]
-        wanted = targets[:, columns].to(device)
-        return functional.cross_entropy(
-            logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"
+        path = self._checkpoints.write(
+            Checkpoint(self.progress, dict(self._named), tensors, self._rng, settings, self._initial, self._best)
+        )
+        self._checkpoint_s = time.monotonic()
+        size = sum(file.stat().st_size for file in path.iterdir())
+        self._emit(
+            CheckpointWritten(request_id=self._request_id, step=self.progress.step, path=str(path), size_bytes=size)
         )
 
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.adapter.keys() != self._named.keys():
+            raise BadSetting("the checkpoint's parameters are not those of this adapter")
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(checkpoint.adapter[name])
+        restore_optimizer(self._optimizer, checkpoint.optimizer, checkpoint.settings["optimizer"])
+        self._scheduler.load_state_dict(checkpoint.settings["scheduler"])
+        self._scaler.load_state_dict(checkpoint.settings["scaler"])
+        restore_rng(self._base.device, checkpoint.rng)
+        self.progress, self._best = replace(checkpoint.progress), checkpoint.best
+
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _evaluate(self, step: int, epoch: float) -> float | None:
-        if not self._validation:
-            return None
+    def _evaluate(self) -> None:
+        """Measure the loss on the validation rows; draws no random number, so a run goes on as if it had not been."""
         self._base.model.eval()
         total, count = 0.0, 0
         by_length = sorted(self._validation, key=lambda row: len(row.ids))
         for at in range(0, len(by_length), self._config.batch_size):
-            self._check_stop()
+            self._control.check_stop()
             batch = pad(by_length[at : at + self._config.batch_size], self._pad_id)
-            total += float(self._summed_loss(batch))
+            total += float(self._loss(batch))
             count += batch.trained_tokens
         self._base.model.train()
-        loss = total / count
+        self._record_evaluation(total / count)
+
+    def _record_evaluation(self, loss: float) -> None:
+        progress = self.progress
+        progress.evaluation_due = False
+        progress.eval_loss = loss
+        if progress.step == 0:
+            progress.initial_eval_loss = loss
+        elif progress.best_eval_loss is None or loss < progress.best_eval_loss:
+            progress.best_eval_loss, progress.best_step, progress.waits = loss, progress.step, 0
+            if self._config.early_stopping_patience is not None:
+                self._best = {name: p.detach().to("cpu", copy=True) for name, p in self._named.items()}
+        else:
+            progress.waits += 1
         self._emit(
-            Evaluated(request_id=self._request_id, step=step, epoch=epoch, eval_loss=loss, elapsed_s=self._elapsed())
+            Evaluated(
+                request_id=self._request_id,
+                step=progress.step,
+                epoch=progress.passes,
+                eval_loss=loss,
+                elapsed_s=self._elapsed(),
+            )
         )
-        return loss

@@ -1,9 +1,7 @@
-"""The `train` command: data, adapter, run, and the folder that is handed out."""
+"""The `train` command: data, adapter, checkpoint to go on from, run, and the folder that is handed out."""
 
 import json
-import os
 import random
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -14,14 +12,28 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from core.files import fsync_file, fsync_folder
+from core.files import whole_folder
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base
 from engine.batches import Row, read_rows, tokenize
 from engine.channel import Channel
+from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData
 from engine.trainer import Outcome, Trainer
+
+
+class _ChannelControl:
+    """The trainer's control over the channel of one request."""
+
+    def __init__(self, channel: Channel, request_id: str) -> None:
+        self._channel, self._request_id = channel, request_id
+
+    def check_stop(self) -> None:
+        self._channel.check_stop(self._request_id)
+
+    def take_checkpoint_request(self) -> bool:
+        return self._channel.take_checkpoint_request(self._request_id)
 
 
 def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
@@ -32,22 +44,20 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
 
     Raises:
         CommandError: Of the class that says why.
+        Stopped: The client ended the run.
+        StorageFull: No space is left for the adapter or a checkpoint.
     """
-
-    def check_stop() -> None:
-        channel.check_stop(command.request_id)
-
-    rows, validation, skipped = _load_rows(base, command, channel, check_stop)
-    lora = methods.lora_config(command.config, command.base_model_id, command.base_revision)
+    control = _ChannelControl(channel, command.request_id)
+    rows, validation, skipped = _load_rows(base, command, channel, control.check_stop)
     output = Path(command.output_path)
     output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints = _checkpoint_folder(command)
+    damaged: list[str] = []
+    resume = checkpoints.newest(command.recorded_step, lambda name, why: damaged.append(f"{name}: {why}"))
     try:
         with methods.original_weights_kept(base.model, command.config, output.parent):
-            set_seed(command.config.seed)  # the adapter's initialisation
             channel.emit(Progress(request_id=command.request_id, stage="adapter", fraction=None))
-            base.create(command.adapter_id, lora)
-            pissa = command.config.init_weights == "pissa"
-            initial = methods.adapter_state(base.model, command.adapter_id) if pissa else None
+            initial = _create_adapter(base, command, resume)
             trainer = Trainer(
                 base,
                 command.config,
@@ -55,14 +65,18 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
                 validation,
                 request_id=command.request_id,
                 emit=channel.emit,
-                check_stop=check_stop,
+                control=control,
+                checkpoints=checkpoints,
+                resume=resume,
+                initial=initial,
             )
             started = _started(command, base, rows, validation, skipped, trainer.total_steps)
-            channel.emit(started)
+            resumed = {"resumed_from_step": resume.progress.step if resume else None, "skipped_checkpoints": damaged}
+            channel.emit(TrainingStarted(**started, **resumed))
             outcome = trainer.run()
             state = methods.adapter_state(base.model, command.adapter_id)
             saved = base.model.peft_config[command.adapter_id]
-            if initial is not None:
+            if initial:
                 state, saved = methods.as_plain_lora(state, initial, saved)
             _write_adapter(output, state, saved, base, command, outcome)
     finally:
@@ -71,11 +85,43 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
     base.attach(command.adapter_id, output)
     return {
         **asdict(outcome),
-        "trainable_parameters": started.trainable_parameters,
+        "trainable_parameters": started["trainable_parameters"],
         "rows": len(rows),
         "validation_rows": len(validation),
         "path": str(output),
     }
+
+
+def _checkpoint_folder(command: Train) -> CheckpointFolder:
+    about = {
+        "base_model_id": command.base_model_id,
+        "base_revision": command.base_revision,
+        "config": command.config.model_dump(mode="json"),
+        "packages": _packages(),
+    }
+    return CheckpointFolder(
+        Path(command.checkpoints_path), command.config.keep_checkpoints, command.max_checkpoint_bytes, about
+    )
+
+
+def _create_adapter(base: Base, command: Train, resume: Checkpoint | None) -> Tensors:
+    """Put the adapter on the base; for PiSSA, return A and B as initialised.
+
+    A PiSSA run that goes on takes A and B from its checkpoint: a second decomposition of the same weights need not
+    give the same bits, and costs minutes on a large model.
+    """
+    config = command.config
+    set_seed(config.seed)
+    pissa = config.init_weights == "pissa"
+    resumed = pissa and resume is not None
+    given = config.model_copy(update={"init_weights": "default"}) if resumed else config
+    base.create(command.adapter_id, methods.lora_config(given, command.base_model_id, command.base_revision))
+    if not pissa:
+        return {}
+    if resume is None:
+        return methods.adapter_state(base.model, command.adapter_id)
+    methods.subtract_initial(base.model, command.adapter_id, resume.initial)
+    return resume.initial
 
 
 def _load_rows(
@@ -117,52 +163,51 @@ def _load_rows(
 
 def _started(
     command: Train, base: Base, rows: list[Row], validation: list[Row], skipped: int, total_steps: int
-) -> TrainingStarted:
+) -> dict[str, Any]:
     truncated = sum(row.truncated for row in rows)
     warnings = []
     if skipped:
         warnings.append(f"{skipped} rows have nothing to learn and were left out")
     if truncated:
         warnings.append(f"{truncated} rows were truncated to {command.config.max_seq_length} tokens")
-    return TrainingStarted(
-        request_id=command.request_id,
-        total_steps=total_steps,
-        rows=len(rows),
-        validation_rows=len(validation),
-        skipped_rows=skipped,
-        truncated_rows=truncated,
-        trained_tokens=sum(row.trained_tokens for row in rows),
-        trainable_parameters=sum(p.numel() for p in base.model.parameters() if p.requires_grad),
-        warnings=warnings,
-    )
+    return {
+        "request_id": command.request_id,
+        "total_steps": total_steps,
+        "rows": len(rows),
+        "validation_rows": len(validation),
+        "skipped_rows": skipped,
+        "truncated_rows": truncated,
+        "trained_tokens": sum(row.trained_tokens for row in rows),
+        "trainable_parameters": sum(p.numel() for p in base.model.parameters() if p.requires_grad),
+        "warnings": warnings,
+    }
 
 
 def _write_adapter(
     output: Path, state: dict[str, Any], lora: LoraConfig, base: Base, command: Train, outcome: Outcome
 ) -> None:
-    """Write the folder aside, flush it, and rename it: it is whole or it is not there."""
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(state, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    # save_pretrained writes the given object's inference_mode as True and everything else as it is.
-    lora.save_pretrained(str(temporary))
-    base.tokenizer.save_pretrained(temporary)
+    """Write the folder that is handed out: it is whole or it is not there.
+
+    A run cut off after this and before its record was written is trained again to the same place.
+    """
     record = {
         "base_model_id": command.base_model_id,
         "base_revision": command.base_revision,
         "config": command.config.model_dump(mode="json"),
         "outcome": asdict(outcome),
-        "packages": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "packages": _packages(),
     }
-    (temporary / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    (temporary / "README.md").write_text(_card(command, outcome), encoding="utf-8")
-    for file in temporary.iterdir():
-        fsync_file(file)
-    # A run cut off after this point and before its record was written is trained again to the same place.
-    shutil.rmtree(output, ignore_errors=True)
-    os.replace(temporary, output)
-    fsync_folder(output.parent)
+    with whole_folder(output) as folder:
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # save_pretrained writes the given object's inference_mode as True and everything else as it is.
+        lora.save_pretrained(str(folder))
+        base.tokenizer.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(command, outcome), encoding="utf-8")
+
+
+def _packages() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
 
 
 def _card(command: Train, outcome: Outcome) -> str:

@@ -31,7 +31,7 @@ class AdapterService:
 
     def remove_leftovers(self) -> None:
         """Delete what runs that were cut off left: adapters in the making and PiSSA's copies of original weights."""
-        for pattern in ("adp_*.tmp", "pissa-*"):
+        for pattern in (".adp_*.tmp", "pissa-*"):
             for folder in self._folder.glob(pattern):
                 shutil.rmtree(folder)
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from domain import protocol
 _BACKEND = Path(__file__).resolve().parent.parent
 _LOG_CAP_BYTES = 4 * 2**20
 _LOG_TAIL_LINES = 40
+# An engine beats every two seconds, on a thread that torch lets run; one that is silent for so long hangs.
+_SILENCE_S = 60.0
 # glibc gives freed tensors back to the kernel at once by default and faults them in again at the next step:
 # 1.11-1.25 times the training speed with these thresholds.
 _ENGINE_ENVIRONMENT = {
@@ -45,7 +48,8 @@ EventHandler = Callable[[Any], None]
 class EngineDied(EngineFailed):
     """The engine process ended while a command was running.
 
-    `exit_code` or `signal` says how, `log_tail` holds the last lines that it wrote.
+    `exit_code` or `signal` says how, `unresponsive` whether it was ended for its silence, `log_tail` holds the last
+    lines that it wrote.
     """
 
     slug, title = "engine-died", "Engine died"
@@ -63,11 +67,15 @@ class EngineProcess:
     Args:
         log_path: Where its stdout and stderr go, capped at 4 MiB with one older part kept.
         on_exit: Called once, from a thread of this class, when the process has ended.
+        silence_s: Seconds without a heartbeat after which it is killed.
     """
 
-    def __init__(self, log_path: Path, on_exit: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, log_path: Path, on_exit: Callable[[], None] | None = None, silence_s: float = _SILENCE_S
+    ) -> None:
         self._log_path = log_path
         self._on_exit = on_exit
+        self._silence_s, self._heard_s, self._unresponsive = silence_s, time.monotonic(), False
         self._pending: dict[str, tuple[Future[dict[str, Any]], EventHandler | None]] = {}
         self._lock = threading.Lock()
         self._tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
@@ -82,6 +90,7 @@ class EngineProcess:
         self._log_thread = threading.Thread(target=self._copy_log, name="engine-log", daemon=True)
         self._log_thread.start()
         threading.Thread(target=self._read_events, args=(events,), name="engine-events", daemon=True).start()
+        threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -126,9 +135,13 @@ class EngineProcess:
         self._send(make(request_id))
         return request_id, future
 
-    def stop(self, request_id: str) -> None:
+    def stop(self, request_id: str, mode: protocol.StopMode = "discard") -> None:
         """Ask the engine to end a command early; its future still gets the final event."""
-        self._send(protocol.Stop(request_id=uuid.uuid4().hex, target_id=request_id))
+        self._send(protocol.Stop(request_id=uuid.uuid4().hex, target_id=request_id, mode=mode))
+
+    def write_checkpoint(self, request_id: str) -> None:
+        """Ask the engine for a checkpoint of a training run; an event says when it is written."""
+        self._send(protocol.WriteCheckpoint(request_id=uuid.uuid4().hex, target_id=request_id))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End the process: by closing its pipe, or by force after `timeout_s`. Its memory is free on return."""
@@ -155,6 +168,21 @@ class EngineProcess:
             # The process ended; the events thread sees end-of-file and fails what is pending.
             _log.warning("engine.gone", pid=self.pid, command=command.kind)
 
+    def _watch(self) -> None:
+        """Kill an engine that has fallen silent: stopped, swapped out for good, or stuck in a driver."""
+        tick_s = min(protocol.HEARTBEAT_S, self._silence_s / 4)
+        looked_s = time.monotonic()
+        while not self._ended.wait(tick_s):
+            now_s = time.monotonic()
+            if now_s - looked_s > 2 * tick_s:
+                self._heard_s = now_s  # this process was itself stopped meanwhile: the engine gets its time again
+            looked_s = now_s
+            if now_s - self._heard_s > self._silence_s:
+                _log.error("engine.silent", pid=self.pid, silent_s=round(now_s - self._heard_s))
+                self._unresponsive = True
+                self._process.kill()
+                return
+
     def _read_events(self, events: Any) -> None:
         with events:
             for line in events:
@@ -164,7 +192,9 @@ class EngineProcess:
                     self.garbage_lines += 1
                     _log.warning("engine.garbage", pid=self.pid, size_bytes=len(line))
                     continue
-                self._deliver(event)
+                self._heard_s = time.monotonic()
+                if not isinstance(event, protocol.Heartbeat):
+                    self._deliver(event)
         self._process.wait()
         self._log_thread.join(timeout=5)
         with self._lock:
@@ -207,8 +237,10 @@ class EngineProcess:
         code = self._process.poll()
         number = -code if code is not None and code < 0 else None
         how = f"by signal {number} ({signal.Signals(number).name})" if number else f"with exit code {code}"
+        why = f" after {self._silence_s:g} s of silence" if self._unresponsive else ""
         return EngineDied(
-            f"The engine process {self.pid} ended {how}.",
+            f"The engine process {self.pid} ended {how}{why}.",
+            unresponsive=self._unresponsive,
             exit_code=code if code is not None and code >= 0 else None,
             signal=number,
             log_tail=self.log_tail(),

@@ -105,6 +105,16 @@ class HostProbe:
         percent = round(100 * used / total, 1) if total else 100.0
         return MemoryReading(total, available, used, percent, "cgroup" if limited else None)
 
+    def oom_kills(self) -> int:
+        """Count the processes that the kernel has killed for want of memory: in this cgroup, or on this machine.
+
+        Source: memory.events of cgroup v2, oom_kill of /proc/vmstat (Linux 4.13).
+        """
+        for unified, folder in self._cgroup_folders("memory"):
+            if unified and self._read(f"{folder}/memory.events"):
+                return self._statistic(f"{folder}/memory.events", "oom_kill")
+        return self._statistic("proc/vmstat", "oom_kill")
+
     def disk(self, path: Path) -> DiskReading:
         """Return the disk that holds a path, which need not exist yet."""
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())

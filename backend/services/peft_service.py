@@ -73,6 +73,7 @@ class PeftService:
         facts: Tells a model's shape without its weights.
         log_dir: Where engines write.
         idle_unload_s: A model unused for this long is unloaded.
+        engine_silence_s: An engine that is silent for this long is ended.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class PeftService:
         *,
         log_dir: Path,
         idle_unload_s: float,
+        engine_silence_s: float,
     ) -> None:
         self._clock, self._machine, self._files, self._facts = clock, machine, files, facts
-        self._log_dir, self._idle_unload_s = log_dir, idle_unload_s
+        self._log_dir, self._idle_unload_s, self._engine_silence_s = log_dir, idle_unload_s, engine_silence_s
         self._models: dict[str, LoadedModel] = {}
         self._bases: dict[BaseKey, LoadedBase] = {}
         self._lock = threading.RLock()
@@ -205,7 +207,11 @@ class PeftService:
                 base.finish(LoadState.UNLOADING)
                 return
             base.report("loading", None, None, None)
-            process = EngineProcess(self._log_dir / f"engine-{base.id}.log", on_exit=lambda: self._on_exit(base))
+            process = EngineProcess(
+                self._log_dir / f"engine-{base.id}.log",
+                on_exit=lambda: self._on_exit(base),
+                silence_s=self._engine_silence_s,
+            )
             if not base.adopt(process):
                 process.close()
                 return
@@ -359,4 +365,5 @@ def get_peft_service() -> PeftService:
         get_model_facts(),
         log_dir=settings.home / "logs",
         idle_unload_s=settings.idle_unload_s,
+        engine_silence_s=settings.engine_silence_s,
     )

@@ -1,27 +1,39 @@
 """One job from the queue to its end: loads the base, trains, records the adapter, explains a failure."""
 
 import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+from sqlalchemy.exc import OperationalError
 
 from core.clock import Clock
-from core.errors import StudioError
+from core.errors import LoadedModelNotFound, ModelBusy, StorageFull, StudioError
+from core.logging import get_logger
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.job_states import JobState
 from domain.peft_config import PeftConfig
-from services.adapter_service import AdapterService
-from services.dataset_service import DatasetService
+from domain.retries import MAX_STALLS, TRANSIENT, wait_s
 from services.engine_process import CommandFailed, EngineDied, EngineProcess
 from services.loaded_base import LoadState
-from services.peft_service import LoadedModel, LoadRequest, PeftService
+from services.peft_service import LoadedModel, LoadRequest
 from store.records import AdapterRecord, JobRecord, to_text
 
 if TYPE_CHECKING:
     from services.training_service import TrainingService
 
 _POLL_S = 0.2
+_SAVE_AGAIN_S = 1.0
+_log = get_logger(__name__)
+# What a database that cannot be written, for now, raises.
+_NOT_SAVED = (OperationalError, StorageFull)
+# Why a run ends before its last step: a client's wish, the server's end, or a database that cannot be written.
+Ending = Literal["discard", "keep_checkpoints", "keep_adapter", "pause", "server_ends", "disk_full"]
+_ENGINE_MODES: dict[Ending, protocol.StopMode] = {"discard": "discard", "keep_adapter": "keep"}
 
 
 class RunEnded(Exception):
@@ -29,68 +41,76 @@ class RunEnded(Exception):
 
 
 class TrainingRun:
-    """Carries one job through its states. `cancel` and `interrupt` may come from any thread."""
+    """Carries one job through its states. `end` may come from any thread."""
 
-    def __init__(
-        self,
-        service: "TrainingService",
-        datasets: DatasetService,
-        adapters: AdapterService,
-        peft: PeftService,
-        clock: Clock,
-        job: JobRecord,
-    ) -> None:
-        self._service, self._datasets, self._adapters = service, datasets, adapters
-        self._peft, self._clock = peft, clock
+    def __init__(self, service: "TrainingService", clock: Clock, job: JobRecord) -> None:
+        self._service, self._clock = service, clock
         self.job = job
+        self._ending: Ending | None = None
         self._stop = threading.Event()
-        self._interrupted = False
         self._process: EngineProcess | None = None
         self._request_id: str | None = None
-        self._lock = threading.Lock()
-        self._last_step: protocol.StepMetrics | None = None
+        self._lock = threading.RLock()
+        self._unsaved: deque[tuple[str, dict[str, Any], dict[str, Any]]] = deque()
+        self._progress = dict(job.progress)
+        self._stalls = job.stalls
+        self._oom_kills = service.oom_kills()
 
     def execute(self) -> None:
-        """Run the job to a final state, or to `interrupted`."""
+        """Run the job to a final state, or to `paused` or `interrupted`."""
         now = to_text(self._clock.now())
-        self._move(JobState.PREPARING, started_at=now, attempts=self.job.attempts + 1, error=None)
+        started = self.job.started_at or now
+        self._move(JobState.PREPARING, started_at=started, attempts=self.job.attempts + 1, error=None)
         try:
-            model = self._loaded_model()
-            with self._peft.lent(model, f"training {self.job.id}") as process:
-                result = self._train(model, process)
+            model, result = self._work()
+            self._save_events()
             self._succeed(model, result)
         except CommandFailed as error:
-            if error.extras["error_class"] == "cancelled":
+            error_class = error.extras["error_class"]
+            if error_class in ("cancelled", "paused"):
                 self._end_early()
-            self._fail(error.extras["error_class"], error, JobState.FAILED)
+            self._fail(error_class, error)
         except EngineDied as error:
             if self._stop.is_set():
                 self._end_early()
-            self._fail(_death_class(error), error, JobState.INTERRUPTED)
+            self._fail(self._death_class(error), error)
+        except StorageFull as error:
+            self._fail("disk_full", error)
         except StudioError as error:
-            self._fail(error.slug.replace("-", "_"), error, JobState.FAILED)
+            self._fail(error.slug.replace("-", "_"), error)
 
-    def _loaded_model(self) -> LoadedModel:
-        """Return the base to train on, loaded; wait for it if it is still loading."""
+    def _work(self) -> tuple[LoadedModel, dict[str, Any]]:
+        known = {model.id for model in self._service.peft.models()}
         model = self._find_or_load()
+        try:
+            self._wait_for(model)
+            with self._borrowed(model) as process:
+                return model, self._train(model, process)
+        except EngineDied:
+            # What this job loaded and lost is of no use to anybody; what a client loaded stays listed as failed.
+            if model.id not in known:
+                with suppress(LoadedModelNotFound):
+                    self._service.peft.unload(model.id)
+            raise
+
+    def _wait_for(self, model: LoadedModel) -> None:
         while not model.base.settled:
             if self._stop.wait(_POLL_S):
                 self._end_early()
         if model.base.state is LoadState.FAILED and model.base.error is not None:
             raise model.base.error
-        return model
 
     def _find_or_load(self) -> LoadedModel:
         config = PeftConfig.model_validate(self.job.config)
         if self.job.loaded_model_id is not None:
-            named = [model for model in self._peft.models() if model.id == self.job.loaded_model_id]
+            named = [model for model in self._service.peft.models() if model.id == self.job.loaded_model_id]
             # Another precision, an unloaded model or a dead engine: the base is loaded (again).
             for model in named:
                 key = model.base.key
                 usable = model.state not in (LoadState.FAILED, LoadState.UNLOADING)
                 if usable and (key.quantization, key.precision) == (config.quantization, config.precision):
                     return model
-        return self._peft.load(
+        return self._service.peft.load(
             LoadRequest(
                 model_id=self.job.model_id,
                 revision=self.job.revision,
@@ -103,24 +123,42 @@ class TrainingRun:
             )
         )
 
+    @contextmanager
+    def _borrowed(self, model: LoadedModel) -> Iterator[EngineProcess]:
+        """Hold the base; wait while something else does."""
+        while True:
+            try:
+                lent = self._service.peft.lent(model, f"training {self.job.id}")
+                process = lent.__enter__()
+                break
+            except ModelBusy:
+                if self._stop.wait(_POLL_S):
+                    self._end_early()
+        try:
+            yield process
+        finally:
+            lent.__exit__(None, None, None)
+
     def _train(self, model: LoadedModel, process: EngineProcess) -> dict[str, Any]:
-        adapter_id = f"adp_{self.job.id.removeprefix('job_')}"
-        validation = self.job.validation_dataset_id
-        # The job's own configuration, in which every parameter is set.
-        config = PeftConfig.model_validate(self.job.config)
+        service, job = self._service, self.job
+        adapter_id = f"adp_{job.id.removeprefix('job_')}"
+        validation = job.validation_dataset_id
 
         def command(request_id: str) -> protocol.Train:
             self._request_id = request_id
             return protocol.Train(
                 request_id=request_id,
                 adapter_id=adapter_id,
-                config=config,
-                dataset_path=str(self._datasets.rows_path(self.job.dataset_id)),
-                validation_path=str(self._datasets.rows_path(validation)) if validation else None,
-                validation_fraction=self.job.validation_fraction,
-                output_path=str(self._adapters.path_for(adapter_id)),
+                config=PeftConfig.model_validate(job.config),
+                dataset_path=str(service.datasets.rows_path(job.dataset_id)),
+                validation_path=str(service.datasets.rows_path(validation)) if validation else None,
+                validation_fraction=job.validation_fraction,
+                output_path=str(service.adapters.path_for(adapter_id)),
                 base_model_id=model.model_id,
                 base_revision=model.revision,
+                checkpoints_path=str(service.checkpoints.folder_of(job.id)),
+                max_checkpoint_bytes=service.max_checkpoint_bytes,
+                recorded_step=self._progress.get("recorded_step", 0),
             )
 
         with self._lock:
@@ -132,15 +170,20 @@ class TrainingRun:
         model.base.attached(adapter_id, result["memory_bytes"])
         return result | {"adapter_id": adapter_id, "log_tail": process.log_tail()}
 
+    # Events
+
     def _on_event(self, event: Any) -> None:
+        """Record an event. Steps trained again after a crash are the same steps: they are not recorded twice."""
         data = event.model_dump(mode="json", exclude={"request_id", "kind"})
         if isinstance(event, protocol.TrainingStarted):
-            self._move(JobState.RUNNING)
-            self._service.record_event(self.job.id, "started", data, {"step": 0, "total_steps": event.total_steps})
+            self._running()
+            step = event.resumed_from_step or 0
+            self._save("started", data, {"step": step, "total_steps": event.total_steps})
         elif isinstance(event, protocol.StepMetrics):
-            self._last_step = event
+            new = event.step > self._progress.get("recorded_step", 0)
             progress = {
                 "step": event.step,
+                "recorded_step": max(event.step, self._progress.get("recorded_step", 0)),
                 "total_steps": event.total_steps,
                 "epoch": event.epoch,
                 "fraction": event.step / event.total_steps,
@@ -148,11 +191,57 @@ class TrainingRun:
                 "tokens_per_s": event.tokens_per_s,
                 "last": data,
             }
-            self._service.record_event(self.job.id, "metrics", data, progress)
+            self._save("metrics" if new else None, data, progress)
         elif isinstance(event, protocol.Evaluated):
-            self._service.record_event(self.job.id, "evaluation", data, None)
+            new = event.step > self._progress.get("evaluated_step", -1)
+            step = max(event.step, self._progress.get("evaluated_step", -1))
+            self._save("evaluation" if new else None, data, {"evaluated_step": step})
+        elif isinstance(event, protocol.CheckpointWritten):
+            self._stalls = 0
+            self._save("checkpoint", {"step": event.step, "size_bytes": event.size_bytes}, {})
         else:
-            self._service.record_event(self.job.id, "progress", data, None)
+            self._save("progress", data, {})
+
+    def _running(self) -> None:
+        with self._lock:
+            if self.job.state is not JobState.PREPARING:
+                return  # a pause came first
+            try:
+                self._move(JobState.RUNNING)
+            except _NOT_SAVED:
+                _log.exception("job.state_waits", job_id=self.job.id)
+                self.end("disk_full")
+
+    def _save(self, kind: str | None, data: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Write an event and the progress; while the database cannot be written, keep them and pause the run."""
+        self._progress |= progress
+        self._unsaved.append((kind or "", data, dict(self._progress)))
+        try:
+            self._flush()
+        except _NOT_SAVED:
+            _log.exception("job.event_waits", job_id=self.job.id, event_kind=kind)
+            self.end("disk_full")
+
+    def _flush(self) -> None:
+        while self._unsaved:
+            kind, data, progress = self._unsaved[0]
+            self._service.record_event(self.job.id, kind or None, data, progress, self._stalls)
+            self._unsaved.popleft()
+
+    def _save_events(self) -> None:
+        """Write what could not be written before."""
+        self._patiently(self._flush)
+
+    def _patiently(self, write: Callable[[], None]) -> None:
+        """Write to the database; try until it can be written, or the server ends."""
+        while True:
+            try:
+                return write()
+            except _NOT_SAVED:
+                if self._service.closing.wait(_SAVE_AGAIN_S):
+                    raise RunEnded from None  # the database says `running`: the next start resumes it
+
+    # Ends
 
     def _succeed(self, model: LoadedModel, result: dict[str, Any]) -> None:
         now = to_text(self._clock.now())
@@ -165,64 +254,118 @@ class TrainingRun:
             algorithm=self.job.algorithm,
             config=self.job.config,
             job_id=self.job.id,
-            dataset_sha256=self._datasets.get(self.job.dataset_id).sha256,
+            dataset_sha256=self._service.datasets.get(self.job.dataset_id).sha256,
             metrics=figures,
             path=str(Path(result["path"])),
             created_at=now,
         )
         kept = figures | {"log_tail": result["log_tail"]}
-        self._move(JobState.SUCCEEDED, adapter=adapter, adapter_id=adapter.id, result=kept, finished_at=now)
+        state = JobState.CANCELLED if result["stopped_on_request"] else JobState.SUCCEEDED
+        self._finish(state, adapter=adapter, adapter_id=adapter.id, result=kept, finished_at=now)
 
-    def _fail(self, error_class: str, error: StudioError, state: JobState) -> None:
-        extras = error.extras
-        details = {
-            "class": error_class,
-            "message": error.detail,
-            "exit_code": extras.get("exit_code"),
-            "signal": extras.get("signal"),
-            "log_tail": extras.get("log_tail", []),
-            "suggestions": extras.get("suggestions", []),
-        }
-        finished = to_text(self._clock.now()) if state is JobState.FAILED else None
-        self._move(state, error=details, finished_at=finished)
+    def _fail(self, error_class: str, error: StudioError) -> None:
+        """Record what went wrong: to be tried again, to be looked at by a person, or for good."""
+        self._save_events()
+        details = failure(error_class, error)
+        if error_class == "disk_full":
+            self._finish(JobState.PAUSED, error=details)
+            return
+        stalls = self._stalls + 1
+        if error_class in TRANSIENT and stalls < MAX_STALLS:
+            wait = max(wait_s(self._stalls), error.extras.get("retry_after_s") or 0.0)
+            self._service.retry_after(self.job.id, wait)
+            self._finish(JobState.INTERRUPTED, error=details, stalls=stalls)
+            return
+        if error_class in TRANSIENT:
+            details["message"] += f" This was the {MAX_STALLS}th time in a row without a checkpoint in between."
+        self._finish(JobState.FAILED, error=details, stalls=stalls, finished_at=to_text(self._clock.now()))
 
     def fail_unexpectedly(self) -> None:
         """Record an error of the server's own; the traceback is in its log."""
-        self._fail("server", StudioError("The server failed while it ran the job; its log says why."), JobState.FAILED)
+        self._fail("server", StudioError("The server failed while it ran the job; its log says why."))
 
     def _end_early(self) -> None:
         """Record why the run was stopped, and leave."""
-        if self._interrupted:
-            error = StudioError("The server was stopped while the job ran; resume starts it again.")
-            self._fail("server_ended", error, JobState.INTERRUPTED)
+        self._save_events()
+        if self._ending == "pause":
+            self._finish(JobState.PAUSED)
+        elif self._ending == "disk_full":
+            full = StorageFull("The database could not be written; the run was paused at its last checkpoint.")
+            self._finish(JobState.PAUSED, error=failure("disk_full", full))
+        elif self._ending == "server_ends":
+            ended = StudioError("The server was stopped while the job ran; it goes on when the server starts.")
+            self._finish(JobState.INTERRUPTED, error=failure("server_ended", ended))
         else:
-            self._move(JobState.CANCELLED, finished_at=to_text(self._clock.now()))
+            self._finish(JobState.CANCELLED, finished_at=to_text(self._clock.now()))
+            if self._ending != "keep_checkpoints":
+                self._service.checkpoints.delete(self.job.id)
         raise RunEnded
 
-    def cancel(self) -> None:
-        """Stop the run; it ends as cancelled."""
+    def end(self, ending: Ending) -> None:
+        """Stop the run before its last step. The first wish counts, except that discarding overrules all.
+
+        Raises:
+            TransitionNotPermitted: A pause is wanted of a job that is neither preparing nor running.
+        """
         with self._lock:
+            if ending == "pause" and self.job.state is not JobState.PAUSING:
+                self._move(JobState.PAUSING)
+            if self._ending is None or ending == "discard":
+                self._ending = ending
             self._stop.set()
             process, request_id = self._process, self._request_id
         if process is not None and request_id is not None:
-            process.stop(request_id)
+            process.stop(request_id, _ENGINE_MODES.get(self._ending, "pause"))
 
-    def interrupt(self) -> None:
-        """Stop the run because the server ends; it ends as interrupted."""
-        self._interrupted = True
-        self.cancel()
+    def write_checkpoint(self) -> bool:
+        """Ask for a checkpoint after the step under way; False if nothing is training yet."""
+        process, request_id = self._process, self._request_id
+        if process is None or request_id is None or self.job.state is not JobState.RUNNING:
+            return False
+        process.write_checkpoint(request_id)
+        return True
 
     def log_tail(self) -> list[str]:
         """Return the engine's last lines."""
         return self._process.log_tail() if self._process is not None else []
 
+    def _finish(self, following: JobState, adapter: AdapterRecord | None = None, **columns: Any) -> None:
+        self._patiently(lambda: self._move(following, adapter, **columns))
+
     def _move(self, following: JobState, adapter: AdapterRecord | None = None, **columns: Any) -> None:
-        if self._service.move(self.job, following, adapter=adapter, **columns):
+        with self._lock:
+            if not self._service.move(self.job, following, adapter=adapter, **columns):
+                raise RunEnded  # cancelled while it was queued
             self.job = replace(self.job, state=following)
-        else:
-            raise RunEnded  # cancelled while it was queued
+
+    def _death_class(self, error: EngineDied) -> str:
+        if error.extras.get("unresponsive"):
+            return "engine_unresponsive"
+        if error.extras.get("signal") != 9:
+            return "engine_crash"
+        # The kernel's out-of-memory killer sends SIGKILL, and counts; so does a person, who does not.
+        return "out_of_host_memory" if self._service.oom_kills() > self._oom_kills else "engine_killed"
 
 
-def _death_class(error: EngineDied) -> str:
-    # The kernel's out-of-memory killer sends SIGKILL; so does a person. The message says no more than that.
-    return "engine_killed" if error.extras.get("signal") == 9 else "engine_crash"
+_SUGGESTIONS = {
+    "out_of_host_memory": [
+        "halve batch_size and double gradient_accumulation: the effective batch stays",
+        "halve max_seq_length",
+        "algorithm qlora: a 4-bit base",
+        "unload other models",
+    ],
+    "disk_full": ["free space, then POST …/resume"],
+}
+
+
+def failure(error_class: str, error: StudioError) -> dict[str, Any]:
+    """Write an error as the job keeps it."""
+    extras = error.extras
+    return {
+        "class": error_class,
+        "message": error.detail,
+        "exit_code": extras.get("exit_code"),
+        "signal": extras.get("signal"),
+        "log_tail": extras.get("log_tail", []),
+        "suggestions": extras.get("suggestions") or _SUGGESTIONS.get(error_class, []),
+    }

@@ -1,31 +1,40 @@
 """Training jobs: accepted, queued, run one at a time, followed event by event."""
 
-import hashlib
-import json
 import threading
 import uuid
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Literal
 
 from core.broadcast import Broadcast
 from core.clock import Clock, SystemClock
-from core.errors import Conflict, JobNotFound, SettingRejected, TransitionNotPermitted
+from core.errors import Conflict, JobNotFound, StudioError, TransitionNotPermitted
 from core.logging import get_logger
+from core.settings import get_settings
 from core.singleton import singleton
-from domain.algorithms import SPECS, Algorithm
-from domain.configure import Configuration
 from domain.job_states import ACTIVE_STATES, FINAL_STATES, JobState, may_change
-from domain.use_cases import UseCaseId
+from domain.retries import MAX_STALLS
 from services.adapter_service import AdapterService, get_adapter_service
+from services.checkpoint_store import CheckpointStore
 from services.database import get_database
 from services.dataset_service import DatasetService, get_dataset_service
+from services.host_probe import HostProbe
+from services.job_intake import JobIntake, JobRequest, digest_of
 from services.peft_service import PeftService, get_peft_service
-from services.training_run import RunEnded, TrainingRun
+from services.training_run import Ending, RunEnded, TrainingRun, failure
 from store.database import Database
 from store.records import AdapterRecord, EventRecord, JobRecord, to_text
 from store.repositories import Adapters, Jobs
 
 _log = get_logger(__name__)
+Keep = Literal["nothing", "checkpoints", "adapter"]
+_ENDINGS: dict[Keep, Ending] = {
+    "nothing": "discard",
+    "checkpoints": "keep_checkpoints",
+    "adapter": "keep_adapter",
+}
+_CHECKPOINT_GRACE_S = 30.0
 
 
 class IdempotencyKeyReused(Conflict):
@@ -35,25 +44,21 @@ class IdempotencyKeyReused(Conflict):
 
 
 @dataclass(frozen=True)
-class JobRequest:
-    """What a client wants trained."""
+class QueuePlace:
+    """A queued job's place, from 1, and when it may start; None where the run before it has no estimate yet."""
 
-    model_id: str | None
-    loaded_model_id: str | None
-    revision: str | None
-    dataset_id: str
-    validation_dataset_id: str | None
-    validation_fraction: float
-    use_case: UseCaseId | None
-    algorithm: Algorithm
-    overrides: dict[str, Any]
-    name: str | None
-    priority: int
-    idempotency_key: str | None
+    position: int
+    estimated_start_at: datetime | None
 
 
 class TrainingService:
-    """Keeps the queue and runs its jobs, one after the other, on a thread of its own."""
+    """Keeps the queue and runs its jobs, one after the other, on a thread of its own.
+
+    Args:
+        checkpoints: Where engines leave the state of their runs.
+        max_checkpoint_bytes: Most bytes of checkpoints a job keeps; None for no limit.
+        oom_kills: Counts the processes that the kernel has killed for want of memory.
+    """
 
     def __init__(
         self,
@@ -62,109 +67,50 @@ class TrainingService:
         adapters: AdapterService,
         peft: PeftService,
         clock: Clock,
+        checkpoints: CheckpointStore,
+        max_checkpoint_bytes: int | None,
+        oom_kills: Callable[[], int],
     ) -> None:
-        self._database, self._datasets, self._adapters = database, datasets, adapters
-        self._peft, self._clock = peft, clock
+        self._database, self.datasets, self.adapters, self.peft = database, datasets, adapters, peft
+        self._clock, self.checkpoints = clock, checkpoints
+        self._intake = JobIntake(datasets, peft, checkpoints)
+        self.max_checkpoint_bytes, self.oom_kills = max_checkpoint_bytes, oom_kills
         self.broadcast = Broadcast()
         self._wake = threading.Condition()
-        self._closed = False
+        self.closing = threading.Event()
+        self._retry_at_s: dict[str, float] = {}
         self._running: TrainingRun | None = None
         self._worker: threading.Thread | None = None
 
     # Accepting
 
     def create(self, request: JobRequest) -> JobRecord:
-        """Accept a job.
+        """Accept a job; the same request with the same idempotency key again returns the same job.
 
         Raises:
-            SettingRejected: A setting cannot take effect.
-            DatasetNotFound, ModelNotFound, LoadedModelNotFound: What it names does not exist.
             IdempotencyKeyReused: The key belongs to another request.
+            StudioError: As JobIntake.record says.
         """
-        digest = hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
         with self._database.begin() as connection:
-            earlier = _earlier(Jobs(connection), request, digest)
+            earlier = _earlier(Jobs(connection), request)
         if earlier is not None:
             return earlier
-        model_id, revision = self._model_of(request)
-        configuration = self._configure(request, model_id, revision)
-        self._check_data(request, configuration.config.early_stopping_patience, configuration.config.eval_every_steps)
-        job_id = f"job_{uuid.uuid4().hex[:12]}"
+        source = self.get(request.resume_from.partition("/")[0]) if request.resume_from is not None else None
         now = to_text(self._clock.now())
+        record = self._intake.record(request, f"job_{uuid.uuid4().hex[:12]}", source, now)
         with self._database.begin() as connection:
             jobs = Jobs(connection)
             # Again, now that nobody else can write: the same request may have come meanwhile.
-            earlier = _earlier(jobs, request, digest)
-            if earlier is not None:
-                return earlier
-            record = JobRecord(
-                id=job_id,
-                sequence=jobs.next_sequence(),
-                name=request.name or f"{request.algorithm.value} on {model_id.rsplit('/', 1)[-1]}",
-                state=JobState.QUEUED,
-                priority=request.priority,
-                idempotency_key=request.idempotency_key,
-                request_sha256=digest,
-                model_id=model_id,
-                revision=revision,
-                loaded_model_id=request.loaded_model_id,
-                algorithm=request.algorithm.value,
-                config=configuration.config.model_dump(mode="json"),
-                dataset_id=request.dataset_id,
-                validation_dataset_id=request.validation_dataset_id,
-                validation_fraction=request.validation_fraction,
-                progress={},
-                result={},
-                attempts=0,
-                adapter_id=None,
-                error=None,
-                created_at=now,
-                started_at=None,
-                finished_at=None,
-            )
-            jobs.add(record)
-            jobs.append_event(job_id, "state", {"state": JobState.QUEUED.value}, now)
-        self._notify(job_id)
+            earlier = _earlier(jobs, request)
+            if earlier is None:
+                record = replace(record, sequence=jobs.next_sequence())
+                jobs.add(record)
+                jobs.append_event(record.id, "state", {"state": JobState.QUEUED.value}, now)
+        if earlier is not None:
+            self.checkpoints.delete(record.id)
+            return earlier
+        self._notify(record.id)
         return record
-
-    def _configure(self, request: JobRequest, model_id: str, revision: str | None) -> Configuration:
-        """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused."""
-        loaded = self._peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
-        device = self._peft.device_of(loaded) if loaded is not None else None
-        overrides = dict(request.overrides)
-        if loaded is not None:
-            for name in ("quantization", "precision"):
-                have = getattr(loaded.base.key, name)
-                wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
-                if wanted != have:
-                    raise _rejected(
-                        name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another"
-                    )
-                overrides[name] = have
-        return self._peft.configure(
-            request.algorithm, request.use_case, overrides, model_id=model_id, revision=revision, device=device
-        )
-
-    def _model_of(self, request: JobRequest) -> tuple[str, str | None]:
-        if request.loaded_model_id is None:
-            if request.model_id is None:
-                raise _rejected("model_id", "name a model_id or a loaded_model_id")
-            return request.model_id, request.revision
-        loaded = self._peft.get(request.loaded_model_id)
-        if request.model_id is not None and request.model_id != loaded.model_id:
-            raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
-        return loaded.model_id, loaded.revision
-
-    def _check_data(self, request: JobRequest, patience: int | None, every: int | None) -> None:
-        self._datasets.get(request.dataset_id)
-        if request.validation_dataset_id is not None:
-            self._datasets.get(request.validation_dataset_id)
-            if request.validation_fraction > 0:
-                raise _rejected("validation_fraction", "use it or validation_dataset_id, not both")
-        has_validation = request.validation_dataset_id is not None or request.validation_fraction > 0
-        for name, value in (("early_stopping_patience", patience), ("eval_every_steps", every)):
-            if value is not None and not has_validation:
-                raise _rejected(name, "needs validation_dataset_id or validation_fraction")
 
     # Reading
 
@@ -193,46 +139,104 @@ class TrainingService:
     def log_tail(self, job_id: str, lines: int) -> list[str]:
         """Return the last lines of the engine that trains or trained the job, as far as they are known."""
         record = self.get(job_id)
-        run = self._running
-        if run is not None and run.job.id == job_id:
+        run = self._run_of(record)
+        if run is not None:
             return run.log_tail()[-lines:]
         kept: list[str] = (record.error or {}).get("log_tail", record.result.get("log_tail", []))
         return kept[-lines:]
 
+    def place_of(self, record: JobRecord) -> QueuePlace | None:
+        """Return where a queued job stands; None for any other.
+
+        The start is estimated for the first in the queue alone, from the run before it: what the others will take is
+        known once their data is tokenized, and not before.
+        """
+        if record.state is not JobState.QUEUED:
+            return None
+        with self._database.begin() as connection:
+            position = 1 + Jobs(connection).queued_ahead_of(record)
+            running = Jobs(connection).all(ACTIVE_STATES)
+        now = self._clock.now()
+        etas = [eta for job in running if (eta := job.progress.get("eta_s")) is not None]
+        if position > 1 or len(etas) < len(running):
+            return QueuePlace(position, None)
+        return QueuePlace(position, now + timedelta(seconds=max(etas, default=0.0)))
+
     # Steering
 
-    def cancel(self, job_id: str) -> JobRecord:
-        """End a job. A queued one is cancelled at once; a running one as soon as its engine sees it.
+    def cancel(self, job_id: str, keep: Keep = "nothing") -> JobRecord:
+        """End a job. One that is in no engine is cancelled at once; a running one as soon as its engine sees it.
+
+        Args:
+            job_id: The job.
+            keep: What to keep of its work: nothing, its checkpoints with a new one, or the adapter as it is now.
 
         Raises:
-            TransitionNotPermitted: It has ended already.
+            TransitionNotPermitted: It has ended already, or there is no adapter to keep.
         """
         record = self.get(job_id)
         if record.state in FINAL_STATES:
             raise TransitionNotPermitted(f"The job is {record.state.value}; it cannot be cancelled any more.")
-        if record.state in ACTIVE_STATES:
-            run = self._running
-            if run is not None and run.job.id == job_id:
-                run.cancel()
-                return self.get(job_id)
+        run = self._run_of(record)
+        if keep == "adapter" and (run is None or record.state is not JobState.RUNNING):
+            raise TransitionNotPermitted(f"The job is {record.state.value}; only a running one has an adapter to keep.")
+        if run is not None:
+            run.end(_ENDINGS[keep])
+            return self.get(job_id)
         if not self.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now())):
-            return self.cancel(job_id)  # it moved on in between: look again
+            return self.cancel(job_id, keep)  # it moved on in between: look again
+        if keep == "nothing":
+            self.checkpoints.delete(job_id)
         return self.get(job_id)
 
-    def resume(self, job_id: str) -> JobRecord:
-        """Queue an interrupted job again; without checkpoints it starts from the base.
+    def pause(self, job_id: str) -> JobRecord:
+        """Stop a job so that it can go on later: a queued one at once, a running one with a checkpoint.
 
         Raises:
-            TransitionNotPermitted: It was not interrupted.
+            TransitionNotPermitted: It is paused, or has ended.
         """
         record = self.get(job_id)
-        if record.state is not JobState.INTERRUPTED:
-            raise TransitionNotPermitted(f"The job is {record.state.value}; only an interrupted job can be resumed.")
-        self.move(record, JobState.QUEUED, error=None, progress={}, started_at=None, finished_at=None)
+        run = self._run_of(record)
+        if run is not None:
+            run.end("pause")
+        elif record.state is not JobState.PAUSING and not self.move(record, JobState.PAUSED):
+            return self.pause(job_id)
         return self.get(job_id)
 
+    def write_checkpoint(self, job_id: str) -> JobRecord:
+        """Ask for a checkpoint after the step under way; an event says when it is written.
+
+        Raises:
+            TransitionNotPermitted: The job is not training.
+        """
+        record = self.get(job_id)
+        run = self._run_of(record)
+        if run is None or not run.write_checkpoint():
+            raise TransitionNotPermitted(f"The job is {record.state.value}; only a running one has a state to write.")
+        return record
+
+    def resume(self, job_id: str) -> JobRecord:
+        """Queue a paused or interrupted job now; it goes on from its newest checkpoint that verifies.
+
+        Raises:
+            TransitionNotPermitted: It is neither.
+        """
+        record = self.get(job_id)
+        if record.state not in (JobState.PAUSED, JobState.INTERRUPTED):
+            raise TransitionNotPermitted(f"The job is {record.state.value}; only a paused job can be resumed.")
+        self._queue_again(record, stalls=0)
+        return self.get(job_id)
+
+    def _queue_again(self, record: JobRecord, **columns: Any) -> None:
+        self._retry_at_s.pop(record.id, None)
+        self.move(record, JobState.QUEUED, **columns)
+
+    def _run_of(self, record: JobRecord) -> TrainingRun | None:
+        run = self._running
+        return run if run is not None and run.job.id == record.id and record.state in ACTIVE_STATES else None
+
     def delete(self, job_id: str) -> None:
-        """Forget a job that has ended. Its adapter stays.
+        """Forget a job that has ended, and its checkpoints. Its adapter stays.
 
         Raises:
             TransitionNotPermitted: It has not ended.
@@ -242,6 +246,7 @@ class TrainingService:
             raise TransitionNotPermitted(f"The job is {record.state.value}; cancel it first.")
         with self._database.begin() as connection:
             Jobs(connection).delete(job_id)
+        self.checkpoints.delete(job_id)
 
     # Changing, for the run
 
@@ -273,14 +278,20 @@ class TrainingService:
             self._notify(record.id)
         return changed
 
-    def record_event(self, job_id: str, kind: str, data: dict[str, Any], progress: dict[str, Any] | None) -> None:
-        """Write an event and, with it, the job's progress."""
+    def record_event(
+        self, job_id: str, kind: str | None, data: dict[str, Any], progress: dict[str, Any], stalls: int
+    ) -> None:
+        """Write an event, or none if `kind` is None, and with it the job's progress."""
         with self._database.begin() as connection:
             jobs = Jobs(connection)
-            jobs.append_event(job_id, kind, data, to_text(self._clock.now()))
-            if progress is not None:
-                jobs.set(job_id, progress=progress)
+            if kind is not None:
+                jobs.append_event(job_id, kind, data, to_text(self._clock.now()))
+            jobs.set(job_id, progress=progress, stalls=stalls)
         self._notify(job_id)
+
+    def retry_after(self, job_id: str, seconds: float) -> None:
+        """Have an interrupted job queued again after a while."""
+        self._retry_at_s[job_id] = self._clock.monotonic() + seconds
 
     def _notify(self, job_id: str) -> None:
         self.broadcast.notify(job_id)
@@ -290,23 +301,31 @@ class TrainingService:
     # Running
 
     def start(self) -> None:
-        """Mark what a former server left unfinished, and start working."""
+        """Take up what a former server left unfinished, and start working."""
+        with self._database.begin() as connection:
+            self.checkpoints.remove_leftovers(Jobs(connection).ids())
         for record in self.all(ACTIVE_STATES):
-            error = {
-                "class": "server_ended",
-                "message": "The server ended while the job ran; resume starts it again.",
-                "exit_code": None,
-                "signal": None,
-                "log_tail": [],
-                "suggestions": [f"POST /api/training/jobs/{record.id}/resume"],
-            }
-            self.move(record, JobState.INTERRUPTED, error=error)
+            self._take_up(record)
         self._worker = threading.Thread(target=self._work, name="training", daemon=True)
         self._worker.start()
 
+    def _take_up(self, record: JobRecord) -> None:
+        if record.state is JobState.PAUSING:
+            self.move(record, JobState.PAUSED)
+            return
+        error = StudioError("The server ended while the job ran.")
+        stalls = record.stalls + 1
+        if stalls < MAX_STALLS:
+            self.move(record, JobState.INTERRUPTED, error=failure("server_ended", error), stalls=stalls)
+            return
+        error.detail += f" This was the {MAX_STALLS}th time in a row without a checkpoint in between."
+        finished = to_text(self._clock.now())
+        self.move(record, JobState.FAILED, error=failure("server_ended", error), stalls=stalls, finished_at=finished)
+
     def _work(self) -> None:
-        while not self._closed:
+        while not self.closing.is_set():
             try:
+                self._queue_interrupted()
                 busy = self._work_once()
             except Exception:  # noqa: BLE001 - e.g. the disk is full: the log says so, and the next try may do better
                 _log.exception("training.worker_failed")
@@ -315,6 +334,13 @@ class TrainingService:
                 with self._wake:
                     # Woken by every change; the time-out only covers a wake-up between the look and the wait.
                     self._wake.wait(timeout=1.0)
+
+    def _queue_interrupted(self) -> None:
+        """Queue the interrupted jobs whose wait is over."""
+        now_s = self._clock.monotonic()
+        for record in self.all(frozenset({JobState.INTERRUPTED})):
+            if self._retry_at_s.get(record.id, now_s) <= now_s:
+                self._queue_again(record)
 
     def _work_once(self) -> bool:
         """Run the next queued job, if there is one; tell whether there was."""
@@ -325,7 +351,7 @@ class TrainingService:
         return record is not None
 
     def _guarded(self, record: JobRecord) -> None:
-        run = TrainingRun(self, self._datasets, self._adapters, self._peft, self._clock, record)
+        run = TrainingRun(self, self._clock, record)
         self._running = run
         try:
             run.execute()
@@ -338,18 +364,18 @@ class TrainingService:
             self._running = None
 
     def close(self) -> None:
-        """Stop working; a running job becomes `interrupted`."""
-        self._closed = True
+        """Stop working; a running job writes a checkpoint and becomes `interrupted`."""
         run = self._running
         if run is not None:
-            run.interrupt()
+            run.end("server_ends")
+        self.closing.set()
         with self._wake:
             self._wake.notify_all()
         if self._worker is not None:
-            self._worker.join(timeout=15)
+            self._worker.join(timeout=_CHECKPOINT_GRACE_S)
 
 
-def _earlier(jobs: Jobs, request: JobRequest, digest: str) -> JobRecord | None:
+def _earlier(jobs: Jobs, request: JobRequest) -> JobRecord | None:
     """Return the job of the same idempotency key.
 
     Raises:
@@ -358,18 +384,22 @@ def _earlier(jobs: Jobs, request: JobRequest, digest: str) -> JobRecord | None:
     if request.idempotency_key is None:
         return None
     earlier = jobs.by_idempotency_key(request.idempotency_key)
-    if earlier is not None and earlier.request_sha256 != digest:
+    if earlier is not None and earlier.request_sha256 != digest_of(request):
         raise IdempotencyKeyReused(f"The idempotency key belongs to the job {earlier.id}.")
     return earlier
-
-
-def _rejected(location: str, message: str) -> SettingRejected:
-    return SettingRejected(f"{location}: {message}", errors=[{"location": [location], "message": message}])
 
 
 @singleton
 def get_training_service() -> TrainingService:
     """Return the process's training service."""
+    settings = get_settings()
     return TrainingService(
-        get_database(), get_dataset_service(), get_adapter_service(), get_peft_service(), SystemClock()
+        get_database(),
+        get_dataset_service(),
+        get_adapter_service(),
+        get_peft_service(),
+        SystemClock(),
+        CheckpointStore(settings.home / "checkpoints"),
+        settings.max_checkpoint_bytes,
+        HostProbe().oom_kills,
     )

@@ -7,10 +7,13 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+
+from core.errors import StorageFull
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The newest migration. A database already there is opened without importing Alembic, which costs 0.1 s.
-HEAD = "0001"
+HEAD = "0002"
 
 
 class Database:
@@ -55,13 +58,30 @@ class Database:
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
-        """Open a transaction; it commits at the end of the block."""
-        with self.engine.begin() as connection:
-            yield connection
+        """Open a transaction; it commits at the end of the block.
+
+        Raises:
+            StorageFull: The database's disk has no space left; nothing was written.
+        """
+        try:
+            with self.engine.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            if _says_full(error):
+                raise StorageFull("No space is left on the device that holds the database.") from error
+            raise
 
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
+
+
+def _says_full(error: OperationalError) -> bool:
+    # SQLite's own code, or PostgreSQL's SQLSTATE disk_full.
+    original = error.orig
+    return (
+        getattr(original, "sqlite_errorname", None) == "SQLITE_FULL" or getattr(original, "sqlstate", None) == "53100"
+    )
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

@@ -30,7 +30,13 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """A training job."""
+    """A training job.
+
+    Attributes:
+        attempts: How often it was started.
+        stalls: Deaths of its engine or of the server since its last checkpoint.
+        resumed_from: The checkpoint of another job that it began with, as `job/step-…`.
+    """
 
     id: str
     sequence: int
@@ -50,6 +56,8 @@ class JobRecord:
     progress: dict[str, Any]
     result: dict[str, Any]
     attempts: int
+    stalls: int
+    resumed_from: str | None
     adapter_id: str | None
     error: dict[str, Any] | None
     created_at: str

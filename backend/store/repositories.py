@@ -79,6 +79,17 @@ class Jobs:
         row = self._connection.execute(query.limit(1)).one_or_none()
         return None if row is None else _job(row)
 
+    def queued_ahead_of(self, record: JobRecord) -> int:
+        """Count the queued jobs that run before a queued one."""
+        ahead = (jobs.c.priority > record.priority) | (
+            (jobs.c.priority == record.priority) & (jobs.c.sequence < record.sequence)
+        )
+        query = select(func.count()).select_from(jobs).where((jobs.c.state == JobState.QUEUED) & ahead)
+        return int(self._connection.execute(query).scalar_one())
+
+    def ids(self) -> set[str]:
+        return set(self._connection.execute(select(jobs.c.id)).scalars())
+
     def change_state(self, job_id: str, current: JobState, following: JobState, **columns: Any) -> bool:
         """Change a job's state if it still is `current`; tell whether it was."""
         where = (jobs.c.id == job_id) & (jobs.c.state == current)

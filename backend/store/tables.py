@@ -47,6 +47,8 @@ jobs = Table(
     Column("progress", JSON, nullable=False),
     Column("result", JSON, nullable=False),
     Column("attempts", Integer, nullable=False),
+    Column("stalls", Integer, nullable=False, server_default="0"),
+    Column("resumed_from", String(100)),
     Column("adapter_id", String(40)),
     Column("error", JSON),
     Column("created_at", String(32), nullable=False),

@@ -1,11 +1,13 @@
 """A real server process, and the calls that the tests make most."""
 
+import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -67,6 +69,11 @@ class StudioServer:
         assert self.process is not None
         return self.process.pid
 
+    def engine(self) -> psutil.Process:
+        """Return the one engine that is there, or will be shortly."""
+        wait_until(lambda: len(self.engines()) == 1)
+        return self.engines()[0]
+
     def engines(self) -> list[psutil.Process]:
         """Return the engine processes below the server."""
         return [child for child in psutil.Process(self.pid).children() if "engine" in child.cmdline()]
@@ -126,6 +133,27 @@ class StudioServer:
                 elif name == "id":
                     found.append((int(value), kind))
         return found
+
+    def wait_for_state(self, job_id: str, *states: str, limit_s: float = _LIMIT_S) -> dict[str, Any]:
+        """Wait until the job is in one of the states, and return it."""
+        deadline = time.monotonic() + limit_s
+        while (job := self.job(job_id))["state"] not in states:
+            assert time.monotonic() < deadline, job
+            time.sleep(0.05)
+        return job
+
+    def metrics(self, job_id: str) -> dict[int, float]:
+        """Return the loss of each recorded step; each step may be there once."""
+        rows = self.http.get(f"/api/training/jobs/{job_id}/metrics").json()["metrics"]
+        losses = {row["step"]: row["loss"] for row in rows}
+        assert len(losses) == len(rows), "a step is recorded twice"
+        return losses
+
+    def adapter_weights(self, adapter_id: str) -> bytes:
+        """Return the weights of an adapter, through its download."""
+        content = self.http.get(f"/api/adapters/{adapter_id}/download").content
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.read("adapter_model.safetensors")
 
     def wait_for_step(self, job_id: str, step: int) -> None:
         """Read the stream until a step is reported."""

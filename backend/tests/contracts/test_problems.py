@@ -36,7 +36,7 @@ def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
         ("POST", "/api/peft/load-model", {"model_id": "../../etc/passwd"}, 422, "invalid-request"),
         ("POST", "/api/peft/load-model", {"model_id": "a/b/c"}, 422, "invalid-request"),
         ("POST", "/api/peft/configure", {"overrides": {"rnak": 4}}, 422, "invalid-request"),
-        ("POST", "/api/peft/configure", {"overrides": {"checkpoint_every_steps": 4}}, 422, "invalid-request"),
+        ("POST", "/api/peft/configure", {"overrides": {"checkpoint_every_steps": 0}}, 422, "invalid-request"),
         ("POST", "/api/peft/configure", {"overrides": {"precision": "fp16"}}, 422, "setting-rejected"),
         (
             "POST",
@@ -49,6 +49,9 @@ def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
         ("POST", "/api/training/jobs", {"dataset_id": "ds_x"}, 422, "setting-rejected"),
         ("POST", "/api/training/jobs", {"loaded_model_id": "mdl_x", "dataset_id": "d"}, 404, "loaded-model-not-found"),
         ("GET", "/api/training/jobs/none", None, 404, "job-not-found"),
+        ("GET", "/api/training/jobs/none/checkpoints", None, 404, "job-not-found"),
+        ("POST", "/api/training/jobs/none/pause", None, 404, "job-not-found"),
+        ("POST", "/api/training/jobs/none/checkpoint", None, 404, "job-not-found"),
         ("GET", "/api/training/jobs/none/events", None, 404, "job-not-found"),
         ("GET", "/api/adapters/none/download", None, 404, "adapter-not-found"),
         ("GET", "/api/datasets/none", None, 404, "dataset-not-found"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from core.errors import SettingRejected
 from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration, MachineFacts, configure
-from domain.peft_config import NOT_AVAILABLE, PARAMETER_NAMES, PeftOverrides
+from domain.peft_config import PARAMETER_NAMES, PeftOverrides
 from domain.use_cases import USE_CASES, UseCaseId
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
@@ -43,6 +43,9 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**31 - 1),
     "eval_every_steps": st.one_of(st.none(), st.integers(1, 10**6)),
     "early_stopping_patience": st.one_of(st.none(), st.integers(1, 100)),
+    "checkpoint_every_steps": st.one_of(st.none(), st.integers(1, 10**6)),
+    "checkpoint_every_minutes": st.one_of(st.none(), st.floats(0.01, 10_000)),
+    "keep_checkpoints": st.integers(1, 1000),
 }
 overrides_of_any_kind = st.fixed_dictionaries({}, optional=_VALUES)
 
@@ -158,7 +161,16 @@ def test_the_sequence_length_is_the_models_at_most() -> None:
         configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 513}, machine=CPU, max_positions=512)
 
 
-@given(st.sampled_from(sorted(set(PARAMETER_NAMES) - {"max_steps", "eval_every_steps", "early_stopping_patience"})))
+NULLABLE = {
+    "max_steps",
+    "eval_every_steps",
+    "early_stopping_patience",
+    "checkpoint_every_steps",
+    "checkpoint_every_minutes",
+}
+
+
+@given(st.sampled_from(sorted(set(PARAMETER_NAMES) - NULLABLE)))
 def test_null_is_refused_where_a_parameter_cannot_be_null(name: str) -> None:
     with pytest.raises(ValueError, match=name):
         PeftOverrides.model_validate({name: None})
@@ -168,7 +180,3 @@ def test_null_is_refused_where_a_parameter_cannot_be_null(name: str) -> None:
 def test_a_rank_that_is_no_whole_number_in_range_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="rank"):
         PeftOverrides.model_validate({"rank": value})
-
-
-def test_what_is_not_available_is_no_parameter() -> None:
-    assert not set(NOT_AVAILABLE) & set(PARAMETER_NAMES)

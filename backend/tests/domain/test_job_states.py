@@ -20,7 +20,13 @@ def test_every_state_is_in_the_table_and_reachable() -> None:
 
 
 @given(st.sampled_from(JobState))
-def test_a_job_succeeds_only_while_it_runs_and_everything_unfinished_can_be_cancelled(state: JobState) -> None:
-    assert may_change(state, JobState.SUCCEEDED) == (state is JobState.RUNNING)
-    assert may_change(state, JobState.CANCELLED) == (state not in FINAL_STATES)
+def test_only_what_is_in_an_engine_can_succeed_or_be_interrupted(state: JobState) -> None:
+    assert may_change(state, JobState.SUCCEEDED) == (state in ACTIVE_STATES - {JobState.PREPARING})
     assert may_change(state, JobState.INTERRUPTED) == (state in ACTIVE_STATES)
+    assert may_change(state, JobState.PREPARING) == (state is JobState.QUEUED)
+
+
+@given(st.sampled_from(JobState))
+def test_everything_unfinished_can_be_cancelled_and_all_but_the_running_queued_again(state: JobState) -> None:
+    assert may_change(state, JobState.CANCELLED) == (state not in FINAL_STATES)
+    assert may_change(state, JobState.QUEUED) == (state in {JobState.PAUSED, JobState.INTERRUPTED})

@@ -1,40 +1,25 @@
 """What is handed out is what was trained: stock PEFT in a clean process computes the engine's logits."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rows import messages_jsonl
 from stock_peft import in_stock_peft
 from test_methods import PROBE, config_for, load, logits
-from tiny_model import TINY_ID
+from training_command import TestChannel, command_for
 
 from domain.algorithms import Algorithm
-from domain.protocol import Train
 from engine.training import train
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)
 def test_stock_peft_computes_the_engines_logits(tiny_path: Path, tmp_path: Path, algorithm: Algorithm) -> None:
-    (tmp_path / "rows.jsonl").write_text(messages_jsonl())
     config = config_for(algorithm, learning_rate=0.01, max_steps=8)
     base = load(tiny_path, config)
     before = logits(base)
-    channel: Any = SimpleNamespace(emit=lambda _: None, check_stop=lambda _: None)
-    command = Train(
-        request_id="r",
-        adapter_id="adp",
-        config=config,
-        dataset_path=str(tmp_path / "rows.jsonl"),
-        validation_path=None,
-        validation_fraction=0.2,
-        output_path=str(tmp_path / "adp"),
-        base_model_id=TINY_ID,
-        base_revision=None,
-    )
-    result = train(base, command, channel)
+    channel: Any = TestChannel()
+    result = train(base, command_for(tmp_path, config), channel)
     assert result["final_eval_loss"] < result["initial_eval_loss"]
     with base.using("adp"):
         served = logits(base)

@@ -16,7 +16,8 @@ from engine import methods
 from engine.base import Base
 from engine.batches import Row, epoch_batches
 from engine.errors import NotFinite
-from engine.trainer import Outcome, Trainer, planned_steps
+from engine.optimizer import planned_steps
+from engine.trainer import Outcome, Trainer
 
 
 def make_rows(count: int = 10) -> list[Row]:
@@ -29,6 +30,16 @@ def make_rows(count: int = 10) -> list[Row]:
     return rows
 
 
+class GoOn:
+    """A client that asks for nothing."""
+
+    def check_stop(self) -> None:
+        pass
+
+    def take_checkpoint_request(self) -> bool:
+        return False
+
+
 def run(
     path: Path, config: PeftConfig, rows: list[Row], validation: list[Row] | None = None
 ) -> tuple[Base, Trainer, list[Any], Outcome]:
@@ -36,7 +47,7 @@ def run(
     set_seed(config.seed)
     base.create("adp", methods.lora_config(config, "tests/tiny", None))
     events: list[Any] = []
-    trainer = Trainer(base, config, rows, validation or [], request_id="r", emit=events.append, check_stop=lambda: None)
+    trainer = Trainer(base, config, rows, validation or [], request_id="r", emit=events.append, control=GoOn())
     return base, trainer, events, trainer.run()
 
 
@@ -178,6 +189,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(tiny_path: Pa
     base.create("adp", methods.lora_config(config, "tests/tiny", None))
     with torch.no_grad():
         next(p for p in base.model.parameters() if p.requires_grad).fill_(float("nan"))
-    trainer = Trainer(base, config, make_rows(), [], request_id="r", emit=lambda _: None, check_stop=lambda: None)
+    trainer = Trainer(base, config, make_rows(), [], request_id="r", emit=lambda _: None, control=GoOn())
     with pytest.raises(NotFinite, match=r"rows are \[\d+, \d+\]"):
         trainer.run()

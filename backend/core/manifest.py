@@ -1,0 +1,81 @@
+"""Folders that can prove they are whole: the sha256 sum of every file, in a manifest with a sum of its own."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+NAME = "manifest.json"
+
+
+class FolderDamaged(Exception):
+    """A file is missing, cut, changed or not listed; the message names it."""
+
+
+def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+    """Write the sums of all files in a folder, and what the folder is about, beside them."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != NAME
+    }
+    body = {"about": about, "files": files}
+    (folder / NAME).write_text(json.dumps(body | {"sum": _sum(body)}, indent=1) + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what a folder is about, without reading its files.
+
+    Raises:
+        FolderDamaged: The manifest is missing or not as it was written, or a file has another size.
+    """
+    about, _ = _read(folder)
+    return about
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Return what a folder is about, once every file has its sum.
+
+    Raises:
+        FolderDamaged: Some file does not.
+    """
+    about, files = _read(folder)
+    for name, facts in files.items():
+        if sha256_of(folder / name) != facts["sha256"]:
+            raise FolderDamaged(f"{name} is not as it was written: its sha256 sum differs")
+    return about
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's sha256 sum in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    try:
+        document = json.loads((folder / NAME).read_bytes())
+        claimed = document.pop("sum")
+        about, files = document["about"], document["files"]
+    except FileNotFoundError as error:
+        raise FolderDamaged(f"{NAME} is missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FolderDamaged(f"{NAME} cannot be read") from error
+    if claimed != _sum(document):
+        raise FolderDamaged(f"{NAME} is not as it was written: its sum differs")
+    present = {path.name: path for path in folder.iterdir() if path.name != NAME}
+    for name, facts in files.items():
+        path = present.pop(name, None)
+        if path is None:
+            raise FolderDamaged(f"{name} is missing")
+        if path.is_symlink() or not path.is_file():
+            raise FolderDamaged(f"{name} is not a plain file")
+        if path.stat().st_size != facts["bytes"]:
+            raise FolderDamaged(f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}")
+    if present:
+        raise FolderDamaged(f"{min(present)} does not belong there")
+    return about, files
+
+
+def _sum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,106 @@
+"""The server's view of the checkpoints that engines write: listed, handed on, deleted."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import CheckpointNotFound, CheckpointUnusable
+from core.files import whole_folder
+from core.manifest import FolderDamaged, read_manifest, verify
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """One checkpoint. `problem` says what is wrong with it, or is None."""
+
+    id: str
+    step: int
+    size_bytes: int
+    created_s: float
+    problem: str | None
+
+
+class CheckpointStore:
+    """One sub-folder a job, one below it a checkpoint.
+
+    Args:
+        folder: Holds all of them.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def folder_of(self, job_id: str) -> Path:
+        """Return where a job's checkpoints are, or will be."""
+        return self._folder / job_id
+
+    def all(self, job_id: str, *, check_sums: bool) -> list[CheckpointFacts]:
+        """Return a job's checkpoints, oldest first.
+
+        Args:
+            job_id: The job.
+            check_sums: Whether to read every file and compare its sum, and not only its size.
+        """
+        return [_facts(path, check_sums) for path in sorted(self.folder_of(job_id).glob("step-*"))]
+
+    def about(self, job_id: str, checkpoint_id: str | None) -> tuple[str, dict[str, Any]]:
+        """Return the id and the manifest of one checkpoint, or of the newest that verifies.
+
+        Raises:
+            CheckpointNotFound: The job has no such checkpoint, or none at all.
+            CheckpointUnusable: It does not verify.
+        """
+        wanted = [path for path in sorted(self.folder_of(job_id).glob("step-*")) if checkpoint_id in (None, path.name)]
+        if not wanted:
+            raise CheckpointNotFound(
+                f"The job {job_id} has no checkpoint{f' {checkpoint_id}' if checkpoint_id else ''}."
+            )
+        problems = []
+        for path in reversed(wanted):
+            try:
+                return path.name, verify(path)
+            except FolderDamaged as error:
+                problems.append(f"{path.name}: {error}")
+        raise CheckpointUnusable(f"No checkpoint of the job {job_id} can be used: {'; '.join(problems)}.")
+
+    def copy(self, job_id: str, checkpoint_id: str, to_job_id: str) -> None:
+        """Give another job a checkpoint to begin with. Files are shared where the file system can link them.
+
+        Raises:
+            StorageFull: No space is left.
+        """
+        with whole_folder(self.folder_of(to_job_id) / checkpoint_id) as folder:
+            for path in (self.folder_of(job_id) / checkpoint_id).iterdir():
+                try:
+                    os.link(path, folder / path.name)
+                except OSError:
+                    shutil.copyfile(path, folder / path.name)
+
+    def delete(self, job_id: str) -> None:
+        """Delete a job's checkpoints, if there are any."""
+        if self.folder_of(job_id).exists():
+            shutil.rmtree(self.folder_of(job_id))
+
+    def remove_leftovers(self, job_ids: Iterable[str]) -> None:
+        """Delete checkpoints in the making and those of jobs that are no more."""
+        known = set(job_ids)
+        for folder in self._folder.iterdir():
+            if folder.name not in known:
+                shutil.rmtree(folder)
+                continue
+            for temporary in folder.glob(".step-*.tmp"):
+                shutil.rmtree(temporary)
+
+
+def _facts(path: Path, check_sums: bool) -> CheckpointFacts:
+    problem = None
+    try:
+        (verify if check_sums else read_manifest)(path)
+    except FolderDamaged as error:
+        problem = str(error)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return CheckpointFacts(path.name, int(path.name.removeprefix("step-")), size, path.stat().st_mtime, problem)

@@ -1,0 +1,160 @@
+"""What a client wants trained becomes a job, or is refused with the reason."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from core.errors import CheckpointUnusable, SettingRejected
+from domain.algorithms import SPECS, Algorithm
+from domain.configure import Configuration
+from domain.job_states import JobState
+from domain.use_cases import UseCaseId
+from services.checkpoint_store import CheckpointStore
+from services.dataset_service import DatasetService
+from services.peft_service import PeftService
+from store.records import JobRecord
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What a client wants trained."""
+
+    model_id: str | None
+    loaded_model_id: str | None
+    revision: str | None
+    dataset_id: str
+    validation_dataset_id: str | None
+    validation_fraction: float
+    use_case: UseCaseId | None
+    algorithm: Algorithm
+    overrides: dict[str, Any]
+    name: str | None
+    priority: int
+    resume_from: str | None
+    idempotency_key: str | None
+
+
+_MUST_MATCH = ("model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction")
+# What may differ between a run and the one whose checkpoint it begins with.
+_MAY_DIFFER = frozenset({
+    "epochs", "max_steps", "eval_every_steps", "early_stopping_patience",
+    "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
+})  # fmt: skip
+
+
+class JobIntake:
+    """Checks requests and writes their records."""
+
+    def __init__(self, datasets: DatasetService, peft: PeftService, checkpoints: CheckpointStore) -> None:
+        self.datasets, self.peft, self.checkpoints = datasets, peft, checkpoints
+
+    def record(self, request: JobRequest, job_id: str, source: JobRecord | None, now: str) -> JobRecord:
+        """Return the job that a request asks for; its sequence number is given when it is stored.
+
+        Args:
+            request: What is wanted.
+            job_id: The new job's id.
+            source: The job whose checkpoint it begins with, if `resume_from` names one.
+            now: The time.
+
+        Raises:
+            SettingRejected: A setting cannot take effect.
+            DatasetNotFound, ModelNotFound, LoadedModelNotFound, CheckpointNotFound: What it names does not exist.
+            CheckpointUnusable: The checkpoint is damaged or belongs to another kind of run.
+        """
+        model_id, revision = self._model_of(request)
+        config = self._configure(request, model_id, revision).config
+        self._check_data(request, config.early_stopping_patience, config.eval_every_steps)
+        record = JobRecord(
+            id=job_id,
+            sequence=0,
+            name=request.name or f"{request.algorithm.value} on {model_id.rsplit('/', 1)[-1]}",
+            state=JobState.QUEUED,
+            priority=request.priority,
+            idempotency_key=request.idempotency_key,
+            request_sha256=digest_of(request),
+            model_id=model_id,
+            revision=revision,
+            loaded_model_id=request.loaded_model_id,
+            algorithm=request.algorithm.value,
+            config=config.model_dump(mode="json"),
+            dataset_id=request.dataset_id,
+            validation_dataset_id=request.validation_dataset_id,
+            validation_fraction=request.validation_fraction,
+            progress={},
+            result={},
+            attempts=0,
+            stalls=0,
+            resumed_from=None,
+            adapter_id=None,
+            error=None,
+            created_at=now,
+            started_at=None,
+            finished_at=None,
+        )
+        if source is None or request.resume_from is None:
+            return record
+        return self._begin_with(source, request.resume_from, record)
+
+    def _configure(self, request: JobRequest, model_id: str, revision: str | None) -> Configuration:
+        """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused."""
+        loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
+        device = self.peft.device_of(loaded) if loaded is not None else None
+        overrides = dict(request.overrides)
+        if loaded is not None:
+            for name in ("quantization", "precision"):
+                have = getattr(loaded.base.key, name)
+                wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
+                if wanted != have:
+                    raise _rejected(
+                        name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another"
+                    )
+                overrides[name] = have
+        return self.peft.configure(
+            request.algorithm, request.use_case, overrides, model_id=model_id, revision=revision, device=device
+        )
+
+    def _model_of(self, request: JobRequest) -> tuple[str, str | None]:
+        if request.loaded_model_id is None:
+            if request.model_id is None:
+                raise _rejected("model_id", "name a model_id or a loaded_model_id")
+            return request.model_id, request.revision
+        loaded = self.peft.get(request.loaded_model_id)
+        if request.model_id is not None and request.model_id != loaded.model_id:
+            raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
+        return loaded.model_id, loaded.revision
+
+    def _check_data(self, request: JobRequest, patience: int | None, every: int | None) -> None:
+        self.datasets.get(request.dataset_id)
+        if request.validation_dataset_id is not None:
+            self.datasets.get(request.validation_dataset_id)
+            if request.validation_fraction > 0:
+                raise _rejected("validation_fraction", "use it or validation_dataset_id, not both")
+        has_validation = request.validation_dataset_id is not None or request.validation_fraction > 0
+        for name, value in (("early_stopping_patience", patience), ("eval_every_steps", every)):
+            if value is not None and not has_validation:
+                raise _rejected(name, "needs validation_dataset_id or validation_fraction")
+
+    def _begin_with(self, source: JobRecord, resume_from: str, record: JobRecord) -> JobRecord:
+        """Give the new job a checkpoint of another."""
+        checkpoint_id, about = self.checkpoints.about(source.id, resume_from.partition("/")[2] or None)
+        pairs = {name: (getattr(source, name), getattr(record, name)) for name in _MUST_MATCH}
+        pairs |= {
+            name: (source.config[name], value) for name, value in record.config.items() if name not in _MAY_DIFFER
+        }
+        different = [f"{name} was {old!r}, not {new!r}" for name, (old, new) in sorted(pairs.items()) if old != new]
+        if different:
+            raise CheckpointUnusable(f"{resume_from} belongs to another kind of run: {'; '.join(different)}.")
+        self.checkpoints.copy(source.id, checkpoint_id, record.id)
+        progress = {"step": about["step"], "recorded_step": about["step"]}
+        return replace(record, progress=progress, resumed_from=f"{source.id}/{checkpoint_id}")
+
+
+def digest_of(request: JobRequest) -> str:
+    """Return a sum over a request, to tell whether two are the same."""
+    return hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _rejected(location: str, message: str) -> SettingRejected:
+    return SettingRejected(f"{location}: {message}", errors=[{"location": [location], "message": message}])

@@ -1,0 +1,208 @@
+"""A run that goes on from a checkpoint is, to the bit, the run that never stopped."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_methods import config_for
+from training_command import TestChannel, adapter_bytes, train_tiny
+
+from core.manifest import FolderDamaged
+from domain.algorithms import Algorithm
+from domain.peft_config import PeftConfig
+from engine.channel import Stopped
+from engine.checkpoints import checkpoint_folders, read_checkpoint
+
+# Everything with a state of its own is on: dropout, accumulation over a ragged epoch, warm-up, decay, evaluation.
+HARD = {
+    "dropout": 0.2,
+    "batch_size": 2,
+    "gradient_accumulation": 3,
+    "max_steps": 9,
+    "warmup_ratio": 0.4,
+    "scheduler": "cosine",
+    "weight_decay": 0.1,
+    "learning_rate": 1e-2,
+    "eval_every_steps": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Uninterrupted runs, one for each configuration."""
+    made: dict[str, tuple[TestChannel, dict[str, Any], Path]] = {}
+
+    def run(config: PeftConfig) -> tuple[TestChannel, dict[str, Any], Path]:
+        key = config.model_dump_json()
+        if key not in made:
+            channel, folder = TestChannel(), tmp_path_factory.mktemp("whole")
+            made[key] = channel, train_tiny(tiny_path, folder, config, channel), folder
+        return made[key]
+
+    return run
+
+
+def settled(result: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what differs between any two runs: the time and the place."""
+    return {name: value for name, value in result.items() if name not in ("elapsed_s", "path")}
+
+
+def configs(algorithm: Algorithm) -> PeftConfig:
+    no_dropout = {"dropout": 0.0} if algorithm is Algorithm.PISSA else {}
+    return config_for(algorithm, **HARD | no_dropout)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_a_paused_run_goes_on_as_if_it_had_not_been(
+    tiny_path: Path, tmp_path: Path, whole: Any, algorithm: Algorithm, packing: bool
+) -> None:
+    config = configs(algorithm).model_copy(update={"packing": packing})
+    straight, result, folder = whole(config)
+    paused = TestChannel(stop_at=straight.looks // 2)
+    with pytest.raises(Stopped):
+        train_tiny(tiny_path, tmp_path, config, paused)
+    assert len(paused.checkpoints()) == 1 and not (tmp_path / "adp").exists()
+    resumed = TestChannel()
+    again = train_tiny(tiny_path, tmp_path, config, resumed)
+    assert resumed.started().resumed_from_step == paused.checkpoints()[0]
+    assert paused.losses() | resumed.losses() == straight.losses()
+    assert not paused.losses().keys() & resumed.losses().keys()
+    assert settled(again) == settled(result)
+    assert adapter_bytes(tmp_path) == adapter_bytes(folder)
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_number_of_stops_anywhere_changes_nothing(
+    tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, whole: Any, data: st.DataObject
+) -> None:
+    config = config_for(Algorithm.LORA, **HARD)
+    straight, result, folder = whole(config)
+    here = tmp_path_factory.mktemp("stopped")
+    losses: dict[int, float] = {}
+    for stop_at in data.draw(st.lists(st.integers(1, straight.looks), max_size=4)):
+        channel = TestChannel(stop_at=stop_at)
+        try:
+            train_tiny(tiny_path, here, config, channel)
+        except Stopped:
+            losses |= channel.losses()
+        else:
+            shutil.rmtree(here / "adp")  # it ended before the stop: the last checkpoint serves once more
+    channel = TestChannel()
+    again = train_tiny(tiny_path, here, config, channel)
+    # Only what was trained after the last checkpoint of an unfinished run is repeated, with the same losses.
+    assert losses | channel.losses() == straight.losses()
+    assert settled(again) == settled(result)
+    assert adapter_bytes(here) == adapter_bytes(folder)
+
+
+def test_checkpoints_by_steps_are_kept_to_their_number_and_size(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.LORA, max_steps=9, checkpoint_every_steps=2, keep_checkpoints=3)
+    channel = TestChannel()
+    train_tiny(tiny_path, tmp_path, config, channel)
+    assert channel.checkpoints() == [2, 4, 6, 8]
+    assert [path.name for path in checkpoint_folders(tmp_path / "checkpoints")] == [
+        "step-00000004",
+        "step-00000006",
+        "step-00000008",
+    ]
+    train_tiny(tiny_path, tmp_path / "small", config, max_checkpoint_bytes=1)
+    assert len(checkpoint_folders(tmp_path / "small" / "checkpoints")) == 1
+
+
+def test_checkpoints_by_minutes_and_on_demand(tiny_path: Path, tmp_path: Path) -> None:
+    timed = TestChannel()
+    train_tiny(
+        tiny_path, tmp_path / "timed", config_for(Algorithm.LORA, max_steps=3, checkpoint_every_minutes=1e-9), timed
+    )
+    assert timed.checkpoints() == [1, 2]
+    asked = TestChannel()
+    asked.checkpoint_wanted = lambda: len(asked.losses()) == 2
+    train_tiny(tiny_path, tmp_path / "asked", config_for(Algorithm.LORA, max_steps=3), asked)
+    assert asked.checkpoints() == [2]
+
+
+FILES = ["adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "gone"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
+    tiny_path: Path, tmp_path: Path, whole: Any, name: str, damage: str
+) -> None:
+    settings_ = {**HARD, "checkpoint_every_steps": 2}
+    config = config_for(Algorithm.LORA, **settings_)
+    _, result, folder = whole(config)
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    newest = tmp_path / "checkpoints" / "step-00000008"
+    content = (newest / name).read_bytes()
+    middle = len(content) // 2
+    damaged = {
+        "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "cut": content[:middle],
+        "emptied": b"",
+    }
+    if damage == "gone":
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes(damaged[damage])
+    with pytest.raises(FolderDamaged):
+        read_checkpoint(newest)
+    channel = TestChannel()
+    again = train_tiny(tiny_path, tmp_path, config, channel)
+    assert channel.started().resumed_from_step == 6
+    (said,) = channel.started().skipped_checkpoints
+    assert said.startswith("step-00000008: ") and (name in said or damage == "gone")
+    assert settled(again) == settled(result)
+    assert adapter_bytes(tmp_path) == adapter_bytes(folder)
+
+
+def test_nothing_in_a_checkpoint_can_run_code(tiny_path: Path, tmp_path: Path) -> None:
+    train_tiny(tiny_path, tmp_path, config_for(Algorithm.LORA, max_steps=2, checkpoint_every_steps=1))
+    (folder,) = checkpoint_folders(tmp_path / "checkpoints")
+    for path in folder.iterdir():
+        assert path.suffix in (".json", ".safetensors")
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+    (folder / "optimizer.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(FolderDamaged, match=r"optimizer\.pt does not belong there"):
+        read_checkpoint(folder)
+
+
+def test_keeping_what_there_is_hands_out_the_adapter_of_the_last_step(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.LORA, **{**HARD, "eval_every_steps": None})
+    channel = TestChannel(stop_at=20, mode="keep")
+    result = train_tiny(tiny_path, tmp_path, config, channel, validation_fraction=0.0)
+    steps = max(channel.losses())
+    assert result["stopped_on_request"] and (result["steps"], result["adapter_step"]) == (steps, steps) and steps < 9
+    shorter = config.model_copy(update={"max_steps": steps})
+    assert adapter_bytes(tmp_path) != b""
+    straight = TestChannel()
+    train_tiny(tiny_path, tmp_path / "straight", config, straight, validation_fraction=0.0)
+    assert channel.losses() == {step: loss for step, loss in straight.losses().items() if step <= shorter.max_steps}
+
+
+def test_early_stopping_hands_out_the_best_evaluation_across_a_pause(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(
+        Algorithm.LORA,
+        max_steps=40,
+        eval_every_steps=1,
+        early_stopping_patience=3,
+        learning_rate=0.05,
+        scheduler="constant",
+    )
+    straight = TestChannel()
+    result = train_tiny(tiny_path, tmp_path / "straight", config, straight)
+    assert result["stopped_early"] and result["adapter_step"] == result["steps"] - 3
+    assert result["best_eval_loss"] < result["final_eval_loss"]
+    # Pause in the last step before the end: the best parameters are then older than the checkpoint's own.
+    with pytest.raises(Stopped):
+        train_tiny(tiny_path, tmp_path / "paused", config, TestChannel(stop_at=straight.looks - 1))
+    again = train_tiny(tiny_path, tmp_path / "paused", config)
+    assert settled(again) == settled(result)
+    assert adapter_bytes(tmp_path / "paused") == adapter_bytes(tmp_path / "straight")
