@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from domain.model_shape import ModelShape
+from domain.model_shape import Block, Linear, ModelShape
 from domain.peft_config import PeftConfig
 
 Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
@@ -49,25 +49,33 @@ class Suggestion:
     verdict: Verdict
 
 
-def targeted(shape: ModelShape, config: PeftConfig) -> dict[str, tuple[int, int]]:
-    """Return the linear modules of one layer that the configuration adapts."""
+def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
+    """Return the linear modules that the configuration adapts, with how many there are of each."""
     if config.target_modules == "all-linear":
-        return dict(shape.linears)
-    return {
-        name: size
-        for name, size in shape.linears.items()
-        if any(
-            wanted == name or wanted.endswith(f".{name}") or name.endswith(f".{wanted}")
-            for wanted in config.target_modules
-        )
-    }
+        return list(shape.linears())
+    return [
+        (linear, count)
+        for block in shape.blocks
+        for linear in block.part.linears
+        if (count := max(_matching(block, linear.path, wanted) for wanted in config.target_modules))
+    ]
+
+
+def _matching(block: Block, path: str, wanted: str) -> int:
+    """Count the layers of a block in which a name means a module: the end of its path, from a dot on."""
+    if path == wanted or path.endswith(f".{wanted}"):
+        return block.count
+    head, _, index = wanted.removesuffix(f".{path}").rpartition(".")
+    if wanted == path or not wanted.endswith(f".{path}") or not index.isdigit() or int(index) not in block.indexes:
+        return 0
+    return 1 if block.container == head or block.container.endswith(f".{head}") or not head else 0
 
 
 def adapter_parameters(shape: ModelShape, config: PeftConfig) -> int:
     """Count the trainable parameters: r·(in + out) a target, and out magnitudes with DoRA."""
-    return shape.layers * sum(
-        config.rank * (fan_in + fan_out) + (fan_out if config.use_dora else 0)
-        for fan_in, fan_out in targeted(shape, config).values()
+    return sum(
+        count * (config.rank * (linear.fan_in + linear.fan_out) + (linear.fan_out if config.use_dora else 0))
+        for linear, count in targeted(shape, config)
     )
 
 
@@ -84,12 +92,10 @@ def estimate(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> MemoryEs
     trained = adapter_parameters(shape, config)
     state = 2 if config.optimizer == "adamw_8bit" else 8  # two moments, in 8 or in 32 bits
     tokens = config.batch_size * config.max_seq_length
-    per_layer = _activations_per_token(shape, config, width)
+    activations = tokens * _activations_per_token(shape, config, width)
     if config.gradient_checkpointing:
         # The boundaries of every layer are kept; one layer at a time is recomputed.
-        activations = tokens * (shape.layers * shape.hidden * width + per_layer)
-    else:
-        activations = tokens * shape.layers * per_layer
+        activations = tokens * shape.layers * shape.hidden * width + activations // max(shape.layers, 1)
     # Logits in the compute type, their fp32 copy, and its gradient.
     logits = tokens * shape.vocab * (width + 8)
     overhead = (_OVERHEAD_GPU if on_gpu else _OVERHEAD_CPU) + int(_FRAGMENTATION * (activations + logits))
@@ -116,24 +122,24 @@ def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int
 
 def _weights(shape: ModelShape, config: PeftConfig, width: int) -> int:
     linear_width = {"none": float(width), "nf4": _NF4, "int8": 1.0}[config.quantization]
-    return int(shape.linear_parameters * linear_width) + shape.embedding_parameters * width
+    return int(shape.linear_parameters * linear_width) + (shape.parameters - shape.linear_parameters) * width
 
 
 def _activations_per_token(shape: ModelShape, config: PeftConfig, width: int) -> int:
-    """Bytes one layer keeps for a token until its backward pass.
+    """Bytes all layers keep for a token until its backward pass.
 
-    Source: the saved tensors of a Llama layer in transformers (two fp32 norms, queries and keys before and
-    after the rotation, the MLP's three products) and of PEFT's LoRA layer (its input, in fp32 where the base
-    is in 16 bits, and A's output).
+    Source: what autograd saves of each part of a layer (`domain.architectures.parts`) and of PEFT's LoRA layer
+    (its input, in fp32 where the base is in 16 bits, and A's output).
     """
-    attention = 2 * width * shape.head_dim * (shape.heads + shape.kv_heads) + width * shape.head_dim * shape.kv_heads
-    norms = 2 * 4 * shape.hidden
-    mlp = (3 if shape.gated_mlp else 2) * width * shape.intermediate
-    adapters = sum(
-        4 * fan_in + 4 * config.rank + (8 * fan_out if config.use_dora else 0)
-        for fan_in, fan_out in targeted(shape, config).values()
+    layers = sum(
+        block.count * (4 * block.part.kept.fp32 + width * block.part.kept.plain)
+        for block in shape.blocks
+        if block.passed
     )
-    return attention + norms + mlp + adapters
+    return layers + sum(
+        count * (4 * linear.fan_in + 4 * config.rank + (8 * linear.fan_out if config.use_dora else 0))
+        for linear, count in targeted(shape, config)
+    )
 
 
 def judge(needed_bytes: int, high_bytes: int, available_bytes: int) -> Verdict:

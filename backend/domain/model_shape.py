@@ -1,139 +1,188 @@
-"""What a model's config.json says of its shape, for the decoder families whose layers we know."""
+"""What a model is made of: its layers, their linear modules, and what a token leaves behind in each.
 
-from collections.abc import Mapping
+`domain.architectures` builds these from a config.json; the memory estimate reads them. H is the hidden size.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
+
+# What the input of a linear module is, for whoever has to keep it until the backward pass:
+#   a shared tensor ("attention", "mlp") that several modules read and nothing else keeps,
+#   "kept", a tensor that another operation of the layer keeps anyway, or "own", a tensor only this module reads.
+Input = Literal["attention", "mlp", "kept", "own"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module: what adapters sit on and quantisation stores in fewer bits.
+
+    Attributes:
+        path: Its name within the layer, e.g. `self_attn.q_proj`.
+        fan_in: Input features.
+        fan_out: Output features.
+        bias: Whether it has one; biases are never quantised.
+        reads: Who else keeps its input.
+    """
+
+    path: str
+    fan_in: int
+    fan_out: int
+    bias: bool = False
+    reads: Input = "own"
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight matrix."""
+        return self.fan_in * self.fan_out
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Elements that one token leaves behind in one layer for the backward pass, adapters left out.
+
+    Attributes:
+        fp32: In four bytes whatever the compute type: the inputs of norms that compute in fp32.
+        plain: In the compute type.
+        masked: More in the compute type when an attention mask is passed: SDPA is then given keys and values
+            repeated to all heads (transformers, integrations/sdpa_attention.py, `use_gqa_in_sdpa`).
+        attentions: Attention operations; each keeps its own copy of a mask of T × T elements a row.
+    """
+
+    fp32: int = 0
+    plain: int = 0
+    masked: int = 0
+    attentions: int = 0
+
+    def __add__(self, other: "Kept") -> "Kept":
+        return Kept(
+            self.fp32 + other.fp32,
+            self.plain + other.plain,
+            self.masked + other.masked,
+            self.attentions + other.attentions,
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a layer; parts add up to a layer.
+
+    Attributes:
+        others: Parameters outside linear modules: norms, routers, convolutions.
+        stacked: Parameters of experts stacked in one tensor, which is no linear module: neither adapters nor
+            bitsandbytes' quantisation reach it (transformers 5, e.g. `mlp.experts.gate_up_proj`).
+    """
+
+    linears: tuple[Linear, ...] = ()
+    others: int = 0
+    stacked: int = 0
+    kept: Kept = Kept()
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(
+            self.linears + other.linears,
+            self.others + other.others,
+            self.stacked + other.stacked,
+            self.kept + other.kept,
+        )
+
+    @property
+    def parameters(self) -> int:
+        """All of them, biases included."""
+        biases = sum(linear.fan_out for linear in self.linears if linear.bias)
+        return sum(linear.weights for linear in self.linears) + biases + self.others + self.stacked
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers of one kind.
+
+    Attributes:
+        container: Path of the list that they are in, e.g. `model.layers`.
+        indexes: Their places in it.
+        passed: Whether text passes through them; a vision tower is held and adapted, but never computes.
+    """
+
+    container: str
+    indexes: tuple[int, ...]
+    part: Part
+    passed: bool = True
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.indexes)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a checkpoint that is already quantised holds its weights.
+
+    Attributes:
+        method: `quantization_config.quant_method`, e.g. `gptq`.
+        bits: Bits a weight of the quantised modules, scales included.
+    """
+
+    method: str
+    bits: float
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Dimensions of a dense decoder.
+    """A causal language model.
 
     Attributes:
-        linears: One layer's linear modules, name → (in, out) features.
-        gated_mlp: Whether the MLP has a gate beside the up projection.
+        blocks: Its layers, by kind.
+        embedding_parameters: Token and learned position embeddings.
+        head_parameters: The output head, 0 where it is the embedding itself.
+        other_parameters: What belongs to no layer, e.g. the last norm.
+        loose_linears: Linear modules outside the layers, e.g. a projection behind the embedding.
+        softcapped: Whether the logits pass through a tanh, which keeps another copy of them.
+        stored: How the weights are quantised as published, or None.
+        obstacle: Why the engine cannot load this family, or None.
     """
 
     model_type: str
     hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
     vocab: int
     max_positions: int | None
     tied_embeddings: bool
-    gated_mlp: bool
-    linears: Mapping[str, tuple[int, int]]
+    blocks: tuple[Block, ...]
+    embedding_parameters: int
+    head_parameters: int
+    other_parameters: int
+    loose_linears: tuple[Linear, ...] = ()
+    softcapped: bool = False
+    stored: Stored | None = None
+    obstacle: str | None = None
+
+    @property
+    def layers(self) -> int:
+        """Layers that text passes through."""
+        return sum(block.count for block in self.blocks if block.passed)
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters in the linear layers, which quantisation stores in fewer bits."""
-        return self.layers * sum(fan_in * fan_out for fan_in, fan_out in self.linears.values())
+        """Elements of the linear modules' weights, which quantisation stores in fewer bits."""
+        in_layers = sum(block.count * linear.weights for block in self.blocks for linear in block.part.linears)
+        return in_layers + sum(linear.weights for linear in self.loose_linears)
 
     @property
-    def embedding_parameters(self) -> int:
-        """Parameters of the token embedding and, where it is separate, the output head."""
-        return self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+    def stacked_parameters(self) -> int:
+        """Elements of stacked experts."""
+        return sum(block.count * block.part.stacked for block in self.blocks)
 
+    @property
+    def parameters(self) -> int:
+        """All parameters, exactly."""
+        loose = Part(self.loose_linears).parameters
+        in_layers = sum(block.count * block.part.parameters for block in self.blocks)
+        return in_layers + loose + self.embedding_parameters + self.head_parameters + self.other_parameters
 
-# Families with q, k, v, o projections and a gated MLP under Llama's names.
-_LLAMA_LIKE = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "granite",
-        "smollm3",
-        "stablelm",
-        "olmo2",
-    }
-)
-_TIED_BY_DEFAULT = frozenset({"gemma", "gemma2", "gemma3_text", "gpt2"})
-_LIMIT = 10_000_000  # no real dimension is near it; a config with more is an attack on whoever multiplies
-
-
-def read_shape(config: Mapping[str, Any]) -> ModelShape | None:
-    """Read the dimensions from a config.json.
-
-    Returns:
-        The shape, or None where the family is not one whose layers are known here: unknown is never guessed.
-    """
-    model_type = config.get("model_type")
-    if model_type in _LLAMA_LIKE:
-        return _llama_like(str(model_type), config)
-    if model_type == "gpt2":
-        return _gpt2(config)
-    return None
-
-
-def _dimension(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
-    value = config.get(name, default)
-    value = default if value is None else value
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LIMIT else None
-
-
-def _llama_like(model_type: str, config: Mapping[str, Any]) -> ModelShape | None:
-    hidden, layers = _dimension(config, "hidden_size"), _dimension(config, "num_hidden_layers")
-    heads, intermediate = _dimension(config, "num_attention_heads"), _dimension(config, "intermediate_size")
-    vocab = _dimension(config, "vocab_size")
-    if hidden is None or layers is None or heads is None or intermediate is None or vocab is None or layers > 10_000:
-        return None
-    kv_heads = _dimension(config, "num_key_value_heads", heads)
-    head_dim = _dimension(config, "head_dim", max(hidden // heads, 1))
-    if kv_heads is None or head_dim is None:
-        return None
-    return ModelShape(
-        model_type,
-        hidden,
-        layers,
-        heads,
-        kv_heads,
-        head_dim,
-        intermediate,
-        vocab,
-        _dimension(config, "max_position_embeddings"),
-        bool(config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)),
-        True,
-        {
-            "q_proj": (hidden, heads * head_dim),
-            "k_proj": (hidden, kv_heads * head_dim),
-            "v_proj": (hidden, kv_heads * head_dim),
-            "o_proj": (heads * head_dim, hidden),
-            "gate_proj": (hidden, intermediate),
-            "up_proj": (hidden, intermediate),
-            "down_proj": (intermediate, hidden),
-        },
-    )
-
-
-def _gpt2(config: Mapping[str, Any]) -> ModelShape | None:
-    hidden, layers = _dimension(config, "n_embd"), _dimension(config, "n_layer")
-    heads, vocab = _dimension(config, "n_head"), _dimension(config, "vocab_size")
-    if hidden is None or layers is None or heads is None or vocab is None or layers > 10_000:
-        return None
-    inner = _dimension(config, "n_inner", 4 * hidden) or 4 * hidden
-    return ModelShape(
-        "gpt2",
-        hidden,
-        layers,
-        heads,
-        heads,
-        max(hidden // heads, 1),
-        inner,
-        vocab,
-        _dimension(config, "n_positions"),
-        True,
-        False,
-        {
-            "c_attn": (hidden, 3 * hidden),
-            "attn.c_proj": (hidden, hidden),
-            "c_fc": (hidden, inner),
-            "mlp.c_proj": (inner, hidden),
-        },
-    )
+    def linears(self) -> Iterator[tuple[Linear, int]]:
+        """Yield every kind of linear module but the head, with how many there are of it."""
+        for block in self.blocks:
+            for linear in block.part.linears:
+                yield linear, block.count
+        for linear in self.loose_linears:
+            yield linear, 1

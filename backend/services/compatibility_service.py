@@ -5,8 +5,8 @@ from typing import Any
 
 from core.singleton import singleton
 from domain.algorithms import Algorithm
+from domain.architectures.registry import read_shape
 from domain.memory_estimate import MemoryEstimate, Suggestion, Verdict, estimate, judge, suggest
-from domain.model_shape import read_shape
 from services.machine import Machine, get_machine
 from services.model_facts import ModelFacts, get_model_facts
 from services.peft_service import PeftService, get_peft_service

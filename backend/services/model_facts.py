@@ -3,7 +3,8 @@
 from typing import Any, Protocol
 
 from core.singleton import singleton
-from domain.model_shape import ModelShape, read_shape
+from domain.architectures.registry import read_shape
+from domain.model_shape import ModelShape
 from services.embedded_model import CONFIG, MODEL_ID
 from services.model_registry_service import get_model_registry_service
 

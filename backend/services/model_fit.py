@@ -3,10 +3,10 @@
 from typing import Any
 
 from domain.algorithms import Algorithm
+from domain.architectures.registry import read_shape
 from domain.configure import configure
 from domain.memory_estimate import estimate, judge
 from domain.model_records import Fit, ModelSummary
-from domain.model_shape import read_shape
 from services.machine import get_machine
 
 
