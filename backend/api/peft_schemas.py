@@ -112,6 +112,7 @@ class Progress(Response):
     fraction: float | None
     downloaded_bytes: int | None
     total_bytes: int | None
+    bytes_per_s: float | None = Field(description="Of the last ten seconds of a download.")
     eta_s: float | None
 
 

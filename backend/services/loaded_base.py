@@ -3,7 +3,7 @@
 import threading
 import uuid
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -42,10 +42,11 @@ class BaseKey:
 class LoadProgress:
     """How far a load is; None where it cannot be known."""
 
-    fraction: float | None
-    downloaded_bytes: int | None
-    total_bytes: int | None
-    eta_s: float | None
+    fraction: float | None = None
+    downloaded_bytes: int | None = None
+    total_bytes: int | None = None
+    bytes_per_s: float | None = None
+    eta_s: float | None = None
 
 
 class LoadedBase:
@@ -58,7 +59,7 @@ class LoadedBase:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self.state = LoadState.QUEUED
-        self.progress = LoadProgress(None, None, None, None)
+        self.progress = LoadProgress()
         self.process: EngineProcess | None = None
         self.loading: Future[None] | None = None
         self.error: StudioError | None = None
@@ -77,17 +78,18 @@ class LoadedBase:
         """Whether it was unloaded before it was ready."""
         return self.state is LoadState.UNLOADING
 
-    def report(self, state: str, fraction: float | None, downloaded: int | None, total: int | None) -> None:
-        """Record progress of the load."""
+    def report(self, state: str, progress: LoadProgress) -> None:
+        """Record progress of the load. What says no time left gets one by the time that it took to get this far."""
         with self._lock:
             if self.state is LoadState.UNLOADING:
                 return
             if self.state.value != state:
                 self._stage_started = self._clock.monotonic()
                 self.state = LoadState(state)
-            elapsed = self._clock.monotonic() - self._stage_started
-            eta = elapsed / fraction * (1 - fraction) if fraction else None
-            self.progress = LoadProgress(fraction, downloaded, total, eta)
+            if progress.eta_s is None and progress.fraction and progress.downloaded_bytes is None:
+                elapsed = self._clock.monotonic() - self._stage_started
+                progress = replace(progress, eta_s=elapsed / progress.fraction * (1 - progress.fraction))
+            self.progress = progress
 
     def adopt(self, process: EngineProcess) -> bool:
         """Take the engine that will hold the base; False if it was unloaded meanwhile and nobody will end it."""
@@ -107,7 +109,7 @@ class LoadedBase:
             self.last_used = self._clock.monotonic()
             if self.state is not LoadState.UNLOADING:
                 self.state = LoadState.READY
-                self.progress = LoadProgress(1.0, self.progress.downloaded_bytes, self.progress.total_bytes, 0.0)
+                self.progress = replace(self.progress, fraction=1.0, bytes_per_s=None, eta_s=0.0)
         self._done.set()
 
     def fail(self, error: StudioError) -> None:

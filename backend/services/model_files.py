@@ -1,23 +1,38 @@
 """From a model id to a folder of safe weights on this machine, downloading it if need be."""
 
-import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from core.errors import ModelRejected, NeedsRemoteCode, NoSafeWeights
+from core.clock import SystemClock
+from core.errors import ModelGated, NeedsRemoteCode, NoSafeWeights
+from core.settings import get_settings
 from core.singleton import singleton
+from domain.config_checks import check_asks_for_no_code, check_dimensions
+from domain.model_records import ModelDetails, weight_files
+from services.download_flight import Progress
 from services.embedded_model import MODEL_ID, EmbeddedModel, get_embedded_model
-from services.hub_download import LoadProgress, download_snapshot
-from services.model_registry_service import get_model_registry_service
+from services.hub_cache_dir import HubCacheDir
+from services.hub_client import HubClient
+from services.hub_download import Downloads
+from services.loaded_base import LoadProgress
+from services.local_models import LocalModel, hub_cache_dir
+from services.model_registry_service import get_hub_http, get_model_registry_service
+from services.model_safety import check_safe
 
-_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
+OnProgress = Callable[[str, LoadProgress], None]  # the state of a load (downloading or loading), and how far it is
 
 
-class LocalLookup(Protocol):
-    """Finds models on this machine; the registry does."""
+class Registry(Protocol):
+    """What is known of models, here and on the Hub."""
 
-    def local_path(self, model_id: str) -> Path | None:
-        """Return the model's folder, or None."""
+    def resolve_local(self, model_id: str) -> LocalModel | None:
+        """Return the model on this machine, or None."""
+        ...
+
+    def details_of(self, model_id: str, revision: str | None) -> ModelDetails:
+        """Return what its files are."""
         ...
 
 
@@ -26,60 +41,99 @@ class ModelFiles:
 
     Args:
         embedded: The model that needs no Hub.
-        local: Finds what is on this machine already.
+        registry: Finds what is on this machine already, and what the Hub says of the rest.
+        downloads: Fetches what is not here.
     """
 
-    def __init__(self, embedded: EmbeddedModel, local: LocalLookup | None = None) -> None:
-        self._embedded = embedded
-        self._local = local
+    def __init__(self, embedded: EmbeddedModel, registry: Registry, downloads: Downloads) -> None:
+        self._embedded, self._registry, self._downloads = embedded, registry, downloads
 
-    def ensure(self, model_id: str, revision: str | None, on_progress: LoadProgress) -> Path:
-        """Return the folder.
+    def check(self, model_id: str, revision: str | None) -> None:
+        """Refuse at once what `ensure` would refuse later; nothing is downloaded.
 
         Raises:
             ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
-            NeedsRemoteCode: A config asks to run the repository's own Python.
-            NoSafeWeights: There are no safetensors.
+            NeedsRemoteCode, NoSafeWeights, ModelRejected: As `ensure` says.
         """
-        path = self._locate(model_id, revision, on_progress)
+        if model_id == MODEL_ID and revision is None:
+            return
+        local = self._local(model_id, revision)
+        if local is not None and local.path is not None:
+            return check_safe(local.path, model_id)
+        details = self._registry.details_of(model_id, revision)
+        paths = [file.path for file in details.files]
+        if details.requires_remote_code:
+            raise NeedsRemoteCode(f"{model_id} asks to run its own Python (auto_map); it is never run here.")
+        if not weight_files(paths):
+            raise NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code.")
+        if details.config is not None:
+            check_asks_for_no_code(model_id, "config.json", details.config)
+            check_dimensions(model_id, details.config)
+        elif details.summary.gated:
+            raise ModelGated(f"{model_id} is gated: accept its licence on its page, and set HF_TOKEN.")
+
+    def ensure(
+        self,
+        model_id: str,
+        revision: str | None,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Path:
+        """Return the folder. What the Hub's cache holds is checked against its digests, and mended if need be.
+
+        Args:
+            model_id: Which model.
+            revision: Branch, tag or commit; what is here, or else `main`, if None.
+            on_progress: Takes the state of the load and how far it is.
+            cancelled: Asked now and then; a download that nobody waits for any more stops.
+
+        Raises:
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+            NeedsRemoteCode: A config asks to run code from elsewhere.
+            NoSafeWeights: There are no safetensors.
+            StorageFull, DownloadCorrupt, DownloadCancelled: As `Downloads.fetch` says.
+        """
+        path = self._locate(model_id, revision, on_progress, cancelled)
         check_safe(path, model_id)
         return path
 
-    def _locate(self, model_id: str, revision: str | None, on_progress: LoadProgress) -> Path:
-        if revision is None:
-            if model_id == MODEL_ID:
-                return self._embedded.prepare(lambda _stage, fraction: on_progress("loading", fraction, None, None))
-            found = self._local.local_path(model_id) if self._local is not None else None
-            if found is not None:
-                return found
-        return download_snapshot(model_id, revision, list(_PATTERNS), on_progress)
+    def _locate(
+        self, model_id: str, revision: str | None, on_progress: OnProgress, cancelled: Callable[[], bool]
+    ) -> Path:
+        if model_id == MODEL_ID and revision is None:
+            return self._embedded.prepare(
+                lambda _stage, fraction: on_progress("loading", LoadProgress(fraction, None, None, None, None))
+            )
+        local = self._local(model_id, revision)
+        if local is not None and local.path is not None:
+            if not self._downloads.cache.holds(local.path) or not self._downloads.cache.damaged(local.path):
+                return local.path
+            revision = local.revision  # the same commit again, as whole as it was
+        on_progress("downloading", LoadProgress())
+        return self._downloads.fetch(
+            model_id, revision, lambda progress: on_progress("downloading", _load_progress(progress)), cancelled
+        )
+
+    def _local(self, model_id: str, revision: str | None) -> LocalModel | None:
+        local = self._registry.resolve_local(model_id)
+        return local if local is not None and revision in (None, local.revision) else None
 
 
-def check_safe(path: Path, model_id: str) -> None:
-    """Refuse a folder that would run code when it is loaded.
-
-    Raises:
-        NeedsRemoteCode, NoSafeWeights, ModelRejected: What is wrong with it.
-    """
-    for name in ("config.json", "tokenizer_config.json"):
-        file = path / name
-        if not file.is_file():
-            continue
-        try:
-            config = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise ModelRejected(f"{model_id}: {name} is not JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise ModelRejected(f"{model_id}: {name} is not a JSON object")
-        if config.get("auto_map"):
-            raise NeedsRemoteCode(f"{model_id} asks to run its own Python ({name} has auto_map); it is never run here.")
-    if not (path / "config.json").is_file():
-        raise ModelRejected(f"{model_id} has no config.json")
-    if not any(path.glob("*.safetensors")):
-        raise NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code and are not loaded.")
+def _load_progress(progress: Progress) -> LoadProgress:
+    left_bytes = progress.total_bytes - progress.done_bytes
+    return LoadProgress(
+        progress.done_bytes / progress.total_bytes if progress.total_bytes else None,
+        progress.done_bytes,
+        progress.total_bytes,
+        progress.bytes_per_s,
+        left_bytes / progress.bytes_per_s if progress.bytes_per_s else None,
+    )
 
 
 @singleton
 def get_model_files() -> ModelFiles:
     """Return the process's model files."""
-    return ModelFiles(get_embedded_model(), get_model_registry_service())
+    http = get_hub_http()
+    cache = HubCacheDir(hub_cache_dir, get_settings().resolved_cache_dir / "verified")
+    downloads = Downloads(http, HubClient(http), cache, SystemClock(), time.sleep)
+    return ModelFiles(get_embedded_model(), get_model_registry_service(), downloads)

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from core.logging import get_logger
 from core.settings import Settings, get_settings
 from core.singleton import singleton
 from domain.algorithms import Algorithm
+from domain.config_checks import check_dimensions
 from domain.model_records import (
     TASKS,
     DetailsAnswer,
@@ -25,11 +27,15 @@ from domain.model_records import (
     RatedModel,
     SearchPage,
     SearchQuery,
+    Source,
     check_model_id,
     check_revision,
 )
+from domain.repo_tree import is_commit
 from services.embedded_listing import embedded_local_model
-from services.hub_client import HubClient, QueryRejected, search_params
+from services.hub_client import HubClient, search_params
+from services.hub_errors import QueryRejected
+from services.hub_http import HubHttp
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
 from services.model_fit import fit_of
@@ -41,7 +47,6 @@ _PAGES = TypeAdapter(HubPage)
 _DETAILS = TypeAdapter(ModelDetails)
 _LOCAL_CURSOR = "local:"
 _UNREADABLE_TTL_S = 60.0  # a gated model's config: its licence may be accepted any minute
-_SHA_CHARACTERS = frozenset("0123456789abcdef")
 _log = get_logger(__name__)
 
 
@@ -109,25 +114,16 @@ class ModelRegistryService:
             ModelRejected: The id or the revision cannot be one.
             ModelNotFound, AccessDenied, HubUnavailable: As the Hub says, and the model is not here either.
         """
-        check_model_id(model_id)
-        if revision is not None:
-            check_revision(revision)
-        local = self._local.find(model_id)
-        try:
-            found = self._cache.get(
-                self._key("details", [model_id, revision]),
-                _DETAILS,
-                lambda etag: self._hub.details(model_id, revision, etag),
-                lambda details: _details_ttl_s(details, revision),
-            )
-        except (HubUnavailable, ModelNotFound) as error:
-            if local is None or revision not in (None, local.revision):
-                raise
-            _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
-            details = self._local.details(local)
-            return DetailsAnswer(details, self._fits(details), "local", self._clock.now(), False)
-        details = replace(found.value, summary=replace(found.value.summary, local=local is not None))
-        return DetailsAnswer(details, self._fits(details), found.source, found.fetched_at, found.stale)
+        details, source, fetched_at, stale = self._find_details(model_id, revision)
+        return DetailsAnswer(details, self._fits(details), source, fetched_at, stale)
+
+    def details_of(self, model_id: str, revision: str | None = None) -> ModelDetails:
+        """Return one model without judging whether it fits.
+
+        Raises:
+            ModelRejected, ModelNotFound, AccessDenied, HubUnavailable: As `details` says.
+        """
+        return self._find_details(model_id, revision)[0]
 
     def local_models(self) -> tuple[LocalModel, ...]:
         """Return the models on this machine."""
@@ -146,17 +142,30 @@ class ModelRegistryService:
         """Return a model's config.json, from this machine if the model is here.
 
         Raises:
-            ModelRejected: The id cannot be one, or the model has no readable config.json.
+            ModelRejected: The id cannot be one, or the model has no config.json with the dimensions of a model.
             ModelGated: Its licence has to be accepted first.
             ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
         """
+        config = self._config_of(model_id, revision)
+        check_dimensions(model_id, config)
+        return config
+
+    def clear_cache(self) -> None:
+        """Forget what the Hub said."""
+        self._cache.clear()
+
+    def fit_of_local(self, model: LocalModel) -> Fit | None:
+        """Judge a model on this machine, with LoRA."""
+        return self._fit(self._local.config(model), model.summary, None) if self._fit_of is not None else None
+
+    def _config_of(self, model_id: str, revision: str | None) -> dict[str, Any]:
         check_model_id(model_id)
         local = self._local.find(model_id)
         if local is not None and revision in (None, local.revision):
             config = self._local.config(local)
             if config is not None:
                 return config
-        details = self.details(model_id, revision).details
+        details = self.details_of(model_id, revision)
         if details.config is not None:
             return details.config
         if all(file.path != "config.json" for file in details.files):
@@ -168,13 +177,25 @@ class ModelRegistryService:
             )
         raise ModelRejected(f"{model_id}: config.json is not a JSON object.")
 
-    def clear_cache(self) -> None:
-        """Forget what the Hub said."""
-        self._cache.clear()
-
-    def fit_of_local(self, model: LocalModel) -> Fit | None:
-        """Judge a model on this machine, with LoRA."""
-        return self._fit(self._local.config(model), model.summary, None) if self._fit_of is not None else None
+    def _find_details(self, model_id: str, revision: str | None) -> tuple[ModelDetails, Source, datetime, bool]:
+        check_model_id(model_id)
+        if revision is not None:
+            check_revision(revision)
+        local = self._local.find(model_id)
+        try:
+            found = self._cache.get(
+                self._key("details", [model_id, revision]),
+                _DETAILS,
+                lambda etag: self._hub.details(model_id, revision, etag),
+                lambda details: _details_ttl_s(details, revision),
+            )
+        except (HubUnavailable, ModelNotFound) as error:
+            if local is None or revision not in (None, local.revision):
+                raise
+            _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
+            return self._local.details(local), "local", self._clock.now(), False
+        details = replace(found.value, summary=replace(found.value.summary, local=local is not None))
+        return details, found.source, found.fetched_at, found.stale
 
     def _search_local(self, query: SearchQuery) -> SearchPage:
         start = (query.cursor or _LOCAL_CURSOR).removeprefix(_LOCAL_CURSOR) or "0"
@@ -206,18 +227,17 @@ class ModelRegistryService:
         return self._fit_of(config, summary, algorithm or Algorithm.LORA.value) if self._fit_of is not None else None
 
     def _key(self, kind: str, question: object) -> str:
-        return json.dumps([kind, self._hub.endpoint, self._hub.authenticated, question])
+        return json.dumps([kind, self._hub.endpoint, self._hub.identity, question])
 
 
 def _details_ttl_s(details: ModelDetails, revision: str | None) -> float | None:
     if details.summary.gated and details.config is None:
         return _UNREADABLE_TTL_S
-    pinned = revision is not None and len(revision) == 40 and set(revision) <= _SHA_CHARACTERS
-    return None if pinned else DETAILS_TTL_S
+    return None if is_commit(revision) else DETAILS_TTL_S
 
 
 def build_model_registry_service(
-    settings: Settings, *, embedded: Callable[[], LocalModel | None] | None, fit_of: FitOf | None
+    settings: Settings, http: HubHttp, *, embedded: Callable[[], LocalModel | None] | None, fit_of: FitOf | None
 ) -> ModelRegistryService:
     """Build the service on the settings' folders and the environment's Hub."""
     clock = SystemClock()
@@ -228,10 +248,16 @@ def build_model_registry_service(
         embedded=embedded,
     )
     cache = MetadataCache(settings.resolved_cache_dir / "hub", clock)
-    return ModelRegistryService(HubClient(clock, time.sleep), cache, local, clock, fit_of=fit_of)
+    return ModelRegistryService(HubClient(http), cache, local, clock, fit_of=fit_of)
+
+
+@singleton
+def get_hub_http() -> HubHttp:
+    """Return the process's way to the Hub: one, so that a pause it asks for holds for everything."""
+    return HubHttp(SystemClock(), time.sleep)
 
 
 @singleton
 def get_model_registry_service() -> ModelRegistryService:
     """Return the process's model registry."""
-    return build_model_registry_service(get_settings(), embedded=embedded_local_model, fit_of=fit_of)
+    return build_model_registry_service(get_settings(), get_hub_http(), embedded=embedded_local_model, fit_of=fit_of)

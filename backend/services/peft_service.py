@@ -1,11 +1,12 @@
 """Configurations, and the base models that are loaded: one engine a base, shared by whoever asks for it."""
 
+import contextvars
 import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,12 @@ class PeftService:
         Raises:
             SettingRejected: A setting cannot take effect.
             ModelNotFound: There is no such model.
+            NeedsRemoteCode, NoSafeWeights, ModelRejected: It is not safe to load; nothing is downloaded.
             DoesNotFit: Its weights exceed what the device has free.
         """
         device = self._machine.device(request.device)
         engine = self._machine.engine(request.engine, device)
+        self._files.check(request.model_id, request.revision)
         shape = self._facts.shape(request.model_id, request.revision)
         configuration = self.configure(
             request.algorithm,
@@ -195,18 +198,20 @@ class PeftService:
     def _start(self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device) -> LoadedBase:
         base = LoadedBase(key, self._clock)
         self._bases[key] = base
-        future: Future[None] = self._loaders.submit(self._load, base, configuration, engine, device)
+        # The context carries the request's Hub token to the download, and nowhere else.
+        run = contextvars.copy_context().run
+        future: Future[None] = self._loaders.submit(run, self._load, base, configuration, engine, device)
         base.loading = future
         return base
 
     def _load(self, base: LoadedBase, configuration: Configuration, engine: EngineName, device: Device) -> None:
         """Bring the files here and load them in a new engine; every outcome is a state of the base."""
         try:
-            path = self._files.ensure(base.key.model_id, base.key.revision, base.report)
+            path = self._files.ensure(base.key.model_id, base.key.revision, base.report, lambda: base.cancelled)
             if base.cancelled:
                 base.finish(LoadState.UNLOADING)
                 return
-            base.report("loading", None, None, None)
+            base.report("loading", replace(base.progress, fraction=None, bytes_per_s=None, eta_s=None))
             process = EngineProcess(
                 self._log_dir / f"engine-{base.id}.log",
                 on_exit=lambda: self._on_exit(base),

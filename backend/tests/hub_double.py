@@ -11,6 +11,7 @@ import threading
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.message import Message
@@ -27,7 +28,7 @@ _SORT_KEYS = ("downloads", "likes", "trendingScore", "createdAt", "lastModified"
 _SHORT = ("_id", "id", "likes", "private", "downloads", "tags", "pipeline_tag", "library_name", "createdAt", "modelId")
 _WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-Route = Literal["list", "info", "tree", "resolve", "cdn", "whoami"]
+Route = Literal["list", "info", "tree", "resolve", "cdn", "whoami", "other"]
 
 
 class ManualClock:
@@ -57,11 +58,12 @@ class ManualClock:
 class Fault:
     """What goes wrong with the next `times` requests of a route.
 
-    `cut`: the connection ends half-way; `short`: half the body under its own length; `flip`: one bit differs;
-    `hang`: nothing is sent until `release`; `status`: an error with headers and body.
+    `cut`: the connection ends half-way; `short`: half the body under its own length; `long`: a byte more than there
+    is; `flip`: one bit differs; `hang`: nothing is sent until `release`; `stall`: half the body, and the rest after
+    `release`; `drip`: a byte at a time; `status`: an error with headers and body.
     """
 
-    kind: Literal["status", "cut", "short", "flip", "hang"]
+    kind: Literal["status", "cut", "short", "long", "flip", "hang", "stall", "drip"]
     times: int
     status: int = 500
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class _Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     granted: set[str] = field(default_factory=set)
+    tree: list[dict[str, Any]] | None = None
 
 
 class HubDouble:
@@ -99,6 +102,8 @@ class HubDouble:
 
     def __init__(self) -> None:
         self.tokens = {"hf_valid"}
+        self.tree_page = 1000
+        self.stalled = threading.Event()
         self.requests: Counter[str] = Counter()
         self.seen: list[Seen] = []
         self._repos: dict[str, _Repo] = {}
@@ -160,12 +165,23 @@ class HubDouble:
         repo.commits[commit], repo.refs[revision] = dict(files), commit
         return commit
 
+    def lie_about_tree(self, model_id: str, *entries: dict[str, Any]) -> None:
+        """List what no repository can hold beside the repository's files."""
+        self._repos[model_id].tree = list(entries)
+
+    def revoke(self, token: str) -> None:
+        """Refuse a token from now on."""
+        self.tokens.discard(token)
+
     def rename(self, old: str, new: str) -> None:
         """Answer the old id with a 307 to the new one."""
         self._renamed[old] = new
 
     def fail(self, route: Route, kind: Any = "status", times: int = 1, **more: Any) -> None:
         """Misbehave at the route's next requests, after the faults already told."""
+        if kind in ("hang", "stall"):
+            self._released.clear()
+            self.stalled.clear()
         self._faults.setdefault(route, []).append(Fault(kind, times, **more))
 
     def recover(self) -> None:
@@ -173,7 +189,7 @@ class HubDouble:
         self._faults.clear()
 
     def release(self) -> None:
-        """Let hanging requests go on."""
+        """Let hanging and stalled requests go on."""
         self._released.set()
 
     def fault(self, route: Route) -> Fault | None:
@@ -201,6 +217,8 @@ class HubDouble:
         parts = [unquote(part) for part in seen.path.strip("/").split("/")]
         if seen.route == "whoami":
             return _json({"name": "someone", "type": "user"}) if token else _error(401, None, "Unauthorized")
+        if seen.route == "other":
+            return _error(404, None, "Sorry, we can't find the page you are looking for.")
         if seen.route == "list":
             return self._list(seen)
         if seen.route == "cdn":
@@ -212,16 +230,21 @@ class HubDouble:
             return Reply(307, headers={"Location": seen.path.replace(model_id, self._renamed[model_id], 1)})
         repo = self._repos.get(model_id)
         if repo is None or (repo.info["private"] and token is None):
+            # The real Hub sends no code with the 401; over plain http its client needs one to tell it from a bad token.
             return _error(401 if token is None else 404, "RepoNotFound", "Repository not found")
         commit = repo.refs.get(rest[0] if rest else "main", rest[0] if rest else "")
         if commit not in repo.commits:
             return _error(404, "RevisionNotFound", f"Invalid rev id: {rest[0] if rest else 'main'}")
         if seen.route == "info":
             return self._info(repo, commit, seen)
+        if repo.info["disabled"]:
+            return _error(403, None, "Access to this resource is disabled.")
         if repo.info["gated"] and token not in repo.granted:
             return _error(401 if token is None else 403, "GatedRepo", f"Access to model {model_id} is restricted.")
         return (
-            self._tree(repo, commit) if seen.route == "tree" else self._resolve(repo, commit, "/".join(rest[1:]), seen)
+            self._tree(repo, commit, seen)
+            if seen.route == "tree"
+            else self._resolve(repo, commit, "/".join(rest[1:]), seen)
         )
 
     def _list(self, seen: Seen) -> Reply:
@@ -248,14 +271,20 @@ class HubDouble:
         files = [_sibling(name, data, blobs="blobs" in seen.query) for name, data in repo.commits[commit].items()]
         return _json({**repo.info, "sha": commit, "siblings": repo.info.get("siblings", files)})
 
-    def _tree(self, repo: _Repo, commit: str) -> Reply:
-        entries = []
+    def _tree(self, repo: _Repo, commit: str, seen: Seen) -> Reply:
+        entries = list(repo.tree or [])
         for name, data in sorted(repo.commits[commit].items()):
             entry: dict[str, Any] = {"type": "file", "path": name, "oid": _git_oid(data), "size": len(data)}
             if _is_large(name):
                 entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
             entries.append(entry)
-        return _json(entries)
+        start = int(urlsafe_b64decode(seen.query["cursor"][0])) if "cursor" in seen.query else 0
+        end = start + self.tree_page
+        headers = {}
+        if end < len(entries):
+            again = seen.query | {"cursor": [urlsafe_b64encode(str(end).encode()).decode()]}
+            headers["Link"] = f'<{self.url}{seen.path}?{urlencode(again, doseq=True)}>; rel="next"'
+        return _json(entries[start:end], headers)
 
     def _resolve(self, repo: _Repo, commit: str, name: str, seen: Seen) -> Reply:
         data = repo.commits[commit].get(name)
@@ -295,24 +324,37 @@ class _Handler(BaseHTTPRequestHandler):
             reply = Reply(fault.status, fault.body, dict(fault.headers))
         elif fault is not None and fault.kind == "short":
             reply.body = reply.body[: len(reply.body) // 2]
+        elif fault is not None and fault.kind == "long":
+            reply.body += b"x"
         elif fault is not None and fault.kind == "flip":
             reply.body = reply.body[:-1] + bytes([reply.body[-1] ^ 1])
         if reply.headers.get("ETag", "") == self.headers.get("If-None-Match"):
             reply.status, reply.body = 304, b""
-        self._send(reply, cut=fault is not None and fault.kind == "cut")
+        self._send(reply, fault.kind if fault is not None else None)
 
     do_HEAD = do_GET
 
-    def _send(self, reply: Reply, *, cut: bool) -> None:
+    def _send(self, reply: Reply, fault: str | None) -> None:
         self.send_response_only(reply.status)
         self.send_header("Date", reply.headers.pop("Date", self.date_time_string()))
         for name, value in reply.headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(reply.body[: len(reply.body) // 2] if cut else reply.body)
-        self.close_connection = self.close_connection or cut
+        if self.command == "HEAD":
+            return
+        half = len(reply.body) // 2
+        with suppress(ConnectionError):  # the client has gone, as it may
+            if fault == "drip":
+                for byte in reply.body:
+                    self.wfile.write(bytes([byte]))
+            else:
+                self.wfile.write(reply.body[:half] if fault in ("cut", "stall") else reply.body)
+            if fault == "stall":
+                self.hub.stalled.set()
+                self.hub.wait_released()
+                self.wfile.write(reply.body[half:])
+        self.close_connection = self.close_connection or fault == "cut"
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep test output quiet."""
@@ -349,6 +391,8 @@ def _route(path: str) -> Route:
         return "resolve"
     if parts[1] == "whoami-v2":
         return "whoami"
+    if parts[1] != "models":
+        return "other"
     return "list" if len(parts) == 2 else "tree" if "tree" in parts else "info"
 
 

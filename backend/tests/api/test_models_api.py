@@ -13,6 +13,7 @@ from api import models, problems
 from api.model_schemas import ConfigResponse
 from domain.model_records import Fit
 from services.hub_client import HubClient
+from services.hub_http import HubHttp
 from services.local_models import LocalModels
 from services.metadata_cache import MetadataCache
 from services.model_registry_service import FitOf, ModelRegistryService, get_model_registry_service
@@ -48,7 +49,7 @@ class Bench:
             [self.folder / "models"], prepared_dir=None, hub_cache_dir=lambda: None, embedded=lambda: None
         )
         registry = ModelRegistryService(
-            HubClient(clock, clock.sleep, endpoint=self.hub.url),
+            HubClient(HubHttp(clock, clock.sleep, endpoint=self.hub.url)),
             MetadataCache(self.folder / "cache", clock),
             local,
             clock,

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from core import errors
 from domain.model_records import ModelFile, SearchQuery, check_model_id, details_from_wire, summary_from_wire
-from services.hub_client import HubClient, QueryRejected, map_hub_error, search_params
+from services.hub_client import HubClient, search_params
+from services.hub_errors import QueryRejected, map_hub_error
+from services.hub_http import HubHttp
 
 ANY = SearchQuery(task=None)
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
@@ -48,7 +50,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def client(hub: HubDouble, clock: ManualClock) -> HubClient:
-    return HubClient(clock, clock.sleep, endpoint=hub.url)
+    return HubClient(HubHttp(clock, clock.sleep, endpoint=hub.url))
 
 
 def found(client: HubClient, query: SearchQuery) -> list[str]:
@@ -234,7 +236,7 @@ def test_a_token_that_was_granted_access_reads_the_config(
 
     details = client.details("me/gated").value
 
-    assert client.authenticated
+    assert client.identity
     assert details is not None
     assert details.config == CONFIG
 
@@ -396,13 +398,13 @@ def test_a_cut_connection_is_tried_again(hub: HubDouble, client: HubClient) -> N
 def test_a_hub_that_hangs_is_given_up(hub: HubDouble, clock: ManualClock) -> None:
     hub.fail("list", "hang", times=3)
     with pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
-        HubClient(clock, clock.sleep, endpoint=hub.url, timeout_s=0.05).search(ANY)
+        HubClient(HubHttp(clock, clock.sleep, endpoint=hub.url, timeout_s=0.05)).search(ANY)
     assert hub.requests["list"] == 3
 
 
 def test_a_hub_that_is_not_there_is_asked_once(clock: ManualClock) -> None:
     with pytest.raises(errors.HubUnavailable):
-        HubClient(clock, clock.sleep, endpoint="http://127.0.0.1:1").search(ANY)
+        HubClient(HubHttp(clock, clock.sleep, endpoint="http://127.0.0.1:1")).search(ANY)
     assert clock.slept_s == []
 
 
@@ -429,7 +431,7 @@ def test_offline_mode_asks_nobody(hub: HubDouble, client: HubClient, monkeypatch
 
 def test_the_endpoint_is_the_environments(monkeypatch: pytest.MonkeyPatch, clock: ManualClock) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example/")
-    assert HubClient(clock, clock.sleep).endpoint == "http://mirror.example"
+    assert HubClient(HubHttp(clock, clock.sleep)).endpoint == "http://mirror.example"
 
 
 def response(status: int, **headers: str) -> httpx.Response:
@@ -537,8 +539,9 @@ def test_odd_fields_hide_nothing_else(odd: dict[str, Any]) -> None:
 
 def test_nothing_heavy_is_imported_to_make_a_client() -> None:
     code = (
-        "import sys, time; from services.hub_client import HubClient; import services.model_registry_service;"
-        "from core.clock import SystemClock; HubClient(SystemClock(), time.sleep);"
+        "import sys, time; from services.hub_client import HubClient; from services.hub_http import HubHttp; "
+        "import services.model_registry_service;"
+        "from core.clock import SystemClock; HubClient(HubHttp(SystemClock(), time.sleep));"
         "early = [m for m in ('torch', 'transformers', 'huggingface_hub', 'httpx') if m in sys.modules];"
         "import huggingface_hub; huggingface_hub.HfApi; huggingface_hub.scan_cache_dir;"
         "late = [m for m in ('torch', 'transformers') if m in sys.modules]; print(early, late)"

@@ -18,7 +18,9 @@ from core.errors import (
 )
 from core.settings import Settings
 from domain.model_records import Fit, ModelSummary, SearchPage, SearchQuery
-from services.hub_client import HubClient, QueryRejected
+from services.hub_client import HubClient
+from services.hub_errors import QueryRejected
+from services.hub_http import HubHttp
 from services.local_models import LocalModel, LocalModels
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
 from services.model_registry_service import FitOf, ModelRegistryService, build_model_registry_service
@@ -45,7 +47,7 @@ class Bench:
             hub_cache_dir=lambda: None,
             embedded=lambda: self.embedded,
         )
-        client = HubClient(self.clock, self.clock.sleep, endpoint=self.hub.url)
+        client = HubClient(HubHttp(self.clock, self.clock.sleep, endpoint=self.hub.url))
         cache = MetadataCache(self.folder / "cache", self.clock)
         return ModelRegistryService(client, cache, local, self.clock, fit_of=fit_of)
 
@@ -307,6 +309,17 @@ def test_a_config_that_is_missing_or_broken_is_said_to_be(bench: Bench) -> None:
         bench.registry().config_of("me/broken")
 
 
+@pytest.mark.parametrize("where", ["hub", "here"])
+def test_a_config_that_no_model_can_have_is_refused(bench: Bench, where: str) -> None:
+    files = {**FILES, "config.json": b'{"model_type": "llama", "num_hidden_layers": 10000000}'}
+    if where == "hub":
+        bench.hub.add_model("me/m", files)
+    else:
+        bench.put_local("me/m", files)
+    with pytest.raises(ModelRejected, match="num_hidden_layers"):
+        bench.registry().config_of("me/m")
+
+
 def test_a_local_model_is_resolved_to_its_folder(bench: Bench) -> None:
     folder = bench.put_local("me/m")
     bench.embedded = LocalModel("org/embedded", None, ModelSummary("org/embedded"), None, CONFIG)
@@ -345,7 +358,9 @@ def test_the_service_is_built_from_settings_and_environment(bench: Bench, monkey
     bench.hub.add_model("me/m", FILES, **TEXT)
     folder = bench.put_local("me/here")
     settings = Settings(home=bench.folder / "home", model_dirs=(bench.folder / "models",))
-    registry = build_model_registry_service(settings, embedded=None, fit_of=None)
+    registry = build_model_registry_service(
+        settings, HubHttp(bench.clock, bench.clock.sleep), embedded=None, fit_of=None
+    )
 
     assert ids(registry.search(SearchQuery())) == ["me/m"]
     assert registry.local_path("me/here") == folder

@@ -1,0 +1,131 @@
+"""The errors of huggingface_hub, of its HTTP client and of its files, in this service's terms."""
+
+import errno
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from core import errors
+
+if TYPE_CHECKING:
+    import httpx
+
+_PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class QueryRejected(errors.Rejected):
+    """The Hub refuses the search as it stands."""
+
+    slug, title = "query-rejected", "Query rejected"
+
+
+def map_hub_error(error: Exception, model_id: str | None) -> errors.StudioError:
+    """Turn an error of huggingface_hub, of its HTTP client or of its files into one of this service's.
+
+    Args:
+        error: What was caught.
+        model_id: The model that was asked for; None for a search.
+    """
+    import httpx
+    from huggingface_hub import errors as hub
+
+    subject = model_id or "the list of models"
+    match error:
+        case errors.StudioError():
+            return error
+        case hub.OfflineModeIsEnabled():
+            return unavailable("HF_HUB_OFFLINE is set: the Hub is not asked.")
+        case hub.GatedRepoError():
+            return errors.ModelGated(
+                f"{subject} is gated: accept its licence on its page, and set HF_TOKEN to a token of that account.",
+                model_id=model_id,
+            )
+        case hub.DisabledRepoError():
+            return errors.AccessDenied(f"The Hub has disabled {subject}.")
+        case hub.RevisionNotFoundError():
+            return errors.ModelNotFound(f"{subject} has no such revision.")
+        case hub.RemoteEntryNotFoundError():
+            return errors.ModelRejected(f"{subject} lacks a file that it should have.")
+        case hub.RepositoryNotFoundError() if not _blames_the_token(error.response):
+            return errors.ModelNotFound(f"The Hub has no model {subject}, or it is private and HF_TOKEN has no access.")
+        case hub.HFValidationError():
+            return errors.ModelRejected(f"The Hub's client refuses the id: {error}")
+        case hub.HfHubHTTPError():
+            return _map_status(error.response, model_id, subject)
+        case hub.LocalEntryNotFoundError() if isinstance(error.__cause__, Exception):
+            return map_hub_error(error.__cause__, model_id)  # a download hides the Hub's answer behind this one
+        case hub.LocalEntryNotFoundError() | httpx.HTTPError() | ConnectionError() | TimeoutError():
+            return unavailable(f"The Hub cannot be reached ({type(error).__name__}).")
+        case httpx.InvalidURL():
+            return unavailable(f"The Hub's address is not a URL: {error}")
+        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return errors.StorageFull("No space is left on the device that holds HF_HOME.")
+        case OSError() if error.errno is None:  # raised by the client itself: what it got is not what was announced
+            return unavailable(f"The Hub's answer is incomplete: {error}")
+    return errors.StudioError(f"The Hub's client failed: {type(error).__name__}: {error}")
+
+
+def unavailable(detail: str, retry_after_s: float | None = None) -> errors.HubUnavailable:
+    """Make the error of a Hub that does not answer, with how long to leave it alone if that is known."""
+    return errors.HubUnavailable(detail, **({} if retry_after_s is None else {"retry_after_s": retry_after_s}))
+
+
+def may_pass(error: Exception) -> bool:
+    """Tell whether the same request may well succeed soon.
+
+    A host that cannot be connected to is not there: asking again would only double the wait for the local answer.
+    """
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in _PASSING_STATUSES
+    return isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout | httpx.ReadError | httpx.RemoteProtocolError)
+
+
+def told_wait_s(response: "httpx.Response") -> float | None:
+    """Return for how long the Hub asks to be left alone: RateLimit of an exhausted window, or Retry-After.
+
+    Source: https://huggingface.co/docs/hub/rate-limits and RFC 9110 section 10.2.3.
+    """
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    limit = parse_ratelimit_headers(response.headers)
+    if limit is not None and limit.remaining == 0 and (response.status_code == 429 or not response.is_error):
+        return float(limit.reset_in_seconds)
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isascii() and value.isdecimal():
+        return float(value)
+    try:  # a date, measured against the Hub's own clock
+        wait = parsedate_to_datetime(value) - parsedate_to_datetime(response.headers.get("Date", ""))
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, wait.total_seconds())
+
+
+def _map_status(response: "httpx.Response", model_id: str | None, subject: str) -> errors.StudioError:
+    status, message = response.status_code, response.headers.get("X-Error-Message", "")
+    if _blames_the_token(response) or (status == 401 and model_id is None):
+        return errors.AccessDenied(
+            "The Hub refuses the token (of the request's header, or HF_TOKEN): renew it, or leave it out for public "
+            "models."
+        )
+    if status in (401, 404) and model_id is not None:
+        return errors.ModelNotFound(f"The Hub has no model {model_id}, or it is private and HF_TOKEN has no access.")
+    if status == 403:
+        return errors.AccessDenied(f"The Hub denies access to {subject}.")
+    if status in (400, 422):
+        kind = QueryRejected if model_id is None else errors.ModelRejected
+        return kind(f"The Hub refuses the request: {message[:200] or 'it does not say why'}.")
+    return unavailable(f"The Hub answers {status} {response.reason_phrase}.", told_wait_s(response))
+
+
+def _blames_the_token(response: "httpx.Response") -> bool:
+    """Tell whether a 401 is about the token and not about the repository.
+
+    The Hub answers 401 for a repository that does not exist only to who sends no token; with one it says 404, so a
+    401 without a code is the token's, whatever its words.
+    """
+    if response.status_code != 401 or response.headers.get("X-Error-Code"):
+        return False
+    sent = "Authorization" in response.request.headers
+    return sent or "Invalid credentials" in response.headers.get("X-Error-Message", "")

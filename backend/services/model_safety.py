@@ -1,0 +1,45 @@
+"""Whether a model's folder is safe to load: JSON that asks for no code, weights that hold none."""
+
+import json
+from pathlib import Path
+
+from core.errors import ModelRejected, NoSafeWeights
+from domain.config_checks import check_asks_for_no_code, check_dimensions
+
+_VOCABULARIES = frozenset({"tokenizer.json", "vocab.json"})  # names of tokens, 10 MB of them, and no setting
+
+
+def check_snapshot(folder: Path, model_id: str) -> None:
+    """Refuse a folder whose JSON files ask for code, or whose config.json is none.
+
+    Raises:
+        NeedsRemoteCode, ModelRejected: What is wrong with it.
+    """
+    for file in sorted(folder.glob("*.json")):
+        if file.name.endswith(".index.json") or file.name in _VOCABULARIES:
+            continue
+        try:
+            content = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            if file.name == "config.json":
+                raise ModelRejected(f"{model_id}: {file.name} is not JSON: {error}") from error
+            continue  # not one that a loader can read either
+        if isinstance(content, dict):
+            check_asks_for_no_code(model_id, file.name, content)
+            if file.name == "config.json":
+                check_dimensions(model_id, content)
+        elif file.name == "config.json":
+            raise ModelRejected(f"{model_id}: config.json is not a JSON object.")
+    if not (folder / "config.json").is_file():
+        raise ModelRejected(f"{model_id} has no config.json.")
+
+
+def check_safe(folder: Path, model_id: str) -> None:
+    """Refuse a folder that would run code when it is loaded.
+
+    Raises:
+        NeedsRemoteCode, NoSafeWeights, ModelRejected: What is wrong with it.
+    """
+    check_snapshot(folder, model_id)
+    if not any(folder.glob("*.safetensors")):
+        raise NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code and are not loaded.")
