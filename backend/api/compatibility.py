@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends
 from pydantic import Field
 
+from api.hub_token import ASKS_THE_HUB
 from api.peft_schemas import ModelId, Request, Response, Revision
 from domain.algorithms import Algorithm
 from services.compatibility_service import CompatibilityService, get_compatibility_service
@@ -55,7 +56,7 @@ class CompatibilityResponse(Response):
     blockers: list[str]
 
 
-@router.post("/compatibility")
+@router.post("/compatibility", dependencies=ASKS_THE_HUB)
 def compatibility(
     body: CompatibilityRequest, service: Annotated[CompatibilityService, Depends(get_compatibility_service)]
 ) -> CompatibilityResponse:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query
 
+from api.hub_token import ASKS_THE_HUB
 from api.model_schemas import LocalModelsResponse, ModelDetailsResponse, SearchRequest, SearchResponse
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
 
@@ -11,13 +12,13 @@ router = APIRouter(prefix="/api/models", tags=["models"])
 Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
 
 
-@router.post("/search")
+@router.post("/search", dependencies=ASKS_THE_HUB)
 def search(body: SearchRequest, registry: Registry) -> SearchResponse:
     """Search the Hub; the answer says whether it is the Hub's, a cached one, or this machine's own models."""
     return SearchResponse.of(registry.search(body.to_query()))
 
 
-@router.get("/popular/{task}")
+@router.get("/popular/{task}", dependencies=ASKS_THE_HUB)
 def popular(
     task: str,
     registry: Registry,
@@ -40,7 +41,7 @@ def clear_cache(registry: Registry) -> None:
 
 
 # Last: it takes every path below the prefix. An id may hold one slash; the registry refuses more.
-@router.get("/{model_id:path}")
+@router.get("/{model_id:path}", dependencies=ASKS_THE_HUB)
 def details(
     model_id: str,
     registry: Registry,

@@ -11,6 +11,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
 from api import peft_schemas as schemas
+from api.hub_token import ASKS_THE_HUB
 from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
 from core.errors import StudioError
 from domain.algorithms import SPECS, Algorithm
@@ -37,7 +38,7 @@ def use_cases() -> schemas.UseCaseList:
     return schemas.UseCaseList(use_cases=[use_case_view(case) for case in USE_CASES.values()])
 
 
-@router.post("/configure")
+@router.post("/configure", dependencies=ASKS_THE_HUB)
 def configure(body: schemas.ConfigureRequest, peft: Peft) -> schemas.ConfigureResponse:
     """A complete configuration, every parameter with its source and reason. Nothing is loaded."""
     configuration = peft.configure(
@@ -46,7 +47,12 @@ def configure(body: schemas.ConfigureRequest, peft: Peft) -> schemas.ConfigureRe
     return configuration_view(body, configuration)
 
 
-@router.post("/load-model", status_code=202, responses={200: {"model": schemas.LoadedModelResponse}})
+@router.post(
+    "/load-model",
+    status_code=202,
+    responses={200: {"model": schemas.LoadedModelResponse}},
+    dependencies=ASKS_THE_HUB,
+)
 async def load_model(
     body: schemas.LoadModelRequest, response: Response, peft: Peft, generator: Generator, adapters: Adapters
 ) -> schemas.LoadedModelResponse:

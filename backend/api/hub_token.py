@@ -1,0 +1,27 @@
+"""X-HF-Token: the Hub token of one request, in place of HF_TOKEN."""
+
+from typing import Annotated
+
+from fastapi import Depends, Header
+
+from services.hub_http import request_token
+
+HUB_TOKEN = Header(
+    alias="X-HF-Token",
+    min_length=1,
+    max_length=512,
+    pattern=r"^[\x21-\x7e]+$",
+    description="A Hub token for this request alone, in place of HF_TOKEN; it is not kept.",
+)
+
+
+async def use_hub_token(token: Annotated[str | None, HUB_TOKEN] = None) -> None:
+    """Use the header's token for what this request asks of the Hub.
+
+    The context is the request's own task's, and goes with it.
+    """
+    if token is not None:
+        request_token.set(token)
+
+
+ASKS_THE_HUB = [Depends(use_hub_token)]  # of every route whose answer may depend on the token
