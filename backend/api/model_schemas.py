@@ -203,7 +203,9 @@ class ModelDetailsResponse(_Summary):
 
 
 def _fields(summary: ModelSummary) -> dict[str, Any]:
-    return vars(summary) | {"tags": list(summary.tags)}
+    known = vars(summary) | {"tags": list(summary.tags)}
+    del known["sha"]
+    return known
 
 
 def _fit(fit: Fit | None) -> FitResponse | None:

@@ -61,6 +61,7 @@ class ModelSummary:
         size_bytes: Bytes of the safetensors weights that a load would read.
         architecture: The class that the config names first, e.g. `LlamaForCausalLM`.
         created_at, modified_at: Of the repository, aware.
+        sha: The commit that it describes.
         local: Whether the model is on this machine.
     """
 
@@ -78,6 +79,7 @@ class ModelSummary:
     architecture: str | None = None
     created_at: datetime | None = None
     modified_at: datetime | None = None
+    sha: str | None = None
     local: bool = False
 
 
@@ -253,6 +255,7 @@ def summary_from_wire(payload: Mapping[str, Any]) -> ModelSummary:
         architecture=architectures[0] if architectures else None,
         created_at=None if created == _CREATED_BEFORE_DATES else moment(created),
         modified_at=moment(payload.get("lastModified")),
+        sha=text(payload.get("sha")),
     )
 
 

@@ -109,6 +109,18 @@ class HubClient:
         # The ETag is of the description, not of the files: with it, access granted since would never be noticed.
         return Fetched(details, None if config is None and "config.json" in files else answer.etag)
 
+    def listed_config(self, model_id: str, revision: str) -> dict[str, Any] | None:
+        """Return config.json for a list, which does without it rather than wait; None if it is no JSON object.
+
+        Raises:
+            ModelRejected: There is none.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+        """
+        check_model_id(model_id)
+        path = f"/{model_id}/resolve/{quote(revision, safe='')}/config.json"
+        body = self._http.get_json(path, [], model_id=model_id, is_file=True, patient=False).body
+        return body if isinstance(body, dict) else None
+
     def _json_file(self, model_id: str, commit: str, path: str) -> dict[str, Any] | None:
         """Return a repository's small JSON file, or None where access to it is gated or it is not an object."""
         try:

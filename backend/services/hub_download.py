@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from core import errors
 from core.clock import Clock
 from core.logging import get_logger
+from core.parallel import start_workers
 from domain.model_records import check_model_id, check_revision, weight_files
 from domain.repo_tree import RepoFile, Selection, is_commit, pickled_weights, select
 from services.download_flight import DownloadCancelled, Flight, Progress
@@ -181,30 +181,17 @@ class Downloads:
     def _fetch_all(self, model_id: str, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:
         """Fetch files, a few at once; the first error stops the others and is raised."""
         files = tuple(files)
-        queue: SimpleQueue[RepoFile] = SimpleQueue()
-        for file in files:
-            queue.put(file)
         failures: list[BaseException] = []
 
-        def work() -> None:
-            while not failures:
-                try:
-                    file = queue.get_nowait()
-                except Empty:
-                    return
-                try:
-                    self._fetch_file(model_id, commit, file, flight)
-                except BaseException as error:  # noqa: BLE001 - raised below, on the thread that asked
-                    failures.append(error)
-                    flight.stopped.set()
+        def fetch(file: RepoFile) -> None:
+            try:
+                flight.check()
+                self._fetch_file(model_id, commit, file, flight)
+            except BaseException as error:  # noqa: BLE001 - raised below, on the thread that asked
+                failures.append(error)
+                flight.stopped.set()
 
-        workers = [
-            threading.Thread(target=contextvars.copy_context().run, args=(work,), name="download-file", daemon=True)
-            for _ in range(min(_WORKERS, queue.qsize()))
-        ]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
+        for worker in start_workers(fetch, files, _WORKERS, "download-file"):
             worker.join()
         if any(isinstance(failure, errors.StorageFull) for failure in failures):
             for file in files:  # room for what keeps the service going

@@ -32,6 +32,7 @@ Wait = Callable[[float], None]
 # layer without standing in a signature, a record or a log line on the way.
 request_token: ContextVar[str | None] = ContextVar("request_token", default=None)
 _ATTEMPTS = 3
+_IMPATIENT_S = 4.0  # for what a client gets its answer without
 _MAX_WAIT_S = 10.0  # a client waits meanwhile; a longer pause is told to it instead
 _MAX_BODY_BYTES = 32 * 2**20  # 100 models expanded are 1-2 MB, the largest tokenizer_config.json some 10 MB
 _MAX_REQUEST_S = 60.0  # a server that dribbles passes every read's time limit
@@ -78,6 +79,7 @@ class HubHttp:
         model_id: str | None = None,
         etag: str | None = None,
         is_file: bool = False,
+        patient: bool = True,
     ) -> Answer:
         """Fetch and parse.
 
@@ -87,11 +89,19 @@ class HubHttp:
             model_id: The model that it is about; None for a search.
             etag: Of what is held already.
             is_file: Whether it is a file of a repository: its nonsense is the repository's, not the Hub's.
+            patient: Whether to wait for a slow Hub, and to try again.
 
         Raises:
             StudioError: As `map_hub_error` says.
         """
-        return self.attempt(path, model_id, lambda: self._fetch_json(path, params, etag, is_file=is_file))
+        timeout_s = self._timeout_s if patient else min(self._timeout_s, _IMPATIENT_S)
+        return self.attempt(
+            path,
+            model_id,
+            lambda: self._fetch_json(path, params, etag, timeout_s, is_file=is_file),
+            attempts=_ATTEMPTS if patient else 1,
+            max_wait_s=_MAX_WAIT_S if patient else 0.0,
+        )
 
     def attempt(
         self,
@@ -171,12 +181,12 @@ class HubHttp:
                 hf_raise_for_status(response)
             yield response
 
-    def _fetch_json(self, path: str, params: Params, etag: str | None, *, is_file: bool) -> Answer:
+    def _fetch_json(self, path: str, params: Params, etag: str | None, timeout_s: float, *, is_file: bool) -> Answer:
         import httpx
 
         begun = self._clock.monotonic()
         held = {"If-None-Match": etag} if etag is not None else {}
-        with self.open(path, params=params, headers=held) as response:
+        with self.open(path, params=params, headers=held, timeout_s=timeout_s) as response:
             if response.status_code == httpx.codes.NOT_MODIFIED:
                 return Answer(None, etag, None, str(response.url))
             content = bytearray()

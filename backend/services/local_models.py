@@ -30,6 +30,7 @@ from domain.model_records import (
 )
 from domain.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
 
+_REPO = "models--"  # what a model's folder in the Hub's cache begins with
 _MAX_JSON_BYTES = 64 * 2**20  # tokenizer_config.json files of 10 MB exist
 _MAX_FILES = 10_000  # listed for one model
 _MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
@@ -95,9 +96,18 @@ class LocalModels:
             found.setdefault(model.model_id, model)
         return tuple(found[model_id] for model_id in sorted(found, key=str.lower))
 
-    def find(self, model_id: str) -> LocalModel | None:
-        """Return the model of an id, or None."""
-        return next((model for model in self.all() if model.model_id == model_id), None)
+    def find(self, model_id: str, revision: str | None = None) -> LocalModel | None:
+        """Return the model of an id, or None. Only where it would lie is looked at.
+
+        Args:
+            model_id: `name` or `owner/name`.
+            revision: A commit, to be found in the Hub's cache; None is whatever is here.
+        """
+        try:
+            check_model_id(model_id)
+        except ModelRejected:
+            return None
+        return next((model for model in self._places(model_id, revision)), None)
 
     def search(self, query: SearchQuery) -> list[LocalModel]:
         """Return the models that a query matches, by id: what orders the Hub's list is not known here."""
@@ -162,31 +172,55 @@ class LocalModels:
         if self._prepared_dir is not None:
             for name, folder in _model_folders(self._prepared_dir, levels=1):
                 yield from self._read(name.replace("--", "/", 1), folder, None)
-        yield from self._cached()
+        for repo in self._cached_repos():
+            yield from self._cached(repo, None)
+        yield from self._embedded_model()
+
+    def _places(self, model_id: str, revision: str | None) -> Iterator[LocalModel]:
+        """Yield the models of one id, in the order of `_candidates`."""
+        if revision is None:
+            for root in self._model_dirs:
+                folder = _model_folder(root.expanduser(), model_id.split("/"))
+                yield from self._read(model_id, folder, None) if folder is not None else ()
+            if self._prepared_dir is not None:
+                folder = _model_folder(self._prepared_dir, [model_id.replace("/", "--", 1)])
+                yield from self._read(model_id, folder, None) if folder is not None else ()
+        cache_dir = self._hub_cache_dir()
+        if cache_dir is not None:
+            yield from self._cached(cache_dir / f"{_REPO}{model_id.replace('/', '--')}", revision)
+        if revision is None:
+            yield from (model for model in self._embedded_model() if model.model_id == model_id)
+
+    def _embedded_model(self) -> Iterator[LocalModel]:
         embedded = self._embedded() if self._embedded is not None else None
         if embedded is not None:
             yield replace(embedded, summary=replace(embedded.summary, local=True))
 
-    def _cached(self) -> Iterator[LocalModel]:
-        """Yield the Hub cache's models, each at `main`, or else at the revision fetched last."""
+    def _cached_repos(self) -> list[Path]:
         cache_dir = self._hub_cache_dir()
-        if cache_dir is None or not cache_dir.is_dir():
-            return
-        from huggingface_hub import scan_cache_dir
-
         try:
-            repos = [repo for repo in scan_cache_dir(cache_dir).repos if repo.repo_type == "model"]
-        except OSError as error:  # e.g. a repository deleted during the scan
+            return sorted(cache_dir.glob(f"{_REPO}*")) if cache_dir is not None else []
+        except OSError as error:
             _log.warning("local_models.cache_not_read", path=str(cache_dir), reason=str(error))
+            return []
+
+    def _cached(self, repo: Path, revision: str | None) -> Iterator[LocalModel]:
+        """Yield a repository of the Hub's cache: at a commit, or at `main`, or else at the revision fetched last."""
+        model_id = repo.name.removeprefix(_REPO).replace("--", "/")
+        try:
+            commits = {path.name: path for path in (repo / "snapshots").iterdir() if path.is_dir()}
+        except OSError:  # not there
             return
-        for repo in repos:
-            for revision in sorted(
-                repo.revisions, key=lambda item: ("main" in item.refs, item.last_modified), reverse=True
-            ):
-                models = list(self._read(repo.repo_id, revision.snapshot_path, revision.commit_hash))
-                if models:
-                    yield from models
-                    break
+        if revision is None:
+            main = _text_of(repo / "refs" / "main")
+            order = sorted(commits, key=lambda name: (name == main, commits[name].stat().st_mtime_ns), reverse=True)
+        else:
+            order = [revision] if revision in commits else []
+        for commit in order:
+            models = list(self._read(model_id, commits[commit], commit))
+            if models:
+                yield from models
+                return
 
     def _read(self, model_id: str, folder: Path, revision: str | None) -> Iterator[LocalModel]:
         """Yield the model in a folder, if there is a whole one whose files are all below its roots."""
@@ -237,6 +271,24 @@ def hub_cache_dir() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def _model_folder(root: Path, parts: list[str]) -> Path | None:
+    """Return the folder that `_model_folders` would yield under a name, or None."""
+    folder = root
+    for number, part in enumerate(parts, 1):
+        folder /= part
+        is_model = (folder / "config.json").is_file()
+        if is_model != (number == len(parts)) or folder.is_symlink() or part.startswith("."):
+            return None
+    return folder
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _model_folders(root: Path, *, levels: int, prefix: str = "") -> Iterator[tuple[str, Path]]:

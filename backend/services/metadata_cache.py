@@ -1,7 +1,9 @@
 """What the Hub said, kept on disk: fresh for a while, then revalidated, and stale when the Hub is away."""
 
 import hashlib
+import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,10 +21,12 @@ from core.logging import get_logger
 from domain.model_records import moment, text
 
 T = TypeVar("T")
+Stamp = tuple[int, int, int, int]  # changes with a file's content
 SEARCH_TTL_S = 3600.0
 DETAILS_TTL_S = 86400.0
 _FORMAT = 1  # of the files; another number is another shape, and the entry is fetched again
 _MAX_ENTRIES = 2000  # searches differ endlessly; at 20-100 kB each this stays below 200 MB
+_MAX_REMEMBERED = 512  # parsed, beside the files: what is asked again and again is not parsed again
 _log = get_logger(__name__)
 
 
@@ -51,17 +55,29 @@ class _Entry(Generic[T]):
     fetched_at: datetime
 
 
+@dataclass(frozen=True)
+class _Remembered:
+    """An entry as it was parsed from a file."""
+
+    stamp: Stamp
+    adapter: TypeAdapter[Any]
+    entry: _Entry[Any]
+
+
 class MetadataCache:
-    """One JSON file a key.
+    """One JSON file a key. What was read is remembered as long as its file stays as it was.
 
     Args:
         folder: Where the files are; made at the first write.
         clock: Its wall clock ages entries, since they outlive the process.
+        max_entries: The oldest files beyond so many are deleted.
     """
 
-    def __init__(self, folder: Path, clock: Clock) -> None:
+    def __init__(self, folder: Path, clock: Clock, *, max_entries: int = _MAX_ENTRIES) -> None:
         self._folder = folder
         self._clock = clock
+        self._max_entries = max_entries
+        self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._lock = threading.Lock()
         self._flights: dict[str, Future[Cached[Any]]] = {}
 
@@ -103,10 +119,19 @@ class MetadataCache:
             with self._lock:
                 del self._flights[key]
 
+    def peek(self, key: str, adapter: TypeAdapter[T], ttl_s: Callable[[T], float | None]) -> Cached[T] | None:
+        """Return what is held, of whatever age, without asking upstream; `stale` says that it should be."""
+        held = self._read(key, adapter)
+        if held is None:
+            return None
+        return Cached(held.value, held.fetched_at, "cache", stale=not self._is_fresh(held, ttl_s(held.value)))
+
     def clear(self) -> None:
         """Forget every entry."""
         for path in self._files():
             path.unlink(missing_ok=True)
+        with self._lock:
+            self._remembered.clear()
 
     def _resolve(
         self,
@@ -129,7 +154,7 @@ class MetadataCache:
         if value is None:
             raise HubUnavailable("The Hub answered that nothing has changed, but nothing was held.")
         now = self._clock.now()
-        self._write(key, _Entry(value, fetched.etag, now))
+        self._write(key, adapter, _Entry(value, fetched.etag, now))
         return Cached(value, now, "hub", stale=False)
 
     def _is_fresh(self, entry: _Entry[Any], ttl_s: float | None) -> bool:
@@ -148,20 +173,42 @@ class MetadataCache:
     def _read(self, key: str, adapter: TypeAdapter[T]) -> _Entry[T] | None:
         path = self._path(key)
         try:
-            raw = from_json(path.read_bytes())
+            with path.open("rb") as file:
+                stamp = _stamp(os.fstat(file.fileno()))
+                remembered = self._recall(path.name, stamp, adapter)
+                if remembered is not None:
+                    return remembered
+                content = file.read()
+            raw = from_json(content)
             if not isinstance(raw, dict) or raw.get("format") != _FORMAT or raw.get("key") != key:
                 raise ValueError("not an entry of this cache for this key")
             fetched_at = moment(raw.get("fetched_at"))
             if fetched_at is None:
                 raise ValueError("no time of fetching")
-            return _Entry(adapter.validate_python(raw.get("value")), text(raw.get("etag")), fetched_at)
+            entry = _Entry(adapter.validate_python(raw.get("value")), text(raw.get("etag")), fetched_at)
+            self._remember(path.name, _Remembered(stamp, adapter, entry))
+            return entry
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:  # pydantic's ValidationError is a ValueError
             _log.warning("metadata_cache.rebuilt", file=path.name, reason=str(error)[:300])
             return None
 
-    def _write(self, key: str, entry: _Entry[Any]) -> None:
+    def _recall(self, name: str, stamp: Stamp, adapter: TypeAdapter[T]) -> _Entry[T] | None:
+        with self._lock:
+            held = self._remembered.get(name)
+            if held is None or held.stamp != stamp or held.adapter is not adapter:
+                return None
+            self._remembered.move_to_end(name)
+            return held.entry
+
+    def _remember(self, name: str, read: "_Remembered") -> None:
+        with self._lock:
+            self._remembered[name] = read
+            while len(self._remembered) > _MAX_REMEMBERED:
+                self._remembered.popitem(last=False)
+
+    def _write(self, key: str, adapter: TypeAdapter[T], entry: _Entry[T]) -> None:
         content = to_json(
             {
                 "format": _FORMAT,
@@ -174,7 +221,9 @@ class MetadataCache:
         )
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            write_atomic(self._path(key), content)
+            path = self._path(key)
+            write_atomic(path, content)
+            self._remember(path.name, _Remembered(_stamp(path.stat()), adapter, entry))
             self._prune()
         except (StorageFull, OSError) as error:
             # The answer is at hand; a disk that cannot keep it only makes the next question slower.
@@ -182,8 +231,12 @@ class MetadataCache:
 
     def _prune(self) -> None:
         files = self._files()
-        if len(files) <= _MAX_ENTRIES:
+        if len(files) <= self._max_entries:
             return
         # Half at once, oldest first, so that this is not done at every write.
-        for _, path in sorted((path.stat().st_mtime, path) for path in files)[: len(files) - _MAX_ENTRIES // 2]:
+        for _, path in sorted((path.stat().st_mtime, path) for path in files)[: len(files) - self._max_entries // 2]:
             path.unlink(missing_ok=True)
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -27,8 +27,8 @@ OnProgress = Callable[[str, LoadProgress], None]  # the state of a load (downloa
 class Registry(Protocol):
     """What is known of models, here and on the Hub."""
 
-    def resolve_local(self, model_id: str) -> LocalModel | None:
-        """Return the model on this machine, or None."""
+    def resolve_local(self, model_id: str, revision: str | None) -> LocalModel | None:
+        """Return the model on this machine, at a commit if one is named, or None."""
         ...
 
     def details_of(self, model_id: str, revision: str | None) -> ModelDetails:
@@ -57,7 +57,7 @@ class ModelFiles:
         """
         if model_id == MODEL_ID and revision is None:
             return
-        local = self._local(model_id, revision)
+        local = self._registry.resolve_local(model_id, revision)
         if local is not None and local.path is not None:
             return check_safe(local.path, model_id)
         details = self._registry.details_of(model_id, revision)
@@ -104,7 +104,7 @@ class ModelFiles:
             return self._embedded.prepare(
                 lambda _stage, fraction: on_progress("loading", LoadProgress(fraction, None, None, None, None))
             )
-        local = self._local(model_id, revision)
+        local = self._registry.resolve_local(model_id, revision)
         if local is not None and local.path is not None:
             if not self._downloads.cache.holds(local.path) or not self._downloads.cache.damaged(local.path):
                 return local.path
@@ -113,10 +113,6 @@ class ModelFiles:
         return self._downloads.fetch(
             model_id, revision, lambda progress: on_progress("downloading", _load_progress(progress)), cancelled
         )
-
-    def _local(self, model_id: str, revision: str | None) -> LocalModel | None:
-        local = self._registry.resolve_local(model_id)
-        return local if local is not None and revision in (None, local.revision) else None
 
 
 def _load_progress(progress: Progress) -> LoadProgress:

@@ -36,6 +36,7 @@ from services.embedded_listing import embedded_local_model
 from services.hub_client import HubClient, search_params
 from services.hub_errors import QueryRejected
 from services.hub_http import HubHttp
+from services.listed_configs import MAX_CONFIGS, ListedConfigs
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
 from services.model_fit import fit_of
@@ -46,6 +47,8 @@ FitOf = Callable[[dict[str, Any] | None, ModelSummary, str], Fit | None]
 _PAGES = TypeAdapter(HubPage)
 _DETAILS = TypeAdapter(ModelDetails)
 _LOCAL_CURSOR = "local:"
+_JUDGED_TTL_S = 2.0  # of a page; what is free, and which models are here, changes from second to second
+_MAX_JUDGED = 100
 _UNREADABLE_TTL_S = 60.0  # a gated model's config: its licence may be accepted any minute
 _log = get_logger(__name__)
 
@@ -56,15 +59,25 @@ class ModelRegistryService:
     Args:
         hub: Asks the Hub.
         cache: Keeps its answers.
+        configs: Finds the config.json of the models of a list.
         local: Finds what is on this machine.
         clock: Dates answers that are not the Hub's.
         fit_of: Judges whether a fine-tune fits; None judges nothing.
     """
 
     def __init__(
-        self, hub: HubClient, cache: MetadataCache, local: LocalModels, clock: Clock, *, fit_of: FitOf | None = None
+        self,
+        hub: HubClient,
+        cache: MetadataCache,
+        configs: ListedConfigs,
+        local: LocalModels,
+        clock: Clock,
+        *,
+        fit_of: FitOf | None = None,
     ) -> None:
-        self._hub, self._cache, self._local, self._clock, self._fit_of = hub, cache, local, clock, fit_of
+        self._hub, self._cache, self._configs = hub, cache, configs
+        self._local, self._clock, self._fit_of = local, clock, fit_of
+        self._judged: dict[SearchQuery, tuple[float, HubPage, tuple[RatedModel, ...]]] = {}
 
     def search(self, query: SearchQuery) -> SearchPage:
         """Return a page of models; this machine's own where the Hub cannot be reached and nothing is cached.
@@ -88,14 +101,8 @@ class ModelRegistryService:
                 raise
             _log.warning("models.answered_locally", reason=error.detail)
             return self._search_local(query)
-        here = {model.model_id: model for model in self._local.all()}
-        models = [
-            (replace(summary, local=summary.model_id in here), here.get(summary.model_id))
-            for summary in found.value.models
-        ]
-        return SearchPage(
-            self._rated(models, query), found.value.next_cursor, found.source, found.fetched_at, found.stale
-        )
+        rated = self._judge(found.value, query, ask=not found.stale)
+        return SearchPage(rated, found.value.next_cursor, found.source, found.fetched_at, found.stale)
 
     def popular(self, task: str, limit: int) -> SearchPage:
         """Return a task's most downloaded models.
@@ -129,9 +136,9 @@ class ModelRegistryService:
         """Return the models on this machine."""
         return self._local.all()
 
-    def resolve_local(self, model_id: str) -> LocalModel | None:
-        """Return the model on this machine, or None."""
-        return self._local.find(model_id)
+    def resolve_local(self, model_id: str, revision: str | None = None) -> LocalModel | None:
+        """Return the model on this machine, at a commit if one is named, or None."""
+        return self._local.find(model_id, revision)
 
     def local_path(self, model_id: str) -> Path | None:
         """Return the folder of the model on this machine, or None if there is none or it is still to be prepared."""
@@ -153,6 +160,7 @@ class ModelRegistryService:
     def clear_cache(self) -> None:
         """Forget what the Hub said."""
         self._cache.clear()
+        self._configs.clear()
 
     def fit_of_local(self, model: LocalModel) -> Fit | None:
         """Judge a model on this machine, with LoRA."""
@@ -160,11 +168,10 @@ class ModelRegistryService:
 
     def _config_of(self, model_id: str, revision: str | None) -> dict[str, Any]:
         check_model_id(model_id)
-        local = self._local.find(model_id)
-        if local is not None and revision in (None, local.revision):
-            config = self._local.config(local)
-            if config is not None:
-                return config
+        local = self._local.find(model_id, revision)
+        config = self._local.config(local) if local is not None else None
+        if config is not None:
+            return config
         details = self.details_of(model_id, revision)
         if details.config is not None:
             return details.config
@@ -181,7 +188,7 @@ class ModelRegistryService:
         check_model_id(model_id)
         if revision is not None:
             check_revision(revision)
-        local = self._local.find(model_id)
+        local = self._local.find(model_id, revision)
         try:
             found = self._cache.get(
                 self._key("details", [model_id, revision]),
@@ -190,11 +197,12 @@ class ModelRegistryService:
                 lambda details: _details_ttl_s(details, revision),
             )
         except (HubUnavailable, ModelNotFound) as error:
-            if local is None or revision not in (None, local.revision):
+            if local is None:
                 raise
             _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
             return self._local.details(local), "local", self._clock.now(), False
-        details = replace(found.value, summary=replace(found.value.summary, local=local is not None))
+        is_here = local is not None or self._local.find(model_id) is not None
+        details = replace(found.value, summary=replace(found.value.summary, local=is_here))
         return details, found.source, found.fetched_at, found.stale
 
     def _search_local(self, query: SearchQuery) -> SearchPage:
@@ -205,16 +213,33 @@ class ModelRegistryService:
         begin, end = int(start), int(start) + query.limit
         page = [(model.summary, model) for model in models[begin:end]]
         next_cursor = f"{_LOCAL_CURSOR}{end}" if end < len(models) else None
-        return SearchPage(self._rated(page, query), next_cursor, "local", self._clock.now(), False)
+        return SearchPage(self._rated(page, query, ask=False), next_cursor, "local", self._clock.now(), False)
+
+    def _judge(self, page: HubPage, query: SearchQuery, *, ask: bool) -> tuple[RatedModel, ...]:
+        """Judge a page, or repeat the judgement of a moment ago: each model's reads the machine anew."""
+        now = self._clock.monotonic()
+        known = self._judged.get(query)
+        if known is not None and known[1] is page and now - known[0] < _JUDGED_TTL_S:
+            return known[2]
+        models = [(summary, self._local.find(summary.model_id)) for summary in page.models]
+        rated = self._rated(models, query, ask=ask)
+        if len(self._judged) >= _MAX_JUDGED:
+            self._judged.clear()
+        self._judged[query] = now, page, rated
+        return rated
 
     def _rated(
-        self, models: Sequence[tuple[ModelSummary, LocalModel | None]], query: SearchQuery
+        self, models: Sequence[tuple[ModelSummary, LocalModel | None]], query: SearchQuery, *, ask: bool
     ) -> tuple[RatedModel, ...]:
+        """Judge the models of a list, by their config.json: of this machine, of the cache, or of the Hub."""
+        summaries = [replace(summary, local=here is not None) for summary, here in models]
         if self._fit_of is None:
-            return tuple(RatedModel(summary, None) for summary, _ in models)
+            return tuple(RatedModel(summary, None) for summary in summaries)
+        configs = self._configs.of([summary for summary, here in models if here is None], ask=ask)
+        configs |= {here.model_id: config for _, here in models if here and (config := self._local.config(here))}
         rated = (
-            RatedModel(summary, self._fit(self._local.config(here) if here else None, summary, query.algorithm))
-            for summary, here in models
+            RatedModel(summary, self._fit(configs.get(summary.model_id), summary, query.algorithm))
+            for summary in summaries
         )
         if not query.only_fitting:
             return tuple(rated)
@@ -247,8 +272,10 @@ def build_model_registry_service(
         hub_cache_dir=hub_cache_dir,
         embedded=embedded,
     )
+    hub = HubClient(http)
     cache = MetadataCache(settings.resolved_cache_dir / "hub", clock)
-    return ModelRegistryService(HubClient(http), cache, local, clock, fit_of=fit_of)
+    small = MetadataCache(settings.resolved_cache_dir / "hub-configs", clock, max_entries=MAX_CONFIGS)
+    return ModelRegistryService(hub, cache, ListedConfigs(hub, small, clock), local, clock, fit_of=fit_of)
 
 
 @singleton

@@ -249,7 +249,12 @@ class HubDouble:
 
     def _list(self, seen: Seen) -> Reply:
         query = {name: values[0] for name, values in seen.query.items()}
-        found = [repo.info for repo in self._repos.values() if _listed(repo.info, query, seen.query.get("filter", []))]
+        filters = seen.query.get("filter", [])
+        found = [
+            {"sha": repo.refs.get("main")} | repo.info
+            for repo in self._repos.values()
+            if _listed(repo.info, query, filters)
+        ]
         key = query.get("sort", "trendingScore")
         if key not in _SORT_KEYS:
             return _error(400, None, f"Invalid sort parameter: {key}")

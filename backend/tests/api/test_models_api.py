@@ -14,6 +14,7 @@ from api.model_schemas import ConfigResponse
 from domain.model_records import Fit
 from services.hub_client import HubClient
 from services.hub_http import HubHttp
+from services.listed_configs import ListedConfigs
 from services.local_models import LocalModels
 from services.metadata_cache import MetadataCache
 from services.model_registry_service import FitOf, ModelRegistryService, get_model_registry_service
@@ -48,9 +49,11 @@ class Bench:
         local = LocalModels(
             [self.folder / "models"], prepared_dir=None, hub_cache_dir=lambda: None, embedded=lambda: None
         )
+        hub = HubClient(HubHttp(clock, clock.sleep, endpoint=self.hub.url))
         registry = ModelRegistryService(
-            HubClient(HubHttp(clock, clock.sleep, endpoint=self.hub.url)),
+            hub,
             MetadataCache(self.folder / "cache", clock),
+            ListedConfigs(hub, MetadataCache(self.folder / "configs", clock), clock),
             local,
             clock,
             fit_of=fit_of,

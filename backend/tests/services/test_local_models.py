@@ -203,6 +203,32 @@ def test_an_embedded_model_is_described_before_it_is_prepared() -> None:
     assert (details.chat_template, details.summary.parameters) == (None, 3)
 
 
+def test_finding_one_is_looking_through_all(tmp_path: Path) -> None:
+    cache = tmp_path / "hub-cache"
+    with HubDouble() as hub:
+        for name in ("org/m", "org/cached", "cached"):
+            commit = hub.add_model(name, {"config.json": b"{}", "model.safetensors": WEIGHTS})
+            snapshot_download(name, endpoint=hub.url, cache_dir=cache)
+    for folder in ("own/plain", "own/org/m", "own/model/inner", "own/.hidden", "own/org/.hidden", "outside/linked"):
+        make(tmp_path / folder)
+    (tmp_path / "own" / "model" / "config.json").write_text("{}")  # now the outer folder is one, without weights
+    (tmp_path / "own" / "linked").symlink_to(tmp_path / "outside" / "linked")
+    for folder in ("prepared/org--m", "prepared/org--prepared", "prepared/simple"):
+        make(tmp_path / folder)
+    embedded = LocalModel("org/embedded", None, ModelSummary("org/embedded"), None, CONFIG)
+    models = models_of(
+        tmp_path / "own", prepared_dir=tmp_path / "prepared", hub_cache_dir=lambda: cache, embedded=lambda: embedded
+    )
+    known = {model.model_id: model for model in models.all()}
+    asked = (*known, "linked", "model", "model/inner", ".hidden", "org/.hidden", "outside/linked", "org", "a--b", "..")
+
+    assert {name: models.find(name) for name in asked} == {name: known.get(name) for name in asked}
+    assert {"plain", "org/m", "org/prepared", "simple", "org/cached", "cached", "org/embedded"} == set(known)
+    assert models.find("cached", commit) == known["cached"]
+    assert models.find("cached", "0" * 40) is None
+    assert models.find("plain", commit) is None
+
+
 @pytest.mark.parametrize(
     ("change", "matches"),
     [

@@ -1,3 +1,4 @@
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -161,6 +162,36 @@ def test_one_flipped_bit_never_breaks_an_answer(tmp_path_factory: pytest.TempPat
     entry.write_bytes(content)
 
     assert isinstance(ask(cache, Upstream()).value, str)
+
+
+def test_what_is_held_is_seen_without_asking(cache: MetadataCache, clock: ManualClock) -> None:
+    assert cache.peek("k", TEXT, lambda _: TTL_S) is None
+    ask(cache, Upstream())
+    for step, stale in ((TTL_S - 1, False), (1, True)):
+        clock.advance(step)
+        held = cache.peek("k", TEXT, lambda _: TTL_S)
+        assert held is not None
+        assert (held.value, held.stale) == ("answer 1", stale)
+
+
+def test_an_entry_is_parsed_once_as_long_as_its_file_stays(cache: MetadataCache, tmp_path: Path) -> None:
+    many = TypeAdapter(list[str])
+    cache.get("k", many, lambda _: Fetched(["a"], None), lambda _: TTL_S)
+    first, second = (cache.get("k", many, lambda _: Fetched([], None), lambda _: TTL_S).value for _ in range(2))
+    assert first is second
+    entry = next((tmp_path / "hub").iterdir())
+    entry.write_bytes(entry.read_bytes().replace(b'"a"', b'"b"'))  # as long as before
+    assert cache.get("k", many, lambda _: Fetched([], None), lambda _: TTL_S).value == ["b"]
+
+
+def test_the_oldest_entries_make_room(tmp_path: Path, clock: ManualClock) -> None:
+    cache = MetadataCache(tmp_path / "hub", clock, max_entries=10)
+    upstream = Upstream()
+    for number in range(11):
+        ask(cache, upstream, key=str(number))
+        os.utime(max((tmp_path / "hub").iterdir(), key=lambda path: path.stat().st_mtime), (number, number))
+    assert len(list((tmp_path / "hub").iterdir())) == 5
+    assert ask(cache, upstream, key="10").source == "cache"
 
 
 def test_an_entry_of_another_shape_is_rebuilt(cache: MetadataCache) -> None:

@@ -21,6 +21,7 @@ from domain.model_records import Fit, ModelSummary, SearchPage, SearchQuery
 from services.hub_client import HubClient
 from services.hub_errors import QueryRejected
 from services.hub_http import HubHttp
+from services.listed_configs import ListedConfigs
 from services.local_models import LocalModel, LocalModels
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
 from services.model_registry_service import FitOf, ModelRegistryService, build_model_registry_service
@@ -39,7 +40,7 @@ class Bench:
     folder: Path
     embedded: LocalModel | None = None
 
-    def registry(self, fit_of: FitOf | None = None) -> ModelRegistryService:
+    def registry(self, fit_of: FitOf | None = None, limit_s: float = 30) -> ModelRegistryService:
         """Make a registry as a fresh process would: what is shared is on disk."""
         local = LocalModels(
             [self.folder / "models"],
@@ -49,7 +50,8 @@ class Bench:
         )
         client = HubClient(HubHttp(self.clock, self.clock.sleep, endpoint=self.hub.url))
         cache = MetadataCache(self.folder / "cache", self.clock)
-        return ModelRegistryService(client, cache, local, self.clock, fit_of=fit_of)
+        configs = ListedConfigs(client, MetadataCache(self.folder / "configs", self.clock), self.clock, limit_s=limit_s)
+        return ModelRegistryService(client, cache, configs, local, self.clock, fit_of=fit_of)
 
     def put_local(self, model_id: str, files: dict[str, bytes] = FILES) -> Path:
         folder = self.folder / "models" / model_id
@@ -188,6 +190,107 @@ def test_only_fitting_leaves_out_what_does_not_fit_or_is_not_known(bench: Bench)
     fits = {model.summary.model_id: model.fit for model in registry.search(SearchQuery(algorithm="lora")).models}
     assert fits["me/middle"] == Fit("does_not_fit", 200)
     assert fits["me/unknown"] is None
+
+
+def judged_by(configs: list[Any]) -> FitOf:
+    def judge(config: dict[str, Any] | None, _summary: ModelSummary, _algorithm: str) -> Fit | None:
+        configs.append(config)
+        return Fit("fits", 1) if config is not None else None
+
+    return judge
+
+
+def test_a_list_is_judged_by_configs_that_are_fetched_once_for_good(bench: Bench) -> None:
+    for number in range(12):
+        bench.hub.add_model(f"me/m{number}", FILES, **TEXT)
+    configs: list[Any] = []
+    first = bench.registry(judged_by(configs)).search(SearchQuery())
+
+    assert configs == [CONFIG] * 12
+    assert {model.fit for model in first.models} == {Fit("fits", 1)}
+    assert dict(bench.hub.requests) == {"list": 1, "resolve": 12}
+    for step in (1, SEARCH_TTL_S - 2, 1):  # in fresh processes, and after the list itself has been asked for again
+        bench.clock.advance(step)
+        assert bench.registry(judged_by(configs)).search(SearchQuery()).models == first.models
+    assert dict(bench.hub.requests) == {"list": 2, "resolve": 12}
+
+    bench.hub.add_model("me/m0", FILES | {"config.json": b'{"changed": true}'}, **TEXT)
+    bench.clock.advance(SEARCH_TTL_S)
+    bench.registry(judged_by(configs)).search(SearchQuery())
+    assert {"changed": True} in configs
+    assert dict(bench.hub.requests) == {"list": 3, "resolve": 13}
+
+
+def test_only_fitting_leaves_out_what_the_configs_rule_out(bench: Bench) -> None:
+    for number in range(4):
+        bench.hub.add_model(f"me/m{number}", {"config.json": json.dumps({"number": number}).encode()}, **TEXT)
+    bench.hub.add_model("me/none", {"README.md": b""}, **TEXT)
+    registry = bench.registry(lambda config, *_: config and Fit("fits" if config["number"] < 2 else "does_not_fit", 1))
+    assert set(ids(registry.search(SearchQuery(only_fitting=True)))) == {"me/m0", "me/m1"}
+
+
+def test_what_may_not_be_read_is_not_judged_and_not_asked_for_again(bench: Bench) -> None:
+    bench.hub.add_model("me/gated", FILES, gated="auto", **TEXT)
+    bench.hub.add_model("me/disabled", FILES, disabled=True, **TEXT)
+    bench.hub.add_model("me/none", {"model.gguf": b"x"}, **TEXT)
+    bench.hub.add_model("me/broken", {"config.json": b"{"}, **TEXT)
+    bench.hub.add_model("me/other", FILES, library_name="diffusers", **TEXT)
+    registry = bench.registry(judged_by([]))
+    for _ in range(3):
+        assert {model.fit for model in registry.search(SearchQuery()).models} == {None}
+        bench.clock.advance(SEARCH_TTL_S / 3 - 1)
+    assert dict(bench.hub.requests) == {"list": 1, "resolve": 4}
+
+
+@pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429, "headers": RATE_LIMITED}, {"kind": "cut"}])
+def test_a_hub_that_fails_during_a_list_is_left_alone_for_a_minute(bench: Bench, fault: dict[str, Any]) -> None:
+    for number in range(3):
+        bench.hub.add_model(f"me/m{number}", FILES, **TEXT)
+    bench.hub.fail("resolve", times=99, **fault)
+    registry = bench.registry(judged_by([]))
+    page = registry.search(SearchQuery())
+    asked = bench.hub.requests["resolve"]
+    bench.clock.advance(59)
+    again = registry.search(SearchQuery())
+
+    assert {model.fit for model in (*page.models, *again.models)} == {None}
+    assert len(page.models) == 3
+    assert bench.hub.requests["resolve"] == asked <= 3
+    bench.hub.recover()
+    bench.clock.advance(2)
+    assert {model.fit for model in registry.search(SearchQuery()).models} == {Fit("fits", 1)}
+
+
+def test_a_hub_that_hangs_holds_a_list_up_no_longer_than_it_says(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES, **TEXT)
+    bench.hub.fail("resolve", "hang")
+    registry = bench.registry(judged_by([]), limit_s=0.05)
+    assert [model.fit for model in registry.search(SearchQuery()).models] == [None]
+
+
+def test_stale_lists_are_judged_by_what_is_held(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES, **TEXT)
+    registry = bench.registry(judged_by([]))
+    first = registry.search(SearchQuery())
+    bench.clock.advance(SEARCH_TTL_S)
+    bench.go_away()
+    asked = bench.hub.requests["resolve"]
+    page = registry.search(SearchQuery())
+
+    assert (page.stale, page.models) == (True, first.models)
+    assert bench.hub.requests["resolve"] == asked
+
+
+def test_a_page_is_judged_anew_after_a_moment(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES, **TEXT)
+    configs: list[Any] = []
+    registry = bench.registry(judged_by(configs))
+    for _ in range(5):
+        registry.search(SearchQuery())
+    assert len(configs) == 1
+    bench.clock.advance(2)
+    registry.search(SearchQuery())
+    assert len(configs) == 2
 
 
 def test_only_fitting_is_refused_where_nothing_judges(bench: Bench) -> None:
