@@ -1,100 +1,96 @@
-"""/api/datasets: upload, look at, delete."""
+"""/api/datasets: bring in, look at, hand out, delete."""
 
-import json
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Form, Query, UploadFile
-from pydantic import Field
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
-from api.peft_schemas import Response
+from api import dataset_schemas as schemas
+from api.dataset_schemas import dataset_view
+from api.upload_form import read_upload
 from core.errors import Rejected
-from domain.dataset_formats import DatasetFormat
-from services.dataset_service import BadRows, DatasetService, Upload, get_dataset_service
+from services.dataset_service import DatasetService, Form, get_dataset_service
+from store.records import DatasetRecord
 
 router = APIRouter(prefix="/api/datasets", tags=["datasets"])
+M = TypeVar("M", bound=BaseModel)
 Datasets = Annotated[DatasetService, Depends(get_dataset_service)]
 
 
-class ColumnMapRejected(Rejected):
-    """The column map is not a JSON object of names."""
+class UploadAbandoned(Rejected):
+    """The client went away while it sent; nobody reads this."""
 
-    slug, title = "column-map-rejected", "Column map rejected"
-
-
-class DatasetResponse(Response):
-    id: str
-    name: str
-    format: DatasetFormat
-    rows: int = Field(description="Usable rows.")
-    rejected_rows: int = Field(description="Rows left out; `warnings` names their lines.")
-    bytes: int = Field(description="Size of the uploaded file.")
-    sha256: str = Field(description="Of the uploaded file.")
-    columns: list[str]
-    warnings: list[str]
-    created_at: str
+    slug, title = "upload-abandoned", "Upload abandoned"
 
 
-class DatasetList(Response):
-    datasets: list[DatasetResponse]
+def _form_schema() -> dict[str, Any]:
+    schema = schemas.ReadFields.model_json_schema()
+    file = {"type": "string", "format": "binary", "description": "JSONL, JSON, CSV, TSV, Parquet or text; gzip, zip."}
+    names = {"type": "string", "description": "JSON: the format's field → your column.", "default": "{}"}
+    schema["properties"] = {"file": file, **schema["properties"], "column_map": names}
+    return {**schema, "required": ["file"]}
 
 
-class Turn(Response):
-    role: str
-    content: str
+_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}}
 
 
-class PreviewRow(Response):
-    messages: list[Turn]
+@router.post("", status_code=201, openapi_extra=_BODY)
+async def add(request: Request, datasets: Datasets) -> schemas.DatasetResponse:
+    """Store a file of conversations, instructions, prompts with answers, preferences or text.
+
+    It is read as it comes, and stored whole or not at all. `GET /api/datasets/imports` shows how far it is.
+    """
+    record = await _receive(request, datasets)
+    return dataset_view(record, datasets.manifest(record.id))
 
 
-class DatasetPreview(Response):
-    offset: int
-    rows: list[PreviewRow]
+async def _receive(request: Request, datasets: DatasetService) -> DatasetRecord:
+    length = request.headers.get("content-length")
+    with datasets.imports.running("upload", "receiving", int(length) if length else None) as progress:
+        draft = await run_in_threadpool(datasets.draft, progress)
+        try:
+            fields = _checked(schemas.ReadFields, await read_upload(request, draft.receive))
+        except ClientDisconnect as error:
+            await run_in_threadpool(datasets.discard, draft)
+            raise UploadAbandoned("The client went away.") from error
+        except BaseException:
+            await run_in_threadpool(datasets.discard, draft)
+            raise
+        progress.name = fields.name or draft.files[0].name
+        source = {"kind": "upload", "filename": draft.files[0].name}
+        return await run_in_threadpool(datasets.finish, draft, progress.name, fields.settings(), source)
 
 
-@router.post("", status_code=201)
-def upload(
-    file: UploadFile,
-    datasets: Datasets,
-    name: Annotated[str, Form(max_length=200)] = "",
-    format: Annotated[Literal["auto"] | DatasetFormat, Form()] = "auto",
-    column_map: Annotated[str, Form(max_length=4096, description="JSON: the format's field → your column.")] = "{}",
-    on_bad_rows: Annotated[BadRows, Form(description="Refuse a file with bad rows, or skip them.")] = "reject",
-) -> DatasetResponse:
-    """Store a JSONL, JSON, CSV or TSV file of conversations, instructions or prompt and completion pairs."""
-    record = datasets.add(
-        Upload(
-            file=file.file,
-            filename=file.filename or "upload",
-            name=name,
-            format=None if format == "auto" else format,
-            column_map=_column_map(column_map),
-            on_bad_rows=on_bad_rows,
-        )
-    )
-    return DatasetResponse.model_validate(record)
-
-
-def _column_map(text: str) -> dict[str, str]:
+def _checked(model: type[M], values: Any) -> M:
     try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ColumnMapRejected(f"column_map is not JSON: {error}") from error
-    if not isinstance(value, dict) or not all(isinstance(column, str) for column in value.values()):
-        raise ColumnMapRejected("column_map must be a JSON object of column names")
-    return value
+        return model.model_validate(values)
+    except ValidationError as error:
+        errors = error.errors(include_input=False, include_url=False, include_context=False)
+        raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in errors]) from error
 
 
 @router.get("")
-def list_datasets(datasets: Datasets) -> DatasetList:
+def list_datasets(datasets: Datasets) -> schemas.DatasetList:
     """Every dataset, newest first."""
-    return DatasetList(datasets=[DatasetResponse.model_validate(record) for record in datasets.all()])
+    records = datasets.all()
+    return schemas.DatasetList(datasets=[dataset_view(record, datasets.manifest(record.id)) for record in records])
+
+
+@router.get("/imports")
+def imports(datasets: Datasets) -> schemas.ImportList:
+    """Uploads and downloads under way, with how far they are."""
+    return schemas.ImportList(imports=[schemas.import_view(item) for item in datasets.imports.all()])
 
 
 @router.get("/{dataset_id}")
-def get_dataset(dataset_id: str, datasets: Datasets) -> DatasetResponse:
+def get_dataset(dataset_id: str, datasets: Datasets) -> schemas.DatasetResponse:
     """One dataset."""
-    return DatasetResponse.model_validate(datasets.get(dataset_id))
+    return dataset_view(datasets.get(dataset_id), datasets.manifest(dataset_id))
 
 
 @router.get("/{dataset_id}/preview")
@@ -103,10 +99,24 @@ def preview(
     datasets: Datasets,
     offset: Annotated[int, Query(ge=0)] = 0,
     limit: Annotated[int, Query(ge=1, le=100)] = 10,
-) -> DatasetPreview:
-    """Some rows as the conversations they will be trained as."""
+) -> schemas.DatasetPreview:
+    """Some rows as they will be trained on."""
     rows = datasets.preview(dataset_id, offset, limit)
-    return DatasetPreview.model_validate({"offset": offset, "rows": [{"messages": row} for row in rows]})
+    return schemas.DatasetPreview(offset=offset, rows=[schemas.preview_row(row) for row in rows])
+
+
+@router.get("/{dataset_id}/download", response_class=FileResponse, response_model=None)
+def download(
+    dataset_id: str, datasets: Datasets, form: Annotated[Form, Query()] = "original"
+) -> FileResponse | StreamingResponse:
+    """The file as it came (several as a zip), or the normal rows as JSONL, which can be uploaded again."""
+    found = datasets.download(dataset_id, form)
+    if isinstance(found.content, Iterator):
+        headers = {"Content-Disposition": f'attachment; filename="{found.filename}"'}
+        return StreamingResponse(found.content, media_type="application/zip", headers=headers)
+    # Never a type that a browser would show: what is in it came from elsewhere.
+    kind = "application/jsonl" if form == "normalised" else "application/octet-stream"
+    return FileResponse(found.content, media_type=kind, filename=found.filename)
 
 
 @router.delete("/{dataset_id}", status_code=204)

@@ -17,6 +17,7 @@ _log = get_logger(__name__)
 STATUS: dict[type[errors.StudioError], int] = {
     errors.NotFound: 404,
     errors.Rejected: 422,
+    errors.TooLarge: 413,
     errors.Conflict: 409,
     errors.AccessDenied: 403,
     errors.Unavailable: 503,

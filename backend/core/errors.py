@@ -3,7 +3,9 @@
     StudioError
     ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
     │                       JobNotFound, CheckpointNotFound, AdapterNotFound
-    ├── Rejected            SettingRejected, DatasetRejected, ModelRejected, CheckpointUnusable
+    ├── Rejected            SettingRejected, DatasetRejected, DatasetNotTrainable, ModelRejected,
+    │                       CheckpointUnusable
+    ├── TooLarge            more bytes than the service takes
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
     │                       DatasetInUse, NeedsRemoteCode, NoSafeWeights
     ├── AccessDenied        ModelGated
@@ -101,6 +103,12 @@ class DatasetRejected(Rejected):
     slug, title = "dataset-rejected", "Dataset rejected"
 
 
+class DatasetNotTrainable(Rejected):
+    """Nothing would be learned from the dataset, or not by a fine-tune of this kind."""
+
+    slug, title = "dataset-not-trainable", "Dataset not trainable"
+
+
 class ModelRejected(Rejected):
     """The model's files cannot be used: a broken config, an unsupported architecture."""
 
@@ -111,6 +119,12 @@ class CheckpointUnusable(Rejected):
     """The checkpoint is damaged, or does not belong to a run like the one asked for."""
 
     slug, title = "checkpoint-unusable", "Checkpoint unusable"
+
+
+class TooLarge(StudioError):
+    """More bytes were sent, or are to be fetched, than the service takes."""
+
+    slug, title = "too-large", "Too large"
 
 
 class Conflict(StudioError):

@@ -1,146 +1,316 @@
-"""How a row of a client's file becomes a conversation. Every refusal says what is wrong with which field."""
+"""Which format a file's rows are in, and how a row becomes what is trained on.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+A normal row is one of four kinds: a conversation `{"messages", "tools"}`, a text `{"text"}`, a preference
+`{"prompt", "chosen", "rejected", "tools"}` or a judged answer (KTO) `{"prompt", "completion", "label", "tools"}`.
+Only the first two can be trained on here.
+"""
 
-DatasetFormat = Literal["messages", "alpaca", "prompt_completion"]
-FORMATS: tuple[DatasetFormat, ...] = ("messages", "alpaca", "prompt_completion")
-# Column names under which prompts and answers are commonly published.
-_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
-_ROLES = frozenset({"system", "user", "assistant", "tool"})
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
+from domain.dataset_turns import (
+    RowRejected,
+    Turn,
+    check_conversation,
+    from_text,
+    kind_of,
+    read_tools,
+    read_turn,
+    read_turns,
+)
 
-class RowRejected(ValueError):
-    """The row cannot be used; the message says why."""
+DatasetFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "kto"]
+FORMATS: tuple[DatasetFormat, ...] = get_args(DatasetFormat)
+TRAINABLE_FORMATS: frozenset[str] = frozenset({"messages", "sharegpt", "alpaca", "prompt_completion"})
 
 
 @dataclass(frozen=True)
-class Detection:
-    """A recognised format and the columns it was recognised by."""
+class FormatFields:
+    """A format's fields, each with the columns under which it is commonly published, likeliest first."""
+
+    required: Mapping[str, tuple[str, ...]]
+    optional: Mapping[str, tuple[str, ...]]
+
+    @property
+    def all(self) -> Mapping[str, tuple[str, ...]]:
+        return {**self.required, **self.optional}
+
+
+_TURNS = ("messages", "conversations", "conversation")
+_PROMPT = ("prompt", "question", "query", "input")
+_ANSWER = ("completion", "response", "output", "answer")
+_SYSTEM = {"system": ("system", "system_prompt")}
+_TOOLS = {"tools": ("tools", "functions")}
+FIELDS: MappingProxyType[DatasetFormat, FormatFields] = MappingProxyType(
+    {
+        "messages": FormatFields({"messages": _TURNS}, {**_SYSTEM, **_TOOLS}),
+        "sharegpt": FormatFields({"messages": ("conversations", "conversation", "messages")}, {**_SYSTEM, **_TOOLS}),
+        # Dolly's context, response and category are alpaca's input and output under other names.
+        "alpaca": FormatFields(
+            {"instruction": ("instruction",), "output": ("output", "response", "completion", "answer")},
+            {"input": ("input",), "context": ("context",), "history": ("history",), **_SYSTEM},
+        ),
+        "prompt_completion": FormatFields(
+            {"prompt": _PROMPT, "completion": _ANSWER}, {"context": ("context",), **_SYSTEM, **_TOOLS}
+        ),
+        "text": FormatFields({"text": ("text", "content")}, {}),
+        "preference": FormatFields(
+            {"chosen": ("chosen", "chosen_messages"), "rejected": ("rejected", "rejected_messages")},
+            {"prompt": ("prompt", "question", "instruction", "conversations", "messages"), **_SYSTEM, **_TOOLS},
+        ),
+        "kto": FormatFields(
+            {"label": ("label", "kto_tag")},
+            {"messages": _TURNS, "prompt": _PROMPT, "completion": _ANSWER, **_SYSTEM, **_TOOLS},
+        ),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file's rows are read.
+
+    Attributes:
+        fields: The format's field → the columns to look in; the first that has a value counts.
+        evidence: What it was recognised by, or who said so.
+    """
 
     format: DatasetFormat
-    columns: Mapping[str, str]
+    fields: Mapping[str, tuple[str, ...]]
+    evidence: str
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """The columns that are read."""
+        return frozenset(column for columns in self.fields.values() for column in columns)
 
 
-def detect(columns: Sequence[str]) -> Detection | None:
-    """Recognise a format by its column names, or return None."""
-    names = set(columns)
-    if "messages" in names:
-        return Detection("messages", {"messages": "messages"})
-    if "conversations" in names:
-        return Detection("messages", {"messages": "conversations"})
-    if {"instruction", "output"} <= names:
-        optional: dict[str, str] = {name: name for name in ("input", "system") if name in names}
-        return Detection("alpaca", {"instruction": "instruction", "output": "output", **optional})
-    for prompt, completion in _PAIRS:
-        if {prompt, completion} <= names:
-            return Detection("prompt_completion", {"prompt": prompt, "completion": completion})
-    return None
+@dataclass(frozen=True)
+class NormalRow:
+    """A row in its stored form.
+
+    Attributes:
+        line: The row as JSON, without a line break.
+        learnable: Whether any answer may be learned, and whether the last one may.
+        notes: What is worth telling about it.
+    """
+
+    line: str
+    learnable: tuple[bool, bool]
+    notes: frozenset[str] = field(default_factory=frozenset)
 
 
-def required_columns(format_: DatasetFormat) -> tuple[str, ...]:
-    """Return the fields that a format cannot do without."""
-    return {
-        "messages": ("messages",),
-        "alpaca": ("instruction", "output"),
-        "prompt_completion": ("prompt", "completion"),
-    }[format_]
-
-
-def to_messages(row: Mapping[str, Any], detection: Detection) -> list[dict[str, str]]:
-    """Turn a row into a conversation that ends with an answer.
+def normalise(row: Mapping[str, Any], reading: Reading) -> NormalRow:
+    """Turn a row into its normal form.
 
     Raises:
         RowRejected: A field is missing, of the wrong type or empty, or the turns make no conversation.
     """
-    if detection.format == "messages":
-        return _conversation(row, detection.columns["messages"])
-    if detection.format == "alpaca":
-        columns = detection.columns
-        instruction = _text(row, columns["instruction"])
-        context = _optional_text(row, columns.get("input"))
-        system = _optional_text(row, columns.get("system"))
-        prompt = f"{instruction}\n\n{context}" if context else instruction
-        turns = [{"role": "system", "content": system}] if system else []
-        return [*turns, *_pair(prompt, _text(row, columns["output"]))]
-    return _pair(_text(row, detection.columns["prompt"]), _text(row, detection.columns["completion"]))
-
-
-def _pair(prompt: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _text(row: Mapping[str, Any], column: str) -> str:
-    if column not in row or row[column] is None:
-        raise RowRejected(f"{column!r} is missing")
-    value = row[column]
-    if not isinstance(value, str):
-        raise RowRejected(f"{column!r} is {_kind(value)}, not text")
-    if not value.strip():
-        raise RowRejected(f"{column!r} is empty")
-    return _encodable(value, column)
-
-
-def _optional_text(row: Mapping[str, Any], column: str | None) -> str:
-    value = None if column is None else row.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise RowRejected(f"{column!r} is {_kind(value)}, not text")
-    return _encodable(value.strip(), str(column))
-
-
-def _encodable(value: str, column: str) -> str:
+    notes: set[str] = set()
     try:
-        value.encode("utf-8")
+        normal = _READERS[reading.format](_Row(row, reading, notes))
+        line = json.dumps(normal, ensure_ascii=False, allow_nan=False)
+        line.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RowRejected(f"{column!r} holds half a surrogate pair at character {error.start}") from error
+        raise RowRejected(f"half a surrogate pair at character {error.start} of the row") from error
+    except RecursionError as error:
+        raise RowRejected("nested too deeply") from error
+    except ValueError as error:
+        raise error if isinstance(error, RowRejected) else RowRejected(f"a number is not finite: {error}") from error
+    answers = [turn.get("weight", 1) != 0 for turn in normal.get("messages", ()) if turn["role"] == "assistant"]
+    learnable = (any(answers), answers[-1]) if answers else (True, True)
+    return NormalRow(line, learnable, frozenset(notes))
+
+
+class _Row:
+    """A row with its columns found."""
+
+    def __init__(self, row: Mapping[str, Any], reading: Reading, notes: set[str]) -> None:
+        self._row, self._fields, self.notes = row, reading.fields, notes
+
+    def find(self, name: str) -> tuple[Any, str]:
+        """Return a field's value, None if it has none, and the column it is in."""
+        columns = self._fields.get(name, ())
+        for column in columns:
+            value = column_value(self._row, column)
+            if value is not None:
+                return value, column
+        return None, next((column for column in columns if column in self._row), columns[0] if columns else name)
+
+    def needed(self, name: str) -> tuple[Any, str]:
+        value, column = self.find(name)
+        if value is None:
+            raise RowRejected(f"{column!r} is missing")
+        return value, column
+
+    def text(self, name: str) -> str:
+        value, column = self.needed(name)
+        if not isinstance(value, str):
+            raise RowRejected(f"{column!r} is {kind_of(value)}, not text")
+        if not value.strip():
+            raise RowRejected(f"{column!r} is empty")
+        return value
+
+    def optional_text(self, name: str) -> str:
+        value, column = self.find(name)
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise RowRejected(f"{column!r} is {kind_of(value)}, not text")
+        return value.strip()
+
+    def turns(self, name: str) -> list[Turn]:
+        value, column = self.needed(name)
+        return read_turns(value, column, self.notes)
+
+    def text_or_turns(self, name: str, role: str) -> list[Turn]:
+        """Read a field that is a text, a turn or a list of turns."""
+        value, column = self.needed(name)
+        if isinstance(value, Mapping):
+            return [read_turn(value, column, self.notes)]
+        if isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("[{")):
+            try:
+                return read_turns(value, column, self.notes)
+            except RowRejected:
+                if isinstance(value, list):
+                    raise
+        return [{"role": role, "content": self.text(name)}]
+
+    def with_system(self, turns: list[Turn]) -> list[Turn]:
+        system = self.optional_text("system")
+        if not system:
+            return turns
+        if turns and turns[0]["role"] == "system":
+            if turns[0]["content"].strip() == system:
+                return turns
+            raise RowRejected("there is a system column and a system turn, and they differ")
+        return [{"role": "system", "content": system}, *turns]
+
+    def tools(self) -> dict[str, Any]:
+        value, column = self.find("tools")
+        tools = read_tools(value, column)
+        return {"tools": tools} if tools else {}
+
+
+def column_value(row: Mapping[str, Any], column: str) -> Any:
+    """Return a column's value; a name with dots that is no column leads into nested values: `answers.0.text`."""
+    if column in row or "." not in column:
+        return row.get(column)
+    value: Any = row
+    for part in column.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
     return value
 
 
-def _conversation(row: Mapping[str, Any], column: str) -> list[dict[str, str]]:
-    turns = row.get(column)
-    if not isinstance(turns, list):
-        raise RowRejected(f"{column!r} is {_kind(turns)}, not a list of turns")
-    if not turns:
-        raise RowRejected(f"{column!r} has no turns")
-    messages = [_turn(turn, f"{column}[{index}]") for index, turn in enumerate(turns)]
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise RowRejected(f"turn {roles.index('system', 1) + 1} is a system turn; it can only come first")
-    if "assistant" not in roles:
-        raise RowRejected("no assistant turn: there is nothing to learn")
-    if roles[-1] != "assistant":
-        raise RowRejected(f"the last turn is a {roles[-1]} turn: it has no answer")
-    if roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
-        raise RowRejected("the conversation starts with an answer: there is no question")
-    return messages
+def _conversation(row: _Row, turns: list[Turn]) -> dict[str, Any]:
+    turns = row.with_system(turns)
+    check_conversation(turns, row.notes)
+    return {"messages": turns, **row.tools()}
 
 
-# ShareGPT's names for the same roles.
-_ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+def _messages(row: _Row) -> dict[str, Any]:
+    return _conversation(row, row.turns("messages"))
 
 
-def _turn(turn: Any, where: str) -> dict[str, str]:
-    if not isinstance(turn, Mapping):
-        raise RowRejected(f"{where} is {_kind(turn)}, not an object with a role and content")
-    role = turn.get("role", turn.get("from"))
-    content_name = "content" if "content" in turn else "value"
-    role = _ALIASES.get(role, role) if isinstance(role, str) else role
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RowRejected(f"{where} has the role {role!r:.40}; known are {sorted(_ROLES)}")
-    ignored = sorted(set(turn) - {"role", "from", "content", "value", "name"})
-    if any(turn[name] is not None for name in ignored):
-        raise RowRejected(f"{where} has {ignored[0]!r}, which is not supported and would be lost")
-    content = turn.get(content_name)
-    if not isinstance(content, str):
-        raise RowRejected(f"{where}.content is {_kind(content)}, not text")
-    if not content.strip():
-        raise RowRejected(f"{where}.content is empty")
-    return {"role": str(role), "content": _encodable(content, where)}
+def _joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part.strip())
 
 
-def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+def _alpaca(row: _Row) -> dict[str, Any]:
+    value, column = row.needed("instruction")
+    if not isinstance(value, str):
+        raise RowRejected(f"{column!r} is {kind_of(value)}, not text")
+    prompt = _joined(value, row.optional_text("input"), row.optional_text("context"))
+    if not prompt:
+        raise RowRejected(f"{column!r} is empty")
+    asked = {"role": "user", "content": prompt}
+    return _conversation(row, [*_history(row), asked, {"role": "assistant", "content": row.text("output")}])
+
+
+def _history(row: _Row) -> list[Turn]:
+    value, column = row.find("history")
+    if value in (None, ""):
+        return []
+    pairs = from_text(value, column)
+    turns: list[Turn] = []
+    for index, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
+            raise RowRejected(f"{column}[{index}] is not a pair of a question and its answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
+
+
+def _prompt_completion(row: _Row) -> dict[str, Any]:
+    prompt = row.text_or_turns("prompt", "user")
+    context = row.optional_text("context")
+    if context:
+        prompt = [*prompt[:-1], {**prompt[-1], "content": _joined(prompt[-1]["content"], context)}]
+    answer = row.text_or_turns("completion", "assistant")
+    if prompt[-1]["role"] == "assistant":
+        raise RowRejected("the prompt ends with an answer")
+    return _conversation(row, [*prompt, *answer])
+
+
+def _plain_text(row: _Row) -> dict[str, Any]:
+    return {"text": row.text("text")}
+
+
+def _preference(row: _Row) -> dict[str, Any]:
+    chosen, rejected = row.text_or_turns("chosen", "assistant"), row.text_or_turns("rejected", "assistant")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    prompt = chosen[:shared]
+    if row.find("prompt")[0] is not None:
+        told = row.text_or_turns("prompt", "user")
+        if prompt and prompt[-len(told) :] != told:
+            raise RowRejected("'chosen' begins with other turns than the prompt")
+        prompt = prompt or told
+    chosen, rejected = chosen[shared:], rejected[shared:]
+    if not prompt:
+        raise RowRejected("there is no prompt: no column of it, and 'chosen' and 'rejected' begin differently")
+    if chosen == rejected:
+        raise RowRejected("'chosen' and 'rejected' are the same: there is no preference")
+    prompt = row.with_system(prompt)
+    for answer in (chosen, rejected):
+        check_conversation([*prompt, *answer], row.notes)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, **row.tools()}
+
+
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def _kto(row: _Row) -> dict[str, Any]:
+    if row.find("messages")[0] is not None:
+        turns = row.turns("messages")
+        prompt, completion = turns[:-1], turns[-1:]
+    else:
+        prompt, completion = row.text_or_turns("prompt", "user"), row.text_or_turns("completion", "assistant")
+    value, column = row.needed("label")
+    label = _LABELS.get(str(value).lower())
+    if label is None:
+        raise RowRejected(f"{column!r} is {value!r:.40}, neither true nor false")
+    prompt = row.with_system(prompt)
+    check_conversation([*prompt, *completion], row.notes)
+    return {"prompt": prompt, "completion": completion, "label": label, **row.tools()}
+
+
+_READERS: Mapping[DatasetFormat, Callable[[_Row], dict[str, Any]]] = MappingProxyType(
+    {
+        "messages": _messages,
+        "sharegpt": _messages,
+        "alpaca": _alpaca,
+        "prompt_completion": _prompt_completion,
+        "text": _plain_text,
+        "preference": _preference,
+        "kto": _kto,
+    }
+)

@@ -1,8 +1,6 @@
 """Trained adapters: immutable folders and their records."""
 
-import io
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +9,10 @@ from core.settings import get_settings
 from core.singleton import singleton
 from services.database import get_database
 from services.peft_service import PeftService, get_peft_service
+from services.zip_stream import zip_files
 from store.database import Database
 from store.records import AdapterRecord
 from store.repositories import Adapters
-
-_CHUNK_BYTES = 2**20
 
 
 class AdapterService:
@@ -62,12 +59,9 @@ class AdapterService:
         return [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if _is_own(path)]
 
     def zipped(self, adapter_id: str) -> Iterator[bytes]:
-        """Yield a zip of the folder, made as it is read: no copy is stored.
-
-        Weights do not compress, so nothing is compressed.
-        """
+        """Yield a zip of the folder, made as it is read."""
         folder = Path(self.get(adapter_id).path)
-        return _zip(folder, [path for path in sorted(folder.iterdir()) if _is_own(path)])
+        return zip_files([(path.name, path) for path in sorted(folder.iterdir()) if _is_own(path)])
 
     def delete(self, adapter_id: str) -> None:
         """Delete an adapter, taking it off loaded models first.
@@ -85,45 +79,6 @@ class AdapterService:
 
 def _is_own(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
-
-
-class _Pipe(io.RawIOBase):
-    """A write-only file that gives its content to whoever drains it."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: object) -> int:
-        part = bytes(data)  # type: ignore[call-overload]
-        self._parts.append(part)
-        self._position += len(part)
-        return len(part)
-
-    def tell(self) -> int:
-        return self._position
-
-    def drain(self) -> bytes:
-        """Return what was written since the last call."""
-        parts, self._parts = self._parts, []
-        return b"".join(parts)
-
-
-def _zip(folder: Path, files: "list[Path]") -> Iterator[bytes]:
-    pipe = _Pipe()
-    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
-        for path in files:
-            with (
-                path.open("rb") as source,
-                archive.open(zipfile.ZipInfo.from_file(path, path.name), "w") as target,
-            ):
-                while chunk := source.read(_CHUNK_BYTES):
-                    target.write(chunk)
-                    yield pipe.drain()
-    yield pipe.drain()
 
 
 @singleton

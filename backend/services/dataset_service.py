@@ -1,144 +1,211 @@
-"""Datasets: read once at upload, stored as conversations, one a line."""
+"""Datasets: read once when they come, stored as normal rows, one a line."""
 
 import hashlib
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from core.clock import Clock, SystemClock
-from core.errors import DatasetInUse, DatasetNotFound, DatasetRejected
-from core.files import fsync_folder, storage_errors
+from core.errors import DatasetInUse, DatasetNotFound, DatasetNotTrainable, DatasetRejected, TooLarge
+from core.files import storage_errors
 from core.settings import get_settings
 from core.singleton import singleton
-from domain.dataset_formats import (
-    FORMATS,
-    DatasetFormat,
-    Detection,
-    RowRejected,
-    detect,
-    required_columns,
-    to_messages,
-)
+from domain.dataset_formats import TRAINABLE_FORMATS, DatasetFormat
 from domain.job_states import FINAL_STATES
 from services.database import get_database
-from services.dataset_reader import SourceRow, read_rows
+from services.dataset_files import DatasetFiles, Manifest, SourceFile
+from services.dataset_imports import Import, Imports
+from services.dataset_intake import IntakeRequest, IntakeResult
+from services.dataset_reading.text_rows import TextRows
+from services.dataset_worker import Reader, read_in_process
+from services.zip_stream import zip_files
 from store.database import Database
 from store.records import DatasetRecord, to_text
 from store.repositories import Datasets
 
 _CHUNK_BYTES = 2**20
-_MAX_REPORTED_ERRORS = 100
 BadRows = Literal["reject", "skip"]
+Form = Literal["original", "normalised"]
+_KINDS = {"preference": "preferences", "kto": "judged answers (KTO)"}
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A file as a client sends it.
+class ReadSettings:
+    """How a client wants its files read.
 
     Attributes:
-        format: How to read its rows, or None to recognise it by its columns.
+        format: How to read the rows, or None to recognise it.
         column_map: The format's field → the file's column, for columns under other names.
-        on_bad_rows: Refuse the file, or keep the good rows.
+        on_bad_rows: Refuse the files, or keep the good rows.
+        encoding: Of text, or None to recognise it.
+        text_rows: What is a row of plain text, or None to choose.
     """
 
-    file: BinaryIO
-    filename: str
-    name: str
     format: DatasetFormat | None
     column_map: Mapping[str, str]
     on_bad_rows: BadRows
+    encoding: str | None
+    text_rows: TextRows | None
 
 
-@dataclass
-class _Result:
-    rows: int = 0
-    format: str = ""
-    columns: list[str] = field(default_factory=list)
-    errors: list[dict[str, Any]] = field(default_factory=list)
-    rejected: int = 0
-    duplicates: int = 0
-    seen: set[bytes] = field(default_factory=set)
+@dataclass(frozen=True)
+class Download:
+    """A dataset as a file: on the disk, or made as it is read."""
+
+    filename: str
+    content: Path | Iterator[bytes]
+
+
+class Draft:
+    """A dataset that is being put together. Files come first, then they are read."""
+
+    def __init__(self, dataset_id: str, folder: Path, progress: Import, max_bytes: int) -> None:
+        self.id, self.folder, self.progress = dataset_id, folder, progress
+        self._max_bytes = max_bytes
+        self.files: list[SourceFile] = []
+
+    def receive(self, name: str) -> "DraftFile":
+        """Open the next file of the dataset."""
+        return DraftFile(self, name, Path("original") / f"{len(self.files):04d}")
+
+    def count(self, size: int) -> None:
+        """Count what came.
+
+        Raises:
+            TooLarge: It is more than a dataset may have.
+        """
+        self.progress.received_bytes += size
+        if self.progress.received_bytes > self._max_bytes:
+            raise TooLarge(f"The dataset is larger than {self._max_bytes} bytes.")
+
+
+class DraftFile:
+    """One file as it comes; closing it keeps it."""
+
+    def __init__(self, draft: Draft, name: str, path: Path) -> None:
+        self._draft, self._name, self._path = draft, name, path
+        self._digest, self._size = hashlib.sha256(), 0
+        self._file = (draft.folder / path).open("xb")
+
+    def write(self, data: bytes) -> int:
+        """Append.
+
+        Raises:
+            TooLarge: It is more than a dataset may have.
+            StorageFull: There is no room for it.
+        """
+        self._draft.count(len(data))
+        self._digest.update(data)
+        self._size += len(data)
+        with storage_errors(self._draft.folder):
+            return self._file.write(data)
+
+    def close(self) -> None:
+        """Keep the file."""
+        with storage_errors(self._draft.folder):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        self._draft.files.append(SourceFile(self._name, str(self._path), self._size, self._digest.hexdigest()))
+
+    def abandon(self) -> None:
+        """Close the file of a draft that will be discarded."""
+        self._file.close()
 
 
 class DatasetService:
-    """Stores, lists, previews and deletes datasets.
+    """Stores, lists, previews, hands out and deletes datasets.
 
     Args:
-        folder: One sub-folder a dataset: `original`, the file as it came, and `rows.jsonl`.
-        max_upload_bytes: Larger files are refused while they arrive.
+        files: Where they are.
+        imports: Where what is under way is shown.
+        max_upload_bytes: Larger datasets are refused while they arrive.
+        read: Reads files into normal rows.
     """
 
-    def __init__(self, database: Database, folder: Path, clock: Clock, max_upload_bytes: int) -> None:
-        self._database, self._folder, self._clock = database, folder, clock
-        self._max_upload_bytes = max_upload_bytes
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        database: Database,
+        files: DatasetFiles,
+        imports: Imports,
+        clock: Clock,
+        max_upload_bytes: int,
+        read: Reader = read_in_process,
+    ) -> None:
+        self._database, self._files, self.imports, self._clock = database, files, imports, clock
+        self._max_upload_bytes, self._read = max_upload_bytes, read
 
-    def add(self, upload: Upload) -> DatasetRecord:
-        """Read and store a file.
+    def draft(self, progress: Import) -> Draft:
+        """Begin a dataset. It must be finished or discarded."""
+        dataset_id = f"ds_{uuid.uuid4().hex[:12]}"
+        return Draft(dataset_id, self._files.new(dataset_id), progress, self._max_upload_bytes)
+
+    def discard(self, draft: Draft) -> None:
+        """Forget a draft and what came of it."""
+        self._files.discard(draft.id)
+
+    def finish(self, draft: Draft, name: str, settings: ReadSettings, source: Mapping[str, Any]) -> DatasetRecord:
+        """Read a draft's files and store the dataset; on any error nothing is left of it.
 
         Raises:
-            DatasetRejected: It cannot be read, has no usable row, or has bad rows and `on_bad_rows` is reject.
-            StorageFull: There is no room for it.
+            DatasetRejected: They cannot be read, have no usable row, or have bad rows that are not to be skipped.
+            StorageFull: There is no room for the rows.
         """
-        dataset_id = f"ds_{uuid.uuid4().hex[:12]}"
-        temporary = self._folder / f"{dataset_id}.tmp"
-        with storage_errors(temporary):
-            temporary.mkdir()
-            try:
-                size, digest = self._receive(upload.file, temporary / "original")
-                result = _normalise(upload, temporary)
-                record = self._record(dataset_id, upload, result, size, digest)
-                final = self._folder / dataset_id
-                os.replace(temporary, final)
-                fsync_folder(self._folder)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            try:
-                with self._database.begin() as connection:
-                    Datasets(connection).add(record)
-            except BaseException:
-                shutil.rmtree(final, ignore_errors=True)
-                raise
+        try:
+            with storage_errors(draft.folder):
+                draft.progress.stage = "reading"
+                result = self._read_rows(draft, settings)
+                record = self._record(draft, name, result)
+                manifest = _manifest(draft, settings, result, source)
+                self._files.commit(draft.id, manifest)
+        except BaseException:
+            self.discard(draft)
+            raise
+        try:
+            with self._database.begin() as connection:
+                Datasets(connection).add(record)
+        except BaseException:
+            self._files.delete(draft.id)
+            raise
         return record
 
-    def _receive(self, source: BinaryIO, target: Path) -> tuple[int, str]:
-        size, digest = 0, hashlib.sha256()
-        with target.open("wb") as file:
-            while chunk := source.read(_CHUNK_BYTES):
-                size += len(chunk)
-                if size > self._max_upload_bytes:
-                    raise DatasetRejected(f"The file is larger than {self._max_upload_bytes} bytes.", errors=[])
-                digest.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        return size, digest.hexdigest()
+    def _read_rows(self, draft: Draft, settings: ReadSettings) -> IntakeResult:
+        if not draft.files:
+            raise DatasetRejected("There is no file.", errors=[])
+        request = IntakeRequest(
+            files=[(str(draft.folder / file.path), file.name) for file in draft.files],
+            folder=str(draft.folder),
+            format=settings.format,
+            column_map=dict(settings.column_map),
+            skip_bad_rows=settings.on_bad_rows == "skip",
+            encoding=settings.encoding,
+            text_rows=settings.text_rows,
+            max_bytes=self._max_upload_bytes,
+        )
 
-    def _record(self, dataset_id: str, upload: Upload, result: _Result, size: int, digest: str) -> DatasetRecord:
-        warnings = []
-        if result.rejected:
-            lines = ", ".join(f"line {error['line']}: {error['message']}" for error in result.errors[:10])
-            more = f" and {result.rejected - 10} more" if result.rejected > 10 else ""
-            warnings.append(f"{result.rejected} rows were left out: {lines}{more}")
-        if result.duplicates:
-            warnings.append(f"{result.duplicates} rows repeat an earlier row; they are kept")
+        def report(rows: int, _size: int) -> None:
+            draft.progress.rows = rows
+
+        return self._read(request, report)
+
+    def _record(self, draft: Draft, name: str, result: IntakeResult) -> DatasetRecord:
+        digests = [file.sha256 for file in draft.files]
+        several = hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
         return DatasetRecord(
-            id=dataset_id,
-            name=upload.name or upload.filename,
+            id=draft.id,
+            name=name,
             format=result.format,
             rows=result.rows,
             rejected_rows=result.rejected,
-            bytes=size,
-            sha256=digest,
+            bytes=sum(file.bytes for file in draft.files),
+            sha256=digests[0] if len(digests) == 1 else several,
             columns=result.columns,
-            warnings=warnings,
+            warnings=result.warnings,
             created_at=to_text(self._clock.now()),
         )
 
@@ -159,18 +226,65 @@ class DatasetService:
             raise DatasetNotFound(f"No dataset has the id {dataset_id}.")
         return record
 
-    def rows_path(self, dataset_id: str) -> Path:
-        """Return the file of normalised conversations.
+    def manifest(self, dataset_id: str) -> Manifest:
+        """Return what else is known of a dataset."""
+        return self._files.manifest(dataset_id)
+
+    def check_trainable(self, dataset_id: str, train_on: str) -> DatasetRecord:
+        """Return a dataset from which a fine-tune can learn.
+
+        Raises:
+            DatasetNotFound: There is none of that id.
+            DatasetNotTrainable: It holds preferences, or no answer that may be learned.
+        """
+        record = self.get(dataset_id)
+        if record.format not in TRAINABLE_FORMATS:
+            raise DatasetNotTrainable(
+                f"The dataset {dataset_id} holds {_KINDS[record.format]}; a fine-tune learns from answers alone. "
+                "To learn from the good ones, download it with form=normalised, keep them as prompt and completion, "
+                "and upload that.",
+                format=record.format,
+            )
+        answers = self.manifest(dataset_id).answers
+        if answers is not None and answers[train_on == "last_assistant"] == 0 and train_on != "all":
+            which = "last answer" if train_on == "last_assistant" else "answer"
+            raise DatasetNotTrainable(f"Nothing would be learned from {dataset_id}: every {which} has weight 0.")
+        return record
+
+    def folder(self, dataset_id: str) -> Path:
+        """Return a dataset's folder.
 
         Raises:
             DatasetNotFound: There is no such dataset.
         """
-        return self._folder / self.get(dataset_id).id / "rows.jsonl"
+        return self._files.path(self.get(dataset_id).id)
 
-    def preview(self, dataset_id: str, offset: int, limit: int) -> list[list[dict[str, str]]]:
-        """Return some conversations as they will be trained on."""
+    def rows_path(self, dataset_id: str) -> Path:
+        """Return the file of normal rows.
+
+        Raises:
+            DatasetNotFound: There is no such dataset.
+        """
+        return self.folder(dataset_id) / "rows.jsonl"
+
+    def preview(self, dataset_id: str, offset: int, limit: int) -> list[dict[str, Any]]:
+        """Return some normal rows."""
         with self.rows_path(dataset_id).open(encoding="utf-8") as file:
-            return [json.loads(line)["messages"] for line in islice(file, offset, offset + limit)]
+            return [json.loads(line) for line in islice(file, offset, offset + limit)]
+
+    def download(self, dataset_id: str, form: Form) -> Download:
+        """Return a dataset as it was, several files as a zip, or its normal rows.
+
+        Raises:
+            DatasetNotFound: There is no such dataset.
+        """
+        folder = self.folder(dataset_id)
+        if form == "normalised":
+            return Download(f"{dataset_id}.jsonl", folder / "rows.jsonl")
+        files = self.manifest(dataset_id).files
+        if len(files) <= 1:  # the first version's datasets have a file where the folder is now
+            return Download(files[0].name if files else dataset_id, folder / (files[0].path if files else "original"))
+        return Download(f"{dataset_id}.zip", zip_files([(file.name, folder / file.path) for file in files]))
 
     def delete(self, dataset_id: str) -> None:
         """Delete a dataset and its files.
@@ -189,92 +303,29 @@ class DatasetService:
                 job_id = (unfinished or [uses[0][0]])[0]
                 raise DatasetInUse(f"The job {job_id} {what}.", jobs=[job for job, _ in uses])
             repository.delete(dataset_id)
-        shutil.rmtree(self._folder / dataset_id)
+        self._files.delete(dataset_id)
 
     def remove_leftovers(self) -> None:
-        """Delete what cut-off uploads left. Whole folders stay, even unknown ones: another database may know them."""
-        for folder in self._folder.glob("ds_*.tmp"):
-            shutil.rmtree(folder)
+        """Delete what cut-off uploads left."""
+        self._files.remove_leftovers()
 
 
-def _normalise(upload: Upload, folder: Path) -> _Result:
-    """Write `rows.jsonl` from `original`; decide the format by the first good row."""
-    result = _Result()
-    detection: Detection | None = None
-    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
-        for row in read_rows(folder / "original", upload.filename):
-            if row.value is not None and detection is None:
-                result.columns = [str(name) for name in row.value]
-                detection = _detection(upload, result.columns)
-                result.format = detection.format
-            messages = _convert(row, detection, result)
-            if messages is not None:
-                line = json.dumps({"messages": messages}, ensure_ascii=False)
-                file.write(line + "\n")
-                result.rows += 1
-                digest = hashlib.sha256(line.encode()).digest()[:16]
-                result.duplicates += digest in result.seen
-                result.seen.add(digest)
-        file.flush()
-        os.fsync(file.fileno())
-    if result.rejected and (upload.on_bad_rows == "reject" or not result.rows):
-        what = "on_bad_rows=skip keeps the others" if result.rows else "no row can be used"
-        raise DatasetRejected(
-            f"{result.rejected} rows cannot be used, the first on line {result.errors[0]['line']}: "
-            f"{result.errors[0]['message']}; {what}.",
-            errors=result.errors,
-            rejected_rows=result.rejected,
-            good_rows=result.rows,
-        )
-    if not result.rows:
-        raise DatasetRejected("The file has no rows.", errors=[])
-    return result
-
-
-def _convert(row: SourceRow, detection: Detection | None, result: _Result) -> list[dict[str, str]] | None:
-    error = row.error
-    if row.value is not None and detection is not None:
-        try:
-            return to_messages(row.value, detection)
-        except RowRejected as rejected:
-            error = str(rejected)
-    result.rejected += 1
-    if len(result.errors) < _MAX_REPORTED_ERRORS:
-        result.errors.append({"line": row.line, "message": error})
-    return None
-
-
-def _detection(upload: Upload, columns: list[str]) -> Detection:
-    """Settle the format: as forced and mapped by the client, or recognised.
-
-    Raises:
-        DatasetRejected: It is not recognised, or a mapped column is not in the file.
-    """
-    absent = [column for column in upload.column_map.values() if column not in columns]
-    if absent:
-        raise DatasetRejected(f"column_map names {absent}, but the file's columns are {columns}.", errors=[])
-    if upload.format is None and not upload.column_map:
-        found = detect(columns)
-        if found is None:
-            raise DatasetRejected(
-                f"The format is not recognised from the columns {columns}. Known are {list(FORMATS)}; "
-                'map other columns with column_map, e.g. {"prompt": "question", "completion": "reply"}.',
-                errors=[],
-            )
-        return found
-    candidates = FORMATS if upload.format is None else (upload.format,)
-    for format_ in candidates:
-        fields = required_columns(format_)
-        mapping = {name: upload.column_map.get(name, name) for name in fields}
-        if all(column in columns for column in mapping.values()):
-            return Detection(format_, {**upload.column_map, **mapping})
-    if upload.format is not None and (found := detect(columns)) is not None and found.format == upload.format:
-        return found
-    raise DatasetRejected(f"The format {candidates} needs columns that are not in {columns}.", errors=[])
+def _manifest(draft: Draft, settings: ReadSettings, result: IntakeResult, source: Mapping[str, Any]) -> Manifest:
+    return Manifest(
+        files=tuple(draft.files),
+        source=source,
+        detected=tuple(result.detected),
+        unused_columns=tuple(result.unused_columns),
+        answers=result.answers,
+        duplicates=result.duplicates,
+        rows_sha256=result.rows_sha256,
+        settings=asdict(settings) | {"column_map": dict(settings.column_map)},
+    )
 
 
 @singleton
 def get_dataset_service() -> DatasetService:
     """Return the process's dataset service."""
-    settings = get_settings()
-    return DatasetService(get_database(), settings.home / "datasets", SystemClock(), settings.max_upload_bytes)
+    settings, clock = get_settings(), SystemClock()
+    files = DatasetFiles(settings.home / "datasets")
+    return DatasetService(get_database(), files, Imports(clock), clock, settings.max_upload_bytes)

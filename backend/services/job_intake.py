@@ -9,6 +9,7 @@ from core.errors import CheckpointUnusable, SettingRejected
 from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration
 from domain.job_states import JobState
+from domain.peft_config import PeftConfig
 from domain.use_cases import UseCaseId
 from services.checkpoint_store import CheckpointStore
 from services.dataset_service import DatasetService
@@ -65,7 +66,7 @@ class JobIntake:
         """
         model_id, revision = self._model_of(request)
         config = self._configure(request, model_id, revision).config
-        self._check_data(request, config.early_stopping_patience, config.eval_every_steps)
+        self._check_data(request, config)
         record = JobRecord(
             id=job_id,
             sequence=0,
@@ -125,15 +126,15 @@ class JobIntake:
             raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
         return loaded.model_id, loaded.revision
 
-    def _check_data(self, request: JobRequest, patience: int | None, every: int | None) -> None:
-        self.datasets.get(request.dataset_id)
+    def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
+        self.datasets.check_trainable(request.dataset_id, config.train_on)
         if request.validation_dataset_id is not None:
-            self.datasets.get(request.validation_dataset_id)
+            self.datasets.check_trainable(request.validation_dataset_id, config.train_on)
             if request.validation_fraction > 0:
                 raise _rejected("validation_fraction", "use it or validation_dataset_id, not both")
         has_validation = request.validation_dataset_id is not None or request.validation_fraction > 0
-        for name, value in (("early_stopping_patience", patience), ("eval_every_steps", every)):
-            if value is not None and not has_validation:
+        for name in ("early_stopping_patience", "eval_every_steps"):
+            if getattr(config, name) is not None and not has_validation:
                 raise _rejected(name, "needs validation_dataset_id or validation_fraction")
 
     def _begin_with(self, source: JobRecord, resume_from: str, record: JobRecord) -> JobRecord:

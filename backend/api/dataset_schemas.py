@@ -1,0 +1,147 @@
+"""Requests and responses of /api/datasets."""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from api.peft_schemas import Response
+from domain.dataset_formats import TRAINABLE_FORMATS, DatasetFormat
+from services.dataset_files import Manifest
+from services.dataset_imports import Import
+from services.dataset_reading.text_rows import TextRows
+from services.dataset_service import BadRows, ReadSettings
+from store.records import DatasetRecord, to_text
+
+Name = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class ReadFields(BaseModel):
+    """What a client may say of its files. In a form `column_map` is JSON."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    name: Name = Field(default="", description="The file's name if left out.")
+    format: Literal["auto"] | DatasetFormat = Field(default="auto", description="auto: recognised by the columns.")
+    column_map: dict[Column, Column] = Field(
+        default_factory=dict,
+        description="The format's field → your column, or a path into one: `answers.0.text`.",
+        max_length=20,
+    )
+    on_bad_rows: BadRows = Field(default="reject", description="Refuse files with bad rows, or skip those rows.")
+    encoding: str = Field(default="auto", max_length=40, description="auto, or a name such as gb18030.")
+    text_rows: Literal["auto"] | TextRows = Field(default="auto", description="What is a row of plain text.")
+
+    @field_validator("column_map", mode="before")
+    @classmethod
+    def _from_json(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"column_map is not JSON: {error}") from error
+
+    def settings(self) -> ReadSettings:
+        """Return them in the service's terms."""
+        return ReadSettings(
+            format=None if self.format == "auto" else self.format,
+            column_map=self.column_map,
+            on_bad_rows=self.on_bad_rows,
+            encoding=None if self.encoding == "auto" else self.encoding,
+            text_rows=None if self.text_rows == "auto" else self.text_rows,
+        )
+
+
+class DatasetResponse(Response):
+    id: str
+    name: str
+    format: DatasetFormat
+    trainable: bool = Field(description="Whether a fine-tune can learn from it; preferences are only kept.")
+    rows: int = Field(description="Usable rows.")
+    rejected_rows: int = Field(description="Rows left out; `warnings` names their lines.")
+    duplicate_rows: int | None = Field(description="Rows that repeat an earlier one; they are kept.")
+    bytes: int = Field(description="Size of the files as they came.")
+    sha256: str = Field(description="Of the file as it came; of several, of the lines of their sums.")
+    columns: list[str]
+    unused_columns: list[str] = Field(description="Columns that were not read.")
+    detected: list[str] = Field(description="What the files turned out to be, and by what.")
+    source: dict[str, Any] = Field(description="Where it came from.")
+    warnings: list[str]
+    created_at: str
+
+
+class DatasetList(Response):
+    datasets: list[DatasetResponse]
+
+
+class Turn(Response):
+    role: str
+    content: str
+    reasoning_content: str | None
+    tool_calls: list[dict[str, Any]] | None
+    tool_call_id: str | None
+    name: str | None
+    weight: int | None = Field(description="0: not learned.")
+
+
+class PreviewRow(Response):
+    messages: list[Turn] | None = Field(description="Of a conversation.")
+    text: str | None = Field(description="Of plain text.")
+    prompt: list[Turn] | None = Field(description="Of a preference or a judged answer.")
+    chosen: list[Turn] | None
+    rejected: list[Turn] | None
+    completion: list[Turn] | None
+    label: bool | None
+    tools: list[dict[str, Any]] | None
+
+
+class DatasetPreview(Response):
+    offset: int
+    rows: list[PreviewRow]
+
+
+class ImportResponse(Response):
+    id: str
+    name: str
+    stage: Literal["receiving", "downloading", "reading"]
+    received_bytes: int
+    total_bytes: int | None
+    fraction: float | None = Field(description="Of the bytes received, 0..1.")
+    rows: int = Field(description="Read so far.")
+    started_at: str
+
+
+class ImportList(Response):
+    imports: list[ImportResponse]
+
+
+def dataset_view(record: DatasetRecord, manifest: Manifest) -> DatasetResponse:
+    """Show a dataset."""
+    return DatasetResponse.model_validate(
+        record.__dict__
+        | {
+            "trainable": record.format in TRAINABLE_FORMATS,
+            "duplicate_rows": manifest.duplicates,
+            "unused_columns": list(manifest.unused_columns),
+            "detected": list(manifest.detected),
+            "source": dict(manifest.source),
+        }
+    )
+
+
+def preview_row(row: dict[str, Any]) -> PreviewRow:
+    """Show a normal row."""
+    turns = {
+        name: [Turn.model_validate({**dict.fromkeys(Turn.model_fields), **turn}) for turn in row[name]]
+        for name in ("messages", "prompt", "chosen", "rejected", "completion")
+        if name in row
+    }
+    return PreviewRow.model_validate({**dict.fromkeys(PreviewRow.model_fields), **row, **turns})
+
+
+def import_view(item: Import) -> ImportResponse:
+    """Show an import."""
+    fraction = min(1.0, item.received_bytes / item.total_bytes) if item.total_bytes else None
+    return ImportResponse.model_validate(item.__dict__ | {"fraction": fraction, "started_at": to_text(item.started_at)})

@@ -1,0 +1,97 @@
+"""A multipart upload that goes to its place as it comes: no copy in memory, none in the system's temporary folder."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+from core.errors import Rejected
+from services.dataset_service import DraftFile
+
+_MAX_FIELDS = 20
+
+
+class UploadMalformed(Rejected):
+    """The multipart body cannot be read, or is not one file with its settings."""
+
+    slug, title = "malformed-upload", "Malformed upload"
+
+
+class _Sink:
+    """A draft's file, as Starlette's parser wants a file."""
+
+    def __init__(self, file: DraftFile) -> None:
+        self.file = file
+        self.whole = False
+
+    def write(self, data: bytes) -> int:
+        return self.file.write(data)
+
+    def seek(self, _position: int) -> None:
+        """The parser goes back to the start when the part has ended."""
+        self.whole = True
+
+    def close(self) -> None:
+        """Nothing: the draft decides what becomes of the file."""
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, writing the file where it belongs instead of to a spooled one."""
+
+    def __init__(self, request: Request, receive: Callable[[str], DraftFile]) -> None:
+        super().__init__(request.headers, request.stream(), max_files=1, max_fields=_MAX_FIELDS)
+        self._receive = receive
+        self.sink: _Sink | None = None
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        upload = self._current_part.file
+        if upload is not None:
+            if self._current_part.field_name != "file":
+                raise MultiPartException(f"The file is in the field {self._current_part.field_name!r:.60}, not 'file'.")
+            self.sink = _Sink(self._receive((upload.filename or "upload")[-200:]))
+            upload.file = cast(Any, self.sink)
+
+
+async def read_upload(request: Request, receive: Callable[[str], DraftFile]) -> dict[str, Any]:
+    """Read a form with one file.
+
+    Args:
+        receive: Opens the place of the file by its name.
+
+    Returns:
+        The other fields.
+
+    Raises:
+        UploadMalformed: It is no such form, or it is cut off.
+        starlette.requests.ClientDisconnect: The client went away.
+    """
+    parser = _Parser(request, receive)
+    try:
+        form = await parser.parse()
+        sink = parser.sink
+        if sink is None:
+            location = ("body", "file")
+            raise RequestValidationError([{"loc": location, "msg": "Field required", "type": "missing", "input": None}])
+        if not sink.whole:
+            raise UploadMalformed("The upload ends before its end mark.")
+    except MultiPartException as error:
+        _abandon(parser)
+        raise UploadMalformed(str(error.message)) from error
+    except BaseException:
+        _abandon(parser)
+        raise
+    fields = [(name, value) for name, value in form.multi_items() if not isinstance(value, UploadFile)]
+    if len(dict(fields)) != len(fields):
+        _abandon(parser)
+        raise UploadMalformed("A field is there twice.")
+    sink.file.close()
+    return dict(fields)
+
+
+def _abandon(parser: _Parser) -> None:
+    if parser.sink is not None:
+        parser.sink.file.abandon()
