@@ -1,6 +1,7 @@
 """The server: `python main.py` listens on 127.0.0.1:8000."""
 
 import asyncio
+import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,8 +14,9 @@ from starlette.middleware.cors import CORSMiddleware
 from api import adapters, compatibility, datasets, hardware, models, peft, problems, service, training
 from api.guard import Guard
 from api.strict_json import StrictJson
+from core.errors import StorageFull
 from core.home_lock import HomeTaken, lock_home
-from core.logging import configure_logging
+from core.logging import configure_logging, get_logger
 from core.settings import Settings, get_settings
 from core.version import VERSION
 from services.adapter_service import get_adapter_service
@@ -22,6 +24,7 @@ from services.database import get_database
 from services.dataset_service import get_dataset_service
 from services.peft_service import get_peft_service
 from services.training_service import get_training_service
+from store import sqlite_file
 
 _GRACE_S = 5  # for requests under way when the server is told to stop; event streams do not end by themselves
 
@@ -31,8 +34,21 @@ async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(get_dataset_service().remove_leftovers)
     await asyncio.to_thread(get_adapter_service().remove_leftovers)
     await asyncio.to_thread(get_training_service().start)
+    backup = asyncio.create_task(asyncio.to_thread(_back_up))
     yield
+    await backup
     await asyncio.to_thread(stop_services)
+
+
+def _back_up() -> None:
+    path = get_settings().sqlite_path
+    if path is None:
+        return
+    try:
+        if sqlite_file.back_up(path):
+            get_logger(__name__).info("database.backed_up", path=str(sqlite_file.backup_of(path)))
+    except (StorageFull, sqlite3.Error, OSError) as error:
+        get_logger(__name__).warning("database.not_backed_up", reason=str(error))
 
 
 def stop_services() -> None:
@@ -82,7 +98,9 @@ def main() -> int:
         return 2
     try:
         lock = lock_home(settings.home)
-    except (HomeTaken, OSError) as error:
+        if settings.sqlite_path is not None:
+            sqlite_file.check(settings.sqlite_path)
+    except (HomeTaken, sqlite_file.DatabaseDamaged, OSError) as error:
         print(f"peft-studio: {error}", file=sys.stderr)  # noqa: T201
         return 2
     configure_logging(settings)

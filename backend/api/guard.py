@@ -13,6 +13,7 @@ from api.problems import problem
 from api.strict_json import MAX_JSON_BYTES
 from core.logging import get_logger
 from core.settings import Settings, is_loopback
+from services import telemetry
 
 _log = get_logger("api.requests")
 _OPEN_PATHS = frozenset({"/health"})
@@ -42,6 +43,9 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                elapsed_s = time.monotonic() - started
+                route = getattr(scope.get("route"), "path", "unmatched")
+                telemetry.http_request_seconds.labels(scope["method"], route, status).observe(elapsed_s)
                 message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
             await send(message)
 

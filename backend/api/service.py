@@ -2,14 +2,20 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
+from fastapi.responses import PlainTextResponse
 
 from api.peft_schemas import Response
 from core.version import VERSION
+from services import telemetry
+from services.peft_service import PeftService, get_peft_service
+from services.training_service import TrainingService, get_training_service
 
 router = APIRouter(tags=["service"])
+Training = Annotated[TrainingService, Depends(get_training_service)]
+Peft = Annotated[PeftService, Depends(get_peft_service)]
 _PACKAGES = ("fastapi", "torch", "transformers", "peft", "bitsandbytes", "unsloth")
 
 
@@ -27,6 +33,13 @@ class Version(Response):
 async def health() -> Health:
     """Whether the server answers. Open even when an API key is set."""
     return Health(status="ok")
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+def metrics(training: Training, peft: Peft) -> PlainTextResponse:
+    """Counters, gauges and histograms in Prometheus' text format."""
+    text = telemetry.exposition(training.count_by_state(), peft.memory_bytes())
+    return PlainTextResponse(text, media_type=telemetry.CONTENT_TYPE)
 
 
 @router.get("/api/version")

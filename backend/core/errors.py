@@ -9,7 +9,7 @@
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
     │                       DatasetInUse, NeedsRemoteCode, NoSafeWeights
     ├── AccessDenied        ModelGated
-    ├── Unavailable         HubUnavailable, EngineUnavailable
+    ├── Unavailable         HubUnavailable, EngineUnavailable, DatabaseUnavailable
     ├── EngineFailed        the engine process died or reported an error
     └── StorageFull         no space left where the data lives
 
@@ -203,6 +203,12 @@ class EngineUnavailable(Unavailable):
     """No engine process could be started."""
 
     slug, title = "engine-unavailable", "Engine unavailable"
+
+
+class DatabaseUnavailable(Unavailable):
+    """The database does not answer, or another transaction holds it for too long."""
+
+    slug, title = "database-unavailable", "Database unavailable"
 
 
 class EngineFailed(StudioError):

@@ -56,6 +56,11 @@ class Settings(BaseModel):
         return self.database_url or f"sqlite:///{self.home / 'studio.db'}"
 
     @property
+    def sqlite_path(self) -> Path | None:
+        """The database's file, where it is the one in `home`."""
+        return self.home / "studio.db" if self.database_url is None else None
+
+    @property
     def resolved_cache_dir(self) -> Path:
         return self.cache_dir or self.home / "cache"
 

@@ -188,6 +188,8 @@ class StepMetrics(_Event):
     loss: float
     learning_rate: float
     grad_norm: float | None
+    step_s: float
+    step_tokens: int
     tokens: int
     tokens_per_s: float
     memory_bytes: int

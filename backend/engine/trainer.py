@@ -238,13 +238,15 @@ class Trainer:
         progress.passes = progress.epoch + progress.position / batches_per_epoch
         if progress.position >= batches_per_epoch:
             progress.epoch, progress.position = progress.epoch + 1, 0
-        progress.tokens += sum(batch.tokens for batch in batches)
+        step_tokens = sum(batch.tokens for batch in batches)
+        progress.tokens += step_tokens
         progress.first_loss = total if progress.first_loss is None else progress.first_loss
         progress.loss = total
         progress.evaluation_due = self._evaluates_after(progress.step)
-        progress.step_time_s += time.monotonic() - began
+        step_s = time.monotonic() - began
+        progress.step_time_s += step_s
         self._rng = rng_state(self._base.device)
-        self._report(learning_rate, None if overflow else norm)
+        self._report(learning_rate, None if overflow else norm, step_s, step_tokens)
 
     def _not_finite(self, what: str, batches: list[Batch]) -> NotFinite:
         rows = sorted(row + 1 for batch in batches for row in batch.rows)
@@ -253,7 +255,7 @@ class Trainer:
             ["halve learning_rate", "precision bf16 or fp32", "look at the named rows"],
         )
 
-    def _report(self, learning_rate: float, norm: float | None) -> None:
+    def _report(self, learning_rate: float, norm: float | None, step_s: float, step_tokens: int) -> None:
         progress = self.progress
         if progress.loss is None:
             raise ValueError("no step has been taken")
@@ -266,6 +268,8 @@ class Trainer:
                 loss=progress.loss,
                 learning_rate=learning_rate,
                 grad_norm=norm,
+                step_s=step_s,
+                step_tokens=step_tokens,
                 tokens=progress.tokens,
                 tokens_per_s=progress.tokens / max(progress.step_time_s, 1e-9),
                 memory_bytes=self._base.memory_bytes(),

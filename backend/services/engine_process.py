@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
 from domain import protocol
+from services import telemetry
 
 _BACKEND = Path(__file__).resolve().parent.parent
 _LOG_CAP_BYTES = 4 * 2**20
@@ -87,6 +88,7 @@ class EngineProcess:
             self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent).result()
         except OSError as error:
             raise EngineUnavailable(f"No engine process could be started: {error}") from error
+        telemetry.engine_starts.inc()
         self._log_thread = threading.Thread(target=self._copy_log, name="engine-log", daemon=True)
         self._log_thread.start()
         threading.Thread(target=self._read_events, args=(events,), name="engine-events", daemon=True).start()
@@ -197,6 +199,9 @@ class EngineProcess:
                     self._deliver(event)
         self._process.wait()
         self._log_thread.join(timeout=5)
+        if not self._closing:
+            code = self._process.returncode
+            telemetry.engine_deaths.labels(f"signal {-code}" if code < 0 else f"exit code {code}").inc()
         with self._lock:
             self._ended.set()
             pending, self._pending = self._pending, {}

@@ -20,6 +20,7 @@ from core import errors
 from core.clock import Clock
 from core.logging import get_logger
 from core.version import VERSION
+from services import telemetry
 from services.hub_errors import map_hub_error, may_pass, told_wait_s, unavailable
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ class HubHttp:
             try:
                 return once()
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+                if isinstance(error, httpx.TransportError):
+                    telemetry.hub_requests.labels("0").inc()
                 mapped = map_hub_error(error, model_id)
                 failures = 1 if progressed() else failures + 1
                 told_s: float | None = mapped.extras.get("retry_after_s")
@@ -174,6 +177,7 @@ class HubHttp:
         with get_session().stream(
             "GET", self.endpoint + path, params=params, headers=sent, timeout=timeout
         ) as response:
+            telemetry.hub_requests.labels(str(response.status_code)).inc()
             if not response.is_error and (told_s := told_wait_s(response)):
                 self._pause(path, told_s)  # the last request of a window; the next would be refused
             if response.is_error:

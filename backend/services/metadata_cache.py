@@ -19,6 +19,7 @@ from core.errors import HubUnavailable, StorageFull
 from core.files import write_atomic
 from core.logging import get_logger
 from domain.model_records import moment, text
+from services import telemetry
 
 T = TypeVar("T")
 Stamp = tuple[int, int, int, int]  # changes with a file's content
@@ -142,17 +143,21 @@ class MetadataCache:
     ) -> Cached[T]:
         held = self._read(key, adapter)
         if held is not None and self._is_fresh(held, ttl_s(held.value)):
+            telemetry.cache_lookups.labels("hit").inc()
             return Cached(held.value, held.fetched_at, "cache", stale=False)
         try:
             fetched = fetch(held.etag if held is not None else None)
         except HubUnavailable as error:
             if held is None:
+                telemetry.cache_lookups.labels("miss").inc()
                 raise
+            telemetry.cache_lookups.labels("stale").inc()
             _log.warning("metadata_cache.stale", fetched_at=held.fetched_at.isoformat(), reason=error.detail)
             return Cached(held.value, held.fetched_at, "cache", stale=True)
         value = fetched.value if fetched.value is not None else held.value if held is not None else None
         if value is None:
             raise HubUnavailable("The Hub answered that nothing has changed, but nothing was held.")
+        telemetry.cache_lookups.labels("miss").inc()
         now = self._clock.now()
         self._write(key, adapter, _Entry(value, fetched.etag, now))
         return Cached(value, now, "hub", stale=False)

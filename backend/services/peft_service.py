@@ -252,6 +252,14 @@ class PeftService:
         with self._lock:
             return list(self._models.values())
 
+    def memory_bytes(self) -> dict[tuple[str, str], int]:
+        """Return the memory of each loaded base, by model id and device."""
+        return {
+            (model.model_id, model.base.key.device): model.base.memory_bytes
+            for model in self.models()
+            if model.base.memory_bytes is not None
+        }
+
     def get(self, model_id: str) -> LoadedModel:
         """Return one loaded model.
 

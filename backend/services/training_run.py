@@ -5,19 +5,19 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy.exc import OperationalError
-
 from core.clock import Clock
-from core.errors import LoadedModelNotFound, ModelBusy, StorageFull, StudioError
+from core.errors import DatabaseUnavailable, LoadedModelNotFound, ModelBusy, StorageFull, StudioError
 from core.logging import get_logger
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.job_states import JobState
 from domain.peft_config import PeftConfig
 from domain.retries import MAX_STALLS, TRANSIENT, wait_s
+from services import telemetry
 from services.engine_process import CommandFailed, EngineDied, EngineProcess
 from services.loaded_base import LoadState
 from services.peft_service import LoadedModel, LoadRequest
@@ -30,9 +30,11 @@ _POLL_S = 0.2
 _SAVE_AGAIN_S = 1.0
 _log = get_logger(__name__)
 # What a database that cannot be written, for now, raises.
-_NOT_SAVED = (OperationalError, StorageFull)
+_NOT_SAVED = (DatabaseUnavailable, StorageFull)
+# Steps that wait for a database that is away; with more, the run is paused.
+_MOST_UNSAVED = 1000
 # Why a run ends before its last step: a client's wish, the server's end, or a database that cannot be written.
-Ending = Literal["discard", "keep_checkpoints", "keep_adapter", "pause", "server_ends", "disk_full"]
+Ending = Literal["discard", "keep_checkpoints", "keep_adapter", "pause", "server_ends", "not_saved"]
 _ENGINE_MODES: dict[Ending, protocol.StopMode] = {"discard": "discard", "keep_adapter": "keep"}
 
 
@@ -51,7 +53,9 @@ class TrainingRun:
         self._process: EngineProcess | None = None
         self._request_id: str | None = None
         self._lock = threading.RLock()
+        self._started = False
         self._unsaved: deque[tuple[str, dict[str, Any], dict[str, Any]]] = deque()
+        self._unsaved_because: StudioError | None = None
         self._progress = dict(job.progress)
         self._stalls = job.stalls
         self._oom_kills = service.oom_kills()
@@ -59,6 +63,9 @@ class TrainingRun:
     def execute(self) -> None:
         """Run the job to a final state, or to `paused` or `interrupted`."""
         now = to_text(self._clock.now())
+        if self.job.started_at is None:
+            waited = self._clock.now() - datetime.fromisoformat(self.job.created_at)
+            telemetry.job_queue_seconds.observe(max(0.0, waited.total_seconds()))
         started = self.job.started_at or now
         self._move(JobState.PREPARING, started_at=started, attempts=self.job.attempts + 1, error=None)
         try:
@@ -176,10 +183,12 @@ class TrainingRun:
         """Record an event. Steps trained again after a crash are the same steps: they are not recorded twice."""
         data = event.model_dump(mode="json", exclude={"request_id", "kind"})
         if isinstance(event, protocol.TrainingStarted):
-            self._running()
+            self._started = True
             step = event.resumed_from_step or 0
             self._save("started", data, {"step": step, "total_steps": event.total_steps})
         elif isinstance(event, protocol.StepMetrics):
+            telemetry.step_seconds.labels(self.job.algorithm).observe(event.step_s)
+            telemetry.tokens.labels(self.job.algorithm).inc(event.step_tokens)
             new = event.step > self._progress.get("recorded_step", 0)
             progress = {
                 "step": event.step,
@@ -202,27 +211,22 @@ class TrainingRun:
         else:
             self._save("progress", data, {})
 
-    def _running(self) -> None:
-        with self._lock:
-            if self.job.state is not JobState.PREPARING:
-                return  # a pause came first
-            try:
-                self._move(JobState.RUNNING)
-            except _NOT_SAVED:
-                _log.exception("job.state_waits", job_id=self.job.id)
-                self.end("disk_full")
-
     def _save(self, kind: str | None, data: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Write an event and the progress; while the database cannot be written, keep them and pause the run."""
+        """Write an event and the progress. What a database that is away cannot take waits; a full disk pauses."""
         self._progress |= progress
         self._unsaved.append((kind or "", data, dict(self._progress)))
         try:
             self._flush()
-        except _NOT_SAVED:
-            _log.exception("job.event_waits", job_id=self.job.id, event_kind=kind)
-            self.end("disk_full")
+        except _NOT_SAVED as error:
+            _log.warning("job.event_waits", job_id=self.job.id, event_kind=kind, unsaved=len(self._unsaved))
+            if isinstance(error, StorageFull) or len(self._unsaved) > _MOST_UNSAVED:
+                self._unsaved_because = error
+                self.end("not_saved")
 
     def _flush(self) -> None:
+        with self._lock:
+            if self._started and self.job.state is JobState.PREPARING:  # and not, for one, pausing
+                self._move(JobState.RUNNING)
         while self._unsaved:
             kind, data, progress = self._unsaved[0]
             self._service.record_event(self.job.id, kind or None, data, progress, self._stalls)
@@ -266,6 +270,7 @@ class TrainingRun:
     def _fail(self, error_class: str, error: StudioError) -> None:
         """Record what went wrong: to be tried again, to be looked at by a person, or for good."""
         self._save_events()
+        telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
         if error_class == "disk_full":
             self._finish(JobState.PAUSED, error=details)
@@ -289,9 +294,10 @@ class TrainingRun:
         self._save_events()
         if self._ending == "pause":
             self._finish(JobState.PAUSED)
-        elif self._ending == "disk_full":
-            full = StorageFull("The database could not be written; the run was paused at its last checkpoint.")
-            self._finish(JobState.PAUSED, error=failure("disk_full", full))
+        elif self._ending == "not_saved" and self._unsaved_because is not None:
+            because = self._unsaved_because
+            error_class = "disk_full" if isinstance(because, StorageFull) else "database_unavailable"
+            self._finish(JobState.PAUSED, error=failure(error_class, because))
         elif self._ending == "server_ends":
             ended = StudioError("The server was stopped while the job ran; it goes on when the server starts.")
             self._finish(JobState.INTERRUPTED, error=failure("server_ended", ended))

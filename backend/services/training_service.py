@@ -131,6 +131,11 @@ class TrainingService:
         with self._database.begin() as connection:
             return Jobs(connection).all(states)
 
+    def count_by_state(self) -> dict[str, int]:
+        """Return how many jobs there are in each state, the empty ones included."""
+        with self._database.begin() as connection:
+            return {state.value: 0 for state in JobState} | Jobs(connection).count_by_state()
+
     def events(self, job_id: str, after: int, limit: int, kind: str | None = None) -> list[EventRecord]:
         """Return events with a sequence number above `after`, in order."""
         with self._database.begin() as connection:

@@ -1,23 +1,33 @@
 """One engine, migrations on start, and transactions that wait for each other instead of failing."""
 
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
 
-from core.errors import StorageFull
+from core.errors import DatabaseUnavailable, StorageFull
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The newest migration. A database already there is opened without importing Alembic, which costs 0.1 s.
 HEAD = "0002"
+# A PostgreSQL that restarts is back within seconds; 7.7 s in all.
+_CONNECT_WAITS_S = (0.1, 0.2, 0.4, 1.0, 2.0, 4.0)
+_NO_ROOM_BYTES = 2**16  # the shared-memory index of a WAL grows by 32 KiB
+# Any number that nobody else uses: the lock that makes PostgreSQL's transactions wait for each other.
+_LOCK = 0x5046_5354
 
 
 class Database:
-    """The service's tables.
+    """The service's tables, on SQLite or PostgreSQL.
+
+    Transactions that write and those that read alike wait for each other: read-then-write is safe without retries,
+    and there is one server a database.
 
     Args:
         url: An SQLAlchemy URL. SQLite runs in WAL mode with synchronous=FULL: a commit that was acknowledged
@@ -25,18 +35,20 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        arguments: dict[str, Any] = {"timeout": 30} if url.startswith("sqlite") else {}
-        database = make_url(url).database
-        if url.startswith("sqlite") and database:
-            Path(database).parent.mkdir(parents=True, exist_ok=True)
-        self.engine: Engine = create_engine(url, connect_args=arguments, pool_pre_ping=not url.startswith("sqlite"))
-        if url.startswith("sqlite"):
+        parsed = _with_driver(make_url(url))
+        self._on_sqlite = parsed.get_backend_name() == "sqlite"
+        if self._on_sqlite and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        arguments: dict[str, Any] = {"timeout": 30} if self._on_sqlite else {"connect_timeout": 10}
+        self.engine: Engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._on_sqlite)
+        if self._on_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)
             event.listen(self.engine, "begin", _begin_immediate)
+        else:
+            event.listen(self.engine, "begin", _take_lock)
 
     def migrate(self) -> None:
-        """Bring the tables to the newest version."""
+        """Bring the tables to the newest version, in one transaction."""
         if self.version() == HEAD:
             return
         from alembic import command
@@ -44,13 +56,13 @@ class Database:
 
         config = Config()
         config.set_main_option("script_location", str(_MIGRATIONS))
-        with self.engine.begin() as connection:
+        with self.begin() as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
     def version(self) -> str | None:
         """Return the migration the database is at, or None for an empty one."""
-        with self.engine.connect() as connection:
+        with self.begin() as connection:
             if not inspect(connection).has_table("alembic_version"):
                 return None
             found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
@@ -62,26 +74,43 @@ class Database:
 
         Raises:
             StorageFull: The database's disk has no space left; nothing was written.
+            DatabaseUnavailable: It does not answer, or another transaction holds it for too long.
         """
         try:
-            with self.engine.begin() as connection:
+            with self._connect() as connection, connection.begin():
                 yield connection
-        except OperationalError as error:
-            if _says_full(error):
+        except DBAPIError as error:
+            if self._says_full(error):
                 raise StorageFull("No space is left on the device that holds the database.") from error
+            if isinstance(error, OperationalError) or error.connection_invalidated:
+                raise DatabaseUnavailable(f"The database does not answer: {error.orig}", retry_after_s=5) from error
             raise
+
+    def _connect(self) -> Connection:
+        for wait_s in _CONNECT_WAITS_S:
+            try:
+                return self.engine.connect()
+            except OperationalError:
+                if self._on_sqlite:
+                    raise
+                time.sleep(wait_s)
+        return self.engine.connect()
+
+    def _says_full(self, error: DBAPIError) -> bool:
+        """Tell whether a disk is full: SQLite says so, or an I/O error where there is no room left; or PostgreSQL."""
+        name = getattr(error.orig, "sqlite_errorname", None) or ""
+        if name.startswith("SQLITE_IOERR") and self.engine.url.database:
+            return shutil.disk_usage(Path(self.engine.url.database).parent).free < _NO_ROOM_BYTES
+        return name == "SQLITE_FULL" or getattr(error.orig, "sqlstate", None) == "53100"
 
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
 
 
-def _says_full(error: OperationalError) -> bool:
-    # SQLite's own code, or PostgreSQL's SQLSTATE disk_full.
-    original = error.orig
-    return (
-        getattr(original, "sqlite_errorname", None) == "SQLITE_FULL" or getattr(original, "sqlstate", None) == "53100"
-    )
+def _with_driver(url: URL) -> URL:
+    """Name psycopg 3, the driver that is installed, where a PostgreSQL URL names none."""
+    return url.set(drivername="postgresql+psycopg") if url.drivername in ("postgresql", "postgres") else url
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:
@@ -95,3 +124,8 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 def _begin_immediate(connection: Connection) -> None:
     # A deferred transaction that reads and then writes fails at once when another wrote in between.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _take_lock(connection: Connection) -> None:
+    # The same order as SQLite's BEGIN IMMEDIATE gives; held to the end of the transaction.
+    connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})

@@ -87,6 +87,10 @@ class Jobs:
         query = select(func.count()).select_from(jobs).where((jobs.c.state == JobState.QUEUED) & ahead)
         return int(self._connection.execute(query).scalar_one())
 
+    def count_by_state(self) -> dict[str, int]:
+        query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        return {str(state): int(count) for state, count in self._connection.execute(query)}
+
     def ids(self) -> set[str]:
         return set(self._connection.execute(select(jobs.c.id)).scalars())
 

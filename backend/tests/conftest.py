@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from server import StudioServer, start_server
+from small_disk import mounted
 from tiny_model import TINY_ID, make_tiny_model
 
 from engine.guards import hide_broken_torchvision
@@ -29,6 +30,13 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_path(model_dirs: Path) -> Path:
     """The tiny Llama's folder."""
     return model_dirs / TINY_ID
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MiB."""
+    with mounted(tmp_path / "small", "24m") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,7 @@ def test_a_server_killed_during_a_download_resumes_it(
         model = start_load(server, "me/killed")
         assert hub.stalled.wait(60)
         wait_until(lambda: any(path.stat().st_size == half for path in tmp_path.rglob("*.incomplete")))
+        wait_until(lambda: loaded(server, model["id"])["progress"]["downloaded_bytes"] >= half)
         progress = loaded(server, model["id"])
         server.kill()
         before = len(hub.seen)

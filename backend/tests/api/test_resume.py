@@ -1,7 +1,6 @@
 """A job that is cut off, by whatever, ends where the uninterrupted one does: every loss and every bit."""
 
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import psutil
 import pytest
 from rows import messages_jsonl
 from server import StudioServer, start_server, wait_until
+from small_disk import fill
 from tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
@@ -253,31 +253,6 @@ def test_an_engine_that_dies_again_and_again_without_progress_fails_its_job(own:
     assert time.monotonic() - began >= 1 + 2 + 4 + 8  # the waits grow
     assert (job["attempts"], job["error"]["class"], job["error"]["signal"]) == (5, "engine_killed", 9)
     assert "5th time" in job["error"]["message"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 24 MiB, mounted for the test."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """Use up every byte that a disk has left."""
-    ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        for size in (2**20, 4096, 1):
-            try:
-                while file.write(b"\0" * size):
-                    pass
-            except OSError:
-                continue
-    return ballast
 
 
 def test_a_full_disk_pauses_the_job_and_reads_live_on(small_disk: Path, model_dirs: Path, reference: Reference) -> None:

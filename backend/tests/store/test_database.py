@@ -1,16 +1,22 @@
 """Migrations make the tables that the code uses; concurrent writers wait for each other."""
 
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import JSON, Column, MetaData, Table
+from postgres import Postgres, postgres
+from small_disk import fill
+from sqlalchemy import JSON, Column, MetaData, Table, event, inspect, text
 
+from core.errors import DatabaseUnavailable, StorageFull
 from domain.job_states import JobState
 from store import database as module
 from store.database import HEAD, Database
@@ -19,10 +25,30 @@ from store.repositories import Datasets, Jobs
 from store.tables import metadata
 
 
-def _open(path: Path) -> Database:
-    database = Database(f"sqlite:///{path / 'studio.db'}")
-    database.migrate()
-    return database
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        database = Database(f"sqlite:///{tmp_path / 'studio.db'}")
+    else:
+        database = Database(request.getfixturevalue("server").url)
+        with database.begin() as connection:
+            connection.execute(text("DROP SCHEMA public CASCADE"))
+            connection.execute(text("CREATE SCHEMA public"))
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def database(empty: Database) -> Database:
+    empty.migrate()
+    return empty
 
 
 def _job(number: int, priority: int = 0) -> JobRecord:
@@ -38,23 +64,18 @@ def _job(number: int, priority: int = 0) -> JobRecord:
 DATASET = DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], "2026-01-01T00:00:00.000000Z")
 
 
-def test_the_migrations_make_the_tables_of_the_code(tmp_path: Path) -> None:
-    database = _open(tmp_path)
+def test_the_migrations_make_the_tables_of_the_code(database: Database) -> None:
     with database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-    database.close()
 
 
-def test_the_head_named_in_the_code_is_the_newest_migration(tmp_path: Path) -> None:
+def test_the_head_named_in_the_code_is_the_newest_migration(database: Database) -> None:
     assert ScriptDirectory(str(Path(module.__file__).parent / "migrations")).get_current_head() == HEAD
-    database = _open(tmp_path)
     database.migrate()
     assert database.version() == HEAD
-    database.close()
 
 
-def test_jobs_come_by_priority_then_order_and_change_state_once(tmp_path: Path) -> None:
-    database = _open(tmp_path)
+def test_jobs_come_by_priority_then_order_and_change_state_once(database: Database) -> None:
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
         for record in (_job(1), _job(2), _job(3, priority=5)):
@@ -68,11 +89,9 @@ def test_jobs_come_by_priority_then_order_and_change_state_once(tmp_path: Path) 
             assert not jobs.change_state(record.id, JobState.QUEUED, JobState.CANCELLED)
         assert order == ["job_3", "job_1", "job_2"]
         assert jobs.get("job_1").validation_fraction == 0.1  # type: ignore[union-attr]
-    database.close()
 
 
-def test_events_of_many_writers_are_numbered_without_gaps(tmp_path: Path) -> None:
-    database = _open(tmp_path)
+def test_events_of_many_writers_are_numbered_without_gaps(database: Database) -> None:
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
         Jobs(connection).add(_job(1))
@@ -90,11 +109,9 @@ def test_events_of_many_writers_are_numbered_without_gaps(tmp_path: Path) -> Non
     with database.begin() as connection:
         events = Jobs(connection).events("job_1", 0, 1000)
     assert [event.sequence for event in events] == list(range(1, 81))
-    database.close()
 
 
-def test_a_database_of_the_first_version_keeps_its_jobs(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'studio.db'}")
+def _fill_first_version(database: Database) -> None:
     _upgrade(database, "0001")
     old = {name: value for name, value in asdict(_job(1)).items() if name not in ("stalls", "resumed_from")}
     with database.begin() as connection:
@@ -102,8 +119,12 @@ def test_a_database_of_the_first_version_keeps_its_jobs(tmp_path: Path) -> None:
         columns = [Column(name, JSON if isinstance(value, dict) else None) for name, value in old.items()]
         jobs = Table("jobs", MetaData(), *columns)
         connection.execute(jobs.insert().values(**old | {"config": {"rank": 4}, "validation_fraction": "0.1"}))
-    database.migrate()
-    with database.begin() as connection:
+
+
+def test_a_database_of_the_first_version_keeps_its_jobs(empty: Database) -> None:
+    _fill_first_version(empty)
+    empty.migrate()
+    with empty.begin() as connection:
         found = Jobs(connection).get("job_1")
     assert found is not None and (found.stalls, found.resumed_from) == (0, None)
     assert found.config == {
@@ -112,6 +133,59 @@ def test_a_database_of_the_first_version_keeps_its_jobs(tmp_path: Path) -> None:
         "checkpoint_every_minutes": 5.0,
         "keep_checkpoints": 2,
     }
+
+
+def test_a_migration_cut_off_in_its_middle_leaves_the_old_schema(empty: Database) -> None:
+    _fill_first_version(empty)
+    statements: list[str] = []
+
+    def cut_off(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("UPDATE alembic_version"):  # the last of a migration
+            raise KeyboardInterrupt
+        statements.append(statement)
+
+    event.listen(empty.engine, "before_cursor_execute", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        empty.migrate()
+    event.remove(empty.engine, "before_cursor_execute", cut_off)
+    assert any("stalls" in statement for statement in statements)
+    assert empty.version() == "0001"
+    with empty.begin() as connection:
+        assert "stalls" not in {column["name"] for column in inspect(connection).get_columns("jobs")}
+    empty.migrate()
+    assert empty.version() == HEAD
+
+
+def test_a_restart_of_postgresql_is_waited_out(server: Postgres) -> None:
+    database = Database(server.url)
+    with database.begin() as connection:
+        connection.execute(text("SELECT 1"))
+    server.stop()
+    restart = threading.Timer(0.5, server.start)
+    restart.start()
+    with database.begin() as connection:  # over a pooled connection that is dead, to a server that is not up yet
+        assert connection.execute(text("SELECT 1")).scalar() == 1
+    restart.join()
+    with pytest.raises(DatabaseUnavailable), database.begin() as connection:
+        server.stop("immediate")
+        connection.execute(text("SELECT 1"))
+    server.start()
+    database.close()
+
+
+def test_a_full_disk_is_named_and_what_was_there_can_be_read(small_disk: Path) -> None:
+    database = Database(f"sqlite:///{small_disk / 'studio.db'}")
+    database.migrate()
+    with database.begin() as connection:
+        Datasets(connection).add(DATASET)
+        Jobs(connection).add(_job(1))
+    fill(small_disk)
+    with pytest.raises(StorageFull):
+        for _ in range(100):
+            with database.begin() as connection:
+                Jobs(connection).append_event("job_1", "progress", {"text": "x" * 10_000}, "t")
+    with database.begin() as connection:
+        assert Jobs(connection).get("job_1") is not None
     database.close()
 
 
