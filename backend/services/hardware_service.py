@@ -162,6 +162,10 @@ class HardwareService:
         host = self._host
         return UsageReading(self._nvml.gpus(), host.cpu(), host.memory(), host.disk(self._data_path))
 
+    def memory(self) -> tuple[tuple[GpuReading, ...], MemoryReading]:
+        """Return what is free now on each GPU and on the host: the part of `usage` that admission wants."""
+        return self._nvml.gpus(), self._host.memory()
+
     def validate_cuda(self) -> CudaValidation:
         """Check the driver here and torch in a process of its own; without a GPU, say so in one check.
 

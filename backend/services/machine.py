@@ -17,8 +17,8 @@ class Machine:
         Raises:
             SettingRejected: There is no such GPU.
         """
-        usage = self._hardware.usage()
-        return choose_device(wanted, list(usage.gpus), usage.memory.available_bytes)
+        gpus, memory = self._hardware.memory()
+        return choose_device(wanted, list(gpus), memory.available_bytes)
 
     def engine(self, wanted: str, device: Device) -> EngineName:
         """Resolve `auto`, `transformers` or `unsloth` for a device.

@@ -121,7 +121,8 @@ class ModelRegistryService:
             ModelRejected: The id or the revision cannot be one.
             ModelNotFound, AccessDenied, HubUnavailable: As the Hub says, and the model is not here either.
         """
-        details, source, fetched_at, stale = self._find_details(model_id, revision)
+        local = self._local.find(model_id, revision)
+        details, source, fetched_at, stale = self._find_details(model_id, revision, local)
         return DetailsAnswer(details, self._fits(details), source, fetched_at, stale)
 
     def details_of(self, model_id: str, revision: str | None = None) -> ModelDetails:
@@ -130,7 +131,7 @@ class ModelRegistryService:
         Raises:
             ModelRejected, ModelNotFound, AccessDenied, HubUnavailable: As `details` says.
         """
-        return self._find_details(model_id, revision)[0]
+        return self._find_details(model_id, revision, self._local.find(model_id, revision))[0]
 
     def local_models(self) -> tuple[LocalModel, ...]:
         """Return the models on this machine."""
@@ -172,7 +173,7 @@ class ModelRegistryService:
         config = self._local.config(local) if local is not None else None
         if config is not None:
             return config
-        details = self.details_of(model_id, revision)
+        details = self._find_details(model_id, revision, local)[0]
         if details.config is not None:
             return details.config
         if all(file.path != "config.json" for file in details.files):
@@ -184,11 +185,12 @@ class ModelRegistryService:
             )
         raise ModelRejected(f"{model_id}: config.json is not a JSON object.")
 
-    def _find_details(self, model_id: str, revision: str | None) -> tuple[ModelDetails, Source, datetime, bool]:
+    def _find_details(
+        self, model_id: str, revision: str | None, local: LocalModel | None
+    ) -> tuple[ModelDetails, Source, datetime, bool]:
         check_model_id(model_id)
         if revision is not None:
             check_revision(revision)
-        local = self._local.find(model_id, revision)
         try:
             found = self._cache.get(
                 self._key("details", [model_id, revision]),
@@ -201,7 +203,7 @@ class ModelRegistryService:
                 raise
             _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
             return self._local.details(local), "local", self._clock.now(), False
-        is_here = local is not None or self._local.find(model_id) is not None
+        is_here = local is not None or (revision is not None and self._local.find(model_id) is not None)
         details = replace(found.value, summary=replace(found.value.summary, local=is_here))
         return details, found.source, found.fetched_at, found.stale
 
