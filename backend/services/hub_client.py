@@ -122,14 +122,12 @@ class HubClient:
         return body if isinstance(body, dict) else None
 
     def _json_file(self, model_id: str, commit: str, path: str) -> dict[str, Any] | None:
-        """Return a repository's small JSON file, or None where access to it is gated or it is not an object."""
+        """Return a repository's small JSON file, or None where it may not be read or is not an object."""
         try:
             body = self._http.get_json(
                 f"/{model_id}/resolve/{quote(commit, safe='')}/{path}", [], model_id=model_id, is_file=True
             ).body
-        except errors.ModelGated:
-            return None  # the summary says that the model is gated
-        except errors.ModelRejected as error:
+        except (errors.AccessDenied, errors.ModelNotFound, errors.ModelRejected) as error:
             _log.warning("hub.file_not_read", model_id=model_id, file=path, reason=error.detail)
             return None
         return body if isinstance(body, dict) else None

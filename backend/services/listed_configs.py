@@ -19,6 +19,7 @@ from services.hub_client import HubClient
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, Fetched, MetadataCache
 
 MAX_CONFIGS = 10_000  # kept on disk, at some 2 kB each
+_MAX_ASKED = 100  # as many as a list has, whatever a mirror sends
 _WORKERS = 8
 _LIMIT_S = 4.0  # a list is not held up longer than that; what comes later is there the next time
 _QUIET_S = 60.0  # after the Hub has failed to answer, nothing is asked for so long
@@ -63,7 +64,7 @@ class ListedConfigs:
         found = {name: cached.value for name, cached in held.items() if cached is not None}
         if ask:
             due = [model for name, model in wanted.items() if (cached := held[name]) is None or cached.stale]
-            found |= self._ask(due)
+            found |= self._ask(due[:_MAX_ASKED])
         return {name: listed.config for name, listed in found.items() if listed.config is not None}
 
     def clear(self) -> None:

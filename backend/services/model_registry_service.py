@@ -183,7 +183,7 @@ class ModelRegistryService:
                 f"{model_id} is gated: accept its licence on its page, and set HF_TOKEN to a token of that account.",
                 model_id=model_id,
             )
-        raise ModelRejected(f"{model_id}: config.json is not a JSON object.")
+        raise ModelRejected(f"{model_id}: config.json is not a JSON object, or the Hub does not hand it out.")
 
     def _find_details(
         self, model_id: str, revision: str | None, local: LocalModel | None

@@ -12,7 +12,7 @@ from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from email.message import Message
 from http import HTTPStatus
@@ -106,6 +106,7 @@ class HubDouble:
         self.stalled = threading.Event()
         self.requests: Counter[str] = Counter()
         self.seen: list[Seen] = []
+        self._recorded: dict[str, Reply] = {}
         self._repos: dict[str, _Repo] = {}
         self._renamed: dict[str, str] = {}
         self._faults: dict[Route, list[Fault]] = {}
@@ -165,6 +166,11 @@ class HubDouble:
         repo.commits[commit], repo.refs[revision] = dict(files), commit
         return commit
 
+    def replay(self, path: str, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        """Answer a path as the real Hub once did."""
+        ours = {"content-length", "date", "connection", "transfer-encoding", "content-encoding"}
+        self._recorded[path] = Reply(status, body, {k: v for k, v in headers.items() if k.lower() not in ours})
+
     def lie_about_tree(self, model_id: str, *entries: dict[str, Any]) -> None:
         """List what no repository can hold beside the repository's files."""
         self._repos[model_id].tree = list(entries)
@@ -211,6 +217,8 @@ class HubDouble:
             self.seen.append(seen)
 
     def answer(self, seen: Seen) -> Reply:
+        if seen.path in self._recorded:
+            return replace(self._recorded[seen.path], headers=dict(self._recorded[seen.path].headers))
         token = seen.headers.get("Authorization", "").removeprefix("Bearer ") or None
         if seen.route != "cdn" and token is not None and token not in self.tokens:
             return _error(401, None, "Invalid credentials in Authorization header")
