@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from core import errors
 from core.logging import get_logger
 
+_RETRY_AFTER_S = 30  # where what does not answer has not said how long that will last
 _log = get_logger(__name__)
 
 STATUS: dict[type[errors.StudioError], int] = {
@@ -69,9 +70,9 @@ def problem(
 def _studio_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, errors.StudioError):
         raise error
-    retry = error.extras.get("retry_after_s")
-    headers = {"Retry-After": str(math.ceil(retry))} if retry is not None else None
     status = status_of(error)
+    retry = error.extras.get("retry_after_s", _RETRY_AFTER_S if status == 503 else None)
+    headers = {"Retry-After": str(math.ceil(retry))} if retry is not None else None
     if status >= 500:
         _log.warning("request.failed", slug=error.slug, detail=error.detail)
     return problem(

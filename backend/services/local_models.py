@@ -4,20 +4,16 @@ Only names, config.json and safetensors headers are read. A folder whose weights
 is no model: it is left out, and the log says why.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic_core import from_json
-
-from core.errors import ModelRejected
+from core.errors import ModelRejected, NoSafeWeights, StudioError
 from core.logging import get_logger
 from domain.model_records import (
     ModelDetails,
-    ModelFile,
     ModelSummary,
     SearchQuery,
     check_model_id,
@@ -28,11 +24,10 @@ from domain.model_records import (
     texts,
     weight_files,
 )
-from domain.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
+from domain.safetensors_header import SafetensorsHeader
+from services.model_folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk
 
 _REPO = "models--"  # what a model's folder in the Hub's cache begins with
-_MAX_JSON_BYTES = 64 * 2**20  # tokenizer_config.json files of 10 MB exist
-_MAX_FILES = 10_000  # listed for one model
 _MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
 # What the Hub derives a task from, for the class names that leave no doubt. Source: huggingface/transformers,
 # utils/update_metadata.py, PIPELINE_TAGS_AND_AUTO_MODELS.
@@ -109,6 +104,19 @@ class LocalModels:
             return None
         return next((model for model in self._places(model_id, revision)), None)
 
+    def flaw(self, model_id: str) -> StudioError | None:
+        """Return why the operator's folder of an id is no model; None if there is no such folder or no flaw."""
+        for root in self._model_dirs:
+            folder = model_folder(root.expanduser(), model_id.split("/"))
+            try:
+                if folder is not None:
+                    self._load(model_id, folder, None)
+            except (NoSafeWeights, ModelRejected) as error:
+                return error
+            except (ValueError, OSError) as error:
+                return ModelRejected(f"{model_id} is in {folder}, but cannot be used: {error}.")
+        return None
+
     def search(self, query: SearchQuery) -> list[LocalModel]:
         """Return the models that a query matches, by id: what orders the Hub's list is not known here."""
         return [model for model in self.all() if _matches(model.summary, query)]
@@ -121,7 +129,7 @@ class LocalModels:
         """Return what the model's folder says of it."""
         config = self.config(model)
         folder = model.path
-        files = _walk(folder, self._roots(folder)) if folder is not None else ()
+        files = walk(folder, self._roots(folder)) if folder is not None else ()
         paths = [file.path for file in files]
         tokenizer = self._json(folder, "tokenizer_config.json") if folder and "tokenizer_config.json" in paths else None
         return ModelDetails(
@@ -150,7 +158,7 @@ class LocalModels:
 
     def _json(self, folder: Path, name: str) -> dict[str, Any] | None:
         try:
-            return _read_json(_inside(folder / name, self._roots(folder)))
+            return read_json(inside(folder / name, self._roots(folder)))
         except (ValueError, OSError) as error:
             _log.warning("local_models.file_not_read", path=str(folder / name), reason=str(error))
             return None
@@ -167,10 +175,10 @@ class LocalModels:
 
     def _candidates(self) -> Iterator[LocalModel]:
         for root in self._model_dirs:
-            for name, folder in _model_folders(root.expanduser(), levels=2):
+            for name, folder in model_folders(root.expanduser(), levels=2):
                 yield from self._read(name, folder, None)
         if self._prepared_dir is not None:
-            for name, folder in _model_folders(self._prepared_dir, levels=1):
+            for name, folder in model_folders(self._prepared_dir, levels=1):
                 yield from self._read(name.replace("--", "/", 1), folder, None)
         for repo in self._cached_repos():
             yield from self._cached(repo, None)
@@ -180,10 +188,10 @@ class LocalModels:
         """Yield the models of one id, in the order of `_candidates`."""
         if revision is None:
             for root in self._model_dirs:
-                folder = _model_folder(root.expanduser(), model_id.split("/"))
+                folder = model_folder(root.expanduser(), model_id.split("/"))
                 yield from self._read(model_id, folder, None) if folder is not None else ()
             if self._prepared_dir is not None:
-                folder = _model_folder(self._prepared_dir, [model_id.replace("/", "--", 1)])
+                folder = model_folder(self._prepared_dir, [model_id.replace("/", "--", 1)])
                 yield from self._read(model_id, folder, None) if folder is not None else ()
         cache_dir = self._hub_cache_dir()
         if cache_dir is not None:
@@ -212,7 +220,7 @@ class LocalModels:
         except OSError:  # not there
             return
         if revision is None:
-            main = _text_of(repo / "refs" / "main")
+            main = text_of(repo / "refs" / "main")
             order = sorted(commits, key=lambda name: (name == main, commits[name].stat().st_mtime_ns), reverse=True)
         else:
             order = [revision] if revision in commits else []
@@ -225,23 +233,32 @@ class LocalModels:
     def _read(self, model_id: str, folder: Path, revision: str | None) -> Iterator[LocalModel]:
         """Yield the model in a folder, if there is a whole one whose files are all below its roots."""
         try:
-            check_model_id(model_id)
-            names = [path.name for path in folder.iterdir() if path.is_file()]
-            if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-                return
-            weights = weight_files(names)
-            if not weights:
-                raise ValueError("a shard of the weights is missing")
-            roots = self._roots(folder)
-            paths = {name: _inside(folder / name, roots) for name in ("config.json", *weights)}
-            config = _read_json(paths.pop("config.json"))
-            headers = [self._header(path) for path in paths.values()]
-            size_bytes = sum(path.stat().st_size for path in paths.values())
+            yield self._load(model_id, folder, revision)
+        except NoSafeWeights:
+            return  # not a model of this service; the operator knows what else is in the folder
         except (ValueError, OSError, ModelRejected) as error:
             _log.warning("local_models.left_out", path=str(folder), reason=str(error))
-            return
+
+    def _load(self, model_id: str, folder: Path, revision: str | None) -> LocalModel:
+        """Read the model in a folder.
+
+        Raises:
+            NoSafeWeights, ModelRejected, ValueError, OSError: There is no whole one, and why.
+        """
+        check_model_id(model_id)
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+            raise NoSafeWeights(f"{model_id} has no safetensors weights in {folder}.")
+        weights = weight_files(names)
+        if not weights:
+            raise ValueError("a shard of the weights is missing")
+        roots = self._roots(folder)
+        paths = {name: inside(folder / name, roots) for name in ("config.json", *weights)}
+        config = read_json(paths.pop("config.json"))
+        headers = [self._header(path) for path in paths.values()]
+        size_bytes = sum(path.stat().st_size for path in paths.values())
         summary = _summary(model_id, config, sum(header.parameters for header in headers) or None, size_bytes)
-        yield LocalModel(model_id, folder, summary, revision)
+        return LocalModel(model_id, folder, summary, revision)
 
     def _header(self, path: Path) -> SafetensorsHeader:
         """Read one file's header.
@@ -250,15 +267,13 @@ class LocalModels:
             ValueError: It is broken, or the file is not as long as it says.
             OSError: It cannot be read.
         """
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            key = (str(path), status.st_size, status.st_mtime_ns)
-            with self._lock:
-                known = self._headers.get(key)
-            if known is not None:
-                return known
-            length = header_length(file.read(LENGTH_BYTES))
-            header = parse_header(file.read(length), status.st_size - LENGTH_BYTES - length)
+        status = path.stat()
+        key = (str(path), status.st_size, status.st_mtime_ns)
+        with self._lock:
+            known = self._headers.get(key)
+        if known is not None:
+            return known
+        header = read_header(path)
         with self._lock:
             if len(self._headers) >= _MAX_HEADERS:
                 self._headers.clear()
@@ -271,72 +286,6 @@ def hub_cache_dir() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
-
-
-def _model_folder(root: Path, parts: list[str]) -> Path | None:
-    """Return the folder that `_model_folders` would yield under a name, or None."""
-    folder = root
-    for number, part in enumerate(parts, 1):
-        folder /= part
-        is_model = (folder / "config.json").is_file()
-        if is_model != (number == len(parts)) or folder.is_symlink() or part.startswith("."):
-            return None
-    return folder
-
-
-def _text_of(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _model_folders(root: Path, *, levels: int, prefix: str = "") -> Iterator[tuple[str, Path]]:
-    """Yield `(name, folder)` of the folders with a config.json; links to folders are not followed."""
-    try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
-    except OSError as error:
-        if not isinstance(error, FileNotFoundError):
-            _log.warning("local_models.folder_not_read", path=str(root), reason=str(error))
-        return
-    for folder in folders:
-        if folder.name.startswith("."):
-            continue
-        if (folder / "config.json").is_file():
-            yield prefix + folder.name, folder
-        elif levels > 1:
-            yield from _model_folders(folder, levels=levels - 1, prefix=f"{folder.name}/")
-
-
-def _inside(path: Path, roots: tuple[Path, ...]) -> Path:
-    resolved = path.resolve(strict=True)
-    if not any(resolved.is_relative_to(root) for root in roots):
-        raise ValueError(f"{path.name} is a link out of the model's folder")
-    return resolved
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _MAX_JSON_BYTES:
-        raise ValueError(f"{path.name} is larger than {_MAX_JSON_BYTES} bytes")
-    content = from_json(path.read_bytes())
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return content
-
-
-def _walk(folder: Path, roots: tuple[Path, ...]) -> tuple[ModelFile, ...]:
-    files = []
-    for parent, _, names in os.walk(folder):  # does not follow links to folders
-        for name in names:
-            path = Path(parent) / name
-            try:
-                size_bytes = _inside(path, roots).stat().st_size
-            except (ValueError, FileNotFoundError):
-                continue  # a link to elsewhere or to nothing: not a file of the model
-            files.append(ModelFile(path.relative_to(folder).as_posix(), size_bytes))
-        if len(files) >= _MAX_FILES:
-            break
-    return tuple(sorted(files, key=lambda file: file.path)[:_MAX_FILES])
 
 
 def _summary(model_id: str, config: dict[str, Any], parameters: int | None, size_bytes: int) -> ModelSummary:

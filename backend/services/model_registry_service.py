@@ -49,7 +49,7 @@ _DETAILS = TypeAdapter(ModelDetails)
 _LOCAL_CURSOR = "local:"
 _JUDGED_TTL_S = 2.0  # of a page; what is free, and which models are here, changes from second to second
 _MAX_JUDGED = 100
-_UNREADABLE_TTL_S = 60.0  # a gated model's config: its licence may be accepted any minute
+_UNREADABLE_TTL_S = 60.0  # a gated model's config: the token's owner may accept its licence any minute
 _log = get_logger(__name__)
 
 
@@ -196,10 +196,13 @@ class ModelRegistryService:
                 self._key("details", [model_id, revision]),
                 _DETAILS,
                 lambda etag: self._hub.details(model_id, revision, etag),
-                lambda details: _details_ttl_s(details, revision),
+                lambda details: self._details_ttl_s(details, revision),
             )
         except (HubUnavailable, ModelNotFound) as error:
             if local is None:
+                flaw = self._local.flaw(model_id) if revision is None else None
+                if flaw is not None:
+                    raise flaw from error
                 raise
             _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
             return self._local.details(local), "local", self._clock.now(), False
@@ -253,14 +256,13 @@ class ModelRegistryService:
     def _fit(self, config: dict[str, Any] | None, summary: ModelSummary, algorithm: str | None) -> Fit | None:
         return self._fit_of(config, summary, algorithm or Algorithm.LORA.value) if self._fit_of is not None else None
 
+    def _details_ttl_s(self, details: ModelDetails, revision: str | None) -> float | None:
+        if details.summary.gated and details.config is None and self._hub.identity:
+            return _UNREADABLE_TTL_S
+        return None if is_commit(revision) else DETAILS_TTL_S
+
     def _key(self, kind: str, question: object) -> str:
         return json.dumps([kind, self._hub.endpoint, self._hub.identity, question])
-
-
-def _details_ttl_s(details: ModelDetails, revision: str | None) -> float | None:
-    if details.summary.gated and details.config is None:
-        return _UNREADABLE_TTL_S
-    return None if is_commit(revision) else DETAILS_TTL_S
 
 
 def build_model_registry_service(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from core.errors import ModelRejected, NoSafeWeights
 from domain.config_checks import check_asks_for_no_code, check_dimensions
+from domain.model_records import weight_files
+from services.model_folders import read_header
 
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json"})  # names of tokens, 10 MB of them, and no setting
 
@@ -41,5 +43,11 @@ def check_safe(folder: Path, model_id: str) -> None:
         NeedsRemoteCode, NoSafeWeights, ModelRejected: What is wrong with it.
     """
     check_snapshot(folder, model_id)
-    if not any(folder.glob("*.safetensors")):
+    weights = weight_files(path.name for path in folder.iterdir())
+    if not weights:
         raise NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code and are not loaded.")
+    for name in weights:
+        try:
+            read_header(folder / name)
+        except (ValueError, OSError) as error:
+            raise ModelRejected(f"{model_id}: {name} is broken: {error}.") from error

@@ -213,6 +213,12 @@ def test_a_hub_that_asks_for_a_pause_is_a_503_that_says_how_long(bench: Bench) -
     assert response.json()["retry_after_s"] == 55
 
 
+def test_a_hub_that_says_nothing_is_a_503_with_a_time_all_the_same(bench: Bench) -> None:
+    bench.hub.fail("info", status=500, times=9)
+    response = bench.client().get("/api/models/me/m")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "30")
+
+
 def test_local_models_have_a_path(bench: Bench) -> None:
     folder = bench.folder / "models" / "me" / "m"
     folder.mkdir(parents=True)

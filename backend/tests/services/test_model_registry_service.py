@@ -13,6 +13,7 @@ from core.errors import (
     ModelGated,
     ModelNotFound,
     ModelRejected,
+    NoSafeWeights,
     SettingRejected,
     TaskNotFound,
 )
@@ -381,6 +382,27 @@ def test_a_model_that_only_this_machine_has_is_found(bench: Bench) -> None:
     assert bench.registry().details("my-own").source == "local"
     with pytest.raises(ModelNotFound):
         bench.registry().details("my-other")
+
+
+@pytest.mark.parametrize("away", [True, False])
+@pytest.mark.parametrize(
+    ("files", "error", "why"),
+    [
+        ({"model.safetensors": b"\xff" * 64}, ModelRejected, "header"),
+        ({"model.safetensors": FILES["model.safetensors"][:-1]}, ModelRejected, "describes"),
+        ({"config.json": b"{"}, ModelRejected, "my/own"),
+        ({"model-00001-of-00002.safetensors": b"", "model.safetensors": None}, ModelRejected, "shard"),
+        ({"pytorch_model.bin": b"", "model.safetensors": None}, NoSafeWeights, "safetensors"),
+    ],
+)
+def test_a_folder_that_is_no_model_says_why(
+    bench: Bench, away: bool, files: dict[str, bytes | None], error: type[Exception], why: str
+) -> None:
+    bench.put_local("my/own", {name: data for name, data in (FILES | files).items() if data is not None})
+    if away:
+        bench.go_away()
+    with pytest.raises(error, match=why):
+        bench.registry().details("my/own")
 
 
 def test_details_of_the_hub_say_whether_the_model_is_here(bench: Bench) -> None:

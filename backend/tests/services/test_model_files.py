@@ -1,0 +1,170 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
+
+from core import errors
+from services.embedded_model import MODEL_ID, EmbeddedModel
+from services.hub_cache_dir import HubCacheDir
+from services.hub_client import HubClient
+from services.hub_download import Downloads
+from services.hub_http import HubHttp
+from services.listed_configs import ListedConfigs
+from services.loaded_base import LoadProgress
+from services.local_models import LocalModels
+from services.metadata_cache import MetadataCache
+from services.model_files import ModelFiles
+from services.model_registry_service import ModelRegistryService
+
+WEIGHTS = safetensors_bytes({"w": ("BF16", (64, 64))})
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": WEIGHTS}
+
+
+class Bench:
+    """Model files on a double, with a cache of their own."""
+
+    def __init__(self, hub: HubDouble, folder: Path) -> None:
+        self.hub, self.root, self.folder = hub, folder / "hub-cache", folder
+        clock = ManualClock()
+        http = HubHttp(clock, clock.sleep, endpoint=hub.url)
+        client = HubClient(http)
+        local = LocalModels(
+            [folder / "own"], prepared_dir=folder / "cache" / "models", hub_cache_dir=lambda: self.root, embedded=None
+        )
+        configs = ListedConfigs(client, MetadataCache(folder / "configs", clock), clock)
+        registry = ModelRegistryService(client, MetadataCache(folder / "meta", clock), configs, local, clock)
+        cache = HubCacheDir(lambda: self.root, folder / "verified")
+        embedded = EmbeddedModel(folder / "cache", folder / "logs")
+        self.files = ModelFiles(embedded, registry, Downloads(http, client, cache, clock, clock.sleep))
+        self.progress: list[tuple[str, LoadProgress]] = []
+
+    def ensure(self, model_id: str, revision: str | None = None) -> Path:
+        return self.files.ensure(model_id, revision, lambda state, progress: self.progress.append((state, progress)))
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bench]:
+    quiet_environment(monkeypatch, tmp_path)
+    with HubDouble() as hub:
+        yield Bench(hub, tmp_path)
+
+
+def test_a_model_is_downloaded_once_and_then_found(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES)
+    first = bench.ensure("me/m")
+    before = bench.hub.requests.total()
+
+    assert bench.ensure("me/m") == first
+    assert bench.hub.requests.total() == before
+    assert bench.progress[0] == ("downloading", LoadProgress())
+    state, last = bench.progress[-1]
+    total = sum(map(len, FILES.values()))
+    assert (state, last.fraction, last.downloaded_bytes, last.total_bytes) == ("downloading", 1.0, total, total)
+
+
+def test_the_operators_folder_is_used_without_asking_the_hub(bench: Bench) -> None:
+    folder = bench.folder / "own" / "me" / "m"
+    folder.mkdir(parents=True)
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+    bench.files.check("me/m", None)
+
+    assert bench.ensure("me/m") == folder
+    assert (bench.hub.requests.total(), bench.progress) == (0, [])
+
+
+def test_a_damaged_blob_is_mended_at_the_commit_that_was_here(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES)
+    folder = bench.ensure("me/m")
+    blob = (folder / "model.safetensors").resolve()
+    blob.write_bytes(WEIGHTS[:-1] + b"\x01")
+    bench.hub.add_model("me/m", FILES | {"config.json": b'{"model_type": "newer"}'})  # main has moved on
+
+    assert bench.ensure("me/m") == folder
+    assert blob.read_bytes() == WEIGHTS
+
+
+def test_a_damaged_blob_that_cannot_be_mended_is_not_loaded(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES)
+    blob = (bench.ensure("me/m") / "model.safetensors").resolve()
+    blob.write_bytes(WEIGHTS[:-1] + b"\x01")
+    for route in ("info", "tree", "resolve", "cdn"):
+        bench.hub.fail(route, status=503, times=99)
+    with pytest.raises(errors.HubUnavailable):
+        bench.ensure("me/m")
+
+
+def test_a_pinned_commit_beside_main_is_found(bench: Bench) -> None:
+    old = bench.hub.add_model("me/m", FILES)
+    pinned = bench.ensure("me/m", old)
+    bench.hub.add_model("me/m", FILES | {"config.json": b'{"model_type": "newer"}'})
+    bench.ensure("me/m", "main")
+    before = bench.hub.requests.total()
+
+    assert bench.ensure("me/m", old) == pinned
+    bench.files.check("me/m", old)
+    assert bench.hub.requests.total() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "error"),
+    [
+        ({"config.json": b'{"auto_map": {"AutoModel": "x.Y"}}'}, errors.NeedsRemoteCode),
+        ({"tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": "x.Y"}}'}, errors.NeedsRemoteCode),
+        ({"config.json": b'{"attn_implementation": "someone/kernel"}'}, errors.NeedsRemoteCode),
+        ({"config.json": b'{"n_layer": 10000000}'}, errors.ModelRejected),
+        ({"model.safetensors": None}, errors.NoSafeWeights),
+        ({"model.safetensors": None, "model-00001-of-00002.safetensors": WEIGHTS}, errors.NoSafeWeights),
+    ],
+)
+@pytest.mark.parametrize("here", [True, False])
+def test_what_may_not_be_loaded_is_refused_before_and_after(
+    bench: Bench, here: bool, files: dict[str, Any], error: type[errors.StudioError]
+) -> None:
+    content = {name: data for name, data in (FILES | files).items() if data is not None}
+    if here and "model.safetensors" in content:
+        folder = bench.folder / "own" / "me" / "m"
+        folder.mkdir(parents=True)
+        for name, data in content.items():
+            (folder / name).write_bytes(data)
+    else:
+        bench.hub.add_model("me/m", content)
+    for refuse in (lambda: bench.files.check("me/m", None), lambda: bench.ensure("me/m")):
+        with pytest.raises(error):
+            refuse()
+    assert bench.hub.requests["cdn"] == 0
+
+
+@pytest.mark.parametrize("weights", [b"\xff" * 64, WEIGHTS[:-1], WEIGHTS + b"x", b""])
+def test_weights_that_the_hub_itself_holds_broken_are_refused(bench: Bench, weights: bytes) -> None:
+    bench.hub.add_model("me/m", FILES | {"model.safetensors": weights})
+    with pytest.raises(errors.ModelRejected, match=r"model\.safetensors is broken"):
+        bench.ensure("me/m")
+
+
+def test_a_gated_model_is_refused_at_once(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES, gated="auto")
+    with pytest.raises(errors.ModelGated):
+        bench.files.check("me/m", None)
+
+
+def test_the_embedded_model_asks_nobody(bench: Bench) -> None:
+    bench.files.check(MODEL_ID, None)
+    folder = bench.folder / "cache" / "models" / MODEL_ID.replace("/", "--")
+    folder.mkdir(parents=True)
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+    assert bench.ensure(MODEL_ID) == folder
+    assert bench.hub.requests.total() == 0
+
+
+def test_its_config_is_what_the_hub_says_of_a_revision(bench: Bench) -> None:
+    commit = bench.hub.add_model("me/m", FILES, revision="dev")
+    bench.hub.add_model("me/m", FILES | {"config.json": json.dumps({"auto_map": {"a": "b"}}).encode()})
+    bench.files.check("me/m", "dev")
+    bench.files.check("me/m", commit)
+    with pytest.raises(errors.NeedsRemoteCode):
+        bench.files.check("me/m", "main")
