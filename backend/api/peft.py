@@ -82,6 +82,7 @@ def _start_load(body: schemas.LoadModelRequest, peft: PeftService, adapters: Ada
             engine=body.engine,
             device=body.device,
             force=body.force,
+            allow_pickle=body.allow_pickle,
         )
     )
 

@@ -106,6 +106,10 @@ class LoadModelRequest(Request):
     device: Literal["auto", "cpu"] | Annotated[int, Field(ge=0, le=63)] = "auto"
     wait_s: float = Field(default=0, ge=0, le=600, description="Answer when it is ready, or after this long.")
     force: bool = Field(default=False, description="Load even what is estimated not to fit.")
+    allow_pickle: bool = Field(
+        default=False,
+        description="Where there are no safetensors: convert pickled weights, once, without running them.",
+    )
 
 
 class Progress(Response):

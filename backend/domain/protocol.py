@@ -104,6 +104,15 @@ class PrepareGguf(_Command):
     model_id: str
 
 
+class PreparePickled(_Command):
+    """Turn a folder of pickled weights into one of safetensors, running nothing that a pickle names."""
+
+    kind: Literal["prepare_pickled"] = "prepare_pickled"
+    source_path: str
+    output_path: str
+    model_id: str
+
+
 StopMode = Literal["discard", "pause", "keep"]
 
 
@@ -133,7 +142,16 @@ class Shutdown(_Command):
 
 
 Command = Annotated[
-    LoadBase | AttachAdapter | DetachAdapter | Generate | Train | PrepareGguf | Stop | WriteCheckpoint | Shutdown,
+    LoadBase
+    | AttachAdapter
+    | DetachAdapter
+    | Generate
+    | Train
+    | PrepareGguf
+    | PreparePickled
+    | Stop
+    | WriteCheckpoint
+    | Shutdown,
     Field(discriminator="kind"),
 ]
 

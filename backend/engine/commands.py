@@ -57,6 +57,10 @@ class CommandLoop:
             from engine.gguf import prepare_gguf
 
             return prepare_gguf(command, self._channel)
+        if isinstance(command, protocol.PreparePickled):
+            from engine.pickled import prepare_pickled
+
+            return prepare_pickled(command, self._channel)
         base = self._loaded()
         if isinstance(command, protocol.AttachAdapter):
             base.attach(command.adapter_id, Path(command.path))

@@ -25,7 +25,7 @@ from services.hub_cache_dir import HubCacheDir, Partial
 from services.hub_client import HubClient
 from services.hub_errors import may_pass
 from services.hub_http import HubHttp
-from services.model_safety import check_snapshot
+from services.model_safety import check_snapshot, no_safe_weights
 
 if TYPE_CHECKING:
     import httpx
@@ -291,7 +291,7 @@ def _chosen(model_id: str, files: Iterable[RepoFile], *, pickled: bool) -> Selec
     if all(file.path != "config.json" for file in chosen.small):
         raise errors.ModelRejected(f"{model_id} has no config.json: it is not a transformers model.")
     if not chosen.weights:
-        raise errors.NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code.")
+        raise no_safe_weights(model_id, [file.path for file in files])
     return chosen
 
 

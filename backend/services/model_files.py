@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Protocol
 
 from core.clock import SystemClock
-from core.errors import ModelGated, NeedsRemoteCode, NoSafeWeights
+from core.errors import ModelGated, NeedsRemoteCode, SettingRejected
 from core.settings import get_settings
 from core.singleton import singleton
 from domain.config_checks import check_asks_for_no_code, check_dimensions
 from domain.model_records import ModelDetails, weight_files
+from domain.repo_tree import pickled_weights
 from services.download_flight import Progress
 from services.embedded_model import MODEL_ID, EmbeddedModel, get_embedded_model
 from services.hub_cache_dir import HubCacheDir
@@ -19,7 +20,8 @@ from services.hub_download import Downloads
 from services.loaded_base import LoadProgress
 from services.local_models import LocalModel, hub_cache_dir
 from services.model_registry_service import get_hub_http, get_model_registry_service
-from services.model_safety import check_safe
+from services.model_safety import check_safe, no_safe_weights
+from services.pickled_model import PickledModels, get_pickled_models
 
 OnProgress = Callable[[str, LoadProgress], None]  # the state of a load (downloading or loading), and how far it is
 
@@ -43,18 +45,24 @@ class ModelFiles:
         embedded: The model that needs no Hub.
         registry: Finds what is on this machine already, and what the Hub says of the rest.
         downloads: Fetches what is not here.
+        pickled: Converts pickled weights.
     """
 
-    def __init__(self, embedded: EmbeddedModel, registry: Registry, downloads: Downloads) -> None:
-        self._embedded, self._registry, self._downloads = embedded, registry, downloads
+    def __init__(
+        self, embedded: EmbeddedModel, registry: Registry, downloads: Downloads, pickled: PickledModels
+    ) -> None:
+        self._embedded, self._registry, self._downloads, self._pickled = embedded, registry, downloads, pickled
 
-    def check(self, model_id: str, revision: str | None) -> None:
+    def check(self, model_id: str, revision: str | None, *, allow_pickle: bool = False) -> None:
         """Refuse at once what `ensure` would refuse later; nothing is downloaded.
 
         Raises:
             ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
             NeedsRemoteCode, NoSafeWeights, ModelRejected: As `ensure` says.
+            SettingRejected: Pickled weights are asked for at a revision.
         """
+        if allow_pickle and revision is not None:
+            raise SettingRejected("allow_pickle: weights are converted at `main` only; leave the revision out.")
         if model_id == MODEL_ID and revision is None:
             return
         local = self._registry.resolve_local(model_id, revision)
@@ -64,8 +72,8 @@ class ModelFiles:
         paths = [file.path for file in details.files]
         if details.requires_remote_code:
             raise NeedsRemoteCode(f"{model_id} asks to run its own Python (auto_map); it is never run here.")
-        if not weight_files(paths):
-            raise NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code.")
+        if not weight_files(paths) and not (allow_pickle and pickled_weights(paths)):
+            raise no_safe_weights(model_id, paths)
         if details.config is not None:
             check_asks_for_no_code(model_id, "config.json", details.config)
             check_dimensions(model_id, details.config)
@@ -78,6 +86,8 @@ class ModelFiles:
         revision: str | None,
         on_progress: OnProgress,
         cancelled: Callable[[], bool] = lambda: False,
+        *,
+        allow_pickle: bool = False,
     ) -> Path:
         """Return the folder. What the Hub's cache holds is checked against its digests, and mended if need be.
 
@@ -86,6 +96,7 @@ class ModelFiles:
             revision: Branch, tag or commit; what is here, or else `main`, if None.
             on_progress: Takes the state of the load and how far it is.
             cancelled: Asked now and then; a download that nobody waits for any more stops.
+            allow_pickle: Whether pickled weights will do where there are no safetensors; they are converted once.
 
         Raises:
             ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
@@ -93,17 +104,24 @@ class ModelFiles:
             NoSafeWeights: There are no safetensors.
             StorageFull, DownloadCorrupt, DownloadCancelled: As `Downloads.fetch` says.
         """
-        path = self._locate(model_id, revision, on_progress, cancelled)
+        path = self._locate(model_id, revision, on_progress, cancelled, allow_pickle)
+        if allow_pickle and not weight_files(file.name for file in path.iterdir()):
+            path = self._pickled.convert(
+                model_id, path, lambda fraction: on_progress("loading", LoadProgress(fraction)), cancelled
+            )
         check_safe(path, model_id)
         return path
 
     def _locate(
-        self, model_id: str, revision: str | None, on_progress: OnProgress, cancelled: Callable[[], bool]
+        self,
+        model_id: str,
+        revision: str | None,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool],
+        allow_pickle: bool,
     ) -> Path:
         if model_id == MODEL_ID and revision is None:
-            return self._embedded.prepare(
-                lambda _stage, fraction: on_progress("loading", LoadProgress(fraction, None, None, None, None))
-            )
+            return self._embedded.prepare(lambda _stage, fraction: on_progress("loading", LoadProgress(fraction)))
         local = self._registry.resolve_local(model_id, revision)
         if local is not None and local.path is not None:
             if not self._downloads.cache.holds(local.path) or not self._downloads.cache.damaged(local.path):
@@ -111,7 +129,11 @@ class ModelFiles:
             revision = local.revision  # the same commit again, as whole as it was
         on_progress("downloading", LoadProgress())
         return self._downloads.fetch(
-            model_id, revision, lambda progress: on_progress("downloading", _load_progress(progress)), cancelled
+            model_id,
+            revision,
+            lambda progress: on_progress("downloading", _load_progress(progress)),
+            cancelled,
+            pickled=allow_pickle,
         )
 
 
@@ -132,4 +154,4 @@ def get_model_files() -> ModelFiles:
     http = get_hub_http()
     cache = HubCacheDir(hub_cache_dir, get_settings().resolved_cache_dir / "verified")
     downloads = Downloads(http, HubClient(http), cache, SystemClock(), time.sleep)
-    return ModelFiles(get_embedded_model(), get_model_registry_service(), downloads)
+    return ModelFiles(get_embedded_model(), get_model_registry_service(), downloads, get_pickled_models())

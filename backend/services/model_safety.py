@@ -1,11 +1,13 @@
 """Whether a model's folder is safe to load: JSON that asks for no code, weights that hold none."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from core.errors import ModelRejected, NoSafeWeights
 from domain.config_checks import check_asks_for_no_code, check_dimensions
 from domain.model_records import weight_files
+from domain.repo_tree import pickled_weights
 from services.model_folders import read_header
 
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json"})  # names of tokens, 10 MB of them, and no setting
@@ -43,11 +45,22 @@ def check_safe(folder: Path, model_id: str) -> None:
         NeedsRemoteCode, NoSafeWeights, ModelRejected: What is wrong with it.
     """
     check_snapshot(folder, model_id)
-    weights = weight_files(path.name for path in folder.iterdir())
+    names = [path.name for path in folder.iterdir()]
+    weights = weight_files(names)
     if not weights:
-        raise NoSafeWeights(f"{model_id} has no safetensors weights; pickled weights can run code and are not loaded.")
+        raise no_safe_weights(model_id, names)
     for name in weights:
         try:
             read_header(folder / name)
         except (ValueError, OSError) as error:
             raise ModelRejected(f"{model_id}: {name} is broken: {error}.") from error
+
+
+def no_safe_weights(model_id: str, paths: Iterable[str]) -> NoSafeWeights:
+    """Make the error of a model without whole safetensors, which says what there is instead."""
+    if pickled_weights(paths):
+        return NoSafeWeights(
+            f"{model_id} has pickled weights only, which can run code when they are read. With allow_pickle=true they "
+            "are read once by torch's restricted unpickler, in a process of its own, and kept as safetensors."
+        )
+    return NoSafeWeights(f"{model_id} has no safetensors weights, or not all of their shards.")

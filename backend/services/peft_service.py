@@ -44,6 +44,7 @@ class LoadRequest:
     engine: str
     device: str | int
     force: bool
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class PeftService:
         """
         device = self._machine.device(request.device)
         engine = self._machine.engine(request.engine, device)
-        self._files.check(request.model_id, request.revision)
+        self._files.check(request.model_id, request.revision, allow_pickle=request.allow_pickle)
         shape = self._facts.shape(request.model_id, request.revision)
         configuration = self.configure(
             request.algorithm,
@@ -169,7 +170,7 @@ class PeftService:
             if base is None:
                 if not request.force:
                     self._admit(request.model_id, needed, device)
-                base = self._start(key, configuration, engine, device)
+                base = self._start(key, configuration, engine, device, request.allow_pickle)
             model = LoadedModel(
                 f"mdl_{uuid.uuid4().hex[:12]}",
                 request.model_id,
@@ -195,19 +196,29 @@ class PeftService:
                 suggestions=["algorithm qlora", "unload a loaded model", "a smaller model", "force=true"],
             )
 
-    def _start(self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device) -> LoadedBase:
+    def _start(
+        self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device, allow_pickle: bool
+    ) -> LoadedBase:
         base = LoadedBase(key, self._clock)
         self._bases[key] = base
         # The context carries the request's Hub token to the download, and nowhere else.
         run = contextvars.copy_context().run
-        future: Future[None] = self._loaders.submit(run, self._load, base, configuration, engine, device)
+        future: Future[None] = self._loaders.submit(run, self._load, base, configuration, engine, device, allow_pickle)
         base.loading = future
         return base
 
-    def _load(self, base: LoadedBase, configuration: Configuration, engine: EngineName, device: Device) -> None:
+    def _load(
+        self, base: LoadedBase, configuration: Configuration, engine: EngineName, device: Device, allow_pickle: bool
+    ) -> None:
         """Bring the files here and load them in a new engine; every outcome is a state of the base."""
         try:
-            path = self._files.ensure(base.key.model_id, base.key.revision, base.report, lambda: base.cancelled)
+            path = self._files.ensure(
+                base.key.model_id,
+                base.key.revision,
+                base.report,
+                lambda: base.cancelled,
+                allow_pickle=allow_pickle,
+            )
             if base.cancelled:
                 base.finish(LoadState.UNLOADING)
                 return

@@ -1,6 +1,8 @@
 """Loading models from the Hub through a real server, the Hub being a double."""
 
+import io
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,14 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hid
 
 
 def hub_environment(hub: HubDouble, home: Path) -> dict[str, str]:
-    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_TOKEN": ""}
+    """Point a server at the double, with caches of its own: another run's double may have had the same port."""
+    return {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home / "hf"),
+        "HF_TOKEN": "",
+        "PEFT_STUDIO_CACHE_DIR": str(home / "cache"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +85,7 @@ def test_a_server_killed_during_a_download_resumes_it(
         model = start_load(server, "me/killed")
         assert hub.stalled.wait(60)
         wait_until(lambda: any(path.stat().st_size == half for path in tmp_path.rglob("*.incomplete")))
-        wait_until(lambda: loaded(server, model["id"])["progress"]["downloaded_bytes"] >= half)
+        wait_until(lambda: (loaded(server, model["id"])["progress"]["downloaded_bytes"] or 0) >= half)
         progress = loaded(server, model["id"])
         server.kill()
         before = len(hub.seen)
@@ -157,3 +166,58 @@ def test_weights_that_stay_corrupt_fail_the_load(
 
     assert (model["state"], model["error"]["type"]) == ("failed", "download-corrupt")
     assert studio.load("me/corrupt")["state"] == "ready"  # fetched again, and whole this time
+
+
+def pickled(state: object) -> bytes:
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def test_pickled_weights_are_converted_where_that_is_asked_for(
+    studio: StudioServer, hub: HubDouble, tiny_files: dict[str, bytes], tiny_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(tiny_path / "model.safetensors")
+    files = {name: data for name, data in tiny_files.items() if name != "model.safetensors"}
+    hub.add_model("me/pickled", files | {"pytorch_model.bin": pickled(weights)})
+    refused = studio.http.post("/api/peft/load-model", json={"model_id": "me/pickled"})
+    assert (refused.status_code, refused.json()["type"]) == (409, "/problems/no-safe-weights")
+    assert "allow_pickle" in refused.json()["detail"]
+
+    model = studio.load("me/pickled", allow_pickle=True)
+    assert model["state"] == "ready"
+    local = {item["model_id"]: item for item in studio.http.get("/api/models/local").json()["models"]}
+    converted = load_file(Path(local["me/pickled"]["path"]) / "model.safetensors")
+    assert all(bool((converted[name] == weights[name]).all()) for name in weights)
+    studio.http.delete(f"/api/peft/loaded-models/{model['id']}")
+    again = studio.load("me/pickled")  # safetensors now, for everyone
+    assert again["state"] == "ready"
+    studio.http.delete(f"/api/peft/loaded-models/{again['id']}")
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self._path}",)
+
+
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(
+    studio: StudioServer, hub: HubDouble, tiny_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    files = {name: data for name, data in tiny_files.items() if name != "model.safetensors"}
+    hub.add_model("evil/pickled", files | {"pytorch_model.bin": pickled({"w": Evil(ran)})})
+    engines = studio.engines()
+    model = start_load(studio, "evil/pickled", wait_s=60, allow_pickle=True)
+
+    assert (model["state"], model["error"]["type"]) == ("failed", "model-rejected"), model
+    assert not ran.exists()
+    assert studio.engines() == engines

@@ -33,7 +33,8 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
         hub.add_model("me/gated", files, gated="auto", granted=(OF_HEADER,))
         environment = {
             **{"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": OF_ENVIRONMENT},
-            **{"HF_HOME": str(tmp_path / "hf"), "PEFT_STUDIO_LOG_LEVEL": "debug"},
+            **{"HF_HOME": str(tmp_path / "hf"), "PEFT_STUDIO_CACHE_DIR": str(tmp_path / "cache")},
+            "PEFT_STUDIO_LOG_LEVEL": "debug",
         }
         with start_server(tmp_path / "home", tmp_path / "models", **environment) as studio:
             studio.http.event_hooks["response"].append(keep)

@@ -18,6 +18,7 @@ from services.local_models import LocalModels
 from services.metadata_cache import MetadataCache
 from services.model_files import ModelFiles
 from services.model_registry_service import ModelRegistryService
+from services.pickled_model import PickledModels
 
 WEIGHTS = safetensors_bytes({"w": ("BF16", (64, 64))})
 FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": WEIGHTS}
@@ -38,7 +39,9 @@ class Bench:
         registry = ModelRegistryService(client, MetadataCache(folder / "meta", clock), configs, local, clock)
         cache = HubCacheDir(lambda: self.root, folder / "verified")
         embedded = EmbeddedModel(folder / "cache", folder / "logs")
-        self.files = ModelFiles(embedded, registry, Downloads(http, client, cache, clock, clock.sleep))
+        downloads = Downloads(http, client, cache, clock, clock.sleep)
+        pickled = PickledModels(folder / "cache", folder / "logs")
+        self.files = ModelFiles(embedded, registry, downloads, pickled)
         self.progress: list[tuple[str, LoadProgress]] = []
 
     def ensure(self, model_id: str, revision: str | None = None) -> Path:
@@ -168,3 +171,14 @@ def test_its_config_is_what_the_hub_says_of_a_revision(bench: Bench) -> None:
     bench.files.check("me/m", commit)
     with pytest.raises(errors.NeedsRemoteCode):
         bench.files.check("me/m", "main")
+
+
+def test_pickled_weights_at_a_revision_are_refused(bench: Bench) -> None:
+    with pytest.raises(errors.SettingRejected, match="allow_pickle"):
+        bench.files.check("me/m", "main", allow_pickle=True)
+
+
+def test_no_leave_helps_where_there_are_no_weights_at_all(bench: Bench) -> None:
+    bench.hub.add_model("me/m", {"config.json": b"{}", "model.gguf": b"x"})
+    with pytest.raises(errors.NoSafeWeights):
+        bench.files.check("me/m", None, allow_pickle=True)

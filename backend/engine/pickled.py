@@ -1,0 +1,60 @@
+"""The `prepare_pickled` command: pickled weights become a normal local model."""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from core.files import fsync_folder
+from domain.protocol import PreparePickled, Progress
+from engine.channel import Channel
+from engine.errors import BadModel
+
+
+def prepare_pickled(command: PreparePickled, channel: Channel) -> dict[str, Any]:
+    """Read pickled weights with torch's restricted unpickler and write them as safetensors with their tokenizer.
+
+    The unpickler makes tensors and plain containers only (`torch.load(weights_only=True)`): any other class or
+    function that the file names is an error, and is not imported.
+
+    Returns:
+        `path`, the finished folder.
+
+    Raises:
+        BadModel: The files hold something else than weights, or not those of their config.
+    """
+
+    def progress(stage: str, fraction: float) -> None:
+        channel.emit(Progress(request_id=command.request_id, stage=stage, fraction=fraction))
+
+    source, output = Path(command.source_path), Path(command.output_path)
+    progress("reading weights", 0.1)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype="auto",
+            attn_implementation="sdpa",
+            use_safetensors=False,
+            weights_only=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    except (pickle.UnpicklingError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadModel(f"the pickled weights of {command.model_id} cannot be read: {str(error)[:1000]}") from error
+    model.config._name_or_path = command.model_id
+    temporary = output.with_name(f".{output.name}.tmp")  # hidden: a folder in the making is no model
+    shutil.rmtree(temporary, ignore_errors=True)
+    progress("writing", 0.7)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        if file.is_file():
+            file.chmod(0o600)
+    temporary.replace(output)
+    fsync_folder(output.parent)
+    progress("ready", 1.0)
+    return {"path": str(output)}
