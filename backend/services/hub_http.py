@@ -64,7 +64,7 @@ class HubHttp:
         self._clock, self._sleep, self._timeout_s = clock, sleep, timeout_s
         self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self._lock = threading.Lock()
-        self._paused_until: dict[str, float] = {}
+        self._paused_until: dict[tuple[str, str], float] = {}
 
     @property
     def identity(self) -> str:
@@ -209,28 +209,28 @@ class HubHttp:
 
     def _pause(self, path: str, seconds: float) -> None:
         until = self._clock.monotonic() + seconds
+        key = self._limit_of(path)
         with self._lock:
-            self._paused_until[_limit_of(path)] = max(until, self._paused_until.get(_limit_of(path), until))
+            self._paused_until[key] = max(until, self._paused_until.get(key, until))
 
     def _wait_out_pause(self, path: str, wait: Wait, max_wait_s: float) -> None:
-        left_s = self._paused_until.get(_limit_of(path), float("-inf")) - self._clock.monotonic()
+        left_s = self._paused_until.get(self._limit_of(path), float("-inf")) - self._clock.monotonic()
         if left_s > max_wait_s:
             raise unavailable("The Hub asked for a pause that is not over.", left_s)
         if left_s > 0:
             wait(left_s)
 
+    def _limit_of(self, path: str) -> tuple[str, str]:
+        """Name the rate limit that a request falls under: who asks, and whether for the API or for files.
+
+        Source: https://huggingface.co/docs/hub/rate-limits.
+        """
+        return self.identity, "api" if path.startswith("/api/") else "resolvers"
+
 
 def nonsense(path: str, what: str = "is not the JSON it should be", *, is_file: bool = False) -> errors.StudioError:
     """Make the error of an answer that cannot be used."""
     return errors.ModelRejected(f"{path} {what}.") if is_file else unavailable(f"The Hub's answer to {path} {what}.")
-
-
-def _limit_of(path: str) -> str:
-    """Name the rate limit that a path falls under; the Hub counts its API and its files apart.
-
-    Source: https://huggingface.co/docs/hub/rate-limits.
-    """
-    return "api" if path.startswith("/api/") else "resolvers"
 
 
 def _token() -> str | None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -18,7 +19,7 @@ from domain.repo_tree import is_commit
 from services.hub_client import HubClient
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, Fetched, MetadataCache
 
-MAX_CONFIGS = 10_000  # kept on disk, at some 2 kB each
+_MAX_CONFIGS, _MAX_REMEMBERED = 10_000, 1000  # on disk, at some 2 kB each, and parsed
 _MAX_ASKED = 100  # as many as a list has, whatever a mirror sends
 _WORKERS = 8
 _LIMIT_S = 4.0  # a list is not held up longer than that; what comes later is there the next time
@@ -113,6 +114,11 @@ class ListedConfigs:
 
     def _key(self, model: ModelSummary) -> str:
         return json.dumps(["config", self._hub.endpoint, self._hub.identity, model.model_id, model.sha])
+
+
+def config_cache(folder: Path, clock: Clock) -> MetadataCache:
+    """Make a cache for many small answers."""
+    return MetadataCache(folder, clock, max_entries=_MAX_CONFIGS, max_remembered=_MAX_REMEMBERED)
 
 
 def _ttl_s(model: ModelSummary) -> Callable[[ListedConfig], float | None]:

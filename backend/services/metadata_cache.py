@@ -27,7 +27,7 @@ SEARCH_TTL_S = 3600.0
 DETAILS_TTL_S = 86400.0
 _FORMAT = 1  # of the files; another number is another shape, and the entry is fetched again
 _MAX_ENTRIES = 2000  # searches differ endlessly; at 20-100 kB each this stays below 200 MB
-_MAX_REMEMBERED = 512  # parsed, beside the files: what is asked again and again is not parsed again
+_MAX_REMEMBERED = 64  # parsed, beside the files: what is asked again and again is not parsed again
 _log = get_logger(__name__)
 
 
@@ -72,12 +72,15 @@ class MetadataCache:
         folder: Where the files are; made at the first write.
         clock: Its wall clock ages entries, since they outlive the process.
         max_entries: The oldest files beyond so many are deleted.
+        max_remembered: Entries that are kept parsed in memory.
     """
 
-    def __init__(self, folder: Path, clock: Clock, *, max_entries: int = _MAX_ENTRIES) -> None:
+    def __init__(
+        self, folder: Path, clock: Clock, *, max_entries: int = _MAX_ENTRIES, max_remembered: int = _MAX_REMEMBERED
+    ) -> None:
         self._folder = folder
         self._clock = clock
-        self._max_entries = max_entries
+        self._max_entries, self._max_remembered = max_entries, max_remembered
         self._remembered: OrderedDict[str, _Remembered] = OrderedDict()
         self._lock = threading.Lock()
         self._flights: dict[str, Future[Cached[Any]]] = {}
@@ -210,7 +213,7 @@ class MetadataCache:
     def _remember(self, name: str, read: "_Remembered") -> None:
         with self._lock:
             self._remembered[name] = read
-            while len(self._remembered) > _MAX_REMEMBERED:
+            while len(self._remembered) > self._max_remembered:
                 self._remembered.popitem(last=False)
 
     def _write(self, key: str, adapter: TypeAdapter[T], entry: _Entry[T]) -> None:

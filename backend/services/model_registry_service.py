@@ -36,7 +36,7 @@ from services.embedded_listing import embedded_local_model
 from services.hub_client import HubClient, search_params
 from services.hub_errors import QueryRejected
 from services.hub_http import HubHttp
-from services.listed_configs import MAX_CONFIGS, ListedConfigs
+from services.listed_configs import ListedConfigs, config_cache
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
 from services.model_fit import fit_of
@@ -257,9 +257,10 @@ class ModelRegistryService:
         return self._fit_of(config, summary, algorithm or Algorithm.LORA.value) if self._fit_of is not None else None
 
     def _details_ttl_s(self, details: ModelDetails, revision: str | None) -> float | None:
-        if details.summary.gated and details.config is None and self._hub.identity:
+        withheld = details.config is None and any(file.path == "config.json" for file in details.files)
+        if withheld and details.summary.gated and self._hub.identity:
             return _UNREADABLE_TTL_S
-        return None if is_commit(revision) else DETAILS_TTL_S
+        return None if is_commit(revision) and not withheld else DETAILS_TTL_S
 
     def _key(self, kind: str, question: object) -> str:
         return json.dumps([kind, self._hub.endpoint, self._hub.identity, question])
@@ -278,8 +279,8 @@ def build_model_registry_service(
     )
     hub = HubClient(http)
     cache = MetadataCache(settings.resolved_cache_dir / "hub", clock)
-    small = MetadataCache(settings.resolved_cache_dir / "hub-configs", clock, max_entries=MAX_CONFIGS)
-    return ModelRegistryService(hub, cache, ListedConfigs(hub, small, clock), local, clock, fit_of=fit_of)
+    configs = ListedConfigs(hub, config_cache(settings.resolved_cache_dir / "hub-configs", clock), clock)
+    return ModelRegistryService(hub, cache, configs, local, clock, fit_of=fit_of)
 
 
 @singleton

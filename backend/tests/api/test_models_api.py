@@ -8,16 +8,12 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from registries import make_registry
 
 from api import models, problems
 from api.model_schemas import ConfigResponse
 from domain.model_records import Fit
-from services.hub_client import HubClient
-from services.hub_http import HubHttp
-from services.listed_configs import ListedConfigs
-from services.local_models import LocalModels
-from services.metadata_cache import MetadataCache
-from services.model_registry_service import FitOf, ModelRegistryService, get_model_registry_service
+from services.model_registry_service import FitOf, get_model_registry_service
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -45,19 +41,7 @@ class Bench:
     folder: Path
 
     def client(self, fit_of: FitOf | None = None) -> TestClient:
-        clock = ManualClock()
-        local = LocalModels(
-            [self.folder / "models"], prepared_dir=None, hub_cache_dir=lambda: None, embedded=lambda: None
-        )
-        hub = HubClient(HubHttp(clock, clock.sleep, endpoint=self.hub.url))
-        registry = ModelRegistryService(
-            hub,
-            MetadataCache(self.folder / "cache", clock),
-            ListedConfigs(hub, MetadataCache(self.folder / "configs", clock), clock),
-            local,
-            clock,
-            fit_of=fit_of,
-        )
+        registry = make_registry(self.hub, self.folder, ManualClock(), fit_of=fit_of)
         app = FastAPI()
         problems.install(app)
         app.include_router(models.router)

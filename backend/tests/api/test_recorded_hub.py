@@ -12,15 +12,11 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from hub_double import HubDouble, ManualClock, quiet_environment
+from registries import make_registry
 
 from api import models, problems
-from services.hub_client import HubClient
-from services.hub_http import HubHttp
-from services.listed_configs import ListedConfigs
-from services.local_models import LocalModels
-from services.metadata_cache import MetadataCache
 from services.model_fit import fit_of
-from services.model_registry_service import ModelRegistryService, get_model_registry_service
+from services.model_registry_service import get_model_registry_service
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "data" / "hub_api" / "vcr"
 NO_DATE = "2022-03-02T23:29:04.000Z"  # what the Hub says of repositories older than its dates
@@ -63,16 +59,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
 
 @pytest.fixture
 def client(hub: HubDouble, tmp_path: Path) -> TestClient:
-    clock = ManualClock()
-    upstream = HubClient(HubHttp(clock, clock.sleep, endpoint=hub.url))
-    registry = ModelRegistryService(
-        upstream,
-        MetadataCache(tmp_path / "cache", clock),
-        ListedConfigs(upstream, MetadataCache(tmp_path / "configs", clock), clock),
-        LocalModels([], prepared_dir=None, hub_cache_dir=lambda: None, embedded=None),
-        clock,
-        fit_of=fit_of,
-    )
+    registry = make_registry(hub, tmp_path, ManualClock(), fit_of=fit_of)
     app = FastAPI()
     problems.install(app)
     app.include_router(models.router)

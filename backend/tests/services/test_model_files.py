@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from registries import make_registry
 
 from core import errors
 from services.embedded_model import MODEL_ID, EmbeddedModel
@@ -12,12 +13,8 @@ from services.hub_cache_dir import HubCacheDir
 from services.hub_client import HubClient
 from services.hub_download import Downloads
 from services.hub_http import HubHttp
-from services.listed_configs import ListedConfigs
 from services.loaded_base import LoadProgress
-from services.local_models import LocalModels
-from services.metadata_cache import MetadataCache
 from services.model_files import ModelFiles
-from services.model_registry_service import ModelRegistryService
 from services.pickled_model import PickledModels
 
 WEIGHTS = safetensors_bytes({"w": ("BF16", (64, 64))})
@@ -32,15 +29,11 @@ class Bench:
         clock = ManualClock()
         http = HubHttp(clock, clock.sleep, endpoint=hub.url)
         client = HubClient(http)
-        local = LocalModels(
-            [folder / "own"], prepared_dir=folder / "cache" / "models", hub_cache_dir=lambda: self.root, embedded=None
-        )
-        configs = ListedConfigs(client, MetadataCache(folder / "configs", clock), clock)
-        registry = ModelRegistryService(client, MetadataCache(folder / "meta", clock), configs, local, clock)
+        registry = make_registry(hub, folder, clock, hub_cache_dir=lambda: self.root)
         cache = HubCacheDir(lambda: self.root, folder / "verified")
-        embedded = EmbeddedModel(folder / "cache", folder / "logs")
+        embedded = EmbeddedModel(folder / "studio", folder / "logs")
         downloads = Downloads(http, client, cache, clock, clock.sleep)
-        pickled = PickledModels(folder / "cache", folder / "logs")
+        pickled = PickledModels(folder / "studio", folder / "logs")
         self.files = ModelFiles(embedded, registry, downloads, pickled)
         self.progress: list[tuple[str, LoadProgress]] = []
 
@@ -69,7 +62,7 @@ def test_a_model_is_downloaded_once_and_then_found(bench: Bench) -> None:
 
 
 def test_the_operators_folder_is_used_without_asking_the_hub(bench: Bench) -> None:
-    folder = bench.folder / "own" / "me" / "m"
+    folder = bench.folder / "models" / "me" / "m"
     folder.mkdir(parents=True)
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
@@ -129,7 +122,7 @@ def test_what_may_not_be_loaded_is_refused_before_and_after(
 ) -> None:
     content = {name: data for name, data in (FILES | files).items() if data is not None}
     if here and "model.safetensors" in content:
-        folder = bench.folder / "own" / "me" / "m"
+        folder = bench.folder / "models" / "me" / "m"
         folder.mkdir(parents=True)
         for name, data in content.items():
             (folder / name).write_bytes(data)
@@ -156,7 +149,7 @@ def test_a_gated_model_is_refused_at_once(bench: Bench) -> None:
 
 def test_the_embedded_model_asks_nobody(bench: Bench) -> None:
     bench.files.check(MODEL_ID, None)
-    folder = bench.folder / "cache" / "models" / MODEL_ID.replace("/", "--")
+    folder = bench.folder / "studio" / "models" / MODEL_ID.replace("/", "--")
     folder.mkdir(parents=True)
     for name, data in FILES.items():
         (folder / name).write_bytes(data)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from registries import make_registry
 
 from core.errors import (
     AccessDenied,
@@ -19,12 +20,10 @@ from core.errors import (
 )
 from core.settings import Settings
 from domain.model_records import Fit, ModelSummary, SearchPage, SearchQuery
-from services.hub_client import HubClient
 from services.hub_errors import QueryRejected
 from services.hub_http import HubHttp
-from services.listed_configs import ListedConfigs
-from services.local_models import LocalModel, LocalModels
-from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
+from services.local_models import LocalModel
+from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S
 from services.model_registry_service import FitOf, ModelRegistryService, build_model_registry_service
 
 TEXT = {"pipeline_tag": "text-generation"}
@@ -43,16 +42,9 @@ class Bench:
 
     def registry(self, fit_of: FitOf | None = None, limit_s: float = 30) -> ModelRegistryService:
         """Make a registry as a fresh process would: what is shared is on disk."""
-        local = LocalModels(
-            [self.folder / "models"],
-            prepared_dir=None,
-            hub_cache_dir=lambda: None,
-            embedded=lambda: self.embedded,
+        return make_registry(
+            self.hub, self.folder, self.clock, fit_of=fit_of, embedded=lambda: self.embedded, limit_s=limit_s
         )
-        client = HubClient(HubHttp(self.clock, self.clock.sleep, endpoint=self.hub.url))
-        cache = MetadataCache(self.folder / "cache", self.clock)
-        configs = ListedConfigs(client, MetadataCache(self.folder / "configs", self.clock), self.clock, limit_s=limit_s)
-        return ModelRegistryService(client, cache, configs, local, self.clock, fit_of=fit_of)
 
     def put_local(self, model_id: str, files: dict[str, bytes] = FILES) -> Path:
         folder = self.folder / "models" / model_id
