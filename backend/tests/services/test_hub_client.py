@@ -18,7 +18,7 @@ from core import errors
 from domain.model_records import ModelFile, SearchQuery, check_model_id, details_from_wire
 from services.hub_client import HubClient, search_params
 from services.hub_errors import QueryRejected, map_hub_error
-from services.hub_http import HubHttp
+from services.hub_http import HubHttp, request_token
 
 ANY = SearchQuery(task=None)
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 8}
@@ -361,6 +361,101 @@ def test_a_pause_that_is_long_is_told_and_kept(hub: HubDouble, client: HubClient
     assert found(client, ANY) == []
     assert hub.requests["list"] == 2
     assert clock.slept_s == []
+
+
+def test_a_window_that_is_used_up_is_waited_out_before_it_is_told(
+    hub: HubDouble, client: HubClient, clock: ManualClock
+) -> None:
+    """The answer is good, but says that the next request would be refused for eight seconds."""
+    hub.fail("list", status=200, body=b"[]", headers={"RateLimit": '"api";r=0;t=8'})
+    hub.fail("list", status=200, body=b"[]", headers={"RateLimit": '"api";r=400;t=299'})
+    for _ in range(3):
+        client.search(ANY)
+    assert clock.slept_s == [8.0]
+
+
+def test_a_pause_of_files_is_none_of_the_api_and_one_token_s_is_none_of_anothers(
+    hub: HubDouble, client: HubClient
+) -> None:
+    hub.add_model("me/m", FILES)
+    hub.fail("resolve", status=429, headers={"RateLimit": '"resolvers";r=0;t=100'})
+    with pytest.raises(errors.HubUnavailable):
+        client.details("me/m")
+    assert found(client, ANY) == ["me/m"]
+    with pytest.raises(errors.HubUnavailable):
+        client.listed_config("me/m", "main")
+    token = request_token.set("hf_valid")
+    try:
+        assert client.listed_config("me/m", "main") == CONFIG
+    finally:
+        request_token.reset(token)
+    assert hub.requests["resolve"] == 2
+
+
+def test_everyone_waits_out_a_short_pause(hub: HubDouble, client: HubClient, clock: ManualClock) -> None:
+    hub.fail("list", status=503, headers={"Retry-After": "11"})
+    with pytest.raises(errors.HubUnavailable):
+        client.search(ANY)
+    clock.advance(2)
+    assert found(client, ANY) == []
+    assert clock.slept_s == [9.0]
+
+
+class HastyClock(ManualClock):
+    """A clock that moves whenever it is looked at."""
+
+    def monotonic(self) -> float:
+        self.advance(1)
+        return super().monotonic()
+
+
+def test_a_hub_that_drips_is_given_up(hub: HubDouble) -> None:
+    hub.add_model("me/m", FILES, cardData={"text": "x" * 10_000})
+    hub.fail("info", "drip")
+    clock = HastyClock()
+    with pytest.raises(errors.HubUnavailable, match="more than 60 s"):
+        HubClient(HubHttp(clock, clock.sleep, endpoint=hub.url)).details("me/m")
+    assert hub.requests["info"] == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message", "sent", "expected"),
+    [
+        (401, None, "Invalid username or password.", False, errors.ModelNotFound),
+        (401, "RepoNotFound", "Repository not found", False, errors.ModelNotFound),
+        (401, "GatedRepo", "Access to model is restricted.", False, errors.ModelGated),
+        (401, None, "Invalid credentials in Authorization header", True, errors.AccessDenied),
+        (401, None, "Invalid username or password.", True, errors.AccessDenied),
+        (401, "GatedRepo", "Access to model is restricted.", True, errors.ModelGated),
+        (403, "GatedRepo", "Access to model is restricted.", True, errors.ModelGated),
+        (403, None, "Access to this resource is disabled.", False, errors.AccessDenied),
+        (404, "RepoNotFound", "Repository not found", True, errors.ModelNotFound),
+        (404, "RevisionNotFound", "Invalid rev id: x", False, errors.ModelNotFound),
+    ],
+)
+def test_what_does_not_exist_is_told_from_what_may_not_be_seen(
+    hub: HubDouble,
+    client: HubClient,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    code: str | None,
+    message: str,
+    sent: bool,
+    expected: type[errors.StudioError],
+) -> None:
+    if sent:
+        monkeypatch.setenv("HF_TOKEN", "hf_valid")
+    hub.fail("info", status=status, headers={"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}))
+    with pytest.raises(errors.StudioError) as caught:
+        client.details("me/m")
+    assert type(caught.value) is expected
+
+
+def test_a_disabled_model_is_described_without_its_config(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", FILES, disabled=True)
+    details = client.details("me/m").value
+    assert details is not None
+    assert (details.summary.size_bytes, details.config) == (len(WEIGHTS), None)
 
 
 def test_a_pause_that_is_short_is_waited_for(hub: HubDouble, client: HubClient, clock: ManualClock) -> None:

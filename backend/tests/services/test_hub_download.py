@@ -323,6 +323,19 @@ def test_a_cancelled_download_stops_and_is_resumed_later(bench: Bench) -> None:
     assert bench.ranges()[-1] == f"bytes={len(WEIGHTS) // 2}-"
 
 
+def test_a_host_that_drips_is_listened_to_and_can_be_left(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES)
+    bench.hub.fail("cdn", "drip", times=2)
+    arrived: list[int] = []
+
+    def enough() -> bool:
+        return bool(arrived) and arrived[-1] > len(FILES["config.json"]) + len(FILES["tokenizer.json"])
+
+    with pytest.raises(DownloadCancelled):
+        bench.downloads().fetch("me/m", None, lambda progress: arrived.append(progress.done_bytes), enough)
+    assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
+
+
 def test_who_still_waits_gets_what_another_has_cancelled(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
     bench.hub.fail("cdn", "stall")

@@ -21,7 +21,7 @@ from core.errors import (
 from core.settings import Settings
 from domain.model_records import Fit, ModelSummary, SearchPage, SearchQuery
 from services.hub_errors import QueryRejected
-from services.hub_http import HubHttp
+from services.hub_http import HubHttp, request_token
 from services.local_models import LocalModel
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S
 from services.model_registry_service import FitOf, ModelRegistryService, build_model_registry_service
@@ -106,6 +106,21 @@ def test_answers_with_and_without_a_token_are_kept_apart(bench: Bench, monkeypat
 
     assert bench.hub.requests["list"] == 2
     assert all(b"hf_valid" not in path.read_bytes() for path in (bench.folder / "cache").iterdir())
+
+
+def test_answers_to_different_tokens_are_kept_apart(bench: Bench) -> None:
+    bench.hub.tokens |= {"hf_other"}
+    bench.hub.add_model("me/m", FILES, gated="auto", granted=("hf_valid",))
+    registry = bench.registry()
+    configs = []
+    for token in ("hf_valid", "hf_other", None, "hf_valid"):
+        previous = request_token.set(token)
+        configs.append(registry.details("me/m").details.config)
+        request_token.reset(previous)
+
+    assert configs == [CONFIG, None, None, CONFIG]
+    assert bench.hub.requests["info"] == 3
+    assert all(b"hf_" not in path.read_bytes() for path in (bench.folder / "cache").iterdir())
 
 
 def test_models_that_are_here_are_marked(bench: Bench) -> None:
@@ -343,6 +358,25 @@ def test_details_last_a_day_and_a_commit_lasts_for_good(bench: Bench) -> None:
         sources = [registry.details("me/m", revision).source for revision in (None, commit)]
         asked.append(sources)
     assert asked == [["hub", "hub"], ["cache", "cache"], ["hub", "cache"], ["hub", "cache"]]
+
+
+@pytest.mark.parametrize(("token", "asked_after_s"), [(None, DETAILS_TTL_S), ("hf_valid", 60.0)])
+def test_a_config_that_is_withheld_is_asked_for_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, token: str | None, asked_after_s: float
+) -> None:
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    commit = bench.hub.add_model("me/gated", FILES, gated="manual")
+    registry = bench.registry()
+    for revision in (None, commit):
+        before = bench.hub.requests["info"]
+        registry.details("me/gated", revision)
+        bench.clock.advance(asked_after_s - 1)
+        registry.details("me/gated", revision)
+        assert bench.hub.requests["info"] == before + 1
+        bench.clock.advance(1)
+        registry.details("me/gated", revision)
+        assert bench.hub.requests["info"] == before + 2
 
 
 def test_a_licence_that_was_accepted_is_noticed_soon(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
