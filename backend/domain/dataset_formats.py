@@ -24,7 +24,7 @@ from domain.dataset_turns import (
 
 DatasetFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "kto"]
 FORMATS: tuple[DatasetFormat, ...] = get_args(DatasetFormat)
-TRAINABLE_FORMATS: frozenset[str] = frozenset({"messages", "sharegpt", "alpaca", "prompt_completion"})
+TRAINABLE_FORMATS: frozenset[str] = frozenset({"messages", "sharegpt", "alpaca", "prompt_completion", "text"})
 
 
 @dataclass(frozen=True)

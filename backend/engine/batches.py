@@ -6,14 +6,17 @@ where no loss is computed; the trainer shifts.
 
 import json
 import random
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.errors import BadData
+from engine.rendering import ChatRenderer, Rendered
 
 IGNORED = -100
 # For models that ship without a template: the plainest one that keeps the turns apart.
@@ -59,59 +62,91 @@ class Batch:
     trained_tokens: int
 
 
-def read_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """Read the conversations of a stored dataset: one `{"messages": [...]}` a line."""
-    with path.open(encoding="utf-8") as file:
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the normal rows of a stored dataset: a conversation or a text a line."""
+    with path.open("rb") as file:
         for line in file:
-            yield json.loads(line)["messages"]
+            yield json.loads(line)
 
 
-def tokenize(tokenizer: Any, number: int, messages: list[dict[str, Any]], train_on: str, limit: int) -> Row:
-    """Render a conversation with the chat template and label the tokens that are learned.
+class RowTokenizer:
+    """Turns rows into token ids and labels.
 
-    The spans of the answers are found by rendering the conversation up to each of them, and carried over to
-    tokens by character offsets, never by searching for marker strings.
-
-    Raises:
-        BadData: The template cannot be followed, so nobody could say which tokens are the answer.
+    Args:
+        train_on: Which tokens of a conversation are learned; of a text, all are.
+        limit: Tokens a row. A longer conversation is truncated, a longer text becomes several rows.
     """
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = _trained_spans(tokenizer, number, messages, text, train_on)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    labels = [
-        token if any(start < end and start >= low and end <= high for low, high in spans) else IGNORED
-        for token, (start, end) in zip(ids, offsets, strict=True)
-    ]
-    return Row(number, ids[:limit], labels[:limit], truncated=len(ids) > limit)
+
+    def __init__(self, tokenizer: Any, train_on: str, limit: int) -> None:
+        if not tokenizer.is_fast:
+            raise BadData("the model's tokenizer does not tell which characters a token is; nothing could be masked")
+        self._tokenizer, self._train_on, self._limit = tokenizer, train_on, limit
+        self._renderer = ChatRenderer(tokenizer)
+
+    def rows(self, number: int, row: dict[str, Any]) -> list[Row]:
+        """Tokenize a row.
+
+        Raises:
+            BadData: The chat template refuses the conversation, or does not tell where an answer is.
+        """
+        if "text" in row:
+            return self._pieces(number, row["text"])
+        whole = self.whole(number, row)
+        kept = Row(number, whole.ids[: self._limit], whole.labels[: self._limit], len(whole.ids) > self._limit)
+        return [kept]
+
+    def whole(self, number: int, row: dict[str, Any]) -> Row:
+        """Tokenize a row without a limit.
+
+        Raises:
+            BadData: As for `rows`.
+        """
+        if "text" in row:
+            ids = self._text_ids(row["text"])
+            return Row(number, ids, ids[:], truncated=False)
+        messages = row["messages"]
+        answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
+        unwanted = [index for index in answers if messages[index].get("weight", 1) == 0]
+        wanted = {"all": [], "last_assistant": answers[-1:], "assistant": answers}[self._train_on]
+        rendered = self._renderer.render(number, row, {*wanted, *unwanted})
+        encoded = self._tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        learned = [self._train_on == "all"] * len(ids)
+        for indices, value in ((wanted, True), (unwanted, False)):
+            for low, high in tokens_of(rendered, indices, offsets):
+                learned[low:high] = [value] * (high - low)
+        return Row(number, ids, [token if learned[at] else IGNORED for at, token in enumerate(ids)], truncated=False)
+
+    def _text_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text)["input_ids"]
+        end = self._tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+    def _pieces(self, number: int, text: str) -> list[Row]:
+        """Cut a text into rows of like length, so that none of it is lost and none is too short to learn from."""
+        ids = self._text_ids(text)
+        pieces = -(-len(ids) // self._limit)
+        bounds = [len(ids) * piece // pieces for piece in range(pieces + 1)]
+        return [Row(number, ids[low:high], ids[low:high], False) for low, high in pairwise(bounds)]
 
 
-def _trained_spans(
-    tokenizer: Any, number: int, messages: list[dict[str, Any]], text: str, train_on: str
-) -> list[tuple[int, int]]:
-    """Return the (start, end) characters of `text` that carry loss."""
-    if train_on == "all":
-        return [(0, len(text))]
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if train_on == "last_assistant":
-        answers = answers[-1:]
-    spans = []
-    for index in answers:
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (text.startswith(through.rstrip()) and through.startswith(before)):
-            raise BadData(
-                f"row {number + 1}: the model's chat template renders turn {index + 1} differently when more turns "
-                "follow, so the answer's tokens cannot be told from the prompt's",
-                [
-                    "train_on=all",
-                    "train_on=last_assistant",
-                    "split the conversation so that each row has one answer",
-                ],
-            )
+def tokens_of(rendered: Rendered, turns: Iterable[int], offsets: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield, for each turn that the template does not leave out, its first token and the one behind its last.
+
+    Args:
+        offsets: Each token's (start, end) characters.
+    """
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    for turn in turns:
+        span = rendered.spans[turn]
+        if span is None:
+            continue
+        low = bisect_right(ends, span.start) if span.cuts_start else bisect_left(starts, span.start)
+        high = bisect_right(ends, span.end)
         # The end-of-turn mark is learned, the line break behind it is not: generation stops at the mark.
-        spans.append((len(before), len(through.rstrip())))
-    return spans
+        while span.cuts_end and high > low and not rendered.text[starts[high - 1] : ends[high - 1]].strip():
+            high -= 1
+        yield low, max(low, high)
 
 
 def pad(rows: list[Row], pad_id: int) -> Batch:

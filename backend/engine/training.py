@@ -1,7 +1,6 @@
 """The `train` command: data, adapter, checkpoint to go on from, run, and the folder that is handed out."""
 
 import json
-import random
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -13,10 +12,11 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from core.files import whole_folder
+from domain.data_split import NothingToHoldOut, held_out
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base
-from engine.batches import Row, read_rows, tokenize
+from engine.batches import Row, RowTokenizer, read_rows
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData
@@ -128,26 +128,21 @@ def _load_rows(
     base: Base, command: Train, channel: Channel, check_stop: Callable[[], None]
 ) -> tuple[list[Row], list[Row], int]:
     """Tokenize both sets; rows with nothing to learn are counted and left out."""
-    conversations = list(read_rows(Path(command.dataset_path)))
-    held_out = list(read_rows(Path(command.validation_path))) if command.validation_path else []
-    numbered = list(enumerate(conversations))
+    numbered = list(enumerate(read_rows(Path(command.dataset_path))))
+    held_out_numbered = list(enumerate(read_rows(Path(command.validation_path)))) if command.validation_path else []
     if command.validation_fraction > 0:
-        random.Random(command.config.seed).shuffle(numbered)  # noqa: S311 - not a secret
-        size = min(len(numbered) - 1, max(1, round(command.validation_fraction * len(numbered))))
-        held_out_numbered, numbered = numbered[:size], numbered[size:]
-    else:
-        held_out_numbered = list(enumerate(held_out))
+        numbered, held_out_numbered = _split(numbered, command.validation_fraction, command.config.seed)
     total = len(numbered) + len(held_out_numbered)
     done = 0
+    tokenizer = RowTokenizer(base.tokenizer, command.config.train_on, command.config.max_seq_length)
     sets: list[list[Row]] = []
     for rows in (numbered, held_out_numbered):
-        tokenized = []
-        for number, messages in rows:
+        tokenized: list[Row] = []
+        for number, row in rows:
             if done % 100 == 0:
                 check_stop()
                 channel.emit(Progress(request_id=command.request_id, stage="tokenizing", fraction=done / total))
-            config = command.config
-            tokenized.append(tokenize(base.tokenizer, number, messages, config.train_on, config.max_seq_length))
+            tokenized += tokenizer.rows(number, row)
             done += 1
         sets.append(tokenized)
     learning = [[row for row in rows if row.trained_tokens] for rows in sets]
@@ -159,6 +154,17 @@ def _load_rows(
     if (command.validation_path or command.validation_fraction > 0) and not learning[1]:
         raise BadData("no validation row has a token to learn", ["more rows", "a larger validation_fraction"])
     return learning[0], learning[1], len(sets[0]) - len(learning[0])
+
+
+def _split(
+    numbered: list[tuple[int, dict[str, Any]]], fraction: float, seed: int
+) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, dict[str, Any]]]]:
+    """Hold rows out for validation, repeated ones all on one side."""
+    try:
+        held = held_out([json.dumps(row, sort_keys=True).encode() for _, row in numbered], fraction, seed)
+    except NothingToHoldOut as error:
+        raise BadData(str(error), ["more rows", "a validation_dataset_id"]) from error
+    return [pair for pair in numbered if pair[0] not in held], [pair for pair in numbered if pair[0] in held]
 
 
 def _started(

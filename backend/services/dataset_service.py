@@ -235,7 +235,7 @@ class DatasetService:
 
         Raises:
             DatasetNotFound: There is none of that id.
-            DatasetNotTrainable: It holds preferences, or no answer that may be learned.
+            DatasetNotTrainable: It holds preferences, no answers, or none that may be learned.
         """
         record = self.get(dataset_id)
         if record.format not in TRAINABLE_FORMATS:
@@ -245,6 +245,8 @@ class DatasetService:
                 "and upload that.",
                 format=record.format,
             )
+        if record.format == "text" and train_on != "all":
+            raise DatasetNotTrainable(f"The dataset {dataset_id} is plain text: it has no answers; use train_on=all.")
         answers = self.manifest(dataset_id).answers
         if answers is not None and answers[train_on == "last_assistant"] == 0 and train_on != "all":
             which = "last answer" if train_on == "last_assistant" else "answer"

@@ -112,6 +112,8 @@ class JobIntake:
                         name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another"
                     )
                 overrides[name] = have
+        if "train_on" not in overrides and self.datasets.get(request.dataset_id).format == "text":
+            overrides["train_on"] = "all"  # a text has no answers
         return self.peft.configure(
             request.algorithm, request.use_case, overrides, model_id=model_id, revision=revision, device=device
         )

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.batches import IGNORED, Row, best_fit_bins, epoch_batches, pack, pad, tokenize
-from engine.errors import BadData
+from engine.batches import IGNORED, Row, RowTokenizer, best_fit_bins, epoch_batches, pack, pad
 
 TURNS = [
     {"role": "system", "content": "be brief"},
@@ -25,8 +24,13 @@ def tokenizer(tiny_path: Path) -> AutoTokenizer:
     return AutoTokenizer.from_pretrained(tiny_path)
 
 
+def tokenize(tokenizer: AutoTokenizer, train_on: str, limit: int) -> Row:
+    (row,) = RowTokenizer(tokenizer, train_on, limit).rows(0, {"messages": TURNS})
+    return row
+
+
 def _trained_text(tokenizer: AutoTokenizer, train_on: str) -> str:
-    row = tokenize(tokenizer, 0, TURNS, train_on, 256)
+    row = tokenize(tokenizer, train_on, 256)
     return tokenizer.decode([label for label in row.labels if label != IGNORED])
 
 
@@ -42,29 +46,27 @@ def test_exactly_the_answers_and_their_ends_carry_loss(tokenizer: AutoTokenizer,
 
 
 def test_train_on_all_trains_every_token(tokenizer: AutoTokenizer) -> None:
-    row = tokenize(tokenizer, 0, TURNS, "all", 256)
+    row = tokenize(tokenizer, "all", 256)
     assert row.labels == row.ids
     assert row.trained_tokens == len(row.ids) - 1  # nothing predicts the first
 
 
 def test_truncation_is_at_the_limit_and_said(tokenizer: AutoTokenizer) -> None:
-    row = tokenize(tokenizer, 0, TURNS, "assistant", 10)
+    row = tokenize(tokenizer, "assistant", 10)
     assert (len(row.ids), row.truncated) == (10, True)
-    assert not tokenize(tokenizer, 0, TURNS, "assistant", 256).truncated
+    assert not tokenize(tokenizer, "assistant", 256).truncated
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer: AutoTokenizer) -> None:
-    kept = tokenizer.chat_template
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>"
-        "{{ m['content'] if loop.last or m['role'] == 'user' else 'hidden' }}<|end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    try:
-        with pytest.raises(BadData, match="turn 3"):
-            tokenize(tokenizer, 0, TURNS, "assistant", 256)
-    finally:
-        tokenizer.chat_template = kept
+@given(st.text(min_size=1, max_size=300), st.integers(8, 64))
+def test_a_text_is_cut_into_rows_and_nothing_of_it_is_lost(tokenizer: AutoTokenizer, text: str, limit: int) -> None:
+    rows = RowTokenizer(tokenizer, "all", limit).rows(3, {"text": text})
+    whole = RowTokenizer(tokenizer, "all", limit).whole(3, {"text": text})
+    assert [token for row in rows for token in row.ids] == whole.ids
+    assert whole.ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(whole.ids[:-1]) == text
+    assert all(row.labels == row.ids and row.number == 3 and not row.truncated for row in rows)
+    assert max(len(row.ids) for row in rows) <= limit
+    assert min(row.trained_tokens for row in rows) >= 1
 
 
 rows_of_any_length = st.lists(st.integers(2, 40), min_size=1, max_size=60).map(

@@ -1,0 +1,37 @@
+"""Which rows are held out for validation."""
+
+import hashlib
+from collections.abc import Sequence
+
+
+class NothingToHoldOut(ValueError):
+    """All rows are the same, or there is only one."""
+
+
+def held_out(rows: Sequence[bytes], fraction: float, seed: int) -> frozenset[int]:
+    """Choose rows to hold out. Equal rows stay on one side: what is validated on was never trained on.
+
+    The choice depends on what the rows say and not on their order, and a row that is added moves few others.
+
+    Args:
+        rows: The rows as bytes.
+        fraction: How much to hold out, 0..1; at least one row, and never all.
+
+    Returns:
+        The positions of the rows held out, at most `fraction` of all unless repetitions allow no less.
+
+    Raises:
+        NothingToHoldOut: There are not two different rows.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for position, row in enumerate(rows):
+        groups.setdefault(hashlib.sha256(b"%d:%b" % (seed, row)).digest(), []).append(position)
+    if len(groups) < 2:
+        raise NothingToHoldOut("all rows are the same: none can be held out for validation")
+    size = max(1, round(fraction * len(rows)))
+    chosen: list[int] = []
+    for _, positions in sorted(groups.items())[:-1]:  # the last group is always left to train on
+        if len(chosen) + len(positions) <= size:
+            chosen += positions
+    smallest: list[int] = min(groups.values(), key=len)
+    return frozenset(chosen or smallest)

@@ -1,0 +1,269 @@
+"""Conversations through a model's chat template, and which characters of the text are which answer.
+
+Where an answer stands is found by rendering the conversation again, cut short or with one turn changed, and seeing
+where the texts part: no marker is searched for, so nothing that a turn says can be taken for one. That works for
+templates without generation marks, and for those that rewrite earlier turns once more turns follow.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from jinja2 import TemplateError
+
+from engine.errors import BadData
+
+Turn = Mapping[str, Any]
+# A character that Unicode gives to nobody: it differs from whatever stands in a turn.
+_OTHER = "\ue000"
+# What a template raises on purpose, and what it stumbles over in turns that it was not written for.
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters of a text, from `start` to before `end`.
+
+    Attributes:
+        cuts_start: Whether `start` may be inside a token, which then belongs to the answer: it was found by where two
+            texts part, and they may part inside what is one token in each.
+        cuts_end: The same of `end`, where such a token does not belong to the answer.
+    """
+
+    start: int
+    end: int
+    cuts_start: bool = False
+    cuts_end: bool = False
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model sees it.
+
+    Attributes:
+        spans: The index of each turn that was asked for → its characters, from behind the prompt that the template
+            gives for an answer through its end mark; None where the template leaves the turn out.
+    """
+
+    text: str
+    spans: dict[int, Span | None]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How a template wants its turns: it does not say, and one that gets them otherwise drops them in silence.
+
+    Attributes:
+        parts: Contents as lists of parts.
+        null: No content, rather than an empty one, beside tool calls.
+        text_arguments: Arguments of tool calls as JSON in a text.
+    """
+
+    parts: bool = False
+    null: bool = False
+    text_arguments: bool = False
+
+
+class ChatRenderer:
+    """Renders conversations with one tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._parts = self._wants_parts()
+
+    def render(self, number: int, row: Mapping[str, Any], answers: Iterable[int]) -> Rendered:
+        """Render a conversation.
+
+        Args:
+            number: The row's position in the dataset, from 0, for messages.
+            row: `messages`, and `tools` if it has any.
+            answers: The indices of the turns to find in the text.
+
+        Raises:
+            BadData: The template refuses it, leaves tool calls out, or cannot be followed.
+        """
+        messages, tools = row["messages"], row.get("tools")
+        shape = self._shape(number, messages, tools)
+        chat = _Chat(self._tokenizer, number, messages, tools, shape)
+        return Rendered(chat.text, {index: chat.span(index) for index in answers})
+
+    def _wants_parts(self) -> bool:
+        """Tell whether the template takes lists of parts only, as those of models that see do."""
+        for parts in (False, True):
+            texts = []
+            for content in ("a", "b"):
+                turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+                try:
+                    texts.append(_apply(self._tokenizer, _shaped(turns, _Shape(parts=parts)), None))
+                except _TEMPLATE_ERRORS:
+                    break
+            if len(texts) == 2 and texts[0] != texts[1]:
+                return parts
+        return False
+
+    def _shape(self, number: int, messages: Sequence[Turn], tools: Any) -> _Shape:
+        """Find how the template takes this row's tool calls: the way in which they make a difference.
+
+        Raises:
+            BadData: In no way.
+        """
+        if not any(turn.get("tool_calls") for turn in messages):
+            return _Shape(parts=self._parts)
+        renamed = [_renamed(turn) for turn in messages]
+        reasons = []
+        for text_arguments, null in product((False, True), (False, True)):
+            shape = _Shape(self._parts, null, text_arguments)
+            try:
+                text = _apply(self._tokenizer, _shaped(messages, shape), tools)
+                if text != _apply(self._tokenizer, _shaped(renamed, shape), tools):
+                    return shape
+                reasons.append("leaves tool calls out")
+            except _TEMPLATE_ERRORS as error:
+                reasons.append(f"refuses it: {error}")
+        raise _refused(number, reasons[0])
+
+
+class _Chat:
+    """One conversation, rendered as often as it takes."""
+
+    def __init__(self, tokenizer: Any, number: int, messages: Sequence[Turn], tools: Any, shape: _Shape) -> None:
+        self._tokenizer, self._number, self._messages = tokenizer, number, messages
+        self._tools, self._shape = tools, shape
+        self.text = self._render(messages)
+
+    def span(self, index: int) -> Span | None:
+        """Return where the answer of a turn is, or None where the template leaves it out.
+
+        Raises:
+            BadData: The text does not tell.
+        """
+        before = self._render(self._messages[:index], prompt=True)
+        through = self.text if index == len(self._messages) - 1 else self._render(self._messages[: index + 1])
+        starts, ends = self.text.startswith(before), self.text.startswith(through.rstrip())
+        content = self._messages[index]["content"].strip()
+        plain = starts and ends and len(before) < len(through.rstrip())
+        if plain and content and content in self.text[len(before) : len(through)]:
+            return Span(len(before), len(through.rstrip()))
+        other = self._render(_changed(self._messages, index))
+        if other == self.text:
+            return None
+        begins = _common_prefix(self.text, other)
+        plain = starts and len(before) <= begins
+        start = len(before) if plain else min(begins, self._prompt_end(index, before))
+        end = len(through.rstrip()) if ends else self._answer_end(index, other, through)
+        if start >= end:
+            raise _refused(self._number, f"cannot be followed at turn {index + 1}", "train_on=all")
+        return Span(start, end, cuts_start=not plain, cuts_end=not ends)
+
+    def _prompt_end(self, index: int, before: str) -> int:
+        """Return where the answer's prompt ends: behind the turn before, as far as the two texts agree."""
+        there = self._end_of(index - 1, self.text, self._messages)
+        here = self._end_of(index - 1, before, self._messages[:index], prompt=True)
+        return there + _common_prefix(self.text[there:], before[here:])
+
+    def _answer_end(self, index: int, other: str, through: str) -> int:
+        """Return where the answer's end mark ends: behind what the turn says, as far as the two texts agree."""
+        there = len(self.text) - _common_suffix(self.text, other)
+        here = self._end_of(index, through, self._messages[: index + 1])
+        mark = self.text[there : there + _common_prefix(self.text[there:], through[here:])]
+        return there + len(mark.rstrip())
+
+    def _end_of(self, index: int, text: str, messages: Sequence[Turn], *, prompt: bool = False) -> int:
+        """Return where what a turn says ends in a text."""
+        other = self._render(_changed(messages, index), prompt=prompt)
+        if other == text:
+            what = f"leaves turn {index + 1} out, so the next answer cannot be found"
+            raise _refused(self._number, what, "train_on=all")
+        return len(text) - _common_suffix(text, other)
+
+    def _render(self, messages: Sequence[Turn], *, prompt: bool = False) -> str:
+        try:
+            return _apply(self._tokenizer, _shaped(messages, self._shape), self._tools, prompt=prompt)
+        except _TEMPLATE_ERRORS as error:
+            raise _refused(self._number, f"refuses it: {error}") from error
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
+    text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    return text
+
+
+def _refused(number: int, what: str, *suggestions: str) -> BadData:
+    return BadData(
+        f"row {number + 1}: the model's chat template {what}",
+        [*suggestions, "leave the row out", "a model whose template takes such turns"],
+    )
+
+
+def _shaped(messages: Sequence[Turn], shape: _Shape) -> list[dict[str, Any]]:
+    """Write turns as a template wants them. What only the trainer reads is left out."""
+    return [_shaped_turn(turn, shape) for turn in messages]
+
+
+def _shaped_turn(turn: Turn, shape: _Shape) -> dict[str, Any]:
+    shaped = {name: value for name, value in turn.items() if name != "weight"}
+    if "reasoning_content" in turn:
+        shaped["thinking"] = turn["reasoning_content"]  # gpt-oss's name for it
+    calls = turn.get("tool_calls")
+    if calls and shape.text_arguments:
+        shaped["tool_calls"] = [_with_text_arguments(call) for call in calls]
+    if calls and shape.null and not turn["content"]:
+        shaped["content"] = None
+    elif shape.parts:
+        shaped["content"] = [{"type": "text", "text": turn["content"]}]
+    return shaped
+
+
+def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.dumps(function["arguments"], ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _changed(messages: Sequence[Turn], index: int) -> list[Turn]:
+    """Return the conversation with one turn saying something else, from its first character to its last."""
+    turn = dict(messages[index])
+    if turn["content"] or not turn.get("tool_calls"):
+        turn["content"] = _OTHER
+    if turn.get("reasoning_content"):
+        turn["reasoning_content"] = _OTHER
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = [
+            # The name stays: templates repeat it in the turn that answers the call.
+            {**call, "function": {**call["function"], "arguments": {_OTHER: _OTHER}}}
+            for call in turn["tool_calls"]
+        ]
+    return [*messages[:index], turn, *messages[index + 1 :]]
+
+
+def _renamed(turn: Turn) -> Turn:
+    calls = [
+        {**call, "function": {**call["function"], "name": call["function"]["name"] + _OTHER}}
+        for call in turn.get("tool_calls", ())
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn
+
+
+def _common_prefix(first: str, second: str) -> int:
+    # Halving is faster than character by character: strings compare at memory speed.
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _common_suffix(first: str, second: str) -> int:
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[len(first) - middle : len(first) - low] == second[len(second) - middle : len(second) - low]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,65 @@
+"""Training on every kind of dataset, through the door users use."""
+
+import json
+from typing import Any
+
+import pytest
+from rows import messages_jsonl
+from server import StudioServer
+from tiny_model import TINY_ID
+
+pytestmark = pytest.mark.engine
+SHORT = {"max_steps": 2, "max_seq_length": 64, "rank": 4, "target_modules": ["q_proj"]}
+
+
+def run(studio: StudioServer, dataset: dict[str, Any], **body: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train to the end; return the job and what it said at its start."""
+    values = {"model_id": TINY_ID, "dataset_id": dataset["id"], "overrides": SHORT} | body
+    job = studio.submit(**values)
+    studio.events(job["id"])
+    events = studio.http.get(f"/api/training/jobs/{job['id']}/events?format=json").json()["events"]
+    started = [event["data"] for event in events if event["kind"] == "started"]
+    return studio.job(job["id"]), started[0] if started else {}
+
+
+def test_plain_text_is_trained_on_whole_and_long_texts_are_cut_into_rows(studio: StudioServer) -> None:
+    dataset = studio.upload("the quick brown fox " * 200 + "\nshort\n", "a.txt")
+    job, started = run(studio, dataset)
+    assert (job["state"], job["config"]["train_on"]) == ("succeeded", "all")
+    assert started["rows"] > 10 and started["truncated_rows"] == 0
+    body = {"model_id": TINY_ID, "dataset_id": dataset["id"], "overrides": {"train_on": "assistant"}}
+    refused = studio.http.post("/api/training/jobs", json=body)
+    assert (refused.status_code, refused.json()["type"]) == (422, "/problems/dataset-not-trainable")
+
+
+def test_repeated_rows_are_not_validated_on_after_being_trained_on(studio: StudioServer) -> None:
+    lines = messages_jsonl(12).splitlines()
+    dataset = studio.upload("\n".join(lines * 4))
+    job, started = run(studio, dataset, validation_fraction=0.25)
+    assert job["state"] == "succeeded"
+    assert (started["rows"], started["validation_rows"]) == (36, 12)
+    same = studio.upload("\n".join(lines[:1] * 8))
+    job, _ = run(studio, same, validation_fraction=0.25)
+    assert (job["state"], job["error"]["class"]) == ("failed", "bad_data")
+    assert "all rows are the same" in job["error"]["message"]
+
+
+def test_answers_of_weight_0_are_not_trained_on(studio: StudioServer) -> None:
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a" * 20},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "b" * 10},
+    ]
+    _, both = run(studio, studio.upload(json.dumps({"messages": turns})))
+    turns[1]["weight"] = 0  # type: ignore[assignment]
+    _, last = run(studio, studio.upload(json.dumps({"messages": turns})))
+    assert 0 < last["trained_tokens"] < both["trained_tokens"]
+
+
+def test_turns_that_the_model_will_not_take_fail_the_job_with_their_row(studio: StudioServer) -> None:
+    calls = [{"name": "f", "arguments": {}}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    job, _ = run(studio, studio.upload(json.dumps({"messages": turns})))
+    assert (job["state"], job["error"]["class"]) == ("failed", "bad_data")
+    assert job["error"]["message"] == "row 1: the model's chat template leaves tool calls out"
