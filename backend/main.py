@@ -21,6 +21,7 @@ from core.settings import Settings, get_settings
 from core.version import VERSION
 from services.adapter_service import get_adapter_service
 from services.database import get_database
+from services.dataset_analysis import get_dataset_analysis_service
 from services.dataset_service import get_dataset_service
 from services.peft_service import get_peft_service
 from services.training_service import get_training_service
@@ -55,6 +56,8 @@ def stop_services() -> None:
     """End the running job as interrupted, every engine, and the database's connections."""
     for training_service in filter(None, (get_training_service.made,)):
         training_service.close()
+    for analysis_service in filter(None, (get_dataset_analysis_service.made,)):
+        analysis_service.close()
     for peft_service in filter(None, (get_peft_service.made,)):
         peft_service.close()
     for database in filter(None, (get_database.made,)):

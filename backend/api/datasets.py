@@ -1,25 +1,29 @@
 """/api/datasets: bring in, look at, hand out, delete."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from api import dataset_schemas as schemas
+from api.dataset_analysis_schemas import AnalysisProgress, AnalysisResponse, AnalyzeRequest, analysis_view
 from api.dataset_schemas import dataset_view
 from api.upload_form import read_upload
 from core.errors import Rejected
+from services.dataset_analysis import AnalysisRequest, DatasetAnalysisService, get_dataset_analysis_service
 from services.dataset_service import DatasetService, Form, get_dataset_service
 from store.records import DatasetRecord
 
 router = APIRouter(prefix="/api/datasets", tags=["datasets"])
 M = TypeVar("M", bound=BaseModel)
 Datasets = Annotated[DatasetService, Depends(get_dataset_service)]
+Analyses = Annotated[DatasetAnalysisService, Depends(get_dataset_analysis_service)]
 
 
 class UploadAbandoned(Rejected):
@@ -103,6 +107,29 @@ def preview(
     """Some rows as they will be trained on."""
     rows = datasets.preview(dataset_id, offset, limit)
     return schemas.DatasetPreview(offset=offset, rows=[schemas.preview_row(row) for row in rows])
+
+
+@router.post(
+    "/{dataset_id}/analyze",
+    response_model=AnalysisResponse,
+    responses={202: {"model": AnalysisProgress, "description": "Not ready yet: ask again."}},
+)
+async def analyze(dataset_id: str, body: AnalyzeRequest, datasets: Datasets, analyses: Analyses) -> object:
+    """What a fine-tune of a model would learn: lengths, what is cut, what carries loss, steps, and an example.
+
+    Every row is tokenized as training would, without weights; the answer is kept.
+    """
+    names = ("model_id", "revision", "algorithm", "use_case", "example_row")
+    request = AnalysisRequest(
+        dataset_id=dataset_id, overrides=body.settings(), **{name: getattr(body, name) for name in names}
+    )
+    running = await run_in_threadpool(analyses.begin, request)
+    # Holds no thread while it waits.
+    await asyncio.wait([asyncio.wrap_future(running.future)], timeout=body.wait_s)
+    if not running.future.done():
+        return JSONResponse(AnalysisProgress(state="running", fraction=running.fraction).model_dump(), 202)
+    found = await run_in_threadpool(analyses.finish, running)
+    return analysis_view(found, datasets.manifest(dataset_id).duplicates)
 
 
 @router.get("/{dataset_id}/download", response_class=FileResponse, response_model=None)

@@ -95,6 +95,17 @@ class Train(_Command):
     recorded_step: int
 
 
+class Analyze(_Command):
+    """Say what a fine-tune would learn from a dataset, by a model's tokenizer alone."""
+
+    kind: Literal["analyze"] = "analyze"
+    model_path: str
+    dataset_path: str
+    rows: int
+    config: PeftConfig
+    example_row: int | None
+
+
 class PrepareGguf(_Command):
     """Turn a GGUF file into a folder of safetensors with its tokenizer."""
 
@@ -147,6 +158,7 @@ Command = Annotated[
     | DetachAdapter
     | Generate
     | Train
+    | Analyze
     | PrepareGguf
     | PreparePickled
     | Stop

@@ -51,8 +51,26 @@ def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any,
         local_files_only=True,
     )
     _keep_gradients_through_4bit(model)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    return model, tokenizer
+    return model, load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load a tokenizer from a folder; remote code is never trusted."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def complete_tokenizer(tokenizer: Any) -> None:
+    """Give a tokenizer what training needs and it lacks: a chat template, and a token to pad with.
+
+    Raises:
+        BadModel: It cannot tell which characters a token is, so nothing could be masked.
+    """
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = FALLBACK_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.is_fast:
+        raise BadModel("the tokenizer has no fast version, so tokens cannot be traced back to characters")
 
 
 def _keep_gradients_through_4bit(model: Any) -> None:
@@ -91,19 +109,11 @@ class Base:
         self.engine = engine
         self.model.requires_grad_(False)
         self.model.eval()
-        self._complete_tokenizer()
+        complete_tokenizer(self.tokenizer)
         self.total_parameters = logical_parameters(self.model)
         self.linear_layers = methods.targeted_layers(self.model, config)
         self.trainable_parameters = methods.trainable_parameters(self.linear_layers, config)
         self.load_s = time.monotonic() - started
-
-    def _complete_tokenizer(self) -> None:
-        if self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = FALLBACK_TEMPLATE
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        if not self.tokenizer.is_fast:
-            raise BadModel("the tokenizer has no fast version, so tokens cannot be traced back to characters")
 
     @property
     def adapters(self) -> list[str]:

@@ -7,7 +7,7 @@ where no loss is computed; the trainer shifts.
 import json
 import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from engine.errors import BadData
 from engine.rendering import ChatRenderer, Rendered
 
 IGNORED = -100
@@ -50,6 +49,16 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A row's text, its T tokens, their labels, and the (start, end) characters of each."""
+
+    text: str
+    ids: list[int]
+    labels: list[int]
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Batch:
     """Tensors of shape (B, T); `attention_mask` is None for packed rows, whose `position_ids` restart."""
 
@@ -78,10 +87,13 @@ class RowTokenizer:
     """
 
     def __init__(self, tokenizer: Any, train_on: str, limit: int) -> None:
-        if not tokenizer.is_fast:
-            raise BadData("the model's tokenizer does not tell which characters a token is; nothing could be masked")
         self._tokenizer, self._train_on, self._limit = tokenizer, train_on, limit
         self._renderer = ChatRenderer(tokenizer)
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        """What renders the conversations."""
+        return self._renderer
 
     def rows(self, number: int, row: dict[str, Any]) -> list[Row]:
         """Tokenize a row.
@@ -89,11 +101,19 @@ class RowTokenizer:
         Raises:
             BadData: The chat template refuses the conversation, or does not tell where an answer is.
         """
-        if "text" in row:
-            return self._pieces(number, row["text"])
-        whole = self.whole(number, row)
-        kept = Row(number, whole.ids[: self._limit], whole.labels[: self._limit], len(whole.ids) > self._limit)
-        return [kept]
+        return self.cut(self.whole(number, row), is_text="text" in row)
+
+    def cut(self, whole: Row, *, is_text: bool) -> list[Row]:
+        """Bring a row within the limit: a conversation loses its end, a text becomes rows of like length.
+
+        None of a text is lost, and none of its rows is too short to learn from.
+        """
+        ids, labels, limit = whole.ids, whole.labels, self._limit
+        if not is_text:
+            return [Row(whole.number, ids[:limit], labels[:limit], len(ids) > limit)]
+        pieces = max(1, -(-len(ids) // limit))
+        bounds = [len(ids) * piece // pieces for piece in range(pieces + 1)]
+        return [Row(whole.number, ids[low:high], labels[low:high], False) for low, high in pairwise(bounds)]
 
     def whole(self, number: int, row: dict[str, Any]) -> Row:
         """Tokenize a row without a limit.
@@ -101,9 +121,17 @@ class RowTokenizer:
         Raises:
             BadData: As for `rows`.
         """
+        encoded = self.encode(number, row)
+        return Row(number, encoded.ids, encoded.labels, truncated=False)
+
+    def encode(self, number: int, row: dict[str, Any]) -> Encoded:
+        """Tokenize a row without a limit, and tell where in its text each token is.
+
+        Raises:
+            BadData: As for `rows`.
+        """
         if "text" in row:
-            ids = self._text_ids(row["text"])
-            return Row(number, ids, ids[:], truncated=False)
+            return self._encode_text(row["text"])
         messages = row["messages"]
         answers = [index for index, turn in enumerate(messages) if turn["role"] == "assistant"]
         unwanted = [index for index in answers if messages[index].get("weight", 1) == 0]
@@ -115,19 +143,16 @@ class RowTokenizer:
         for indices, value in ((wanted, True), (unwanted, False)):
             for low, high in tokens_of(rendered, indices, offsets):
                 learned[low:high] = [value] * (high - low)
-        return Row(number, ids, [token if learned[at] else IGNORED for at, token in enumerate(ids)], truncated=False)
+        labels = [token if learned[at] else IGNORED for at, token in enumerate(ids)]
+        return Encoded(rendered.text, ids, labels, offsets)
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+    def _encode_text(self, text: str) -> Encoded:
+        encoded = self._tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
         end = self._tokenizer.eos_token_id
-        return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-    def _pieces(self, number: int, text: str) -> list[Row]:
-        """Cut a text into rows of like length, so that none of it is lost and none is too short to learn from."""
-        ids = self._text_ids(text)
-        pieces = -(-len(ids) // self._limit)
-        bounds = [len(ids) * piece // pieces for piece in range(pieces + 1)]
-        return [Row(number, ids[low:high], ids[low:high], False) for low, high in pairwise(bounds)]
+        if end is not None and ids[-1:] != [end]:
+            ids, offsets = [*ids, end], [*offsets, (len(text), len(text))]
+        return Encoded(text, ids, ids[:], offsets)
 
 
 def tokens_of(rendered: Rendered, turns: Iterable[int], offsets: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -188,25 +213,33 @@ def pack(bins: list[list[Row]], pad_id: int) -> Batch:
     )
 
 
-def best_fit_bins(rows: list[Row], capacity: int) -> list[list[Row]]:
-    """Fill sequences of `capacity` tokens, longest row first, each into the fullest that has room.
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Fill bins of a capacity, the largest item first, each into the fullest bin that has room.
+
+    Returns:
+        The positions of each bin's items.
 
     Source: best-fit decreasing, as in "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830).
     """
-    by_room: dict[int, list[list[Row]]] = {}
-    bins: list[list[Row]] = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        need = len(row.ids)
+    by_room: dict[int, list[list[int]]] = {}
+    bins: list[list[int]] = []
+    for position in sorted(range(len(sizes)), key=lambda position: -sizes[position]):
+        need = sizes[position]
         room = min((size for size, open_bins in by_room.items() if size >= need and open_bins), default=None)
         if room is None:
-            chosen: list[Row] = []
+            chosen: list[int] = []
             bins.append(chosen)
             room = capacity
         else:
             chosen = by_room[room].pop()
-        chosen.append(row)
+        chosen.append(position)
         by_room.setdefault(room - need, []).append(chosen)
     return bins
+
+
+def best_fit_bins(rows: list[Row], capacity: int) -> list[list[Row]]:
+    """Lay rows in sequences of `capacity` tokens."""
+    return [[rows[position] for position in bin_] for bin_ in best_fit([len(row.ids) for row in rows], capacity)]
 
 
 def epoch_batches(

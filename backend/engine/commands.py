@@ -61,6 +61,10 @@ class CommandLoop:
             from engine.pickled import prepare_pickled
 
             return prepare_pickled(command, self._channel)
+        if isinstance(command, protocol.Analyze):
+            from engine.analysis import analyze
+
+            return analyze(command, self._channel)
         base = self._loaded()
         if isinstance(command, protocol.AttachAdapter):
             base.attach(command.adapter_id, Path(command.path))

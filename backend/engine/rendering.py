@@ -14,12 +14,14 @@ from typing import Any
 from jinja2 import TemplateError
 
 from engine.errors import BadData
+from engine.time_limit import cpu_limit
 
 Turn = Mapping[str, Any]
 # A character that Unicode gives to nobody: it differs from whatever stands in a turn.
 _OTHER = "\ue000"
+_LIMIT_S = 2.0  # the longest template takes a thousandth of that; the sandbox that it runs in does not stop loops
 # What a template raises on purpose, and what it stumbles over in turns that it was not written for.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,22 @@ class ChatRenderer:
         chat = _Chat(self._tokenizer, number, messages, tools, shape)
         return Rendered(chat.text, {index: chat.span(index) for index in answers})
 
+    def left_out(self, number: int, row: Mapping[str, Any]) -> set[str]:
+        """Tell what of a conversation the template drops in silence: `tools`, `reasoning`, or turns of a role.
+
+        Raises:
+            BadData: As for `render`.
+        """
+        messages, tools = row["messages"], row.get("tools")
+        chat = _Chat(self._tokenizer, number, messages, tools, self._shape(number, messages, tools))
+        found = {turn["role"] for index, turn in enumerate(messages) if chat.leaves_out(index)}
+        if tools and not chat.needs_tools():
+            found.add("tools")
+        # Of earlier turns reasoning is dropped on purpose.
+        if messages[-1].get("reasoning_content") and not chat.needs_reasoning():
+            found.add("reasoning")
+        return found
+
     def _wants_parts(self) -> bool:
         """Tell whether the template takes lists of parts only, as those of models that see do."""
         for parts in (False, True):
@@ -157,6 +175,19 @@ class _Chat:
             raise _refused(self._number, f"cannot be followed at turn {index + 1}", "train_on=all")
         return Span(start, end, cuts_start=not plain, cuts_end=not ends)
 
+    def leaves_out(self, index: int) -> bool:
+        """Tell whether it makes no difference what a turn says."""
+        return self._render(_changed(self._messages, index)) == self.text
+
+    def needs_tools(self) -> bool:
+        """Tell whether the tools make a difference."""
+        return _apply(self._tokenizer, _shaped(self._messages, self._shape), None) != self.text
+
+    def needs_reasoning(self) -> bool:
+        """Tell whether the last turn's reasoning makes a difference."""
+        last = {name: value for name, value in self._messages[-1].items() if name != "reasoning_content"}
+        return self._render([*self._messages[:-1], last]) != self.text
+
     def _prompt_end(self, index: int, before: str) -> int:
         """Return where the answer's prompt ends: behind the turn before, as far as the two texts agree."""
         there = self._end_of(index - 1, self.text, self._messages)
@@ -186,7 +217,8 @@ class _Chat:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
-    text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+    with cpu_limit(_LIMIT_S, "the chat template does not come to an end"):
+        text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     return text
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import quote
 
 from core import errors
@@ -30,6 +30,7 @@ from services.model_safety import check_snapshot, no_safe_weights
 if TYPE_CHECKING:
     import httpx
 
+Want = Literal["weights", "pickled", "tokenizer"]
 _WORKERS = 4  # files at once; one connection does not fill a fast line
 _ATTEMPTS = 5  # in a row without as much more as this:
 _PROGRESS_BYTES = 2**20
@@ -74,7 +75,7 @@ class Downloads:
         self._http, self._client, self.cache, self._clock = http, client, cache, clock
         self._sleep, self._timeout_s = sleep, timeout_s
         self._lock = threading.Lock()
-        self._flights: dict[tuple[str, str, str, bool], Flight] = {}
+        self._flights: dict[tuple[str, str, str, Want], Flight] = {}
 
     def fetch(
         self,
@@ -83,7 +84,7 @@ class Downloads:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         *,
-        pickled: bool = False,
+        want: Want = "weights",
     ) -> Path:
         """Return the snapshot's folder with everything a load reads, each file's content checked.
 
@@ -92,7 +93,8 @@ class Downloads:
             revision: Branch, tag or commit; `main` if None.
             on_progress: Called on this thread about ten times a second.
             cancelled: Asked as often; the download itself stops when the last who waits has left.
-            pickled: Whether pickled weights will do where there are no safetensors.
+            want: Safetensors and all that belongs to them; or pickled weights too where there are none; or all but the
+                weights.
 
         Raises:
             ModelRejected: The id cannot be one, or the repository is not fit to be read.
@@ -105,7 +107,7 @@ class Downloads:
         check_model_id(model_id)
         if revision is not None:
             check_revision(revision)
-        key = (model_id, revision or "main", self._http.identity, pickled)
+        key = (model_id, revision or "main", self._http.identity, want)
         flight = self._join(key)
         try:
             while True:
@@ -119,7 +121,7 @@ class Downloads:
         finally:
             self._leave(key, flight)
 
-    def _join(self, key: tuple[str, str, str, bool]) -> Flight:
+    def _join(self, key: tuple[str, str, str, Want]) -> Flight:
         with self._lock:
             flight = self._flights.get(key)
             if flight is None:
@@ -131,7 +133,7 @@ class Downloads:
             flight.waiting += 1
             return flight
 
-    def _leave(self, key: tuple[str, str, str, bool], flight: Flight) -> None:
+    def _leave(self, key: tuple[str, str, str, Want], flight: Flight) -> None:
         with self._lock:
             flight.waiting -= 1
             if flight.waiting == 0:
@@ -139,22 +141,22 @@ class Downloads:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
 
-    def _run(self, key: tuple[str, str, str, bool], flight: Flight) -> None:
-        model_id, revision, _, pickled = key
+    def _run(self, key: tuple[str, str, str, Want], flight: Flight) -> None:
+        model_id, revision, _, want = key
         try:
-            flight.future.set_result(self._download(model_id, revision, flight, pickled=pickled))
+            flight.future.set_result(self._download(model_id, revision, flight, want))
         except BaseException as error:  # noqa: BLE001 - it is raised again where the result is waited for
             flight.future.set_exception(error)
 
-    def _download(self, model_id: str, revision: str, flight: Flight, *, pickled: bool) -> Path:
-        here = self._whole(model_id, revision if is_commit(revision) else None, pickled=pickled)
+    def _download(self, model_id: str, revision: str, flight: Flight, want: Want) -> Path:
+        here = self._whole(model_id, revision if is_commit(revision) else None, want)
         if here is not None:
             return here
         try:
             commit = revision if is_commit(revision) else self._client.commit(model_id, revision)
-            chosen = _chosen(model_id, self._client.tree(model_id, commit), pickled=pickled)
+            chosen = _chosen(model_id, self._client.tree(model_id, commit), want)
         except errors.HubUnavailable as error:
-            here = self._whole(model_id, self.cache.commit_of(model_id, revision), pickled=pickled)
+            here = self._whole(model_id, self.cache.commit_of(model_id, revision), want)
             if here is None:
                 raise
             _log.warning("hub_download.served_from_disk", model_id=model_id, reason=error.detail)
@@ -169,14 +171,17 @@ class Downloads:
         self.cache.note_commit(model_id, revision, commit)
         return snapshot
 
-    def _whole(self, model_id: str, commit: str | None, *, pickled: bool) -> Path | None:
+    def _whole(self, model_id: str, commit: str | None, want: Want) -> Path | None:
         """Return a commit's folder if it is on this machine, whole and undamaged."""
         if commit is None:
             return None
         snapshot = self.cache.snapshot(model_id, commit)
         names = [path.name for path in snapshot.iterdir() if path.is_file()] if snapshot.is_dir() else []
-        weights = weight_files(names) or (pickled_weights(names) if pickled else ())
-        return snapshot if "config.json" in names and weights and not self.cache.damaged(snapshot) else None
+        if want == "tokenizer":
+            has_all = any(name.startswith("tokenizer") for name in names)
+        else:
+            has_all = bool(weight_files(names) or (pickled_weights(names) if want == "pickled" else ()))
+        return snapshot if "config.json" in names and has_all and not self.cache.damaged(snapshot) else None
 
     def _fetch_all(self, model_id: str, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:
         """Fetch files, a few at once; the first error stops the others and is raised."""
@@ -285,11 +290,13 @@ class Downloads:
             self._sleep(min(left_s, 0.5))
 
 
-def _chosen(model_id: str, files: Iterable[RepoFile], *, pickled: bool) -> Selection:
+def _chosen(model_id: str, files: Iterable[RepoFile], want: Want) -> Selection:
     files = tuple(files)
-    chosen = select(files, pickled=pickled)
+    chosen = select(files, pickled=want == "pickled")
     if all(file.path != "config.json" for file in chosen.small):
         raise errors.ModelRejected(f"{model_id} has no config.json: it is not a transformers model.")
+    if want == "tokenizer":
+        return Selection(chosen.small, ())
     if not chosen.weights:
         raise no_safe_weights(model_id, [file.path for file in files])
     return chosen

@@ -12,6 +12,7 @@ from domain.job_states import JobState
 from domain.peft_config import PeftConfig
 from domain.use_cases import UseCaseId
 from services.checkpoint_store import CheckpointStore
+from services.dataset_analysis import DatasetAnalysisService
 from services.dataset_service import DatasetService
 from services.peft_service import PeftService
 from store.records import JobRecord
@@ -47,8 +48,14 @@ _MAY_DIFFER = frozenset({
 class JobIntake:
     """Checks requests and writes their records."""
 
-    def __init__(self, datasets: DatasetService, peft: PeftService, checkpoints: CheckpointStore) -> None:
-        self.datasets, self.peft, self.checkpoints = datasets, peft, checkpoints
+    def __init__(
+        self,
+        datasets: DatasetService,
+        peft: PeftService,
+        analyses: DatasetAnalysisService,
+        checkpoints: CheckpointStore,
+    ) -> None:
+        self.datasets, self.peft, self.analyses, self.checkpoints = datasets, peft, analyses, checkpoints
 
     def record(self, request: JobRequest, job_id: str, source: JobRecord | None, now: str) -> JobRecord:
         """Return the job that a request asks for; its sequence number is given when it is stored.
@@ -67,6 +74,7 @@ class JobIntake:
         model_id, revision = self._model_of(request)
         config = self._configure(request, model_id, revision).config
         self._check_data(request, config)
+        self.analyses.check_learnable(request.dataset_id, model_id, revision, config)
         record = JobRecord(
             id=job_id,
             sequence=0,

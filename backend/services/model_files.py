@@ -16,11 +16,11 @@ from services.download_flight import Progress
 from services.embedded_model import MODEL_ID, EmbeddedModel, get_embedded_model
 from services.hub_cache_dir import HubCacheDir
 from services.hub_client import HubClient
-from services.hub_download import Downloads
+from services.hub_download import Downloads, Want
 from services.loaded_base import LoadProgress
 from services.local_models import LocalModel, hub_cache_dir
 from services.model_registry_service import get_hub_http, get_model_registry_service
-from services.model_safety import check_safe, no_safe_weights
+from services.model_safety import check_safe, check_snapshot, no_safe_weights
 from services.pickled_model import PickledModels, get_pickled_models
 
 OnProgress = Callable[[str, LoadProgress], None]  # the state of a load (downloading or loading), and how far it is
@@ -104,12 +104,24 @@ class ModelFiles:
             NoSafeWeights: There are no safetensors.
             StorageFull, DownloadCorrupt, DownloadCancelled: As `Downloads.fetch` says.
         """
-        path = self._locate(model_id, revision, on_progress, cancelled, allow_pickle)
+        want: Want = "pickled" if allow_pickle else "weights"
+        path = self._locate(model_id, revision, on_progress, cancelled, want)
         if allow_pickle and not weight_files(file.name for file in path.iterdir()):
             path = self._pickled.convert(
                 model_id, path, lambda fraction: on_progress("loading", LoadProgress(fraction)), cancelled
             )
         check_safe(path, model_id)
+        return path
+
+    def ensure_tokenizer(self, model_id: str, revision: str | None) -> Path:
+        """Return a folder with the model's tokenizer and configs; weights need not be in it.
+
+        Raises:
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+            NeedsRemoteCode, ModelRejected: A config asks to run code from elsewhere, or there is none.
+        """
+        path = self._locate(model_id, revision, lambda *_: None, lambda: False, "tokenizer")
+        check_snapshot(path, model_id)
         return path
 
     def _locate(
@@ -118,7 +130,7 @@ class ModelFiles:
         revision: str | None,
         on_progress: OnProgress,
         cancelled: Callable[[], bool],
-        allow_pickle: bool,
+        want: Want,
     ) -> Path:
         if model_id == MODEL_ID and revision is None:
             return self._embedded.prepare(lambda _stage, fraction: on_progress("loading", LoadProgress(fraction)))
@@ -133,7 +145,7 @@ class ModelFiles:
             revision,
             lambda progress: on_progress("downloading", _load_progress(progress)),
             cancelled,
-            pickled=allow_pickle,
+            want=want,
         )
 
 

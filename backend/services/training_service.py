@@ -18,6 +18,7 @@ from domain.retries import MAX_STALLS
 from services.adapter_service import AdapterService, get_adapter_service
 from services.checkpoint_store import CheckpointStore
 from services.database import get_database
+from services.dataset_analysis import DatasetAnalysisService, get_dataset_analysis_service
 from services.dataset_service import DatasetService, get_dataset_service
 from services.host_probe import HostProbe
 from services.job_intake import JobIntake, JobRequest, digest_of
@@ -67,13 +68,14 @@ class TrainingService:
         adapters: AdapterService,
         peft: PeftService,
         clock: Clock,
+        analyses: DatasetAnalysisService,
         checkpoints: CheckpointStore,
         max_checkpoint_bytes: int | None,
         oom_kills: Callable[[], int],
     ) -> None:
         self._database, self.datasets, self.adapters, self.peft = database, datasets, adapters, peft
         self._clock, self.checkpoints = clock, checkpoints
-        self._intake = JobIntake(datasets, peft, checkpoints)
+        self._intake = JobIntake(datasets, peft, analyses, checkpoints)
         self.max_checkpoint_bytes, self.oom_kills = max_checkpoint_bytes, oom_kills
         self.broadcast = Broadcast()
         self._wake = threading.Condition()
@@ -404,6 +406,7 @@ def get_training_service() -> TrainingService:
         get_adapter_service(),
         get_peft_service(),
         SystemClock(),
+        get_dataset_analysis_service(),
         CheckpointStore(settings.home / "checkpoints"),
         settings.max_checkpoint_bytes,
         HostProbe().oom_kills,
