@@ -60,7 +60,7 @@ class Fault:
 
     `cut`: the connection ends half-way; `short`: half the body under its own length; `long`: a byte more than there
     is; `flip`: one bit differs; `hang`: nothing is sent until `release`; `stall`: half the body, and the rest after
-    `release`; `drip`: a byte at a time; `status`: an error with headers and body.
+    `release`; `drip`: the same, a byte at a time; `status`: an error with headers and body.
     """
 
     kind: Literal["status", "cut", "short", "long", "flip", "hang", "stall", "drip"]
@@ -359,7 +359,9 @@ class _Handler(BaseHTTPRequestHandler):
         half = len(reply.body) // 2
         with suppress(ConnectionError):  # the client has gone, as it may
             if fault == "drip":
-                for byte in reply.body:
+                for place, byte in enumerate(reply.body):
+                    if place == half:
+                        self.hub.wait_released()
                     self.wfile.write(bytes([byte]))
             else:
                 self.wfile.write(reply.body[:half] if fault in ("cut", "stall") else reply.body)

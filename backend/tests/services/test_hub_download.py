@@ -333,6 +333,7 @@ def test_a_host_that_drips_is_listened_to_and_can_be_left(bench: Bench) -> None:
 
     with pytest.raises(DownloadCancelled):
         bench.downloads().fetch("me/m", None, lambda progress: arrived.append(progress.done_bytes), enough)
+    bench.hub.release()
     assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -460,12 +461,12 @@ def test_pickled_weights_are_refused_unless_asked_for(bench: Bench) -> None:
         bench.fetch()
     assert bench.blobs() == []
 
-    assert "pytorch_model.bin" in content(bench.fetch(pickled=True))
+    assert "pytorch_model.bin" in content(bench.fetch(want="pickled"))
 
 
 def test_safetensors_are_taken_even_where_pickled_weights_would_do(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
-    assert set(content(bench.fetch(pickled=True))) == WANTED
+    assert set(content(bench.fetch(want="pickled"))) == WANTED
 
 
 def test_of_sharded_weights_all_shards_and_their_index_are_fetched(bench: Bench) -> None:
