@@ -1,6 +1,7 @@
 """The `prepare_pickled` command: pickled weights become a normal local model."""
 
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from core.files import fsync_folder
 from domain.protocol import PreparePickled, Progress
 from engine.channel import Channel
 from engine.errors import BadModel
+
+_REFUSED = re.compile(r"(?i)unsupported (?:global|class|operand)[^\n]{0,100}")
 
 
 def prepare_pickled(command: PreparePickled, channel: Channel) -> dict[str, Any]:
@@ -42,7 +45,12 @@ def prepare_pickled(command: PreparePickled, channel: Channel) -> dict[str, Any]
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-    except (pickle.UnpicklingError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own message goes on to advise running it all the same.
+        named = _REFUSED.search(str(error))
+        what = named[0] if named else "they hold something else than tensors"
+        raise BadModel(f"the pickled weights of {command.model_id} are not read: {what}") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadModel(f"the pickled weights of {command.model_id} cannot be read: {str(error)[:1000]}") from error
     model.config._name_or_path = command.model_id
     temporary = output.with_name(f".{output.name}.tmp")  # hidden: a folder in the making is no model
