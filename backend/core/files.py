@@ -53,26 +53,34 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a folder to fill, then flush it and rename it to `target`: it is whole there, or not there.
 
-    A folder already at `target` is replaced; until then it stays as it is.
+    A folder already at `target` is replaced, and stays as it is until the new one is on the disk: it is moved aside and
+    deleted last, since a deletion that is cut off would leave a part of it.
 
     Raises:
         StorageFull: The device has no space left.
     """
     temporary = target.with_name(f".{target.name}.tmp")  # hidden: a folder in the making is nothing yet
-    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = target.with_name(f".{target.name}.old.tmp")
     with storage_errors(target):
+        for left in (temporary, replaced):
+            shutil.rmtree(left, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             yield temporary
             for path in temporary.rglob("*"):
                 (fsync_folder if path.is_dir() else fsync_file)(path)
             fsync_folder(temporary)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                os.replace(target, replaced)
             os.replace(temporary, target)
             fsync_folder(target.parent)
         except BaseException:
+            if replaced.exists() and not target.exists():
+                os.replace(replaced, target)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        finally:
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -96,6 +96,7 @@ class JobIntake:
             attempts=0,
             stalls=0,
             resumed_from=None,
+            cancel_wish=None,
             adapter_id=None,
             error=None,
             created_at=now,

@@ -188,6 +188,8 @@ class TrainingService:
         if keep == "adapter" and (run is None or record.state is not JobState.RUNNING):
             raise TransitionNotPermitted(f"The job is {record.state.value}; only a running one has an adapter to keep.")
         if run is not None:
+            with self._database.begin() as connection:
+                Jobs(connection).set(job_id, cancel_wish=keep)
             run.end(_ENDINGS[keep])
             return self.get(job_id)
         if not self.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now())):
@@ -317,6 +319,11 @@ class TrainingService:
         self._worker.start()
 
     def _take_up(self, record: JobRecord) -> None:
+        if record.cancel_wish is not None:
+            self.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now()))
+            if record.cancel_wish == "nothing":
+                self.checkpoints.delete(record.id)
+            return
         if record.state is JobState.PAUSING:
             self.move(record, JobState.PAUSED)
             return

@@ -36,6 +36,7 @@ class JobRecord:
         attempts: How often it was started.
         stalls: Deaths of its engine or of the server since its last checkpoint.
         resumed_from: The checkpoint of another job that it began with, as `job/step-…`.
+        cancel_wish: What to keep, once a running job is to be cancelled; a server that dies in between finds it.
     """
 
     id: str
@@ -58,6 +59,7 @@ class JobRecord:
     attempts: int
     stalls: int
     resumed_from: str | None
+    cancel_wish: str | None
     adapter_id: str | None
     error: dict[str, Any] | None
     created_at: str

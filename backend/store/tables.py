@@ -49,6 +49,7 @@ jobs = Table(
     Column("attempts", Integer, nullable=False),
     Column("stalls", Integer, nullable=False, server_default="0"),
     Column("resumed_from", String(100)),
+    Column("cancel_wish", String(20)),
     Column("adapter_id", String(40)),
     Column("error", JSON),
     Column("created_at", String(32), nullable=False),

@@ -56,8 +56,8 @@ def _job(number: int, priority: int = 0) -> JobRecord:
         id=f"job_{number}", sequence=number, name="n", state=JobState.QUEUED, priority=priority, idempotency_key=None,
         request_sha256="", model_id="m", revision=None, loaded_model_id=None, algorithm="lora", config={},
         dataset_id="ds", validation_dataset_id=None, validation_fraction=0.1, progress={}, result={}, attempts=0,
-        stalls=0, resumed_from=None, adapter_id=None, error=None, created_at="2026-01-01T00:00:00.000000Z",
-        started_at=None, finished_at=None,
+        stalls=0, resumed_from=None, cancel_wish=None, adapter_id=None, error=None,
+        created_at="2026-01-01T00:00:00.000000Z", started_at=None, finished_at=None,
     )  # fmt: skip
 
 
@@ -113,7 +113,9 @@ def test_events_of_many_writers_are_numbered_without_gaps(database: Database) ->
 
 def _fill_first_version(database: Database) -> None:
     _upgrade(database, "0001")
-    old = {name: value for name, value in asdict(_job(1)).items() if name not in ("stalls", "resumed_from")}
+    old = {
+        name: value for name, value in asdict(_job(1)).items() if name not in ("stalls", "resumed_from", "cancel_wish")
+    }
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
         columns = [Column(name, JSON if isinstance(value, dict) else None) for name, value in old.items()]

@@ -17,6 +17,7 @@ def upgrade() -> None:
     with op.batch_alter_table("jobs") as jobs:
         jobs.add_column(sa.Column("stalls", sa.Integer(), nullable=False, server_default="0"))
         jobs.add_column(sa.Column("resumed_from", sa.String(100)))
+        jobs.add_column(sa.Column("cancel_wish", sa.String(20)))
     connection = op.get_bind()
     for name in ("jobs", "adapters"):
         table = sa.table(name, sa.column("id", sa.String), sa.column("config", sa.JSON))
@@ -27,5 +28,6 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     with op.batch_alter_table("jobs") as jobs:
+        jobs.drop_column("cancel_wish")
         jobs.drop_column("resumed_from")
         jobs.drop_column("stalls")
