@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
-from api.peft_schemas import Response
+from api.peft_schemas import Response, Revision
 from domain.dataset_formats import TRAINABLE_FORMATS, DatasetFormat
 from services.dataset_files import Manifest
 from services.dataset_imports import Import
@@ -52,6 +52,32 @@ class ReadFields(BaseModel):
             encoding=None if self.encoding == "auto" else self.encoding,
             text_rows=None if self.text_rows == "auto" else self.text_rows,
         )
+
+
+HubId = Annotated[
+    str,
+    StringConstraints(
+        min_length=1, max_length=96, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$"
+    ),
+]
+PartName = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class HubFields(ReadFields):
+    """A dataset of the Hub."""
+
+    hub_id: HubId = Field(examples=["openai/gsm8k"])
+    revision: Revision | None = None
+    config: PartName | None = Field(default=None, description="The default one if left out.")
+    split: PartName | None = Field(default=None, description="`train` if left out, or the only one.")
+
+
+class FolderFields(ReadFields):
+    """A file, or a folder of files, below `imports/` in the data directory."""
+
+    path: str = Field(min_length=1, max_length=1000, description="Below `imports/` in the data directory.")
+    config: PartName | None = None
+    split: PartName | None = None
 
 
 class DatasetResponse(Response):

@@ -18,11 +18,13 @@ from api.upload_form import read_upload
 from core.errors import Rejected
 from services.dataset_analysis import AnalysisRequest, DatasetAnalysisService, get_dataset_analysis_service
 from services.dataset_service import DatasetService, Form, get_dataset_service
+from services.dataset_sources import DatasetSources, get_dataset_sources
 from store.records import DatasetRecord
 
 router = APIRouter(prefix="/api/datasets", tags=["datasets"])
 M = TypeVar("M", bound=BaseModel)
 Datasets = Annotated[DatasetService, Depends(get_dataset_service)]
+Sources = Annotated[DatasetSources, Depends(get_dataset_sources)]
 Analyses = Annotated[DatasetAnalysisService, Depends(get_dataset_analysis_service)]
 
 
@@ -40,17 +42,39 @@ def _form_schema() -> dict[str, Any]:
     return {**schema, "required": ["file"]}
 
 
-_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {"schema": _form_schema()},
+            "application/json": {
+                "schema": {"oneOf": [model.model_json_schema() for model in (schemas.HubFields, schemas.FolderFields)]}
+            },
+        },
+    }
+}
 
 
 @router.post("", status_code=201, openapi_extra=_BODY)
-async def add(request: Request, datasets: Datasets) -> schemas.DatasetResponse:
-    """Store a file of conversations, instructions, prompts with answers, preferences or text.
+async def add(request: Request, datasets: Datasets, sources: Sources) -> schemas.DatasetResponse:
+    """Store a dataset: a file that is sent as a form, one of the Hub, or files below `imports/`.
 
-    It is read as it comes, and stored whole or not at all. `GET /api/datasets/imports` shows how far it is.
+    Conversations, instructions, prompts with answers, preferences and text are recognised. A file is read as it
+    comes, and stored whole or not at all. `GET /api/datasets/imports` shows how far it is.
     """
-    record = await _receive(request, datasets)
+    if request.headers.get("content-type", "").startswith("application/json"):
+        record = await run_in_threadpool(_bring, await request.json(), sources)
+    else:
+        record = await _receive(request, datasets)
     return dataset_view(record, datasets.manifest(record.id))
+
+
+def _bring(body: Any, sources: DatasetSources) -> DatasetRecord:
+    if isinstance(body, dict) and "path" in body:
+        told = _checked(schemas.FolderFields, body)
+        return sources.from_folder(told.path, told.config, told.split, told.name, told.settings())
+    fields = _checked(schemas.HubFields, body)
+    return sources.from_hub(fields.hub_id, fields.revision, fields.config, fields.split, fields.name, fields.settings())
 
 
 async def _receive(request: Request, datasets: DatasetService) -> DatasetRecord:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from core.clock import Clock, SystemClock
 from core.errors import DatasetInUse, DatasetNotFound, DatasetNotTrainable, DatasetRejected, TooLarge
-from core.files import storage_errors
+from core.files import fsync_file, storage_errors
 from core.settings import get_settings
 from core.singleton import singleton
 from domain.dataset_formats import TRAINABLE_FORMATS, DatasetFormat
@@ -72,6 +73,22 @@ class Draft:
     def receive(self, name: str) -> "DraftFile":
         """Open the next file of the dataset."""
         return DraftFile(self, name, Path("original") / f"{len(self.files):04d}")
+
+    def adopt(self, path: Path, name: str) -> str:
+        """Take a file that was written below the draft's folder, and return its sha256.
+
+        Raises:
+            TooLarge: It is more than a dataset may have.
+        """
+        size = path.stat().st_size
+        self.count(size)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        place = Path("original") / f"{len(self.files):04d}"
+        os.replace(path, self.folder / place)
+        fsync_file(self.folder / place)
+        self.files.append(SourceFile(name, str(place), size, digest))
+        return digest
 
     def count(self, size: int) -> None:
         """Count what came.
@@ -159,6 +176,7 @@ class DatasetService:
         try:
             with storage_errors(draft.folder):
                 draft.progress.stage = "reading"
+                shutil.rmtree(draft.folder / "hub", ignore_errors=True)
                 result = self._read_rows(draft, settings)
                 record = self._record(draft, name, result)
                 manifest = _manifest(draft, settings, result, source)

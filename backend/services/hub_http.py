@@ -69,7 +69,7 @@ class HubHttp:
     @property
     def identity(self) -> str:
         """Who asks, as a digest of the token; empty without one. Answers differ by it; the token cannot be read off."""
-        token = _token()
+        token = hub_token()
         return hashlib.sha256(f"peft-studio {token}".encode()).hexdigest()[:16] if token else ""
 
     def get_json(
@@ -233,7 +233,7 @@ def nonsense(path: str, what: str = "is not the JSON it should be", *, is_file: 
     return errors.ModelRejected(f"{path} {what}.") if is_file else unavailable(f"The Hub's answer to {path} {what}.")
 
 
-def _token() -> str | None:
+def hub_token() -> str | None:
     """Return the request's token, or else the one that every Hub tool would send."""
     from huggingface_hub import constants, get_token
 
@@ -247,7 +247,7 @@ def _headers() -> dict[str, str]:
     """Make a request's headers. huggingface_hub's own `build_hf_headers` asks the Hub a question of its own first."""
     from huggingface_hub import __version__
 
-    token = _token()
+    token = hub_token()
     agent = {"User-Agent": f"peft-studio/{VERSION}; hf_hub/{__version__}; python/{platform.python_version()}"}
     return agent | ({"Authorization": f"Bearer {token}"} if token else {})
 

@@ -179,6 +179,10 @@ class HubDouble:
         """Refuse a token from now on."""
         self.tokens.discard(token)
 
+    def add_dataset(self, dataset_id: str, files: dict[str, bytes], **more: Any) -> str:
+        """Add a repository of data, or a commit to it; as `add_model`."""
+        return self.add_model(f"datasets/{dataset_id}", files, **{"id": dataset_id, "author": "someone"} | more)
+
     def rename(self, old: str, new: str) -> None:
         """Answer the old id with a 307 to the new one."""
         self._renamed[old] = new
@@ -231,7 +235,7 @@ class HubDouble:
             return self._list(seen)
         if seen.route == "cdn":
             return _ranged(self._blob(parts[1]), seen, {})
-        name_at = parts[2:] if parts[0] == "api" else parts
+        name_at = (parts[2:] if parts[1] == "models" else parts[1:]) if parts[0] == "api" else parts
         marks = [i for i, part in enumerate(name_at) if part in ("revision", "tree", "resolve")]
         model_id, rest = "/".join(name_at[: marks[0]] if marks else name_at), name_at[marks[0] + 1 :] if marks else []
         if model_id in self._renamed:
@@ -464,7 +468,7 @@ def _sibling(name: str, data: bytes, *, blobs: bool) -> dict[str, Any]:
 
 
 def _is_large(name: str) -> bool:
-    return name.endswith((".safetensors", ".bin", ".gguf"))
+    return name.endswith((".safetensors", ".bin", ".gguf", ".parquet"))
 
 
 def _git_oid(data: bytes) -> str:

@@ -168,3 +168,32 @@ def test_preferences_are_shown_and_a_job_on_them_is_refused(studio: StudioServer
     body = {"model_id": "tests/tiny-llama", "dataset_id": dataset["id"]}
     response = studio.http.post("/api/training/jobs", json=body)
     assert (response.status_code, response.json()["type"]) == (422, "/problems/dataset-not-trainable")
+
+
+def test_a_dataset_is_taken_from_the_imports_folder(studio: StudioServer) -> None:
+    folder = studio.home / "imports" / "pairs"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_bytes(as_jsonl(PAIRS))
+    response = studio.http.post("/api/datasets", json={"path": "pairs", "name": "from here"})
+    assert response.status_code == 201, response.text
+    assert response.json()["name"] == "from here"
+    assert response.json()["source"]["files"] == ["train.jsonl"]
+    mapped = {"path": "pairs/train.jsonl", "column_map": {"text": "prompt"}}
+    assert studio.http.post("/api/datasets", json=mapped).json()["format"] == "text"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind"),
+    [
+        ({"path": "../../etc/passwd"}, 403, "path-not-allowed"),
+        ({"path": "none"}, 404, "dataset-not-found"),
+        ({"hub_id": "../x"}, 422, "invalid-request"),
+        ({"hub_id": "a/b", "token": "hf_x"}, 422, "invalid-request"),
+        ({"hub_id": "a/b"}, 503, "hub-unavailable"),
+        ({}, 422, "invalid-request"),
+        ([], 422, "invalid-request"),
+    ],
+)
+def test_what_cannot_be_brought_in_is_refused(studio: StudioServer, body: Any, status: int, kind: str) -> None:
+    response = studio.http.post("/api/datasets", json=body)
+    assert (response.status_code, response.json()["type"]) == (status, f"/problems/{kind}"), response.text
