@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from starlette.middleware.cors import CORSMiddleware
 
-from api import adapters, compatibility, datasets, hardware, models, peft, problems, service, training
+from api import adapters, compatibility, datasets, exports, hardware, models, peft, problems, service, training
 from api.guard import Guard
 from api.strict_json import StrictJson
 from core.errors import StorageFull
@@ -23,6 +23,7 @@ from services.adapter_service import get_adapter_service
 from services.database import get_database
 from services.dataset_analysis import get_dataset_analysis_service
 from services.dataset_service import get_dataset_service
+from services.export_service import get_export_service
 from services.peft_service import get_peft_service
 from services.training_service import get_training_service
 from store import sqlite_file
@@ -35,6 +36,7 @@ async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(get_dataset_service().remove_leftovers)
     await asyncio.to_thread(get_adapter_service().remove_leftovers)
     await asyncio.to_thread(get_training_service().start)
+    await asyncio.to_thread(get_export_service().start)
     backup = asyncio.create_task(asyncio.to_thread(_back_up))
     yield
     await backup
@@ -53,7 +55,9 @@ def _back_up() -> None:
 
 
 def stop_services() -> None:
-    """End the running job as interrupted, every engine, and the database's connections."""
+    """End the running job and exports as interrupted, every engine, and the database's connections."""
+    for export_service in filter(None, (get_export_service.made,)):
+        export_service.close()
     for training_service in filter(None, (get_training_service.made,)):
         training_service.close()
     for analysis_service in filter(None, (get_dataset_analysis_service.made,)):
@@ -76,7 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install(app)
     # compatibility before models: the latter's last route takes every path below /api/models.
-    for module in (service, hardware, compatibility, models, peft, datasets, training, adapters):
+    for module in (service, hardware, compatibility, models, peft, datasets, training, adapters, exports):
         app.include_router(module.router)
     if settings.cors_origins:
         app.add_middleware(

@@ -3,11 +3,15 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
+from fastapi import Response as HttpResponse
 from fastapi.responses import StreamingResponse
 from pydantic import Field
 
+from api.export_schemas import CreateExportRequest, ExportResponse
+from api.exports import Exports, show
 from api.peft_schemas import Response
 from domain.algorithms import Algorithm
+from domain.export_states import ExportKind
 from domain.peft_config import PeftConfig
 from services.adapter_service import AdapterService, get_adapter_service
 from store.records import AdapterRecord
@@ -22,8 +26,10 @@ class AdapterSummary(Response):
     base_model_id: str
     base_revision: str | None
     algorithm: Algorithm
-    job_id: str
-    dataset_sha256: str
+    version: int = Field(description="Counts the adapters of the same name, from 1.")
+    source: dict[str, Any] = Field(description="Where it is from; `kind` is training, folder, hub or upload.")
+    job_id: str | None = Field(description="The job that trained it here.")
+    dataset_sha256: str | None
     created_at: str
 
 
@@ -33,7 +39,7 @@ class AdapterFile(Response):
 
 
 class AdapterDetails(AdapterSummary):
-    config: PeftConfig = Field(description="The complete configuration it was trained with.")
+    config: PeftConfig | None = Field(description="The complete configuration it was trained with, where it is known.")
     metrics: dict[str, Any]
     path: str = Field(description="Its folder on the server's machine, as PEFT loads it.")
     files: list[AdapterFile]
@@ -66,6 +72,14 @@ def download(adapter_id: str, adapters: Adapters) -> StreamingResponse:
     """A zip that PEFT loads as it is: weights, adapter_config.json, tokenizer with its template, model card."""
     headers = {"Content-Disposition": f'attachment; filename="{adapters.get(adapter_id).id}.zip"'}
     return StreamingResponse(adapters.zipped(adapter_id), media_type="application/zip", headers=headers)
+
+
+@router.post("/{adapter_id}/export", status_code=202)
+def export(adapter_id: str, body: CreateExportRequest, response: HttpResponse, exports: Exports) -> ExportResponse:
+    """Make a normal model of the adapter and its base; `GET /api/exports/{id}` says how far it is."""
+    record = exports.create(adapter_id, ExportKind(body.format), {})
+    response.headers["Location"] = f"/api/exports/{record.id}"
+    return show(exports, record)
 
 
 @router.delete("/{adapter_id}", status_code=204)

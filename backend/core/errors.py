@@ -2,12 +2,13 @@
 
     StudioError
     ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
-    │                       JobNotFound, CheckpointNotFound, AdapterNotFound
+    │                       JobNotFound, CheckpointNotFound, AdapterNotFound, ExportNotFound
     ├── Rejected            SettingRejected, DatasetRejected, DatasetNotTrainable, ModelRejected,
     │                       CheckpointUnusable
     ├── TooLarge            more bytes than the service takes
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
-    │                       DatasetInUse, NeedsRemoteCode, NoSafeWeights
+    │                       DatasetInUse, AdapterInUse, AdapterDamaged, NeedsRemoteCode,
+    │                       NoSafeWeights
     ├── AccessDenied        ModelGated
     ├── Unavailable         HubUnavailable, EngineUnavailable, DatabaseUnavailable
     ├── EngineFailed        the engine process died or reported an error
@@ -83,6 +84,12 @@ class AdapterNotFound(NotFound):
     """No adapter has that id."""
 
     slug, title = "adapter-not-found", "Adapter not found"
+
+
+class ExportNotFound(NotFound):
+    """No export has that id."""
+
+    slug, title = "export-not-found", "Export not found"
 
 
 class Rejected(StudioError):
@@ -161,6 +168,18 @@ class DatasetInUse(Conflict):
     """A job that has not ended uses the dataset."""
 
     slug, title = "dataset-in-use", "Dataset in use"
+
+
+class AdapterInUse(Conflict):
+    """An export that has not ended uses the adapter."""
+
+    slug, title = "adapter-in-use", "Adapter in use"
+
+
+class AdapterDamaged(Conflict):
+    """The adapter's files are not as they were written."""
+
+    slug, title = "adapter-damaged", "Adapter damaged"
 
 
 class NeedsRemoteCode(Conflict):

@@ -124,6 +124,20 @@ class PreparePickled(_Command):
     model_id: str
 
 
+class Merge(_Command):
+    """Write base and adapter as one normal model into a folder. The base stays as it is.
+
+    `about` is kept in the folder beside what the engine knows itself.
+    """
+
+    kind: Literal["merge"] = "merge"
+    adapter_id: str
+    adapter_path: str
+    output_path: str
+    base_model_id: str
+    about: dict[str, Any]
+
+
 StopMode = Literal["discard", "pause", "keep"]
 
 
@@ -159,6 +173,7 @@ Command = Annotated[
     | Generate
     | Train
     | Analyze
+    | Merge
     | PrepareGguf
     | PreparePickled
     | Stop

@@ -80,6 +80,10 @@ class CommandLoop:
             from engine.training import train
 
             return {**train(base, command, self._channel), "memory_bytes": base.memory_bytes()}
+        if isinstance(command, protocol.Merge):
+            from engine.merge import merge
+
+            return merge(base, command, self._channel)
         raise BadSetting(f"this engine does not know the command {command.kind}")
 
     def _load(self, command: protocol.LoadBase) -> dict[str, Any]:

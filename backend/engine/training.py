@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from core.files import whole_folder
+from core.manifest import write_manifest
 from domain.data_split import NothingToHoldOut, held_out
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
@@ -210,6 +211,7 @@ def _write_adapter(
         base.tokenizer.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(command, outcome), encoding="utf-8")
+        write_manifest(folder, {"adapter_id": command.adapter_id})
 
 
 def _packages() -> dict[str, str]:

@@ -4,15 +4,19 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from core.errors import AdapterNotFound
+from sqlalchemy import Connection
+
+from core.errors import AdapterDamaged, AdapterInUse, AdapterNotFound
+from core.manifest import NAME, FolderDamaged, verify
 from core.settings import get_settings
 from core.singleton import singleton
+from domain.export_states import FINAL_STATES, ExportState
 from services.database import get_database
 from services.peft_service import PeftService, get_peft_service
 from services.zip_stream import zip_files
 from store.database import Database
 from store.records import AdapterRecord
-from store.repositories import Adapters
+from store.repositories import Adapters, Exports
 
 
 class AdapterService:
@@ -58,6 +62,21 @@ class AdapterService:
         folder = Path(self.get(adapter_id).path)
         return [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if _is_own(path)]
 
+    def verified(self, adapter_id: str) -> AdapterRecord:
+        """Return one adapter whose every file is as it was written.
+
+        Raises:
+            AdapterNotFound: There is none of that id.
+            AdapterDamaged: Some file is not.
+        """
+        record = self.get(adapter_id)
+        if (Path(record.path) / NAME).exists():  # the first version's adapters have no sums
+            try:
+                verify(Path(record.path))
+            except FolderDamaged as error:
+                raise AdapterDamaged(f"The adapter {adapter_id} is damaged: {error}.") from error
+        return record
+
     def zipped(self, adapter_id: str) -> Iterator[bytes]:
         """Yield a zip of the folder, made as it is read."""
         folder = Path(self.get(adapter_id).path)
@@ -68,13 +87,23 @@ class AdapterService:
 
         Raises:
             AdapterNotFound: There is none of that id.
+            AdapterInUse: An export of it has not ended.
             ModelBusy: A model that has it is training.
         """
         record = self.get(adapter_id)
+        with self._database.begin() as connection:
+            _refuse_in_use(connection, adapter_id)
         self._peft.detach_everywhere(adapter_id)
         with self._database.begin() as connection:
+            _refuse_in_use(connection, adapter_id)  # again, now that nobody else can write
             Adapters(connection).delete(adapter_id)
         shutil.rmtree(record.path, ignore_errors=True)
+
+
+def _refuse_in_use(connection: Connection, adapter_id: str) -> None:
+    unfinished = Exports(connection).all(adapter_id, frozenset(ExportState) - FINAL_STATES)
+    if unfinished:
+        raise AdapterInUse(f"The export {unfinished[0].id} has not ended; cancel it first.")
 
 
 def _is_own(path: Path) -> bool:

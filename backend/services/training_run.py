@@ -262,6 +262,8 @@ class TrainingRun:
             metrics=figures,
             path=str(Path(result["path"])),
             created_at=now,
+            version=0,  # given when it is stored
+            source={"kind": "training", "job_id": self.job.id},
         )
         kept = figures | {"log_tail": result["log_tail"]}
         state = JobState.CANCELLED if result["stopped_on_request"] else JobState.SUCCEEDED

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from domain.export_states import ExportKind, ExportState
 from domain.job_states import JobState
 
 
@@ -80,16 +81,50 @@ class EventRecord:
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """A trained adapter."""
+    """An adapter, trained here or imported.
+
+    Attributes:
+        config: The complete configuration of its training; None where it came without.
+        job_id: The job that trained it here.
+        version: Counts the adapters of the same name, from 1; given when it is stored.
+        source: Where it is from: `kind` is training, folder, hub or upload.
+    """
 
     id: str
     name: str
     base_model_id: str
     base_revision: str | None
     algorithm: str
-    config: dict[str, Any]
-    job_id: str
-    dataset_sha256: str
+    config: dict[str, Any] | None
+    job_id: str | None
+    dataset_sha256: str | None
     metrics: dict[str, Any]
     path: str
     created_at: str
+    version: int
+    source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """A job that makes something of an adapter.
+
+    Attributes:
+        attempts: How often it was started.
+        history: Its states in order, each with its time as `state` and `at`.
+        result: What was made, once it has succeeded.
+    """
+
+    id: str
+    sequence: int
+    adapter_id: str
+    kind: ExportKind
+    settings: dict[str, Any]
+    state: ExportState
+    attempts: int
+    history: list[dict[str, Any]]
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None

@@ -5,9 +5,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
+from domain.export_states import ExportKind, ExportState
 from domain.job_states import JobState
-from store.records import AdapterRecord, DatasetRecord, EventRecord, JobRecord
-from store.tables import adapters, datasets, job_events, jobs
+from store.records import AdapterRecord, DatasetRecord, EventRecord, ExportRecord, JobRecord
+from store.tables import adapters, datasets, exports, job_events, jobs
 
 
 class Datasets:
@@ -125,13 +126,16 @@ class Jobs:
 
 
 class Adapters:
-    """Trained adapters."""
+    """Adapters, trained here or imported."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def add(self, record: AdapterRecord) -> None:
-        self._connection.execute(insert(adapters).values(**asdict(record)))
+        """Store an adapter as the next version of its name."""
+        newest = select(func.coalesce(func.max(adapters.c.version), 0)).where(adapters.c.name == record.name)
+        version = int(self._connection.execute(newest).scalar_one()) + 1
+        self._connection.execute(insert(adapters).values(**asdict(record) | {"version": version}))
 
     def get(self, adapter_id: str) -> AdapterRecord | None:
         row = self._connection.execute(select(adapters).where(adapters.c.id == adapter_id)).one_or_none()
@@ -143,3 +147,43 @@ class Adapters:
 
     def delete(self, adapter_id: str) -> None:
         self._connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
+
+
+def _export(row: Row[Any]) -> ExportRecord:
+    values = dict(row._mapping)
+    return ExportRecord(**values | {"kind": ExportKind(values["kind"]), "state": ExportState(values["state"])})
+
+
+class Exports:
+    """Exports of adapters."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def next_sequence(self) -> int:
+        return int(self._connection.execute(select(func.coalesce(func.max(exports.c.sequence), 0))).scalar_one()) + 1
+
+    def add(self, record: ExportRecord) -> None:
+        self._connection.execute(insert(exports).values(**asdict(record)))
+
+    def get(self, export_id: str) -> ExportRecord | None:
+        row = self._connection.execute(select(exports).where(exports.c.id == export_id)).one_or_none()
+        return None if row is None else _export(row)
+
+    def all(self, adapter_id: str | None = None, states: frozenset[ExportState] | None = None) -> list[ExportRecord]:
+        """Return exports, newest first."""
+        query = select(exports).order_by(exports.c.sequence.desc())
+        if adapter_id is not None:
+            query = query.where(exports.c.adapter_id == adapter_id)
+        if states is not None:
+            query = query.where(exports.c.state.in_(sorted(states)))
+        return [_export(row) for row in self._connection.execute(query)]
+
+    def change_state(self, record: ExportRecord, following: ExportState, **columns: Any) -> bool:
+        """Change an export's state if it still is the record's; tell whether it was."""
+        where = (exports.c.id == record.id) & (exports.c.state == record.state)
+        result = self._connection.execute(update(exports).where(where).values(state=following, **columns))
+        return result.rowcount == 1
+
+    def delete(self, export_id: str) -> None:
+        self._connection.execute(delete(exports).where(exports.c.id == export_id))

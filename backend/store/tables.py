@@ -75,12 +75,32 @@ adapters = Table(
     Column("base_model_id", String(200), nullable=False),
     Column("base_revision", String(200)),
     Column("algorithm", String(20), nullable=False),
-    Column("config", JSON, nullable=False),
-    Column("job_id", String(40), nullable=False),
-    Column("dataset_sha256", String(64), nullable=False),
+    Column("config", JSON),
+    Column("job_id", String(40)),
+    Column("dataset_sha256", String(64)),
     Column("metrics", JSON, nullable=False),
     Column("path", Text, nullable=False),
     Column("created_at", String(32), nullable=False),
+    Column("version", Integer, nullable=False, server_default="1"),
+    Column("source", JSON, nullable=False),
+)
+
+exports = Table(
+    "exports",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("sequence", Integer, nullable=False, unique=True),
+    Column("adapter_id", String(40), nullable=False, index=True),
+    Column("kind", String(20), nullable=False),
+    Column("settings", JSON, nullable=False),
+    Column("state", String(20), nullable=False, index=True),
+    Column("attempts", Integer, nullable=False),
+    Column("history", JSON, nullable=False),
+    Column("result", JSON),
+    Column("error", JSON),
+    Column("created_at", String(32), nullable=False),
+    Column("started_at", String(32)),
+    Column("finished_at", String(32)),
 )
 
 Index("ix_adapters_base_model_id", adapters.c.base_model_id)

@@ -21,7 +21,7 @@ from domain.job_states import JobState
 from store import database as module
 from store.database import HEAD, Database
 from store.records import DatasetRecord, JobRecord
-from store.repositories import Datasets, Jobs
+from store.repositories import Adapters, Datasets, Jobs
 from store.tables import metadata
 
 
@@ -188,6 +188,29 @@ def test_a_full_disk_is_named_and_what_was_there_can_be_read(small_disk: Path) -
                 Jobs(connection).append_event("job_1", "progress", {"text": "x" * 10_000}, "t")
     with database.begin() as connection:
         assert Jobs(connection).get("job_1") is not None
+    database.close()
+
+
+def test_adapters_of_the_second_version_become_numbered_versions(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'studio.db'}")
+    _upgrade(database, "0002")
+    old = {
+        "base_model_id": "m", "algorithm": "lora", "config": {"rank": 4}, "dataset_sha256": "0" * 64, "metrics": {},
+        "path": "p",
+    }  # fmt: skip
+    with database.begin() as connection:
+        columns = [Column(name, JSON if isinstance(value, dict) else None) for name, value in old.items()]
+        named = [Column(name) for name in ("id", "name", "job_id", "created_at")]
+        table = Table("adapters", MetaData(), *columns, *named)
+        for number, name in ((2, "a"), (1, "a"), (3, "b")):
+            row = {"id": f"adp_{number}", "name": name, "job_id": f"job_{number}", "created_at": f"2026-0{number}"}
+            connection.execute(table.insert().values(**old | row))
+    database.migrate()
+    with database.begin() as connection:
+        found = {record.id: record for record in Adapters(connection).all()}
+    assert {name: record.version for name, record in found.items()} == {"adp_1": 1, "adp_2": 2, "adp_3": 1}
+    assert found["adp_2"].source == {"kind": "training", "job_id": "job_2"}
+    assert found["adp_1"].config == {"rank": 4}
     database.close()
 
 

@@ -1,0 +1,84 @@
+"""Requests and responses of exports."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from api.peft_schemas import Request, Response
+from domain.export_states import ExportKind, ExportState
+from services.export_control import ExportProgress
+from store.records import ExportRecord
+
+
+class CreateExportRequest(Request):
+    format: Literal["merged"] = Field(description="merged: a normal model with the adapter in its weights.")
+
+
+class ExportProgressInfo(Response):
+    stage: str
+    fraction: float | None = Field(description="Of the stage, 0..1.")
+    eta_s: float | None = Field(description="Until the end of the stage.")
+
+
+class ExportError(Response):
+    error_class: str = Field(serialization_alias="class", validation_alias="class")
+    message: str
+    exit_code: int | None
+    signal: int | None
+    log_tail: list[str]
+    suggestions: list[str]
+
+
+class ExportFile(Response):
+    name: str
+    size_bytes: int
+
+
+class ExportChange(Response):
+    state: ExportState
+    at: str
+
+
+class ExportResponse(Response):
+    id: str
+    adapter_id: str
+    format: ExportKind
+    settings: dict[str, Any] = Field(description="As asked for.")
+    state: ExportState
+    progress: ExportProgressInfo | None = Field(description="While it runs.")
+    attempts: int
+    history: list[ExportChange]
+    result: dict[str, Any] | None = Field(description="What was made and how: its type, its size, notes.")
+    files: list[ExportFile]
+    path: str | None = Field(description="Its folder on the server's machine, once it is whole.")
+    error: ExportError | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
+class ExportList(Response):
+    exports: list[ExportResponse]
+
+
+def export_view(
+    record: ExportRecord, progress: ExportProgress | None, files: list[tuple[str, int]], path: str | None
+) -> ExportResponse:
+    """Show an export."""
+    return ExportResponse(
+        id=record.id,
+        adapter_id=record.adapter_id,
+        format=record.kind,
+        settings=record.settings,
+        state=record.state,
+        progress=ExportProgressInfo.model_validate(progress) if progress is not None else None,
+        attempts=record.attempts,
+        history=[ExportChange.model_validate(change) for change in record.history],
+        result=record.result,
+        files=[ExportFile(name=name, size_bytes=size) for name, size in files],
+        path=path,
+        error=ExportError.model_validate(record.error) if record.error is not None else None,
+        created_at=record.created_at,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+    )

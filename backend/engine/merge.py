@@ -1,0 +1,141 @@
+"""The `merge` command: base and adapter become one normal model that needs no PEFT."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
+
+from core.errors import StorageFull
+from core.files import whole_folder
+from core.manifest import write_manifest
+from domain.protocol import Merge, Progress
+from engine.base import Base
+from engine.channel import Channel
+from engine.merged_weights import MergedWeights, adapter_attached
+
+# A shard is in memory as a whole while it is written, and safetensors lets no other thread run meanwhile, the
+# heartbeat's neither.
+_SHARD_BYTES = 2**30
+_RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+)
+
+
+def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
+    """Write the merged model.
+
+    Returns:
+        `size_bytes` of the weights, `dtype`, `adapted_layers`, and `notes` on how it was computed.
+
+    Raises:
+        BadSetting: The adapter does not belong to this base, or is not finite in the base's type.
+        StorageFull: There is no room; nothing was written.
+        Stopped: The client ended it; nothing is left.
+    """
+    output = Path(command.output_path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with adapter_attached(base, command.adapter_id, Path(command.adapter_path)):
+        merged = MergedWeights(base, command.adapter_id)
+        require_space(output.parent, merged.total_bytes)
+        result = {
+            "size_bytes": merged.total_bytes,
+            "dtype": str(merged.dtype).removeprefix("torch."),
+            "adapted_layers": merged.adapted_layers,
+            "notes": merged.notes,
+        }
+        with whole_folder(output) as folder:
+            _write_weights(merged, folder, command.request_id, channel)
+            _write_configs(merged, base.path, folder)
+            copy_tokenizer(base, Path(command.adapter_path), folder)
+            about = command.about | result | {"packages": merging_packages()}
+            (folder / "export.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(_card(command, merged), encoding="utf-8")
+            channel.emit(Progress(request_id=command.request_id, stage="computing sums", fraction=None))
+            write_manifest(folder, about)
+    return result
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse to begin what the device cannot hold.
+
+    Raises:
+        StorageFull: It says what is needed and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + _RESERVE_BYTES:
+        raise StorageFull(
+            f"The export takes {needed_bytes} bytes in {folder}, whose device has {free} free "
+            f"({_RESERVE_BYTES} are kept free)."
+        )
+
+
+def copy_tokenizer(base: Base, adapter: Path, folder: Path) -> None:
+    """Write the tokenizer that the adapter was trained with, chat template included; the base's if it has none."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        base.tokenizer.save_pretrained(folder)
+        return
+    for name in _TOKENIZER_FILES:
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, folder / name)
+
+
+def merging_packages() -> dict[str, str]:
+    """Return the versions of what computed the merge."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "safetensors")}
+
+
+def _write_weights(merged: MergedWeights, folder: Path, request_id: str, channel: Channel) -> None:
+    plan = split_state_dict_into_shards_factory(
+        merged.tensors,
+        get_storage_size=lambda tensor: tensor.size_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD_BYTES,
+    )
+    done = 0
+    weight_map: dict[str, str] = {}
+    for filename, names in plan.filename_to_tensors.items():
+        shard: dict[str, torch.Tensor] = {}
+        for name in names:
+            channel.check_stop(request_id)
+            shard[name] = merged.compute(name)
+            done += merged.tensors[name].size_bytes
+            channel.emit(Progress(request_id=request_id, stage="merging", fraction=done / merged.total_bytes))
+        # Under the names that files of this architecture have, where transformers holds it under others in memory.
+        shard = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(merged.model, shard).items()}
+        save_file(shard, folder / filename, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, filename)
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": merged.total_bytes}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_configs(merged: MergedWeights, source: Path, folder: Path) -> None:
+    """Copy the base's configs: what reads the base reads the merged model. Only what is no longer true is changed."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    for key in {"dtype", "torch_dtype"} & config.keys():
+        config[key] = str(merged.dtype).removeprefix("torch.")
+    if merged.untied:
+        config["tie_word_embeddings"] = False
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+
+
+def _card(command: Merge, merged: MergedWeights) -> str:
+    notes = "".join(f"- {note}\n" for note in merged.notes)
+    return (
+        f"---\nbase_model: {command.base_model_id}\nlibrary_name: transformers\ntags:\n- peft-studio\n- merged\n---\n\n"
+        f"# {command.base_model_id}, fine-tuned and merged\n\n"
+        f"{command.base_model_id} with the adapter {command.adapter_id} in its weights "
+        f"({merged.adapted_layers} layers). It loads like any model; PEFT is not needed.\n\n{notes}"
+        "\n`export.json` says what it was made from and by which versions; `manifest.json` has each file's sha256.\n"
+    )
