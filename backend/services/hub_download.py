@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from core import errors
 from core.clock import Clock
+from core.files import storage_errors
 from core.logging import get_logger
 from core.parallel import start_workers
 from domain.model_records import check_model_id, check_revision, weight_files
@@ -207,7 +208,7 @@ class Downloads:
     def _fetch_file(self, model_id: str, commit: str, file: RepoFile, flight: Flight) -> None:
         blob = self.cache.blob(model_id, file)
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with self.cache.locked(model_id, file, flight.check):
+        with self.cache.locked(model_id, file, flight.check), storage_errors(blob):
             if blob.exists() and not self.cache.is_intact(blob):
                 blob.unlink()
             if not blob.exists():

@@ -365,14 +365,15 @@ def test_a_device_without_room_is_told_before_anything_is_written(bench: Bench) 
     assert bench.hub.requests["resolve"] == 0
 
 
+@pytest.mark.parametrize("step", ["write", "move_to"])
 def test_a_device_that_fills_up_is_told_and_what_arrived_is_removed(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     bench.hub.add_model("me/m", FILES)
-    monkeypatch.setattr("services.hub_cache_dir.Partial.write", full)
+    monkeypatch.setattr(f"services.hub_cache_dir.Partial.{step}", full)
     with pytest.raises(errors.StorageFull):
         bench.fetch()
     assert bench.blobs() == []
