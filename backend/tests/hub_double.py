@@ -410,7 +410,7 @@ def _route(path: str) -> Route:
         return "resolve"
     if parts[1] == "whoami-v2":
         return "whoami"
-    if parts[1] != "models":
+    if parts[1] not in ("models", "datasets") or parts[1:] == ["datasets"]:
         return "other"
     return "list" if len(parts) == 2 else "tree" if "tree" in parts else "info"
 
