@@ -110,3 +110,38 @@ def test_a_taken_port_is_said_within_seconds(tmp_path: Path, model_dirs: Path) -
         )
         assert done.returncode != 0
         assert "address already in use" in done.stderr
+
+
+def test_a_data_directory_that_is_read_only_is_said_within_seconds(small_disk: Path, model_dirs: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    environment = start_server(small_disk / "home", model_dirs)._environment
+    done = subprocess.run(
+        [sys.executable, "main.py"], cwd=BACKEND, env=environment, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 2
+    assert "Read-only file system" in done.stderr and str(small_disk) in done.stderr
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_a_day_ends_nothing(tmp_path: Path, model_dirs: Path) -> None:
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+    if library is None:
+        pytest.skip("libfaketime is not installed (Debian: faketime)")
+    offset = tmp_path / "offset"
+    offset.write_text("+0")
+    faked = {
+        "LD_PRELOAD": str(library),
+        "FAKETIME_TIMESTAMP_FILE": str(offset),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    with start_server(tmp_path / "home", model_dirs, **faked) as studio:
+        job_id, engine = _training(studio, model_id=TINY_ID)
+        for jump in ("+1d", "-1d", "+0"):
+            offset.write_text(jump)
+            before = studio.job(job_id)["progress"]["step"]
+            wait_until(lambda before=before: studio.job(job_id)["progress"]["step"] > before + 20)
+            assert studio.http.get("/api/hardware/profile").json()["age_s"] < 300
+        job = studio.job(job_id)
+        assert (job["state"], job["attempts"]) == ("running", 1) and engine.is_running()
+        assert 0 <= job["progress"]["eta_s"] < 10**9

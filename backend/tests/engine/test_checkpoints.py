@@ -6,16 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import config_for
-from training_command import TestChannel, adapter_bytes, train_tiny
+from test_methods import config_for, load
+from training_command import TestChannel, adapter_bytes, command_for, train_tiny
 
 from core.manifest import FolderDamaged
 from domain.algorithms import Algorithm
 from domain.peft_config import PeftConfig
+from domain.protocol import CheckpointWritten
 from engine.channel import Stopped
-from engine.checkpoints import checkpoint_folders, read_checkpoint
+from engine.checkpoints import checkpoint_folders, read_checkpoint, step_of
+from engine.errors import NotFinite
+from engine.training import train
 
 # Everything with a state of its own is on: dropout, accumulation over a ragged epoch, warm-up, decay, evaluation.
 HARD = {
@@ -206,3 +210,24 @@ def test_early_stopping_hands_out_the_best_evaluation_across_a_pause(tiny_path: 
     again = train_tiny(tiny_path, tmp_path / "paused", config)
     assert settled(again) == settled(result)
     assert adapter_bytes(tmp_path / "paused") == adapter_bytes(tmp_path / "straight")
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_finite_checkpoint(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.LORA, max_steps=9, checkpoint_every_steps=1, keep_checkpoints=9)
+    base = load(tiny_path, config)
+
+    class Poisoning(TestChannel):
+        def emit(self, event: Any) -> None:
+            super().emit(event)
+            if isinstance(event, CheckpointWritten) and event.step == 4:
+                with torch.no_grad():
+                    next(p for p in base.model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    channel: Any = Poisoning()
+    with pytest.raises(NotFinite, match=r"the loss of step 5 is not finite; its rows are \[\d+"):
+        train(base, command_for(tmp_path, config), channel)
+    folders = checkpoint_folders(tmp_path / "checkpoints")
+    assert [step_of(folder) for folder in folders] == [1, 2, 3, 4]
+    for folder in folders:
+        assert all(tensor.isfinite().all() for tensor in read_checkpoint(folder).adapter.values())
+    assert base.adapters == []
