@@ -1,58 +1,66 @@
-"""/api/adapters: what training made."""
+"""/api/adapters: what training made, and what was brought in."""
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from fastapi import Response as HttpResponse
 from fastapi.responses import StreamingResponse
-from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
 
+from api.adapter_schemas import AdapterDetails, AdapterList, AdapterSummary, ImportFields, ImportRequest, details_view
 from api.export_schemas import CreateExportRequest, ExportResponse
 from api.exports import Exports, show
-from api.peft_schemas import Response
-from domain.algorithms import Algorithm
+from api.hub_token import ASKS_THE_HUB
+from api.upload_form import UploadMalformed, read_upload, validated
 from domain.export_states import ExportKind
-from domain.peft_config import PeftConfig
+from services.adapter_intake import AdapterIntake, get_adapter_intake
 from services.adapter_service import AdapterService, get_adapter_service
 from store.records import AdapterRecord
 
 router = APIRouter(prefix="/api/adapters", tags=["adapters"])
 Adapters = Annotated[AdapterService, Depends(get_adapter_service)]
+Intake = Annotated[AdapterIntake, Depends(get_adapter_intake)]
 
 
-class AdapterSummary(Response):
-    id: str
-    name: str
-    base_model_id: str
-    base_revision: str | None
-    algorithm: Algorithm
-    version: int = Field(description="Counts the adapters of the same name, from 1.")
-    source: dict[str, Any] = Field(description="Where it is from; `kind` is training, folder, hub or upload.")
-    job_id: str | None = Field(description="The job that trained it here.")
-    dataset_sha256: str | None
-    created_at: str
+def _body() -> dict[str, Any]:
+    upload = ImportFields.model_json_schema()
+    file = {"type": "string", "format": "binary", "description": "A zip as `download` gives it."}
+    upload["properties"] = {"file": file, **upload["properties"]}
+    schemas = {
+        "application/json": {"schema": ImportRequest.model_json_schema()},
+        "multipart/form-data": {"schema": {**upload, "required": ["file"]}},
+    }
+    return {"requestBody": {"required": True, "content": schemas}}
 
 
-class AdapterFile(Response):
-    name: str
-    size_bytes: int
+@router.post("", status_code=201, openapi_extra=_body(), dependencies=ASKS_THE_HUB)
+async def add(request: Request, intake: Intake, adapters: Adapters) -> AdapterDetails:
+    """Bring an adapter in: a folder on this machine, a repository of the Hub, or a zip.
+
+    It is checked as a copy before anything loads it: safetensors only, no code, LoRA and its kin.
+    """
+    if request.headers.get("content-type", "").startswith("multipart/"):
+        record = await _receive(request, intake)
+    else:
+        record = await run_in_threadpool(_bring, await request.body(), intake)
+    return details_view(record, adapters.files(record.id))
 
 
-class AdapterDetails(AdapterSummary):
-    config: PeftConfig | None = Field(description="The complete configuration it was trained with, where it is known.")
-    metrics: dict[str, Any]
-    path: str = Field(description="Its folder on the server's machine, as PEFT loads it.")
-    files: list[AdapterFile]
+def _bring(body: bytes, intake: AdapterIntake) -> AdapterRecord:
+    wanted = validated(ImportRequest, body)
+    if wanted.hub_id is not None:
+        return intake.from_hub(wanted.hub_id, wanted.revision, wanted.settings())
+    return intake.from_folder(str(wanted.path), wanted.settings())
 
 
-class AdapterList(Response):
-    adapters: list[AdapterSummary]
-
-
-def _details(record: AdapterRecord, files: list[tuple[str, int]]) -> AdapterDetails:
-    return AdapterDetails.model_validate(
-        record.__dict__ | {"files": [{"name": name, "size_bytes": size} for name, size in files]}
-    )
+async def _receive(request: Request, intake: AdapterIntake) -> AdapterRecord:
+    with intake.receiving() as place:
+        try:
+            fields = validated(ImportFields, await read_upload(request, place.receive))
+        except ClientDisconnect as error:
+            raise UploadMalformed("The client went away.") from error
+        return await run_in_threadpool(intake.from_zip, place, fields.settings())
 
 
 @router.get("")
@@ -64,7 +72,7 @@ def list_adapters(adapters: Adapters) -> AdapterList:
 @router.get("/{adapter_id}")
 def get_adapter(adapter_id: str, adapters: Adapters) -> AdapterDetails:
     """One adapter: its base, configuration, figures and files."""
-    return _details(adapters.get(adapter_id), adapters.files(adapter_id))
+    return details_view(adapters.get(adapter_id), adapters.files(adapter_id))
 
 
 @router.get("/{adapter_id}/download", response_class=StreamingResponse)
@@ -84,5 +92,5 @@ def export(adapter_id: str, body: CreateExportRequest, response: HttpResponse, e
 
 @router.delete("/{adapter_id}", status_code=204)
 def delete(adapter_id: str, adapters: Adapters) -> None:
-    """Delete an adapter and its files."""
+    """Delete an adapter and its files. What was made of it stays."""
     adapters.delete(adapter_id)

@@ -1,17 +1,31 @@
 """A multipart upload that goes to its place as it comes: no copy in memory, none in the system's temporary folder."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from core.errors import Rejected
-from services.dataset_service import DraftFile
 
 _MAX_FIELDS = 20
+M = TypeVar("M", bound=BaseModel)
+
+
+class Receiver(Protocol):
+    """Where a file goes as it comes."""
+
+    def write(self, data: bytes) -> int:
+        """Append."""
+
+    def close(self) -> None:
+        """Keep the file."""
+
+    def abandon(self) -> None:
+        """Close a file that will be discarded."""
 
 
 class UploadMalformed(Rejected):
@@ -23,7 +37,7 @@ class UploadMalformed(Rejected):
 class _Sink:
     """A draft's file, as Starlette's parser wants a file."""
 
-    def __init__(self, file: DraftFile) -> None:
+    def __init__(self, file: Receiver) -> None:
         self.file = file
         self.whole = False
 
@@ -41,7 +55,7 @@ class _Sink:
 class _Parser(MultiPartParser):
     """Starlette's parser, writing the file where it belongs instead of to a spooled one."""
 
-    def __init__(self, request: Request, receive: Callable[[str], DraftFile]) -> None:
+    def __init__(self, request: Request, receive: Callable[[str], Receiver]) -> None:
         super().__init__(request.headers, request.stream(), max_files=1, max_fields=_MAX_FIELDS)
         self._receive = receive
         self.sink: _Sink | None = None
@@ -56,7 +70,7 @@ class _Parser(MultiPartParser):
             upload.file = cast(Any, self.sink)
 
 
-async def read_upload(request: Request, receive: Callable[[str], DraftFile]) -> dict[str, Any]:
+async def read_upload(request: Request, receive: Callable[[str], Receiver]) -> dict[str, Any]:
     """Read a form with one file.
 
     Args:
@@ -90,6 +104,22 @@ async def read_upload(request: Request, receive: Callable[[str], DraftFile]) -> 
         raise UploadMalformed("A field is there twice.")
     sink.file.close()
     return dict(fields)
+
+
+def validated(model: type[M], values: Any) -> M:
+    """Check a body that was read by hand, with the errors of one that FastAPI read.
+
+    Args:
+        values: The fields, or the JSON itself.
+
+    Raises:
+        RequestValidationError: They are not what the model wants.
+    """
+    try:
+        return model.model_validate_json(values) if isinstance(values, bytes) else model.model_validate(values)
+    except ValidationError as error:
+        errors = error.errors(include_input=False, include_url=False, include_context=False)
+        raise RequestValidationError([{**item, "loc": ("body", *item["loc"])} for item in errors]) from error
 
 
 def _abandon(parser: _Parser) -> None:

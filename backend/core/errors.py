@@ -4,12 +4,12 @@
     ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
     │                       JobNotFound, CheckpointNotFound, AdapterNotFound, ExportNotFound
     ├── Rejected            SettingRejected, DatasetRejected, DatasetNotTrainable, ModelRejected,
-    │                       CheckpointUnusable
+    │                       CheckpointUnusable, AdapterRejected
     ├── TooLarge            more bytes than the service takes
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
     │                       DatasetInUse, AdapterInUse, AdapterDamaged, NeedsRemoteCode,
     │                       NoSafeWeights
-    ├── AccessDenied        ModelGated
+    ├── AccessDenied        ModelGated, PathNotAllowed
     ├── Unavailable         HubUnavailable, EngineUnavailable, DatabaseUnavailable
     ├── EngineFailed        the engine process died or reported an error
     └── StorageFull         no space left where the data lives
@@ -128,6 +128,12 @@ class CheckpointUnusable(Rejected):
     slug, title = "checkpoint-unusable", "Checkpoint unusable"
 
 
+class AdapterRejected(Rejected):
+    """The files are not an adapter that this service can serve safely."""
+
+    slug, title = "adapter-rejected", "Adapter rejected"
+
+
 class TooLarge(StudioError):
     """More bytes were sent, or are to be fetched, than the service takes."""
 
@@ -204,6 +210,12 @@ class ModelGated(AccessDenied):
     """The model's licence must be accepted on the Hub, or a token is missing."""
 
     slug, title = "model-gated", "Model gated"
+
+
+class PathNotAllowed(AccessDenied):
+    """A path, or a link, leads out of the folders that the operator allows."""
+
+    slug, title = "path-not-allowed", "Path not allowed"
 
 
 class Unavailable(StudioError):

@@ -31,10 +31,13 @@ class AdapterService:
         folder.mkdir(parents=True, exist_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Delete what runs that were cut off left: adapters in the making and PiSSA's copies of original weights."""
+        """Delete what was cut off: adapters in the making, uploads, and PiSSA's copies of original weights."""
         for pattern in (".adp_*.tmp", "pissa-*"):
-            for folder in self._folder.glob(pattern):
-                shutil.rmtree(folder)
+            for path in self._folder.glob(pattern):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def path_for(self, adapter_id: str) -> Path:
         """Return where an adapter's folder is, or will be."""

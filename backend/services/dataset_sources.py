@@ -14,6 +14,7 @@ from core.errors import (
     ModelGated,
     ModelNotFound,
     ModelRejected,
+    PathNotAllowed,
     StudioError,
     TooLarge,
 )
@@ -36,12 +37,6 @@ class DatasetGated(AccessDenied):
     """The dataset's terms must be accepted on the Hub, or a token is missing."""
 
     slug, title = "dataset-gated", "Dataset gated"
-
-
-class PathNotAllowed(AccessDenied):
-    """The path leads out of the folder from which datasets may be taken."""
-
-    slug, title = "path-not-allowed", "Path not allowed"
 
 
 @dataclass(frozen=True)

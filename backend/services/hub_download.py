@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from core import errors
@@ -19,19 +19,18 @@ from core.clock import Clock
 from core.files import storage_errors
 from core.logging import get_logger
 from core.parallel import start_workers
-from domain.model_records import check_model_id, check_revision, weight_files
-from domain.repo_tree import RepoFile, Selection, is_commit, pickled_weights, select
+from domain.model_records import check_model_id, check_revision
+from domain.repo_tree import RepoFile, is_commit
 from services.download_flight import DownloadCancelled, Flight, Progress
 from services.hub_cache_dir import HubCacheDir, Partial
 from services.hub_client import HubClient
 from services.hub_errors import may_pass
 from services.hub_http import HubHttp
-from services.model_safety import check_snapshot, no_safe_weights
+from services.hub_wanted import MODEL, Wanted
 
 if TYPE_CHECKING:
     import httpx
 
-Want = Literal["weights", "pickled", "tokenizer"]
 _WORKERS = 4  # files at once; one connection does not fill a fast line
 _ATTEMPTS = 5  # in a row without as much more as this:
 _PROGRESS_BYTES = 2**20
@@ -39,6 +38,8 @@ _MAX_WAIT_S = 300.0  # the Hub's rate limit windows are as long; a download has 
 _RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
 _POLL_S = 0.1  # how soon a waiter sees progress, and that it need not wait any more
 _log = get_logger(__name__)
+# The id, the revision, who asks, and what is read of it.
+_Key = tuple[str, str, str, Wanted]
 
 
 class DownloadCorrupt(errors.Unavailable):
@@ -52,7 +53,7 @@ class _TooLong(Exception):
 
 
 class Downloads:
-    """Brings models onto this machine.
+    """Brings models and adapters onto this machine.
 
     Args:
         http: Sends the requests for files.
@@ -76,7 +77,7 @@ class Downloads:
         self._http, self._client, self.cache, self._clock = http, client, cache, clock
         self._sleep, self._timeout_s = sleep, timeout_s
         self._lock = threading.Lock()
-        self._flights: dict[tuple[str, str, str, Want], Flight] = {}
+        self._flights: dict[_Key, Flight] = {}
 
     def fetch(
         self,
@@ -85,7 +86,7 @@ class Downloads:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         *,
-        want: Want = "weights",
+        wanted: Wanted = MODEL,
     ) -> Path:
         """Return the snapshot's folder with everything a load reads, each file's content checked.
 
@@ -94,8 +95,7 @@ class Downloads:
             revision: Branch, tag or commit; `main` if None.
             on_progress: Called on this thread about ten times a second.
             cancelled: Asked as often; the download itself stops when the last who waits has left.
-            want: Safetensors and all that belongs to them; or pickled weights too where there are none; or all but the
-                weights.
+            wanted: What is read of it; a model with safetensors by default.
 
         Raises:
             ModelRejected: The id cannot be one, or the repository is not fit to be read.
@@ -108,7 +108,7 @@ class Downloads:
         check_model_id(model_id)
         if revision is not None:
             check_revision(revision)
-        key = (model_id, revision or "main", self._http.identity, want)
+        key = (model_id, revision or "main", self._http.identity, wanted)
         flight = self._join(key)
         try:
             while True:
@@ -122,7 +122,7 @@ class Downloads:
         finally:
             self._leave(key, flight)
 
-    def _join(self, key: tuple[str, str, str, Want]) -> Flight:
+    def _join(self, key: _Key) -> Flight:
         with self._lock:
             flight = self._flights.get(key)
             if flight is None:
@@ -134,7 +134,7 @@ class Downloads:
             flight.waiting += 1
             return flight
 
-    def _leave(self, key: tuple[str, str, str, Want], flight: Flight) -> None:
+    def _leave(self, key: _Key, flight: Flight) -> None:
         with self._lock:
             flight.waiting -= 1
             if flight.waiting == 0:
@@ -142,22 +142,22 @@ class Downloads:
                 if self._flights.get(key) is flight:
                     del self._flights[key]
 
-    def _run(self, key: tuple[str, str, str, Want], flight: Flight) -> None:
-        model_id, revision, _, want = key
+    def _run(self, key: _Key, flight: Flight) -> None:
+        model_id, revision, _, wanted = key
         try:
-            flight.future.set_result(self._download(model_id, revision, flight, want))
+            flight.future.set_result(self._download(model_id, revision, flight, wanted))
         except BaseException as error:  # noqa: BLE001 - it is raised again where the result is waited for
             flight.future.set_exception(error)
 
-    def _download(self, model_id: str, revision: str, flight: Flight, want: Want) -> Path:
-        here = self._whole(model_id, revision if is_commit(revision) else None, want)
+    def _download(self, model_id: str, revision: str, flight: Flight, wanted: Wanted) -> Path:
+        here = self._whole(model_id, revision if is_commit(revision) else None, wanted)
         if here is not None:
             return here
         try:
             commit = revision if is_commit(revision) else self._client.commit(model_id, revision)
-            chosen = _chosen(model_id, self._client.tree(model_id, commit), want)
+            chosen = wanted.choose(model_id, self._client.tree(model_id, commit))
         except errors.HubUnavailable as error:
-            here = self._whole(model_id, self.cache.commit_of(model_id, revision), want)
+            here = self._whole(model_id, self.cache.commit_of(model_id, revision), wanted)
             if here is None:
                 raise
             _log.warning("hub_download.served_from_disk", model_id=model_id, reason=error.detail)
@@ -167,22 +167,19 @@ class Downloads:
         self.cache.require_space(missing, _RESERVE_BYTES)
         snapshot = self.cache.snapshot(model_id, commit)
         self._fetch_all(model_id, commit, chosen.small, flight)
-        check_snapshot(snapshot, model_id)  # before the weights: what may not be loaded is not downloaded
+        wanted.check(snapshot, model_id)  # before the weights: what may not be loaded is not downloaded
         self._fetch_all(model_id, commit, chosen.weights, flight)
         self.cache.note_commit(model_id, revision, commit)
         return snapshot
 
-    def _whole(self, model_id: str, commit: str | None, want: Want) -> Path | None:
+    def _whole(self, model_id: str, commit: str | None, wanted: Wanted) -> Path | None:
         """Return a commit's folder if it is on this machine, whole and undamaged."""
         if commit is None:
             return None
         snapshot = self.cache.snapshot(model_id, commit)
         names = [path.name for path in snapshot.iterdir() if path.is_file()] if snapshot.is_dir() else []
-        if want == "tokenizer":
-            has_all = any(name.startswith("tokenizer") for name in names)
-        else:
-            has_all = bool(weight_files(names) or (pickled_weights(names) if want == "pickled" else ()))
-        return snapshot if "config.json" in names and has_all and not self.cache.damaged(snapshot) else None
+        whole = wanted.config in names and bool(wanted.weights(names))
+        return snapshot if whole and not self.cache.damaged(snapshot) else None
 
     def _fetch_all(self, model_id: str, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:
         """Fetch files, a few at once; the first error stops the others and is raised."""
@@ -289,18 +286,6 @@ class Downloads:
         while (left_s := until - self._clock.monotonic()) > 0:
             flight.check()
             self._sleep(min(left_s, 0.5))
-
-
-def _chosen(model_id: str, files: Iterable[RepoFile], want: Want) -> Selection:
-    files = tuple(files)
-    chosen = select(files, pickled=want == "pickled")
-    if all(file.path != "config.json" for file in chosen.small):
-        raise errors.ModelRejected(f"{model_id} has no config.json: it is not a transformers model.")
-    if want == "tokenizer":
-        return Selection(chosen.small, ())
-    if not chosen.weights:
-        raise no_safe_weights(model_id, [file.path for file in files])
-    return chosen
 
 
 def _continues(response: "httpx.Response", from_bytes: int) -> bool:

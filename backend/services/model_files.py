@@ -16,7 +16,8 @@ from services.download_flight import Progress
 from services.embedded_model import MODEL_ID, EmbeddedModel, get_embedded_model
 from services.hub_cache_dir import HubCacheDir
 from services.hub_client import HubClient
-from services.hub_download import Downloads, Want
+from services.hub_download import Downloads
+from services.hub_wanted import MODEL, PICKLED_MODEL, TOKENIZER, Wanted
 from services.loaded_base import LoadProgress
 from services.local_models import LocalModel, hub_cache_dir
 from services.model_registry_service import get_hub_http, get_model_registry_service
@@ -104,8 +105,8 @@ class ModelFiles:
             NoSafeWeights: There are no safetensors.
             StorageFull, DownloadCorrupt, DownloadCancelled: As `Downloads.fetch` says.
         """
-        want: Want = "pickled" if allow_pickle else "weights"
-        path = self._locate(model_id, revision, on_progress, cancelled, want)
+        wanted = PICKLED_MODEL if allow_pickle else MODEL
+        path = self._locate(model_id, revision, on_progress, cancelled, wanted)
         if allow_pickle and not weight_files(file.name for file in path.iterdir()):
             path = self._pickled.convert(
                 model_id, path, lambda fraction: on_progress("loading", LoadProgress(fraction)), cancelled
@@ -120,7 +121,7 @@ class ModelFiles:
             ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
             NeedsRemoteCode, ModelRejected: A config asks to run code from elsewhere, or there is none.
         """
-        path = self._locate(model_id, revision, lambda *_: None, lambda: False, "tokenizer")
+        path = self._locate(model_id, revision, lambda *_: None, lambda: False, TOKENIZER)
         check_snapshot(path, model_id)
         return path
 
@@ -130,7 +131,7 @@ class ModelFiles:
         revision: str | None,
         on_progress: OnProgress,
         cancelled: Callable[[], bool],
-        want: Want,
+        wanted: Wanted,
     ) -> Path:
         if model_id == MODEL_ID and revision is None:
             return self._embedded.prepare(lambda _stage, fraction: on_progress("loading", LoadProgress(fraction)))
@@ -145,7 +146,7 @@ class ModelFiles:
             revision,
             lambda progress: on_progress("downloading", _load_progress(progress)),
             cancelled,
-            want=want,
+            wanted=wanted,
         )
 
 
@@ -161,9 +162,14 @@ def _load_progress(progress: Progress) -> LoadProgress:
 
 
 @singleton
-def get_model_files() -> ModelFiles:
-    """Return the process's model files."""
+def get_downloads() -> Downloads:
+    """Return the process's downloads."""
     http = get_hub_http()
     cache = HubCacheDir(hub_cache_dir, get_settings().resolved_cache_dir / "verified")
-    downloads = Downloads(http, HubClient(http), cache, SystemClock(), time.sleep)
-    return ModelFiles(get_embedded_model(), get_model_registry_service(), downloads, get_pickled_models())
+    return Downloads(http, HubClient(http), cache, SystemClock(), time.sleep)
+
+
+@singleton
+def get_model_files() -> ModelFiles:
+    """Return the process's model files."""
+    return ModelFiles(get_embedded_model(), get_model_registry_service(), get_downloads(), get_pickled_models())

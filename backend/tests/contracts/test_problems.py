@@ -15,6 +15,7 @@ def _subclasses(kind: type[errors.StudioError]) -> set[type[errors.StudioError]]
 
 
 def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
+    import services.export_service
     import services.generation_service
     import services.training_service  # noqa: F401 - they define errors of their own
 
@@ -54,6 +55,8 @@ def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
         ("POST", "/api/training/jobs/none/checkpoint", None, 404, "job-not-found"),
         ("GET", "/api/training/jobs/none/events", None, 404, "job-not-found"),
         ("GET", "/api/adapters/none/download", None, 404, "adapter-not-found"),
+        ("POST", "/api/adapters", {"path": "/etc"}, 403, "path-not-allowed"),
+        ("POST", "/api/adapters", {"path": "/etc", "trust_remote_code": True}, 422, "invalid-request"),
         ("POST", "/api/adapters/none/export", {"format": "merged"}, 404, "adapter-not-found"),
         ("POST", "/api/adapters/none/export", {"format": "onnx"}, 422, "invalid-request"),
         ("POST", "/api/adapters/none/export", {"format": "merged", "trust_remote_code": True}, 422, "invalid-request"),

@@ -17,6 +17,7 @@ from services.hub_cache_dir import HubCacheDir
 from services.hub_client import HubClient
 from services.hub_download import DownloadCorrupt, Downloads
 from services.hub_http import HubHttp
+from services.hub_wanted import PICKLED_MODEL
 
 WEIGHTS = safetensors_bytes({"w": ("BF16", (64, 64))})
 FILES = {
@@ -462,12 +463,12 @@ def test_pickled_weights_are_refused_unless_asked_for(bench: Bench) -> None:
         bench.fetch()
     assert bench.blobs() == []
 
-    assert "pytorch_model.bin" in content(bench.fetch(want="pickled"))
+    assert "pytorch_model.bin" in content(bench.fetch(wanted=PICKLED_MODEL))
 
 
 def test_safetensors_are_taken_even_where_pickled_weights_would_do(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
-    assert set(content(bench.fetch(want="pickled"))) == WANTED
+    assert set(content(bench.fetch(wanted=PICKLED_MODEL))) == WANTED
 
 
 def test_of_sharded_weights_all_shards_and_their_index_are_fetched(bench: Bench) -> None:

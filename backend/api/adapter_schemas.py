@@ -1,0 +1,79 @@
+"""Requests and responses of /api/adapters."""
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from api.peft_schemas import ModelId, Request, Response, Revision
+from domain.algorithms import Algorithm
+from domain.peft_config import PeftConfig
+from services.adapter_intake import ImportSettings
+from store.records import AdapterRecord
+
+
+class ImportFields(Request):
+    """What may be said of an adapter that is brought in."""
+
+    name: str | None = Field(default=None, min_length=1, max_length=200)
+    base_model_id: ModelId | None = Field(
+        default=None, description="The base, where the adapter's own config names none or a folder of another machine."
+    )
+    base_revision: Revision | None = None
+
+    def settings(self) -> ImportSettings:
+        """Return it in the service's terms."""
+        return ImportSettings(self.name, self.base_model_id, self.base_revision)
+
+
+class ImportRequest(ImportFields):
+    """An adapter on this machine, or on the Hub."""
+
+    path: str | None = Field(
+        default=None, min_length=1, max_length=4096, description="A folder below the data directory or a model folder."
+    )
+    hub_id: ModelId | None = Field(default=None, description="A repository of the Hub.")
+    revision: Revision | None = Field(default=None, description="Of the repository.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.hub_id is None):
+            raise ValueError("name one of path and hub_id, or upload a zip as `file`")
+        if self.revision is not None and self.hub_id is None:
+            raise ValueError("a revision is of a hub_id; the base's is base_revision")
+        return self
+
+
+class AdapterSummary(Response):
+    id: str
+    name: str
+    version: int = Field(description="Counts the adapters of the same name, from 1.")
+    base_model_id: str
+    base_revision: str | None
+    algorithm: Algorithm
+    source: dict[str, Any] = Field(description="Where it is from; `kind` is training, folder, hub or upload.")
+    job_id: str | None = Field(description="The job that trained it here.")
+    dataset_sha256: str | None
+    created_at: str
+
+
+class AdapterFile(Response):
+    name: str
+    size_bytes: int
+
+
+class AdapterDetails(AdapterSummary):
+    config: PeftConfig | None = Field(description="The complete configuration it was trained with, where it is known.")
+    metrics: dict[str, Any]
+    path: str = Field(description="Its folder on the server's machine, as PEFT loads it.")
+    files: list[AdapterFile]
+
+
+class AdapterList(Response):
+    adapters: list[AdapterSummary]
+
+
+def details_view(record: AdapterRecord, files: list[tuple[str, int]]) -> AdapterDetails:
+    """Show an adapter."""
+    return AdapterDetails.model_validate(
+        record.__dict__ | {"files": [{"name": name, "size_bytes": size} for name, size in files]}
+    )

@@ -1,0 +1,194 @@
+"""Files of an adapter from elsewhere, copied aside: never more than allowed, never from outside, never a link."""
+
+import lzma
+import os
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from core.errors import AdapterRejected, PathNotAllowed, TooLarge
+from core.files import storage_errors
+from domain.adapter_files import CONFIG, KEPT_FILES, check_names
+
+_CHUNK_BYTES = 2**20
+_MAX_ENTRIES = 10_000
+# zipfile reads a whole directory at once, at ten times its size; one of 10,000 files has 1 MiB.
+_MAX_DIRECTORY_BYTES = 4 * 2**20
+_BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+_END, _END_BYTES, _ZIP64_LOCATOR, _LOCATOR_BYTES = b"PK\x05\x06", 22, b"PK\x06\x07", 20
+
+
+def allowed_folder(path: str, roots: Sequence[Path]) -> Path:
+    """Return a folder below one of the roots.
+
+    Raises:
+        PathNotAllowed: It leads elsewhere; whether there is anything is not said.
+        AdapterRejected: There is no folder of that name.
+    """
+    try:
+        folder = Path(path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AdapterRejected(f"{path!r:.200} is no path.") from error
+    # Compared part by part: /data-evil begins with /data only as text.
+    if not Path(path).is_absolute() or not any(folder.is_relative_to(root.resolve()) for root in roots):
+        raise PathNotAllowed(
+            f"{path!r:.200} is not below a folder that adapters may come from: the data directory, or one of "
+            "PEFT_STUDIO_MODEL_DIRS."
+        )
+    if not folder.is_dir():
+        raise AdapterRejected(f"There is no folder {path!r:.200}.")
+    return folder
+
+
+def copy_folder(source: Path, target: Path, max_bytes: int, roots: Sequence[Path] = ()) -> None:
+    """Copy an adapter's files out of a folder.
+
+    Args:
+        source: The folder.
+        target: Where they go.
+        max_bytes: Together.
+        roots: Where links in the folder may lead, beside the folder itself.
+
+    Raises:
+        PathNotAllowed: A link leads out of the folder.
+        NoSafeWeights, AdapterRejected: As `check_names` says.
+        TooLarge, StorageFull: There is no room for them.
+    """
+    inside = [root.resolve() for root in (source, *roots)]
+    names = list(_walk(source, inside))
+    check_names(f"The folder {source.name}", names)
+    left = max_bytes
+    for name in KEPT_FILES:
+        if name in names:
+            with _open_plain(source / name, inside) as file:
+                left = _copy(file, target / name, left, max_bytes)
+
+
+def _walk(source: Path, inside: list[Path]) -> Iterator[str]:
+    """Yield the names of all files below a folder.
+
+    Raises:
+        PathNotAllowed: A link leads out of it.
+        AdapterRejected: There are more than an adapter has.
+    """
+    count = 0
+    for parent, folders, files in os.walk(source):  # does not follow links to folders
+        for name in (*folders, *files):
+            path = Path(parent) / name
+            count += 1
+            if count > _MAX_ENTRIES:
+                raise AdapterRejected(f"The folder {source.name} has more than {_MAX_ENTRIES} entries.")
+            _check_inside(path, inside)
+            if name in files:
+                yield path.relative_to(source).as_posix()
+
+
+def _check_inside(path: Path, inside: list[Path]) -> None:
+    if not any(path.resolve().is_relative_to(root) for root in inside):
+        raise PathNotAllowed(f"{path.name!r:.100} is a link out of its folder.")
+
+
+def _open_plain(path: Path, inside: list[Path]) -> IO[bytes]:
+    """Open a plain file; a pipe or a device would hang, or never end."""
+    _check_inside(path, inside)
+    descriptor = os.open(path.resolve(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise AdapterRejected(f"{path.name} is no plain file.")
+    return os.fdopen(descriptor, "rb")
+
+
+def unzip(archive: Path, target: Path, max_bytes: int) -> None:
+    """Take an adapter's files out of a zip: at its top, or in its one folder.
+
+    Raises:
+        AdapterRejected: It is broken, packed in a way that is not read, or names a path that leaves it.
+        NoSafeWeights, AdapterRejected: As `check_names` says.
+        TooLarge, StorageFull: What is in it is too much, whatever it says of itself.
+    """
+    _check_directory(archive)
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            members = _members(opened.infolist())
+            check_names("The zip", members)
+            left = max_bytes
+            if sum(members[name].file_size for name in KEPT_FILES if name in members) > max_bytes:
+                raise TooLarge(f"The adapter in the zip is larger than {max_bytes} bytes.")
+            for name in KEPT_FILES:
+                if name in members:
+                    with opened.open(members[name]) as file:
+                        left = _copy(file, target / name, left, max_bytes)
+    except (*_BROKEN, NotImplementedError, EOFError, OverflowError, UnicodeDecodeError) as error:
+        raise AdapterRejected(f"The zip cannot be read: {error}.") from error
+    except RuntimeError as error:  # zipfile's for an encrypted member
+        raise AdapterRejected("The zip is encrypted.") from error
+    except OSError as error:
+        if error.errno is None:  # a decompressor's
+            raise AdapterRejected(f"The zip cannot be read: {error}.") from error
+        raise
+
+
+def _check_directory(archive: Path) -> None:
+    """Refuse a zip whose directory would fill the memory, before zipfile reads it.
+
+    Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.14 to 4.3.16.
+    """
+    with archive.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _END_BYTES - 2**16 - _LOCATOR_BYTES))
+        tail = file.read()
+    at = tail.rfind(_END)
+    if at < 0 or len(tail) < at + _END_BYTES:
+        raise AdapterRejected("The file is no zip, or is cut off.")
+    if tail[max(0, at - _LOCATOR_BYTES) : at].startswith(_ZIP64_LOCATOR):
+        raise AdapterRejected("The zip is in the format for more than 65,535 files or 4 GiB; no adapter is that large.")
+    if int.from_bytes(tail[at + 12 : at + 16], "little") > _MAX_DIRECTORY_BYTES:
+        raise AdapterRejected("The zip lists more files than an adapter has.")
+
+
+def _members(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """Return the files of a zip by their path below its top, or below its one folder.
+
+    Raises:
+        AdapterRejected: A member is a link or a device, is there twice, or its path leaves the zip.
+    """
+    found: dict[str, zipfile.ZipInfo] = {}
+    if len(infos) > _MAX_ENTRIES:
+        raise AdapterRejected(f"The zip has more than {_MAX_ENTRIES} entries.")
+    for info in infos:
+        name, mode = info.filename, info.external_attr >> 16
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not name.isprintable():
+            raise AdapterRejected(f"The zip names the path {name!r:.100}, which leaves it.")
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise AdapterRejected(f"{name!r:.100} in the zip is a link or a device.")
+        if info.flag_bits & 0x1:
+            raise AdapterRejected("The zip is encrypted.")
+        if info.is_dir():
+            continue
+        if str(path) in found:
+            raise AdapterRejected(f"{name!r:.100} is in the zip twice.")
+        found[str(path)] = info
+    tops = {name.split("/")[0] for name in found}
+    if CONFIG not in found and len(tops) == 1:
+        found = {name.partition("/")[2]: info for name, info in found.items()}
+    return found
+
+
+def _copy(source: IO[bytes], target: Path, left_bytes: int, max_bytes: int) -> int:
+    """Copy a file; return how much of the limit is left.
+
+    Raises:
+        TooLarge: It is more.
+        StorageFull: There is no room for it.
+    """
+    with storage_errors(target), target.open("xb") as file:
+        while chunk := source.read(_CHUNK_BYTES):
+            left_bytes -= len(chunk)
+            if left_bytes < 0:
+                raise TooLarge(f"The adapter is larger than {max_bytes} bytes.")
+            file.write(chunk)
+    return left_bytes

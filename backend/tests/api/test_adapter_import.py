@@ -1,0 +1,311 @@
+"""Adapters from elsewhere through a real server: what is sound is served, what is not is refused and never runs."""
+
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from adapter_double import adapter_files, adapter_tensors, malicious_pickle, write_files, zip_of
+from hub_double import HubDouble, safetensors_bytes
+from server import StudioServer, start_server
+from test_exports_api import finished, train
+from tiny_model import TINY_ID
+
+pytestmark = pytest.mark.engine
+HEADER = {"X-HF-Token": "hf_valid"}
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubDouble]:
+    with HubDouble() as double:
+        yield double
+
+
+@pytest.fixture(scope="module")
+def studio(hub: HubDouble, model_dirs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
+    home = tmp_path_factory.mktemp("data")
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_TOKEN": ""}
+    with start_server(home, model_dirs, PEFT_STUDIO_MAX_UPLOAD_BYTES=str(4 * 2**20), **environment) as server:
+        yield server
+
+
+@pytest.fixture
+def inbox(studio: StudioServer) -> Iterator[Path]:
+    """A folder below the data directory."""
+    folder = studio.home / "inbox"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def bring(studio: StudioServer, **body: Any) -> httpx.Response:
+    return studio.http.post("/api/adapters", json=body)
+
+
+def upload(studio: StudioServer, content: bytes, filename: str = "mine.zip", **form: str) -> httpx.Response:
+    return studio.http.post("/api/adapters", files={"file": (filename, content)}, data=form)
+
+
+def stored(studio: StudioServer) -> list[str]:
+    return sorted(path.name for path in (studio.home / "adapters").iterdir())
+
+
+def ids(studio: StudioServer) -> list[str]:
+    return sorted(entry["id"] for entry in studio.http.get("/api/adapters").json()["adapters"])
+
+
+def test_an_adapter_goes_out_and_comes_in_again_and_is_the_same(studio: StudioServer, inbox: Path) -> None:
+    trained = studio.http.get(f"/api/adapters/{train(studio)}").json()
+    content = studio.http.get(f"/api/adapters/{trained['id']}/download").content
+    zipped = upload(studio, content, name="again")
+    assert zipped.status_code == 201, zipped.text
+    again = zipped.json()
+    for name in ("base_model_id", "config", "algorithm"):
+        assert again[name] == trained[name], name
+    assert again["metrics"]["final_loss"] == trained["metrics"]["final_loss"]
+    assert (again["name"], again["version"], again["job_id"]) == ("again", 1, None)
+    assert again["source"] == {"kind": "upload", "filename": "mine.zip"}
+    assert studio.adapter_weights(again["id"]) == studio.adapter_weights(trained["id"])
+
+    folder = bring(studio, path=trained["path"], name="again")
+    assert folder.status_code == 201, folder.text
+    assert folder.json()["version"] == 2 and folder.json()["source"] == {"kind": "folder", "path": trained["path"]}
+
+    loaded = studio.load(TINY_ID)
+    answers = {
+        studio.generate(loaded["id"], "say 3 twice", adapter)["text"]
+        for adapter in (trained["id"], again["id"], folder.json()["id"])
+    }
+    assert len(answers) == 1
+    done = finished(
+        studio, studio.http.post(f"/api/adapters/{again['id']}/export", json={"format": "merged"}).json()["id"]
+    )
+    assert done["state"] == "succeeded", done
+
+    damaged = dict(_members(content))
+    damaged["adapter_model.safetensors"] = damaged["adapter_model.safetensors"][:-1] + b"\1"
+    refused = upload(studio, zip_of(damaged))
+    assert (refused.status_code, refused.json()["type"]) == (422, "/problems/adapter-rejected")
+    assert "sha256" in refused.json()["detail"]
+    for adapter in (again["id"], folder.json()["id"]):
+        assert studio.http.delete(f"/api/adapters/{adapter}").status_code == 204
+    studio.http.delete(f"/api/peft/loaded-models/{loaded['id']}")
+
+
+def _members(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_an_adapter_of_another_tool_is_served_and_its_patterns_are_not(studio: StudioServer, inbox: Path) -> None:
+    pattern = r".*\.(q_proj|v_proj)"
+    files = adapter_files(base_model_name_or_path="/home/someone/llama", target_modules=pattern, use_rslora=True)
+    write_files(inbox, files | {"modeling_evil.py": b"raise SystemExit"})
+    refused = bring(studio, path=str(inbox))
+    assert refused.status_code == 422 and "base_model_id" in refused.json()["detail"]
+    taken = bring(studio, path=str(inbox), base_model_id=TINY_ID)
+    assert taken.status_code == 201, taken.text
+    details = taken.json()
+    assert (details["algorithm"], details["config"], details["dataset_sha256"]) == ("rslora", None, None)
+    assert set(details["source"]["rewritten"]) == {"base_model_name_or_path", "target_modules"}
+    assert "modeling_evil.py" not in [file["name"] for file in details["files"]]
+    loaded = studio.load(TINY_ID)
+    studio.generate(loaded["id"], "say 3 twice", details["id"])
+    done = finished(
+        studio, studio.http.post(f"/api/adapters/{details['id']}/export", json={"format": "merged"}).json()["id"]
+    )
+    assert done["state"] == "succeeded" and done["result"]["adapted_layers"] == 4, done
+    studio.http.delete(f"/api/adapters/{details['id']}")
+    studio.http.delete(f"/api/peft/loaded-models/{loaded['id']}")
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: write_files(folder, adapter_files(**changes)) and None
+
+
+def file(name: str, content: bytes | None) -> Callable[[Path], None]:
+    """Write or remove a file of a sound adapter."""
+
+    def spoil(folder: Path) -> None:
+        write_files(folder, adapter_files())
+        (folder / name).unlink(missing_ok=True)
+        if content is not None:
+            write_files(folder, {name: content})
+
+    return spoil
+
+
+def pickled(name: str, *removed: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        write_files(folder, adapter_files() | {name: malicious_pickle(folder.parent / "canary")})
+        for other in removed:
+            (folder / other).unlink()
+
+    return spoil
+
+
+def weights(**changes: Any) -> bytes:
+    return safetensors_bytes(adapter_tensors() | changes)
+
+
+def spoiled_header(old: bytes, new: bytes) -> bytes:
+    content = weights()
+    assert content.count(old) >= 1 and len(old) == len(new)
+    return content.replace(old, new, 1)
+
+
+SOUND = weights()
+HOSTILE: list[tuple[str, Callable[[Path], None], int, str]] = [
+    # HARDENING A 14, 15
+    ("bin only", pickled("adapter_model.bin", "adapter_model.safetensors"), 409, "no-safe-weights"),
+    ("bin beside", pickled("adapter_model.bin"), 422, "adapter-rejected"),
+    ("optimizer", pickled("optimizer.pt"), 422, "adapter-rejected"),
+    ("rng", pickled("rng_state.pth"), 422, "adapter-rejected"),
+    ("arguments", pickled("training_args.bin"), 422, "adapter-rejected"),
+    ("deep", pickled("checkpoint-9/scheduler.pt"), 422, "adapter-rejected"),
+    # 16, 17
+    ("kernel", config(attn_implementation="someone/kernel"), 409, "needs-remote-code"),
+    ("auto_map", file("tokenizer_config.json", b'{"auto_map": {"AutoTokenizer": "x.Y"}}'), 409, "needs-remote-code"),
+    # 19
+    ("os.system", config(auto_mapping={"base_model_class": "system", "parent_library": "os"}), 422, "adapter-rejected"),
+    ("megatron", config(megatron_config={"a": 1}, megatron_core="os"), 422, "adapter-rejected"),
+    ("corda", config(corda_config={"cache_file": "x.pt"}), 422, "adapter-rejected"),
+    # 23
+    ("header", file("adapter_model.safetensors", b"\xff" * 64), 422, "adapter-rejected"),
+    ("header length", file("adapter_model.safetensors", b"\xff" * 7 + b"\x7f{}"), 422, "adapter-rejected"),
+    ("truncated", file("adapter_model.safetensors", SOUND[:-1]), 422, "adapter-rejected"),
+    ("too long", file("adapter_model.safetensors", SOUND + b"x"), 422, "adapter-rejected"),
+    (
+        "overlap",
+        file("adapter_model.safetensors", spoiled_header(b"[1024, 2048]", b"[   0, 1024]")),
+        422,
+        "adapter-rejected",
+    ),
+    ("empty", file("adapter_model.safetensors", b""), 422, "adapter-rejected"),
+    # and what else a folder can be
+    ("no config", file("adapter_config.json", None), 422, "adapter-rejected"),
+    ("config no JSON", file("adapter_config.json", b"{"), 422, "adapter-rejected"),
+    ("config NaN", file("adapter_config.json", b'{"lora_alpha": NaN}'), 422, "adapter-rejected"),
+    ("config deep", file("adapter_config.json", b"[" * 5000 + b"]" * 5000), 422, "adapter-rejected"),
+    ("config large", file("adapter_config.json", b" " * (2 * 2**20)), 422, "adapter-rejected"),
+    ("pissa", config(init_lora_weights="pissa"), 422, "adapter-rejected"),
+    ("too large", file("README.md", bytes(5 * 2**20)), 413, "too-large"),
+]
+
+
+@pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize(("spoil", "status", "slug"), [case[1:] for case in HOSTILE], ids=[case[0] for case in HOSTILE])
+def test_a_hostile_adapter_is_refused_with_no_side_effect(
+    studio: StudioServer, inbox: Path, spoil: Callable[[Path], None], status: int, slug: str, as_zip: bool
+) -> None:
+    folder = inbox / "it"
+    spoil(folder)
+    before, engines = (stored(studio), ids(studio)), studio.engines()
+    if as_zip:
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        response = upload(studio, zip_of(files))
+    else:
+        response = bring(studio, path=str(folder))
+    assert (response.status_code, response.json()["type"]) == (status, f"/problems/{slug}"), response.text
+    assert (stored(studio), ids(studio)) == before and studio.engines() == engines
+    assert not (inbox / "canary").exists()
+
+
+def test_paths_and_links_that_leave_are_forbidden(studio: StudioServer, inbox: Path, tmp_path: Path) -> None:
+    outside = write_files(studio.home.parent / f"{studio.home.name}-evil", adapter_files())
+    sound = write_files(inbox / "it", adapter_files())
+    (inbox / "link").symlink_to(outside)
+    before = stored(studio)
+    for path in (outside, tmp_path / "none", "/etc/passwd", inbox / "link", f"{inbox}/../../{outside.name}", "it"):
+        response = bring(studio, path=str(path))
+        assert (response.status_code, response.json()["type"]) == (403, "/problems/path-not-allowed"), response.text
+    (sound / "tokenizer.json").symlink_to("/etc/passwd")
+    response = bring(studio, path=str(sound))
+    assert (response.status_code, response.json()["type"]) == (403, "/problems/path-not-allowed"), response.text
+    assert stored(studio) == before and "root:" not in response.text
+    shutil.rmtree(outside)
+
+
+def test_a_base_that_asks_for_code_is_refused_with_its_adapter(
+    studio: StudioServer, hub: HubDouble, inbox: Path
+) -> None:
+    files = {"config.json": json.dumps({"model_type": "llama", "auto_map": {"AutoModel": "x.Y"}}).encode()}
+    hub.add_model("evil/base", files | {"model.safetensors": safetensors_bytes({"w": ("F32", (1,))})})
+    write_files(inbox / "it", adapter_files(base_model_name_or_path="evil/base"))
+    response = bring(studio, path=str(inbox / "it"))
+    assert (response.status_code, response.json()["type"]) == (409, "/problems/needs-remote-code")
+    write_files(inbox / "it", adapter_files(base_model_name_or_path="nobody/knows"))
+    response = bring(studio, path=str(inbox / "it"))
+    assert response.status_code == 201, response.text
+    studio.http.delete(f"/api/adapters/{response.json()['id']}")
+
+
+def test_an_adapter_of_the_hub_is_fetched_without_the_pickles_beside_it(studio: StudioServer, hub: HubDouble) -> None:
+    files = adapter_files() | {"training_args.bin": b"pickle", "optimizer.pt": b"pickle", "checkpoint-1/x.bin": b"p"}
+    commit = hub.add_model("me/adapter", files)
+    response = bring(studio, hub_id="me/adapter", name="from the hub")
+    assert response.status_code == 201, response.text
+    details = response.json()
+    assert details["source"] == {"kind": "hub", "model_id": "me/adapter", "revision": None, "commit": commit}
+    assert {file["name"] for file in details["files"]} == {*adapter_files(), "manifest.json"}
+    fetched = [seen.path for seen in hub.seen if seen.route == "resolve"]
+    assert not [path for path in fetched if path.endswith((".bin", ".pt"))]
+    studio.http.delete(f"/api/adapters/{details['id']}")
+
+    for name, spoiled, status, slug in (
+        ("bin", {"adapter_config.json": b"{}", "adapter_model.bin": b"p"}, 409, "no-safe-weights"),
+        ("model", {"config.json": b"{}", "model.safetensors": SOUND}, 422, "adapter-rejected"),
+        ("code", adapter_files() | {"tokenizer_config.json": b'{"auto_map": {"a": "b"}}'}, 409, "needs-remote-code"),
+    ):
+        hub.add_model(f"evil/{name}", spoiled)
+        before, cdn = stored(studio), hub.requests["cdn"]
+        response = bring(studio, hub_id=f"evil/{name}")
+        assert (response.status_code, response.json()["type"]) == (status, f"/problems/{slug}"), response.text
+        assert stored(studio) == before and hub.requests["cdn"] == cdn  # refused before the weights
+    hub.add_model("evil/paths", adapter_files())
+    hub.lie_about_tree("evil/paths", {"type": "file", "path": "../../x", "oid": "0" * 40, "size": 1})
+    assert bring(studio, hub_id="evil/paths").json()["type"] == "/problems/model-rejected"
+    assert bring(studio, hub_id="nobody/nothing").status_code == 404
+    hub.add_model("me/private", adapter_files(), private=True)
+    assert bring(studio, hub_id="me/private").status_code == 404
+    private = studio.http.post("/api/adapters", json={"hub_id": "me/private"}, headers=HEADER)
+    assert private.status_code == 201, private.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"path": "/x", "hub_id": "a/b"},
+        {"path": ""},
+        {"path": 3},
+        {"hub_id": "a/b/c"},
+        {"hub_id": "../../etc"},
+        {"path": "/x", "revision": "main"},
+        {"path": "/x", "trust_remote_code": True},
+        {"hub_id": "a/b", "base_model_id": "--x"},
+    ],
+)
+def test_a_malformed_import_is_refused(studio: StudioServer, body: dict[str, Any]) -> None:
+    response = bring(studio, **body)
+    assert (response.status_code, response.json()["type"]) == (422, "/problems/invalid-request"), response.text
+
+
+def test_uploads_that_are_none_leave_nothing(studio: StudioServer) -> None:
+    before = stored(studio)
+    assert upload(studio, b"no zip").json()["type"] == "/problems/adapter-rejected"
+    assert upload(studio, bytes(5 * 2**20)).status_code == 413
+    assert upload(studio, zip_of(adapter_files()), format="x").status_code == 422
+    bomb = zip_of(adapter_files() | {"tokenizer.json": bytes(100 * 2**20)})
+    assert upload(studio, bomb).status_code == 413
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    cut = studio.http.post(
+        "/api/adapters", content=b'--b\r\nContent-Disposition: form-data; name="file"', headers=headers
+    )
+    assert cut.status_code == 422
+    assert stored(studio) == before
