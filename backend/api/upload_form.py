@@ -66,7 +66,9 @@ class _Parser(MultiPartParser):
         if upload is not None:
             if self._current_part.field_name != "file":
                 raise MultiPartException(f"The file is in the field {self._current_part.field_name!r:.60}, not 'file'.")
-            self.sink = _Sink(self._receive((upload.filename or "upload")[-200:]))
+            # Names are shown on terminals: what would steer one is not kept.
+            shown = "".join(letter if letter.isprintable() else "_" for letter in upload.filename or "upload")
+            self.sink = _Sink(self._receive(shown[-200:]))
             upload.file = cast(Any, self.sink)
 
 

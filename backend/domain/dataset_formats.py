@@ -39,6 +39,7 @@ class FormatFields:
         return {**self.required, **self.optional}
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 _TURNS = ("messages", "conversations", "conversation")
 _PROMPT = ("prompt", "question", "query", "input")
 _ANSWER = ("completion", "response", "output", "answer")
@@ -93,12 +94,12 @@ class NormalRow:
     """A row in its stored form.
 
     Attributes:
-        line: The row as JSON, without a line break.
+        line: The row as a line of JSON in UTF-8.
         learnable: Whether any answer may be learned, and whether the last one may.
         notes: What is worth telling about it.
     """
 
-    line: str
+    line: bytes
     learnable: tuple[bool, bool]
     notes: frozenset[str] = field(default_factory=frozenset)
 
@@ -112,8 +113,7 @@ def normalise(row: Mapping[str, Any], reading: Reading) -> NormalRow:
     notes: set[str] = set()
     try:
         normal = _READERS[reading.format](_Row(row, reading, notes))
-        line = json.dumps(normal, ensure_ascii=False, allow_nan=False)
-        line.encode("utf-8")
+        line = (_ENCODER.encode(normal) + "\n").encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowRejected(f"half a surrogate pair at character {error.start} of the row") from error
     except RecursionError as error:

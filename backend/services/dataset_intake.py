@@ -32,6 +32,8 @@ _MAX_NOTES = 200  # distinct ones; a file of random keys must not fill the memor
 _DETECTION_ROWS = 100
 _DETECTION_BYTES = 8 * 2**20
 _PROGRESS_ROWS = 2000
+# Names of fields and escapes make rows longer; a Parquet file that repeats one text in a billion rows is no data.
+_MAX_GROWTH = 2
 _MAX_MEMORY_BYTES = 4 * 2**30
 _NICE = 5
 
@@ -126,11 +128,12 @@ class _Intake:
         self._notes: Counter[str] = Counter()
         self._columns: dict[str, None] = {}
         self._reading: Reading | None = None
+        self._written_bytes = 0
 
     def run(self) -> IntakeResult:
         target = Path(self._request.folder) / "rows.jsonl"
         try:
-            with storage_errors(target), target.open("w", encoding="utf-8") as file:
+            with storage_errors(target), target.open("wb") as file:
                 for row in self._rows():
                     normal = self._normal(row)
                     if normal is not None:
@@ -187,18 +190,19 @@ class _Intake:
 
     def _keep(self, normal: NormalRow, row: SourceRow, file: Any) -> None:
         result = self._result
-        line = normal.line + "\n"
-        encoded = line.encode()
-        file.write(line)
-        self._digest.update(encoded)
-        self._duplicates.add(encoded, row.line)
+        file.write(normal.line)
+        self._written_bytes += len(normal.line)
+        if self._written_bytes > _MAX_GROWTH * self._request.max_bytes:
+            raise DatasetRejected(f"The rows take more than {self._written_bytes} bytes.", errors=[])
+        self._digest.update(normal.line)
+        self._duplicates.add(normal.line, row.line)
         result.rows += 1
         result.answers = (result.answers[0] + normal.learnable[0], result.answers[1] + normal.learnable[1])
         for note in (*normal.notes, *find_marks(normal.line)):
             if note in self._notes or len(self._notes) < _MAX_NOTES:
                 self._notes[note] += 1
         if result.rows % _PROGRESS_ROWS == 0:
-            self._report(result.rows, file.tell())
+            self._report(result.rows, self._written_bytes)
 
     def _finish(self) -> None:
         result = self._result

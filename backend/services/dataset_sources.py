@@ -22,7 +22,8 @@ from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
 from domain.dataset_parts import Parts, PartsNotFound, choose
-from services.dataset_service import DatasetService, Draft, ReadSettings, get_dataset_service
+from services.dataset_draft import Draft
+from services.dataset_service import DatasetService, ReadSettings, get_dataset_service
 from services.hub_errors import map_hub_error
 from services.hub_http import hub_token
 from store.records import DatasetRecord
@@ -152,7 +153,7 @@ class DatasetSources:
                 self._datasets.discard(draft)
                 raise
             told = {"kind": "folder", "path": path} | _described(parts)
-            return self._datasets.finish(draft, name or start.name, settings, told)
+            return self._datasets.finish(draft, (name or start.name)[:200], settings, told)
 
     def _inside(self, path: str) -> Path:
         root = self._folder.resolve()

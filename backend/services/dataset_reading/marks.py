@@ -3,16 +3,16 @@
 import re
 
 # Marks that tokenizers read as one special token where they stand in plain text, and placeholders never filled in.
-_MARKS = re.compile(r"<\|[a-zA-Z_]{2,30}\|>|</?s>|\[/?INST\]|\{\{ ?[a-zA-Z_]{2,30} ?\}\}")
+_MARKS = re.compile(rb"<\|[a-zA-Z_]{2,30}\|>|</?s>|\[/?INST\]|\{\{ ?[a-zA-Z_]{2,30} ?\}\}")
 
 
-def find_marks(line: str) -> set[str]:
+def find_marks(line: bytes) -> set[str]:
     """Return a note for each kind of mark in a row."""
-    if "<" not in line and "{{" not in line and "INST]" not in line:
+    if b"<" not in line and b"{{" not in line and b"INST]" not in line:
         return set()
     return {
-        f"hold {mark!r}, which looks like a placeholder that was never filled in"
-        if mark.startswith("{{")
-        else f"hold {mark!r}, which a tokenizer that knows it reads as a special token"
+        f"hold {mark.decode()!r}, which looks like a placeholder that was never filled in"
+        if mark.startswith(b"{{")
+        else f"hold {mark.decode()!r}, which a tokenizer that knows it reads as a special token"
         for mark in _MARKS.findall(line)
     }

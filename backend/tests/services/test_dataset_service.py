@@ -78,6 +78,16 @@ def test_a_file_over_the_limit_is_refused_while_it_comes(service: DatasetService
     assert left_in(folder(service)) == before
 
 
+def test_rows_that_grow_beyond_measure_are_refused(tmp_path: Path) -> None:
+    """Parquet writes a repeated text once: a small file may hold rows without end."""
+    content = as_parquet([{"prompt": "x" * 10_000, "completion": "c"}] * 200)
+    with dataset_service(tmp_path, max_upload_bytes=100_000) as service:
+        assert len(content) < 100_000
+        with pytest.raises(DatasetRejected, match="The rows take more than"):
+            upload(service, content, "a.parquet")
+        assert left_in(folder(service)) == ["content"]
+
+
 def test_what_was_found_is_said(service: DatasetService) -> None:
     rows = [{"instruction": "i", "context": "c", "response": "r", "category": "x"}] * 2
     record = upload(service, gzipped(as_csv(rows, "\t")), "dolly.csv.gz")
