@@ -190,7 +190,8 @@ class DatasetAnalysisService:
             figures = self._ask(running, request, config, path)
             about = {"model_id": request.model_id, "revision": request.revision}
             about |= _read_settings(config, _SETTINGS)
-            write_atomic(kept, json.dumps({"about": about, "figures": figures}).encode())
+            if kept.parent.is_dir():  # the dataset may have been deleted meanwhile
+                write_atomic(kept, json.dumps({"about": about, "figures": figures}).encode())
             running.future.set_result(figures)
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it
             running.future.set_exception(error)

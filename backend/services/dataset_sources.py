@@ -120,7 +120,7 @@ class DatasetSources:
         before = draft.progress.received_bytes
         path = _download(hub_id, sha, file.path, draft.folder / "hub", _byte_counter(count))
         draft.progress.received_bytes = before
-        digest = draft.adopt(path, PurePosixPath(file.path).name)
+        digest = draft.adopt(path, file.path)
         if file.sha256 is not None and digest != file.sha256:
             raise DatasetRejected(f"{file.path} is not what the Hub says it is: its sha256 differs.", errors=[])
 
@@ -141,14 +141,15 @@ class DatasetSources:
             parts, base = Parts("default", "train", (start.name,), ()), start.parent
         else:
             parts, base = _chosen(self._walk(start), None, config, split), start
-        sources = [self._inside(str((base / name).relative_to(self._folder.resolve()))) for name in parts.paths]
-        total = sum(source.stat().st_size for source in sources)
+        root = self._folder.resolve()
+        sources = {name: self._inside(str((base / name).relative_to(root))) for name in parts.paths}
+        total = sum(source.stat().st_size for source in sources.values())
         self._check_size(total)
         with self._datasets.imports.running(name or path, "receiving", total) as progress:
             draft = self._datasets.draft(progress)
             try:
-                for source in sources:
-                    _copy(source, draft)
+                for file, source in sources.items():
+                    _copy(source, file, draft)
             except BaseException:
                 self._datasets.discard(draft)
                 raise
@@ -196,8 +197,8 @@ def _described(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _copy(source: Path, draft: Draft) -> None:
-    target = draft.receive(source.name)
+def _copy(source: Path, name: str, draft: Draft) -> None:
+    target = draft.receive(name)
     try:
         with source.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
