@@ -18,7 +18,12 @@ class Machine:
             SettingRejected: There is no such GPU.
         """
         gpus, memory = self._hardware.memory()
-        return choose_device(wanted, list(gpus), memory.available_bytes)
+        return choose_device(wanted, [gpu for gpu in gpus if gpu.error is None], memory.available_bytes)
+
+    def training_devices(self) -> tuple[str, ...]:
+        """Return what trains here, a job each at a time: every GPU that answers, or else the CPU."""
+        gpus, _ = self._hardware.memory()
+        return tuple(str(gpu.index) for gpu in gpus if gpu.error is None) or ("cpu",)
 
     def engine(self, wanted: str, device: Device) -> EngineName:
         """Resolve `auto`, `transformers` or `unsloth` for a device.

@@ -45,8 +45,8 @@ class RunEnded(Exception):
 class TrainingRun:
     """Carries one job through its states. `end` may come from any thread."""
 
-    def __init__(self, service: "TrainingService", clock: Clock, job: JobRecord) -> None:
-        self._service, self._clock = service, clock
+    def __init__(self, service: "TrainingService", clock: Clock, job: JobRecord, device: str) -> None:
+        self._service, self._clock, self._device = service, clock, device
         self.job = job
         self._ending: Ending | None = None
         self._stop = threading.Event()
@@ -125,7 +125,7 @@ class TrainingRun:
                 use_case=None,
                 overrides=config.model_dump(),
                 engine="auto",
-                device="auto",
+                device=self._device,
                 force=False,
             )
         )

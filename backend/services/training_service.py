@@ -22,6 +22,7 @@ from services.dataset_analysis import DatasetAnalysisService, get_dataset_analys
 from services.dataset_service import DatasetService, get_dataset_service
 from services.host_probe import HostProbe
 from services.job_intake import JobIntake, JobRequest, digest_of
+from services.machine import get_machine
 from services.peft_service import PeftService, get_peft_service
 from services.training_run import Ending, RunEnded, TrainingRun, failure
 from store.database import Database
@@ -53,9 +54,10 @@ class QueuePlace:
 
 
 class TrainingService:
-    """Keeps the queue and runs its jobs, one after the other, on a thread of its own.
+    """Keeps the queue and runs its jobs: one at a time on each device, in one order for all.
 
     Args:
+        devices: Tells the devices that jobs are trained on, asked once at the start.
         checkpoints: Where engines leave the state of their runs.
         max_checkpoint_bytes: Most bytes of checkpoints a job keeps; None for no limit.
         oom_kills: Counts the processes that the kernel has killed for want of memory.
@@ -68,21 +70,22 @@ class TrainingService:
         adapters: AdapterService,
         peft: PeftService,
         clock: Clock,
+        devices: Callable[[], tuple[str, ...]],
         analyses: DatasetAnalysisService,
         checkpoints: CheckpointStore,
         max_checkpoint_bytes: int | None,
         oom_kills: Callable[[], int],
     ) -> None:
         self._database, self.datasets, self.adapters, self.peft = database, datasets, adapters, peft
-        self._clock, self.checkpoints = clock, checkpoints
+        self._clock, self._devices, self.checkpoints = clock, devices, checkpoints
         self._intake = JobIntake(datasets, peft, analyses, checkpoints)
         self.max_checkpoint_bytes, self.oom_kills = max_checkpoint_bytes, oom_kills
         self.broadcast = Broadcast()
         self._wake = threading.Condition()
         self.closing = threading.Event()
         self._retry_at_s: dict[str, float] = {}
-        self._running: TrainingRun | None = None
-        self._worker: threading.Thread | None = None
+        self._runs: dict[str, TrainingRun] = {}
+        self._workers: list[threading.Thread] = []
 
     # Accepting
 
@@ -241,8 +244,7 @@ class TrainingService:
         self.move(record, JobState.QUEUED, **columns)
 
     def _run_of(self, record: JobRecord) -> TrainingRun | None:
-        run = self._running
-        return run if run is not None and run.job.id == record.id and record.state in ACTIVE_STATES else None
+        return self._runs.get(record.id) if record.state in ACTIVE_STATES else None
 
     def delete(self, job_id: str) -> None:
         """Forget a job that has ended, and its checkpoints. Its adapter stays.
@@ -315,8 +317,10 @@ class TrainingService:
             self.checkpoints.remove_leftovers(Jobs(connection).ids())
         for record in self.all(ACTIVE_STATES):
             self._take_up(record)
-        self._worker = threading.Thread(target=self._work, name="training", daemon=True)
-        self._worker.start()
+        for device in self._devices():
+            worker = threading.Thread(target=self._work, args=(device,), name=f"training-{device}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
 
     def _take_up(self, record: JobRecord) -> None:
         if record.cancel_wish is not None:
@@ -336,11 +340,11 @@ class TrainingService:
         finished = to_text(self._clock.now())
         self.move(record, JobState.FAILED, error=failure("server_ended", error), stalls=stalls, finished_at=finished)
 
-    def _work(self) -> None:
+    def _work(self, device: str) -> None:
         while not self.closing.is_set():
             try:
                 self._queue_interrupted()
-                busy = self._work_once()
+                busy = self._work_once(device)
             except Exception:  # noqa: BLE001 - e.g. the disk is full: the log says so, and the next try may do better
                 _log.exception("training.worker_failed")
                 busy = False
@@ -356,17 +360,21 @@ class TrainingService:
             if self._retry_at_s.get(record.id, now_s) <= now_s:
                 self._queue_again(record)
 
-    def _work_once(self) -> bool:
+    def _work_once(self, device: str) -> bool:
         """Run the next queued job, if there is one; tell whether there was."""
         with self._database.begin() as connection:
             record = Jobs(connection).next_queued()
         if record is not None:
-            self._guarded(record)
+            self._guarded(record, device)
         return record is not None
 
-    def _guarded(self, record: JobRecord) -> None:
-        run = TrainingRun(self, self._clock, record)
-        self._running = run
+    def _guarded(self, record: JobRecord, device: str) -> None:
+        run = TrainingRun(self, self._clock, record, device)
+        with self._wake:
+            # Another device's worker may have found the same job: one of the two moves it on, the other goes by.
+            if self.closing.is_set() or record.id in self._runs:
+                return
+            self._runs[record.id] = run
         try:
             run.execute()
         except RunEnded:
@@ -375,18 +383,20 @@ class TrainingService:
             _log.exception("job.crashed", job_id=record.id)
             run.fail_unexpectedly()
         finally:
-            self._running = None
+            with self._wake:
+                del self._runs[record.id]
 
     def close(self) -> None:
-        """Stop working; a running job writes a checkpoint and becomes `interrupted`."""
-        run = self._running
-        if run is not None:
-            run.end("server_ends")
-        self.closing.set()
+        """Stop working; running jobs write a checkpoint and become `interrupted`."""
         with self._wake:
+            self.closing.set()
+            runs = list(self._runs.values())
             self._wake.notify_all()
-        if self._worker is not None:
-            self._worker.join(timeout=_CHECKPOINT_GRACE_S)
+        for run in runs:
+            run.end("server_ends")
+        deadline_s = self._clock.monotonic() + _CHECKPOINT_GRACE_S
+        for worker in self._workers:
+            worker.join(timeout=max(0.0, deadline_s - self._clock.monotonic()))
 
 
 def _earlier(jobs: Jobs, request: JobRequest) -> JobRecord | None:
@@ -413,6 +423,7 @@ def get_training_service() -> TrainingService:
         get_adapter_service(),
         get_peft_service(),
         SystemClock(),
+        get_machine().training_devices,
         get_dataset_analysis_service(),
         CheckpointStore(settings.home / "checkpoints"),
         settings.max_checkpoint_bytes,

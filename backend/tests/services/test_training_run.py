@@ -19,7 +19,7 @@ def run_with(oom_kills: list[int]) -> TrainingRun:
     job: Any = SimpleNamespace(progress={}, stalls=0)
     service: Any = SimpleNamespace(oom_kills=lambda: oom_kills.pop(0))
     clock: Any = SimpleNamespace()
-    return TrainingRun(service, clock, job)
+    return TrainingRun(service, clock, job, "cpu")
 
 
 @pytest.mark.parametrize(

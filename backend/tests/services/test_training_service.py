@@ -1,0 +1,183 @@
+"""The queue, with doubles in the place of models: who runs where, and what races leave behind."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from server import wait_until
+
+from core.clock import SystemClock
+from core.errors import HubUnavailable, ModelRejected, StudioError, TransitionNotPermitted
+from domain.algorithms import Algorithm
+from domain.configure import MachineFacts, configure
+from domain.job_states import FINAL_STATES, JobState
+from services.checkpoint_store import CheckpointStore
+from services.training_service import TrainingService
+from store.database import Database
+from store.records import DatasetRecord, JobRecord
+from store.repositories import Datasets, Jobs
+
+CONFIG = configure(
+    Algorithm.LORA, use_case=None, overrides={}, machine=MachineFacts(has_gpu=False, supports_bf16=False)
+).config
+MOMENT = "2026-01-01T00:00:00.000000Z"
+
+
+class Studio:
+    """A training service whose models come to nothing, in the way that the test says."""
+
+    def __init__(self, folder: Path, load: Callable[[Any], Any], devices: tuple[str, ...] = ("cpu",)) -> None:
+        self.database = Database(f"sqlite:///{folder / 'studio.db'}")
+        self.database.migrate()
+        with self.database.begin() as connection:
+            Datasets(connection).add(DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], MOMENT))
+        none: Any = SimpleNamespace()
+        peft: Any = SimpleNamespace(models=list, load=load)
+        self.service = TrainingService(
+            self.database,
+            none,
+            none,
+            peft,
+            SystemClock(),
+            lambda: devices,
+            none,
+            CheckpointStore(folder / "checkpoints"),
+            None,
+            lambda: 0,
+        )
+
+    def add(self, number: int, **changes: Any) -> str:
+        record = JobRecord(
+            id=f"job_{number}", sequence=number, name="n", state=JobState.QUEUED, priority=0, idempotency_key=None,
+            request_sha256="", model_id="m", revision=None, loaded_model_id=None, algorithm="lora",
+            config=CONFIG.model_dump(mode="json"), dataset_id="ds", validation_dataset_id=None,
+            validation_fraction=0.0, progress={}, result={}, attempts=0, stalls=0, resumed_from=None,
+            cancel_wish=None, adapter_id=None, error=None, created_at=MOMENT, started_at=None, finished_at=None,
+        )  # fmt: skip
+        with self.database.begin() as connection:
+            Jobs(connection).add(replace(record, **changes))
+        return record.id
+
+    def states(self) -> list[JobState]:
+        return [job.state for job in reversed(self.service.all())]
+
+    def close(self) -> None:
+        self.service.close()
+        self.database.close()
+
+
+def refuse(error: StudioError) -> Callable[[Any], Any]:
+    def load(_request: Any) -> Any:
+        raise error
+
+    return load
+
+
+def test_each_device_has_a_job_of_its_own_and_no_job_runs_twice(tmp_path: Path) -> None:
+    together = threading.Barrier(2)
+    seen: list[str] = []
+
+    def load(request: Any) -> Any:
+        seen.append(request.device)
+        together.wait(timeout=60)  # passes only if two jobs are on their way at once
+        raise ModelRejected("enough seen")
+
+    studio = Studio(tmp_path, load, devices=("0", "1"))
+    for number in range(1, 7):
+        studio.add(number)
+    studio.service.start()
+    wait_until(lambda: set(studio.states()) == {JobState.FAILED})
+    studio.close()
+    assert len(seen) == 6 and sorted(seen) == ["0"] * 3 + ["1"] * 3
+    assert all(job.attempts == 1 for job in studio.service.all())
+
+
+def test_a_hub_that_is_away_is_tried_again_as_told_and_not_for_ever(tmp_path: Path) -> None:
+    asked: list[float] = []
+    studio = Studio(tmp_path, refuse(HubUnavailable("away", retry_after_s=0.01)))
+    retry_after = studio.service.retry_after
+
+    def at_once(job_id: str, seconds: float) -> None:
+        asked.append(seconds)
+        retry_after(job_id, 0.0)
+
+    studio.service.retry_after = at_once  # type: ignore[method-assign]
+    studio.add(1)
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.FAILED])
+    studio.close()
+    (job,) = studio.service.all()
+    assert job.error is not None and job.error["class"] == "hub_unavailable" and "5th time" in job.error["message"]
+    assert asked == [0.01, 2.0, 4.0, 8.0]
+
+
+@pytest.mark.parametrize(
+    ("state", "wish", "after"),
+    [
+        (JobState.RUNNING, None, JobState.INTERRUPTED),
+        (JobState.PREPARING, None, JobState.INTERRUPTED),
+        (JobState.PAUSING, None, JobState.PAUSED),
+        (JobState.PAUSED, None, JobState.PAUSED),
+        (JobState.RUNNING, "nothing", JobState.CANCELLED),
+        (JobState.PAUSING, "checkpoints", JobState.CANCELLED),
+    ],
+)
+def test_what_a_dead_server_left_is_taken_up(
+    tmp_path: Path, state: JobState, wish: str | None, after: JobState
+) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=())  # nobody works: what `start` does is all
+    job_id = studio.add(1, state=state, cancel_wish=wish)
+    kept = studio.service.checkpoints.folder_of(job_id)
+    (kept / "step-00000001").mkdir(parents=True)
+    (studio.service.checkpoints.folder_of("job_gone") / "step-00000001").mkdir(parents=True)
+    (kept / ".step-00000002.tmp").mkdir()
+    studio.service.start()
+    studio.close()
+    assert studio.states() == [after]
+    assert kept.exists() == (wish != "nothing")
+    assert not (kept / ".step-00000002.tmp").exists()
+    assert not studio.service.checkpoints.folder_of("job_gone").exists()
+
+
+def test_a_job_that_the_server_dies_of_is_given_up(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=())
+    studio.add(1, state=JobState.RUNNING, stalls=4)
+    studio.service.start()
+    studio.close()
+    (job,) = studio.service.all()
+    assert job.state is JobState.FAILED and job.error is not None and job.error["class"] == "server_ended"
+
+
+@pytest.mark.slow
+def test_cancel_against_completion_ends_in_one_final_state_a_thousand_times(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=())
+    won = {JobState.SUCCEEDED: 0, JobState.CANCELLED: 0}
+    for number in range(1, 1001):
+        record = studio.service.get(studio.add(number, state=JobState.RUNNING))
+        together = threading.Barrier(2)
+        moved: list[JobState] = []
+
+        def move(
+            state: JobState, record: JobRecord = record, together: Any = together, moved: list[JobState] = moved
+        ) -> None:
+            together.wait()
+            if studio.service.move(record, state):
+                moved.append(state)
+
+        threads = [threading.Thread(target=move, args=(state,)) for state in won]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(moved) == 1
+        won[moved[0]] += 1
+        assert studio.service.get(record.id).state is moved[0]
+        assert [event.data["state"] for event in studio.service.events(record.id, 0, 10)] == [moved[0].value]
+        with pytest.raises(TransitionNotPermitted):
+            studio.service.cancel(record.id)
+    assert sum(won.values()) == 1000 and set(studio.states()) <= FINAL_STATES
+    studio.close()
