@@ -56,10 +56,11 @@ def _back_up() -> None:
 
 def stop_services() -> None:
     """End the running job and exports as interrupted, every engine, and the database's connections."""
-    for export_service in filter(None, (get_export_service.made,)):
-        export_service.close()
+    # Training first: its checkpoint is what must be on the disk before whoever stopped the server loses patience.
     for training_service in filter(None, (get_training_service.made,)):
         training_service.close()
+    for export_service in filter(None, (get_export_service.made,)):
+        export_service.close()
     for analysis_service in filter(None, (get_dataset_analysis_service.made,)):
         analysis_service.close()
     for peft_service in filter(None, (get_peft_service.made,)):

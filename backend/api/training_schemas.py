@@ -16,6 +16,8 @@ from store.records import JobRecord, to_text
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
 
+# Shown on terminals and kept in databases: no control characters.
+Text = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
 ResumeFrom = Annotated[
     str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9_-]{1,64}(/step-[0-9]{8})?$")
 ]
@@ -31,14 +33,14 @@ class CreateJobRequest(Request):
     use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
     algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
     overrides: Overrides = Field(default_factory=PeftOverrides)
-    name: str | None = Field(default=None, min_length=1, max_length=200)
+    name: Text | None = None
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first.")
     resume_from: ResumeFrom | None = Field(
         default=None,
         description="Begin with a checkpoint of another job: `job_…` for its newest, or `job_…/step-…`. The same "
         "model, data and settings, except how long to train and when to evaluate, stop and write checkpoints.",
     )
-    idempotency_key: str | None = Field(default=None, min_length=1, max_length=200)
+    idempotency_key: Text | None = None
 
 
 class CancelRequest(Request):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from core.errors import StorageFull
 
+_REPLACED = ".old.tmp"
+
 
 def fsync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename in it survives a power cut."""
@@ -60,10 +62,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
         StorageFull: The device has no space left.
     """
     temporary = target.with_name(f".{target.name}.tmp")  # hidden: a folder in the making is nothing yet
-    replaced = target.with_name(f".{target.name}.old.tmp")
+    replaced = target.with_name(f".{target.name}{_REPLACED}")
     with storage_errors(target):
-        for left in (temporary, replaced):
-            shutil.rmtree(left, ignore_errors=True)
+        if target.parent.is_dir():
+            finish_replacing(target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             yield temporary
@@ -81,6 +84,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
             raise
         finally:
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def finish_replacing(parent: Path) -> None:
+    """Put back, or delete, the old folders that a `whole_folder` cut off while it replaced them left aside."""
+    for replaced in parent.glob(f".*{_REPLACED}"):
+        target = parent / replaced.name.removesuffix(_REPLACED).removeprefix(".")
+        if target.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, target)
 
 
 @contextmanager

@@ -41,7 +41,11 @@ def verify(folder: Path) -> dict[str, Any]:
     """
     about, files = _read(folder)
     for name, facts in files.items():
-        if sha256_of(folder / name) != facts["sha256"]:
+        try:
+            found = sha256_of(folder / name)
+        except OSError as error:
+            raise FolderDamaged(f"{name} cannot be read: {error}") from error
+        if found != facts["sha256"]:
             raise FolderDamaged(f"{name} is not as it was written: its sha256 sum differs")
     return about
 
@@ -59,7 +63,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         about, files = document["about"], document["files"]
     except FileNotFoundError as error:
         raise FolderDamaged(f"{NAME} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FolderDamaged(f"{NAME} cannot be read") from error
     if claimed != _sum(document):
         raise FolderDamaged(f"{NAME} is not as it was written: its sum differs")

@@ -14,7 +14,7 @@ checkpoints/<job>/step-00000040/
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.files import whole_folder
+from core.files import finish_replacing, whole_folder
 from core.manifest import FolderDamaged, verify, write_manifest
 
 Tensors = dict[str, torch.Tensor]
 _NAME = re.compile(r"step-(\d{8})")
 _FORMAT = 1
+_INSIDE = "/"  # between the names of a dictionary in an optimizer's state and of what is in it
 
 
 @dataclass
@@ -104,7 +105,7 @@ class CheckpointFolder:
             state = {"progress": asdict(checkpoint.progress), "settings": checkpoint.settings}
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
             write_manifest(folder, self._about | {"format": _FORMAT, "step": checkpoint.progress.step})
-        self._prune()
+        self._prune(target)
         return target
 
     def newest(self, recorded_step: int, skipped: Callable[[str, str], None]) -> Checkpoint | None:
@@ -115,6 +116,7 @@ class CheckpointFolder:
                 went on from one would leave a gap in the metrics.
             skipped: Told the folder's name and what is wrong with it.
         """
+        finish_replacing(self._folder)
         newest_first = list(reversed(checkpoint_folders(self._folder)))
         newest_first.sort(key=lambda folder: step_of(folder) > recorded_step)
         for folder in newest_first:
@@ -124,13 +126,17 @@ class CheckpointFolder:
                 skipped(folder.name, str(error))
         return None
 
-    def _prune(self) -> None:
-        beyond, total = [], 0
-        for number, folder in enumerate(reversed(checkpoint_folders(self._folder))):
-            total += sum(path.stat().st_size for path in folder.iterdir())
-            too_big = self._max_bytes is not None and total > self._max_bytes
-            if number > 0 and (number >= self._keep or too_big):
+    def _prune(self, written: Path) -> None:
+        """Delete what is beyond the limits, and later steps: a run that has just written this one abandoned them."""
+        beyond, kept, total = [], 0, 0
+        for folder in reversed(checkpoint_folders(self._folder)):
+            abandoned = step_of(folder) > step_of(written)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            too_big = self._max_bytes is not None and total + size > self._max_bytes
+            if folder != written and (abandoned or kept >= self._keep or too_big):
                 beyond.append(folder)
+            else:
+                kept, total = kept + 1, total + size
         for folder in beyond:
             shutil.rmtree(folder)
 
@@ -173,7 +179,8 @@ def split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str
     tensors: Tensors = {}
     values: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
-        for name, value in entries.items():
+        # bitsandbytes puts its quantised tensors into a dictionary of their own among the others.
+        for name, value in _flat(entries):
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
@@ -181,14 +188,32 @@ def split_optimizer(optimizer: torch.optim.Optimizer) -> tuple[Tensors, dict[str
     return tensors, {"groups": state["param_groups"], "values": values}
 
 
+def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}{_INSIDE}{inner}", held) for inner, held in value.items())
+        else:
+            yield name, value
+
+
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, plain: Mapping[str, Any]) -> None:
     """Give an optimizer the state that `split_optimizer` took."""
     state: dict[int, dict[str, Any]] = {}
+
+    def put(index: str, name: str, value: Any) -> None:
+        outer, inside, inner = name.partition(_INSIDE)
+        entries = state.setdefault(int(index), {})
+        if inside:
+            entries.setdefault(outer, {})[inner] = value
+        else:
+            entries[name] = value
+
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
-    for text, entries in plain["values"].items():
-        state.setdefault(int(text), {}).update(entries)
+        put(index, name, tensor)
+    for index, entries in plain["values"].items():
+        for name, value in entries.items():
+            put(index, name, value)
     optimizer.load_state_dict({"state": state, "param_groups": plain["groups"]})
 
 

@@ -114,6 +114,7 @@ class Trainer:
         self._loss = SummedLoss(base.model, base.device)
         self.progress = RunProgress(evaluation_due=bool(validation))
         self._best: Tensors = {}
+        self._resumed_step: int | None = None
         set_seed(config.seed)
         if resume is not None:
             self._restore(resume)
@@ -289,7 +290,7 @@ class Trainer:
         if step == 0 and not asked:
             return
         every, minutes = config.checkpoint_every_steps, config.checkpoint_every_minutes
-        by_steps = every is not None and step % every == 0
+        by_steps = every is not None and step % every == 0 and step != self._resumed_step  # that one is there
         by_time = minutes is not None and time.monotonic() - self._checkpoint_s >= 60 * minutes
         if asked or by_steps or by_time:
             self._write_checkpoint()
@@ -324,7 +325,15 @@ class Trainer:
         self._scheduler.load_state_dict(checkpoint.settings["scheduler"])
         self._scaler.load_state_dict(checkpoint.settings["scaler"])
         restore_rng(self._base.device, checkpoint.rng)
-        self.progress, self._best = replace(checkpoint.progress), checkpoint.best
+        self.progress, self._resumed_step = replace(checkpoint.progress), checkpoint.progress.step
+        if self.progress.step > self.total_steps:
+            raise BadSetting(f"the checkpoint is at step {self.progress.step} already, beyond {self.total_steps}")
+        if self._config.early_stopping_patience is None:
+            return
+        self._best = checkpoint.best
+        if not self._best and self.progress.best_step != self.progress.step:
+            # Begun without early stopping: the weights of its best evaluation are not there to hand out.
+            self.progress.waits, self.progress.best_step, self.progress.best_eval_loss = 0, None, None
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _evaluate(self) -> None:
@@ -342,6 +351,11 @@ class Trainer:
 
     def _record_evaluation(self, loss: float) -> None:
         progress = self.progress
+        if not math.isfinite(loss):
+            raise NotFinite(
+                f"the evaluation loss after step {progress.step} is not finite",
+                ["halve learning_rate", "precision bf16 or fp32", "look at the validation rows"],
+            )
         progress.evaluation_due = False
         progress.eval_loss = loss
         if progress.step == 0:

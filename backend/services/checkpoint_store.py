@@ -2,13 +2,12 @@
 
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import CheckpointNotFound, CheckpointUnusable
-from core.files import whole_folder
+from core.files import finish_replacing, whole_folder
 from core.manifest import FolderDamaged, read_manifest, verify
 
 
@@ -45,7 +44,8 @@ class CheckpointStore:
             job_id: The job.
             check_sums: Whether to read every file and compare its sum, and not only its size.
         """
-        return [_facts(path, check_sums) for path in sorted(self.folder_of(job_id).glob("step-*"))]
+        found = (_facts(path, check_sums) for path in sorted(self.folder_of(job_id).glob("step-*")))
+        return [facts for facts in found if facts is not None]
 
     def about(self, job_id: str, checkpoint_id: str | None) -> tuple[str, dict[str, Any]]:
         """Return the id and the manifest of one checkpoint, or of the newest that verifies.
@@ -71,36 +71,53 @@ class CheckpointStore:
         """Give another job a checkpoint to begin with. Files are shared where the file system can link them.
 
         Raises:
+            CheckpointUnusable: It was deleted meanwhile.
             StorageFull: No space is left.
         """
-        with whole_folder(self.folder_of(to_job_id) / checkpoint_id) as folder:
-            for path in (self.folder_of(job_id) / checkpoint_id).iterdir():
-                try:
-                    os.link(path, folder / path.name)
-                except OSError:
-                    shutil.copyfile(path, folder / path.name)
+        try:
+            with whole_folder(self.folder_of(to_job_id) / checkpoint_id) as folder:
+                for path in (self.folder_of(job_id) / checkpoint_id).iterdir():
+                    _link_or_copy(path, folder / path.name)
+                verify(folder)
+        except (FileNotFoundError, FolderDamaged) as error:
+            self.delete(to_job_id)
+            why = f"{job_id}/{checkpoint_id} was replaced by a newer one while it was copied; try again."
+            raise CheckpointUnusable(why) from error
 
     def delete(self, job_id: str) -> None:
         """Delete a job's checkpoints, if there are any."""
         if self.folder_of(job_id).exists():
             shutil.rmtree(self.folder_of(job_id))
 
-    def remove_leftovers(self, job_ids: Iterable[str]) -> None:
-        """Delete checkpoints in the making and those of jobs that are no more."""
-        known = set(job_ids)
-        for folder in self._folder.iterdir():
-            if folder.name not in known:
-                shutil.rmtree(folder)
-                continue
+    def remove_leftovers(self) -> None:
+        """Delete checkpoints in the making, and put back those that were being replaced.
+
+        Folders of jobs that the database does not know are left alone: it may be another one, or an older copy.
+        """
+        for folder in self._folder.glob("job_*/"):
+            finish_replacing(folder)
             for temporary in folder.glob(".step-*.tmp"):
                 shutil.rmtree(temporary)
 
 
-def _facts(path: Path, check_sums: bool) -> CheckpointFacts:
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
+
+
+def _facts(path: Path, check_sums: bool) -> CheckpointFacts | None:
+    """Return one checkpoint, or None if its run has deleted it in this moment."""
     problem = None
     try:
         (verify if check_sums else read_manifest)(path)
     except FolderDamaged as error:
         problem = str(error)
-    size = sum(file.stat().st_size for file in path.iterdir())
-    return CheckpointFacts(path.name, int(path.name.removeprefix("step-")), size, path.stat().st_mtime, problem)
+    try:
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return CheckpointFacts(path.name, int(path.name.removeprefix("step-")), size, path.stat().st_mtime, problem)
+    except FileNotFoundError:
+        return None

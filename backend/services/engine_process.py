@@ -76,7 +76,8 @@ class EngineProcess:
     ) -> None:
         self._log_path = log_path
         self._on_exit = on_exit
-        self._silence_s, self._heard_s, self._unresponsive = silence_s, time.monotonic(), False
+        self._silence_s, self._heard_s = silence_s, time.monotonic()
+        self._unresponsive, self._handling = False, False
         self._pending: dict[str, tuple[Future[dict[str, Any]], EventHandler | None]] = {}
         self._lock = threading.Lock()
         self._tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
@@ -179,6 +180,8 @@ class EngineProcess:
             if now_s - looked_s > 2 * tick_s:
                 self._heard_s = now_s  # this process was itself stopped meanwhile: the engine gets its time again
             looked_s = now_s
+            if self._handling:
+                self._heard_s = now_s
             if now_s - self._heard_s > self._silence_s:
                 _log.error("engine.silent", pid=self.pid, silent_s=round(now_s - self._heard_s))
                 self._unresponsive = True
@@ -227,6 +230,7 @@ class EngineProcess:
 
     def _handle(self, event: Any, on_event: EventHandler, future: "Future[dict[str, Any]]") -> None:
         """Hand an event on. If that fails (the disk is full, say), the command fails: this thread must live."""
+        self._handling = True  # nobody listens for heartbeats meanwhile
         try:
             on_event(event)
         except Exception as error:  # noqa: BLE001 - whatever it is, the reader goes on
@@ -237,6 +241,8 @@ class EngineProcess:
                 detail = error.detail if isinstance(error, StudioError) else type(error).__name__
                 future.set_exception(EngineFailed(f"An event of the engine could not be recorded: {detail}"))
             self.stop(event.request_id)
+        finally:
+            self._heard_s, self._handling = time.monotonic(), False
 
     def _death(self) -> EngineDied:
         code = self._process.poll()
@@ -261,13 +267,17 @@ class EngineProcess:
             # Bounded reads: a line of a gigabyte must not be held in memory.
             for line in iter(lambda: stream.readline(65536), b""):
                 self._tail.append(line.decode("utf-8", "replace").rstrip())
-                if size + len(line) > _LOG_CAP_BYTES:
-                    file.close()
-                    os.replace(self._log_path, self._log_path.with_suffix(".log.1"))
-                    file, size = self._log_path.open("ab"), 0
-                size += file.write(line)
-                file.flush()
-        file.close()
+                try:
+                    if size + len(line) > _LOG_CAP_BYTES:
+                        file.close()
+                        os.replace(self._log_path, self._log_path.with_suffix(".log.1"))
+                        file, size = self._log_path.open("ab"), 0
+                    size += file.write(line)
+                    file.flush()
+                except (OSError, ValueError):  # a full disk: an engine whose output nobody takes would stop
+                    continue
+        with suppress(OSError):
+            file.close()
 
 
 def _spawn(work_dir: Path) -> tuple["subprocess.Popen[bytes]", Any, Any]:

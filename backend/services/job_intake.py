@@ -158,6 +158,9 @@ class JobIntake:
         different = [f"{name} was {old!r}, not {new!r}" for name, (old, new) in sorted(pairs.items()) if old != new]
         if different:
             raise CheckpointUnusable(f"{resume_from} belongs to another kind of run: {'; '.join(different)}.")
+        last = record.config["max_steps"]
+        if last is not None and last <= about["step"]:
+            raise CheckpointUnusable(f"{resume_from} is at step {about['step']} already; max_steps={last} adds none.")
         self.checkpoints.copy(source.id, checkpoint_id, record.id)
         progress = {"step": about["step"], "recorded_step": about["step"]}
         return replace(record, progress=progress, resumed_from=f"{source.id}/{checkpoint_id}")

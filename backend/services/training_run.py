@@ -7,7 +7,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from core.clock import Clock
 from core.errors import DatabaseUnavailable, LoadedModelNotFound, ModelBusy, StorageFull, StudioError
@@ -26,6 +28,7 @@ from store.records import AdapterRecord, JobRecord, to_text
 if TYPE_CHECKING:
     from services.training_service import TrainingService
 
+T = TypeVar("T")
 _POLL_S = 0.2
 _SAVE_AGAIN_S = 1.0
 _log = get_logger(__name__)
@@ -35,6 +38,15 @@ _NOT_SAVED = (DatabaseUnavailable, StorageFull)
 _MOST_UNSAVED = 1000
 # Why a run ends before its last step: a client's wish, the server's end, or a database that cannot be written.
 Ending = Literal["discard", "keep_checkpoints", "keep_adapter", "pause", "server_ends", "not_saved"]
+ENDINGS: dict[str, Ending] = {"nothing": "discard", "checkpoints": "keep_checkpoints", "adapter": "keep_adapter"}
+_RANK: dict[Ending, int] = {
+    "not_saved": 0,
+    "server_ends": 1,
+    "pause": 2,
+    "keep_adapter": 3,
+    "keep_checkpoints": 4,
+    "discard": 5,
+}
 _ENGINE_MODES: dict[Ending, protocol.StopMode] = {"discard": "discard", "keep_adapter": "keep"}
 
 
@@ -60,15 +72,29 @@ class TrainingRun:
         self._stalls = job.stalls
         self._oom_kills = service.oom_kills()
 
-    def execute(self) -> None:
-        """Run the job to a final state, or to `paused` or `interrupted`."""
-        now = to_text(self._clock.now())
-        if self.job.started_at is None:
-            waited = self._clock.now() - datetime.fromisoformat(self.job.created_at)
-            telemetry.job_queue_seconds.observe(max(0.0, waited.total_seconds()))
-        started = self.job.started_at or now
+    def begin(self) -> None:
+        """Take the job from the queue.
+
+        Raises:
+            RunEnded: It is not in the queue any more.
+            DatabaseUnavailable, StorageFull: The database cannot be written now; the job stays in the queue.
+        """
+        now = self._clock.now()
+        started = self.job.started_at or to_text(now)
         self._move(JobState.PREPARING, started_at=started, attempts=self.job.attempts + 1, error=None)
+        # As it is now: another run of it may have ended since it was read.
+        self.job = self._service.get(self.job.id)
+        self._progress, self._stalls = dict(self.job.progress), self.job.stalls
+        if self.job.attempts == 1:
+            waited = now - datetime.fromisoformat(self.job.created_at)
+            telemetry.job_queue_seconds.observe(max(0.0, waited.total_seconds()))
+
+    def execute(self) -> None:
+        """Run the job that `begin` took to a final state, or to `paused` or `interrupted`."""
         try:
+            if self.job.cancel_wish is not None:  # of a run before, which ended before it could obey
+                self.end(ENDINGS[self.job.cancel_wish])
+                self._end_early()
             model, result = self._work()
             self._save_events()
             self._succeed(model, result)
@@ -150,6 +176,8 @@ class TrainingRun:
         service, job = self._service, self.job
         adapter_id = f"adp_{job.id.removeprefix('job_')}"
         validation = job.validation_dataset_id
+        rows = self._patiently(lambda: str(service.datasets.rows_path(job.dataset_id)))
+        held_out = self._patiently(lambda: str(service.datasets.rows_path(validation))) if validation else None
 
         def command(request_id: str) -> protocol.Train:
             self._request_id = request_id
@@ -157,8 +185,8 @@ class TrainingRun:
                 request_id=request_id,
                 adapter_id=adapter_id,
                 config=PeftConfig.model_validate(job.config),
-                dataset_path=str(service.datasets.rows_path(job.dataset_id)),
-                validation_path=str(service.datasets.rows_path(validation)) if validation else None,
+                dataset_path=rows,
+                validation_path=held_out,
                 validation_fraction=job.validation_fraction,
                 output_path=str(service.adapters.path_for(adapter_id)),
                 base_model_id=model.model_id,
@@ -187,6 +215,7 @@ class TrainingRun:
             step = event.resumed_from_step or 0
             self._save("started", data, {"step": step, "total_steps": event.total_steps})
         elif isinstance(event, protocol.StepMetrics):
+            self._oom_kills = self._service.oom_kills()  # a kill before this step was another's
             telemetry.step_seconds.labels(self.job.algorithm).observe(event.step_s)
             telemetry.tokens.labels(self.job.algorithm).inc(event.step_tokens)
             new = event.step > self._progress.get("recorded_step", 0)
@@ -206,8 +235,11 @@ class TrainingRun:
             step = max(event.step, self._progress.get("evaluated_step", -1))
             self._save("evaluation" if new else None, data, {"evaluated_step": step})
         elif isinstance(event, protocol.CheckpointWritten):
-            self._stalls = 0
-            self._save("checkpoint", {"step": event.step, "size_bytes": event.size_bytes}, {})
+            if event.step > self._progress.get("checkpoint_step", -1):
+                self._stalls = 0
+            step = max(event.step, self._progress.get("checkpoint_step", -1))
+            data = {"step": event.step, "size_bytes": event.size_bytes}
+            self._save("checkpoint", data, {"checkpoint_step": step})
         else:
             self._save("progress", data, {})
 
@@ -229,18 +261,21 @@ class TrainingRun:
                 self._move(JobState.RUNNING)
         while self._unsaved:
             kind, data, progress = self._unsaved[0]
-            self._service.record_event(self.job.id, kind or None, data, progress, self._stalls)
+            try:
+                self._service.record_event(self.job.id, kind or None, data, progress, self._stalls)
+            except SQLAlchemyError:  # and no outage: this one can never be written, and must not hold up the others
+                _log.exception("job.event_lost", job_id=self.job.id, event_kind=kind)
             self._unsaved.popleft()
 
     def _save_events(self) -> None:
         """Write what could not be written before."""
         self._patiently(self._flush)
 
-    def _patiently(self, write: Callable[[], None]) -> None:
-        """Write to the database; try until it can be written, or the server ends."""
+    def _patiently(self, use: Callable[[], T]) -> T:
+        """Use the database; try until it answers, or the server ends."""
         while True:
             try:
-                return write()
+                return use()
             except _NOT_SAVED:
                 if self._service.closing.wait(_SAVE_AGAIN_S):
                     raise RunEnded from None  # the database says `running`: the next start resumes it
@@ -258,7 +293,7 @@ class TrainingRun:
             algorithm=self.job.algorithm,
             config=self.job.config,
             job_id=self.job.id,
-            dataset_sha256=self._service.datasets.get(self.job.dataset_id).sha256,
+            dataset_sha256=self._patiently(lambda: self._service.datasets.get(self.job.dataset_id).sha256),
             metrics=figures,
             path=str(Path(result["path"])),
             created_at=now,
@@ -272,6 +307,8 @@ class TrainingRun:
     def _fail(self, error_class: str, error: StudioError) -> None:
         """Record what went wrong: to be tried again, to be looked at by a person, or for good."""
         self._save_events()
+        if self._stop.is_set() and (error_class == "disk_full" or error_class in TRANSIENT):
+            self._end_early()  # it was to end anyway
         telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
         if error_class == "disk_full":
@@ -305,12 +342,12 @@ class TrainingRun:
             self._finish(JobState.INTERRUPTED, error=failure("server_ended", ended))
         else:
             self._finish(JobState.CANCELLED, finished_at=to_text(self._clock.now()))
-            if self._ending != "keep_checkpoints":
+            if self._ending == "discard":
                 self._service.checkpoints.delete(self.job.id)
         raise RunEnded
 
     def end(self, ending: Ending) -> None:
-        """Stop the run before its last step. The first wish counts, except that discarding overrules all.
+        """Stop the run before its last step. A cancel overrules a pause, and a pause what the server wants.
 
         Raises:
             TransitionNotPermitted: A pause is wanted of a job that is neither preparing nor running.
@@ -318,7 +355,7 @@ class TrainingRun:
         with self._lock:
             if ending == "pause" and self.job.state is not JobState.PAUSING:
                 self._move(JobState.PAUSING)
-            if self._ending is None or ending == "discard":
+            if self._ending is None or _RANK[ending] > _RANK[self._ending]:
                 self._ending = ending
             self._stop.set()
             process, request_id = self._process, self._request_id

@@ -9,7 +9,14 @@ from typing import Any, Literal
 
 from core.broadcast import Broadcast
 from core.clock import Clock, SystemClock
-from core.errors import Conflict, JobNotFound, StudioError, TransitionNotPermitted
+from core.errors import (
+    Conflict,
+    DatabaseUnavailable,
+    JobNotFound,
+    StorageFull,
+    StudioError,
+    TransitionNotPermitted,
+)
 from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
@@ -24,18 +31,13 @@ from services.host_probe import HostProbe
 from services.job_intake import JobIntake, JobRequest, digest_of
 from services.machine import get_machine
 from services.peft_service import PeftService, get_peft_service
-from services.training_run import Ending, RunEnded, TrainingRun, failure
+from services.training_run import ENDINGS, RunEnded, TrainingRun, failure
 from store.database import Database
 from store.records import AdapterRecord, EventRecord, JobRecord, to_text
 from store.repositories import Adapters, Jobs
 
 _log = get_logger(__name__)
 Keep = Literal["nothing", "checkpoints", "adapter"]
-_ENDINGS: dict[Keep, Ending] = {
-    "nothing": "discard",
-    "checkpoints": "keep_checkpoints",
-    "adapter": "keep_adapter",
-}
 _CHECKPOINT_GRACE_S = 30.0
 
 
@@ -193,7 +195,7 @@ class TrainingService:
         if run is not None:
             with self._database.begin() as connection:
                 Jobs(connection).set(job_id, cancel_wish=keep)
-            run.end(_ENDINGS[keep])
+            run.end(ENDINGS[keep])
             return self.get(job_id)
         if not self.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now())):
             return self.cancel(job_id, keep)  # it moved on in between: look again
@@ -236,7 +238,7 @@ class TrainingService:
         record = self.get(job_id)
         if record.state not in (JobState.PAUSED, JobState.INTERRUPTED):
             raise TransitionNotPermitted(f"The job is {record.state.value}; only a paused job can be resumed.")
-        self._queue_again(record, stalls=0)
+        self._queue_again(record, stalls=0, cancel_wish=None)
         return self.get(job_id)
 
     def _queue_again(self, record: JobRecord, **columns: Any) -> None:
@@ -313,8 +315,7 @@ class TrainingService:
 
     def start(self) -> None:
         """Take up what a former server left unfinished, and start working."""
-        with self._database.begin() as connection:
-            self.checkpoints.remove_leftovers(Jobs(connection).ids())
+        self.checkpoints.remove_leftovers()
         for record in self.all(ACTIVE_STATES):
             self._take_up(record)
         for device in self._devices():
@@ -324,9 +325,7 @@ class TrainingService:
 
     def _take_up(self, record: JobRecord) -> None:
         if record.cancel_wish is not None:
-            self.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now()))
-            if record.cancel_wish == "nothing":
-                self.checkpoints.delete(record.id)
+            self._cancel_as_wished(record)
             return
         if record.state is JobState.PAUSING:
             self.move(record, JobState.PAUSED)
@@ -339,6 +338,12 @@ class TrainingService:
         error.detail += f" This was the {MAX_STALLS}th time in a row without a checkpoint in between."
         finished = to_text(self._clock.now())
         self.move(record, JobState.FAILED, error=failure("server_ended", error), stalls=stalls, finished_at=finished)
+
+    def _cancel_as_wished(self, record: JobRecord) -> None:
+        """Cancel a job whose run ended before it could obey."""
+        cancelled = self.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now()))
+        if cancelled and record.cancel_wish == "nothing":
+            self.checkpoints.delete(record.id)
 
     def _work(self, device: str) -> None:
         while not self.closing.is_set():
@@ -357,34 +362,41 @@ class TrainingService:
         """Queue the interrupted jobs whose wait is over."""
         now_s = self._clock.monotonic()
         for record in self.all(frozenset({JobState.INTERRUPTED})):
-            if self._retry_at_s.get(record.id, now_s) <= now_s:
+            if record.cancel_wish is not None:
+                self._cancel_as_wished(record)
+            elif self._retry_at_s.get(record.id, now_s) <= now_s:
                 self._queue_again(record)
 
     def _work_once(self, device: str) -> bool:
         """Run the next queued job, if there is one; tell whether there was."""
         with self._database.begin() as connection:
             record = Jobs(connection).next_queued()
-        if record is not None:
-            self._guarded(record, device)
-        return record is not None
+        return record is not None and self._guarded(record, device)
 
-    def _guarded(self, record: JobRecord, device: str) -> None:
+    def _guarded(self, record: JobRecord, device: str) -> bool:
+        """Run a job; tell whether it was there to be run."""
         run = TrainingRun(self, self._clock, record, device)
         with self._wake:
             # Another device's worker may have found the same job: one of the two moves it on, the other goes by.
             if self.closing.is_set() or record.id in self._runs:
-                return
+                return False
             self._runs[record.id] = run
+        begun = False
         try:
+            run.begin()
+            begun = True
             run.execute()
         except RunEnded:
-            return
+            pass
+        except (DatabaseUnavailable, StorageFull) as error:
+            _log.warning("job.not_begun", job_id=record.id, reason=error.detail)
         except Exception:  # noqa: BLE001 - the worker lives on; the job says failed, the log why
             _log.exception("job.crashed", job_id=record.id)
             run.fail_unexpectedly()
         finally:
             with self._wake:
                 del self._runs[record.id]
+        return begun
 
     def close(self) -> None:
         """Stop working; running jobs write a checkpoint and become `interrupted`."""

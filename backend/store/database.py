@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from core.errors import DatabaseUnavailable, StorageFull
 
@@ -18,6 +19,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 HEAD = "0003"
 # A PostgreSQL that restarts is back within seconds; 7.7 s in all.
 _CONNECT_WAITS_S = (0.1, 0.2, 0.4, 1.0, 2.0, 4.0)
+_POSTGRESQL = {"connect_timeout": 10, "options": "-c lock_timeout=30s"}
 _NO_ROOM_BYTES = 2**16  # the shared-memory index of a WAL grows by 32 KiB
 # Any number that nobody else uses: the lock that makes PostgreSQL's transactions wait for each other.
 _LOCK = 0x5046_5354
@@ -39,7 +41,7 @@ class Database:
         self._on_sqlite = parsed.get_backend_name() == "sqlite"
         if self._on_sqlite and parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        arguments: dict[str, Any] = {"timeout": 30} if self._on_sqlite else {"connect_timeout": 10}
+        arguments: dict[str, Any] = {"timeout": 30} if self._on_sqlite else _POSTGRESQL
         self.engine: Engine = create_engine(parsed, connect_args=arguments, pool_pre_ping=not self._on_sqlite)
         if self._on_sqlite:
             event.listen(self.engine, "connect", _configure_sqlite)
@@ -79,6 +81,8 @@ class Database:
         try:
             with self._connect() as connection, connection.begin():
                 yield connection
+        except PoolTimeout as error:
+            raise DatabaseUnavailable("Every connection to the database is in use.", retry_after_s=5) from error
         except DBAPIError as error:
             if self._says_full(error):
                 raise StorageFull("No space is left on the device that holds the database.") from error

@@ -92,9 +92,6 @@ class Jobs:
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
         return {str(state): int(count) for state, count in self._connection.execute(query)}
 
-    def ids(self) -> set[str]:
-        return set(self._connection.execute(select(jobs.c.id)).scalars())
-
     def change_state(self, job_id: str, current: JobState, following: JobState, **columns: Any) -> bool:
         """Change a job's state if it still is `current`; tell whether it was."""
         where = (jobs.c.id == job_id) & (jobs.c.state == current)

@@ -1,6 +1,7 @@
 """A job that is cut off, by whatever, ends where the uninterrupted one does: every loss and every bit."""
 
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -233,6 +234,7 @@ def test_a_new_job_begins_with_the_checkpoint_of_another(studio: StudioServer, r
     for body, status, word in (
         (again | {"overrides": HARD | {"rank": 2, "scheduler": "constant"}}, 422, "rank was 16, not 2"),
         ({"resume_from": first, "overrides": HARD | {"scheduler": "constant"}}, 422, "dataset_id was"),
+        (again | {"overrides": HARD | {"max_steps": step, "scheduler": "constant"}}, 422, "adds none"),
         (again | {"resume_from": f"{first}/step-00000000"}, 404, "no checkpoint step-00000000"),
         (again | {"resume_from": "job_none"}, 404, "job_none"),
         (again | {"resume_from": "../../etc"}, 422, "resume_from"),
@@ -241,6 +243,23 @@ def test_a_new_job_begins_with_the_checkpoint_of_another(studio: StudioServer, r
         request = {"model_id": TINY_ID, "dataset_id": dataset, "validation_fraction": 0.2, "overrides": HARD} | body
         response = studio.http.post("/api/training/jobs", json=request)
         assert (response.status_code, word in response.json()["detail"]) == (status, True), response.text
+
+
+def test_a_reader_that_stops_reading_holds_nobody_up_and_misses_nothing(own: StudioServer) -> None:
+    dataset = own.upload(messages_jsonl())
+    job_id = own.submit(
+        model_id=TINY_ID, dataset_id=dataset["id"], overrides={"max_steps": 300, "max_seq_length": 64, "batch_size": 1}
+    )["id"]
+    request = f"GET /api/training/jobs/{job_id}/events HTTP/1.0\r\nHost: 127.0.0.1:{own.port}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", own.port)) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall(request.encode())
+        own.events(job_id)  # another reader follows the job to its end meanwhile
+        assert own.job(job_id)["state"] == "succeeded"
+        slow.settimeout(60)
+        text = b"".join(iter(lambda: slow.recv(65536), b"")).decode()
+    ids = [int(line[4:]) for line in text.splitlines() if line.startswith("id: ")]
+    assert len(ids) > 300 and ids == list(range(1, len(ids) + 1))
 
 
 def test_an_engine_that_dies_again_and_again_without_progress_fails_its_job(own: StudioServer) -> None:

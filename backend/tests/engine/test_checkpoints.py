@@ -1,5 +1,6 @@
 """A run that goes on from a checkpoint is, to the bit, the run that never stopped."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -15,9 +16,18 @@ from training_command import TestChannel, adapter_bytes, command_for, train_tiny
 from core.manifest import FolderDamaged
 from domain.algorithms import Algorithm
 from domain.peft_config import PeftConfig
-from domain.protocol import CheckpointWritten
+from domain.protocol import CheckpointWritten, StepMetrics
 from engine.channel import Stopped
-from engine.checkpoints import checkpoint_folders, read_checkpoint, step_of
+from engine.checkpoints import (
+    Checkpoint,
+    CheckpointFolder,
+    RunProgress,
+    checkpoint_folders,
+    read_checkpoint,
+    restore_optimizer,
+    split_optimizer,
+    step_of,
+)
 from engine.errors import NotFinite
 from engine.training import train
 
@@ -231,3 +241,90 @@ def test_a_loss_that_is_not_finite_leaves_the_last_finite_checkpoint(tiny_path: 
     for folder in folders:
         assert all(tensor.isfinite().all() for tensor in read_checkpoint(folder).adapter.values())
     assert base.adapters == []
+
+
+def test_the_8_bit_optimizers_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    """bitsandbytes nests its quantised tensors; its step runs on a CPU too."""
+    optimizers = importlib.import_module("bitsandbytes.optim")
+
+    def trained(steps: int, resume: Checkpoint | None = None) -> tuple[torch.Tensor, Checkpoint]:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
+        optimizer = optimizers.AdamW8bit([parameter], lr=1e-2)
+        if resume is not None:
+            parameter.data.copy_(resume.adapter["p"])
+            restore_optimizer(optimizer, resume.optimizer, resume.settings["optimizer"])
+        done = 0 if resume is None else resume.progress.step
+        for step in range(done, steps):
+            parameter.grad = torch.sin(torch.arange(8192) * (step + 1.0))
+            optimizer.step()
+        tensors, plain = split_optimizer(optimizer)
+        progress = RunProgress(step=steps)
+        return parameter.data, Checkpoint(progress, {"p": parameter.data}, tensors, {}, {"optimizer": plain})
+
+    straight, _ = trained(6)
+    _, half = trained(3)
+    assert any(tensor.dtype == torch.uint8 for tensor in half.optimizer.values())
+    folder = CheckpointFolder(tmp_path, 2, None, {}).write(half)
+    resumed, _ = trained(6, read_checkpoint(folder))
+    assert torch.equal(resumed, straight)
+
+
+def test_a_run_that_goes_on_does_not_write_its_checkpoint_again(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.LORA, max_steps=9, checkpoint_every_steps=4)
+    with pytest.raises(Stopped):
+        train_tiny(tiny_path, tmp_path, config, TestChannel(stop_at=18))
+    at = [step_of(path) for path in checkpoint_folders(tmp_path / "checkpoints")][-1]
+    again = TestChannel()
+    train_tiny(tiny_path, tmp_path, config, again)
+    assert again.started().resumed_from_step == at and at not in again.checkpoints()
+
+
+def test_steps_that_a_run_abandoned_do_not_push_out_what_it_writes(tmp_path: Path) -> None:
+    store = CheckpointFolder(tmp_path, 2, None, {})
+    for step in (40, 50):
+        damaged = store.write(Checkpoint(RunProgress(step=step), {"p": torch.zeros(1)}, {}, {}, {}))
+        (damaged / "state.json").write_text("")
+    assert store.newest(100, lambda *_: None) is None
+    store.write(Checkpoint(RunProgress(step=10), {"p": torch.zeros(1)}, {}, {}, {}))
+    assert [step_of(path) for path in checkpoint_folders(tmp_path)] == [10]
+
+
+def test_a_checkpoint_that_was_being_replaced_is_put_back(tmp_path: Path) -> None:
+    store = CheckpointFolder(tmp_path, 2, None, {})
+    written = store.write(Checkpoint(RunProgress(step=3), {"p": torch.zeros(1)}, {}, {}, {}))
+    written.rename(tmp_path / f".{written.name}.old.tmp")  # as a kill between the two renames leaves it
+    found = store.newest(100, lambda *_: None)
+    assert found is not None and found.progress.step == 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, None), (None, 3)])
+def test_early_stopping_switched_on_or_off_in_between_hands_out_what_it_says(
+    tiny_path: Path, tmp_path: Path, before: int | None, after: int | None
+) -> None:
+    common = {"max_steps": 12, "eval_every_steps": 1, "learning_rate": 0.05, "scheduler": "constant"}
+    first = config_for(Algorithm.LORA, **common, early_stopping_patience=before)
+    with pytest.raises(Stopped):
+        train_tiny(tiny_path, tmp_path, first, TestChannel(stop_at=60))
+    result = train_tiny(tiny_path, tmp_path, first.model_copy(update={"early_stopping_patience": after}))
+    if after is None:
+        assert result["adapter_step"] == result["steps"] == 12
+    else:
+        evaluated_since = result["steps"] if result["stopped_early"] else 12
+        assert result["best_eval_loss"] is not None and result["adapter_step"] <= evaluated_since
+        assert result["adapter_step"] > step_of(checkpoint_folders(tmp_path / "checkpoints")[0])
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.LORA, max_steps=9, eval_every_steps=1)
+    base = load(tiny_path, config)
+
+    class Poisoning(TestChannel):
+        def emit(self, event: Any) -> None:
+            super().emit(event)
+            if isinstance(event, StepMetrics) and event.step == 2:
+                with torch.no_grad():
+                    next(p for p in base.model.parameters() if p.requires_grad).fill_(float("nan"))
+
+    channel: Any = Poisoning()
+    with pytest.raises(NotFinite, match="evaluation loss after step 2 is not finite"):
+        train(base, command_for(tmp_path, config), channel)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +99,27 @@ def test_an_engine_dies_with_the_process_that_started_it(tmp_path: Path) -> None
         assert psutil.pid_exists(pid)
         parent.kill()
     wait_until(lambda: not psutil.pid_exists(pid))
+
+
+def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
+    tmp_path: Path, tiny_path: Path
+) -> None:
+    engine = EngineProcess(tmp_path / "engine.log", silence_s=2.0)
+    try:
+        engine.request(_load(tiny_path))[1].result(60)
+        slept: list[float] = []
+
+        def slow(_event: Any) -> None:
+            if not slept:
+                slept.append(5.0)
+                time.sleep(5.0)  # the slow database itself
+
+        command = protocol.Generate(
+            request_id="", messages=None, prompt="the", adapter_id=None, max_new_tokens=4, temperature=0.0,
+            top_p=1.0, seed=0, stop=[],
+        )  # fmt: skip
+        _, future = engine.request(lambda request_id: command.model_copy(update={"request_id": request_id}), slow)
+        future.result(60)
+        assert slept and engine.alive
+    finally:
+        engine.close()

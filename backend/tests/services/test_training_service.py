@@ -11,7 +11,7 @@ import pytest
 from server import wait_until
 
 from core.clock import SystemClock
-from core.errors import HubUnavailable, ModelRejected, StudioError, TransitionNotPermitted
+from core.errors import DatabaseUnavailable, HubUnavailable, ModelRejected, StudioError, TransitionNotPermitted
 from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
 from domain.job_states import FINAL_STATES, JobState
@@ -116,6 +116,70 @@ def test_a_hub_that_is_away_is_tried_again_as_told_and_not_for_ever(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("first", "then", "after"),
+    [
+        ("pause", None, JobState.PAUSED),
+        ("nothing", None, JobState.CANCELLED),
+        ("pause", "checkpoints", JobState.CANCELLED),
+        ("checkpoints", "nothing", JobState.CANCELLED),
+    ],
+)
+def test_a_wish_made_while_the_hub_does_not_answer_is_obeyed_when_it_fails(
+    tmp_path: Path, first: str, then: str | None, after: JobState
+) -> None:
+    asked, told = threading.Event(), threading.Event()
+
+    def load(_request: Any) -> Any:
+        asked.set()
+        told.wait(60)
+        raise HubUnavailable("away")
+
+    studio = Studio(tmp_path, load)
+    job_id = studio.add(1)
+    (studio.service.checkpoints.folder_of(job_id) / "step-00000001").mkdir(parents=True)
+    studio.service.start()
+    assert asked.wait(60)
+    for wish in filter(None, (first, then)):
+        if wish == "pause":
+            studio.service.pause(job_id)
+        else:
+            studio.service.cancel(job_id, wish)  # type: ignore[arg-type]
+    told.set()
+    wait_until(lambda: studio.states() == [after])
+    studio.close()
+    assert studio.states() == [after]
+    assert studio.service.checkpoints.folder_of(job_id).exists() == ("nothing" not in (first, then))
+
+
+def test_a_wish_that_came_too_late_for_its_run_is_obeyed_by_the_queue(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("must not be loaded")))
+    studio.add(1, state=JobState.INTERRUPTED, cancel_wish="nothing")
+    studio.add(2, cancel_wish="checkpoints")
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.CANCELLED] * 2)
+    studio.close()
+
+
+def test_a_database_that_is_away_leaves_the_job_in_the_queue(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("enough seen")))
+    move, away = studio.service.move, [True, True]
+
+    def sometimes(*arguments: Any, **columns: Any) -> bool:
+        if away:
+            away.pop()
+            raise DatabaseUnavailable("away")
+        return move(*arguments, **columns)
+
+    studio.service.move = sometimes  # type: ignore[method-assign]
+    studio.add(1)
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.FAILED])
+    studio.close()
+    (job,) = studio.service.all()
+    assert job.error is not None and job.error["class"] == "model_rejected" and job.attempts == 1
+
+
+@pytest.mark.parametrize(
     ("state", "wish", "after"),
     [
         (JobState.RUNNING, None, JobState.INTERRUPTED),
@@ -133,14 +197,15 @@ def test_what_a_dead_server_left_is_taken_up(
     job_id = studio.add(1, state=state, cancel_wish=wish)
     kept = studio.service.checkpoints.folder_of(job_id)
     (kept / "step-00000001").mkdir(parents=True)
-    (studio.service.checkpoints.folder_of("job_gone") / "step-00000001").mkdir(parents=True)
+    unknown = studio.service.checkpoints.folder_of("job_of_another_database") / "step-00000001"
+    unknown.mkdir(parents=True)
     (kept / ".step-00000002.tmp").mkdir()
     studio.service.start()
     studio.close()
     assert studio.states() == [after]
     assert kept.exists() == (wish != "nothing")
     assert not (kept / ".step-00000002.tmp").exists()
-    assert not studio.service.checkpoints.folder_of("job_gone").exists()
+    assert unknown.exists()
 
 
 def test_a_job_that_the_server_dies_of_is_given_up(tmp_path: Path) -> None:
