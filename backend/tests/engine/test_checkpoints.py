@@ -272,7 +272,7 @@ def test_the_8_bit_optimizers_state_survives_a_checkpoint(tmp_path: Path) -> Non
 def test_a_run_that_goes_on_does_not_write_its_checkpoint_again(tiny_path: Path, tmp_path: Path) -> None:
     config = config_for(Algorithm.LORA, max_steps=9, checkpoint_every_steps=4)
     with pytest.raises(Stopped):
-        train_tiny(tiny_path, tmp_path, config, TestChannel(stop_at=18))
+        train_tiny(tiny_path, tmp_path, config, TestChannel(stop_at=10))
     at = [step_of(path) for path in checkpoint_folders(tmp_path / "checkpoints")][-1]
     again = TestChannel()
     train_tiny(tiny_path, tmp_path, config, again)
@@ -304,7 +304,7 @@ def test_early_stopping_switched_on_or_off_in_between_hands_out_what_it_says(
     common = {"max_steps": 12, "eval_every_steps": 1, "learning_rate": 0.05, "scheduler": "constant"}
     first = config_for(Algorithm.LORA, **common, early_stopping_patience=before)
     with pytest.raises(Stopped):
-        train_tiny(tiny_path, tmp_path, first, TestChannel(stop_at=60))
+        train_tiny(tiny_path, tmp_path, first, TestChannel(stop_at=20))
     result = train_tiny(tiny_path, tmp_path, first.model_copy(update={"early_stopping_patience": after}))
     if after is None:
         assert result["adapter_step"] == result["steps"] == 12
