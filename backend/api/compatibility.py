@@ -1,6 +1,6 @@
 """POST /api/models/compatibility: whether a fine-tune fits, before anything is downloaded."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends
 from pydantic import Field
@@ -43,6 +43,7 @@ class Estimate(Response):
 
 class SuggestedChange(Response):
     change: str
+    overrides: dict[str, Any] = Field(description="The change as overrides; empty where another model is meant.")
     estimate_bytes: int
     verdict: Literal["fits", "tight", "does_not_fit", "unknown"]
 

@@ -8,7 +8,7 @@ from pydantic import Field, StringConstraints
 
 from api.peft_schemas import Request, Response
 from domain.algorithms import Algorithm
-from domain.memory_estimate import Verdict
+from domain.memory_verdict import Verdict
 from domain.model_records import DetailsAnswer, Fit, ModelSummary, SearchPage, SearchQuery, SortKey, Source
 from services.local_models import LocalModel
 

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 
 from core.errors import SettingRejected
 from domain.algorithms import SPECS, Algorithm
+from domain.hardware_fit import fit_to_memory
+from domain.model_shape import ModelShape
 from domain.peft_config import PARAMETER_NAMES, PeftConfig
 from domain.use_cases import USE_CASES, UseCaseId
 
@@ -101,7 +103,8 @@ def configure(
     use_case: UseCaseId | None,
     overrides: Mapping[str, Any],
     machine: MachineFacts,
-    max_positions: int | None = None,
+    shape: ModelShape | None = None,
+    available_bytes: int | None = None,
 ) -> Configuration:
     """Make a complete configuration.
 
@@ -113,7 +116,8 @@ def configure(
         use_case: The purpose, or None for the general defaults.
         overrides: What the client sets itself, by parameter name.
         machine: The device that will train.
-        max_positions: The model's longest sequence in tokens, if known.
+        shape: The model, if one is named and its layers are known.
+        available_bytes: What the machine has free for it, if known: the batch is chosen to fit.
 
     Raises:
         SettingRejected: An override contradicts the algorithm, the machine or another setting; `errors`
@@ -125,22 +129,65 @@ def configure(
         choices |= {n: Choice(v, "use_case", f"{case.name}: {case.reasons[n]}") for n, v in case.defaults.items()}
     choices |= _algorithm_choices(algorithm, choices)
     choices |= _hardware_choices(machine)
-    if max_positions is not None and choices["max_seq_length"].value > max_positions:
-        choices["max_seq_length"] = Choice(max_positions, "default", "the longest sequence that the model knows")
+    if shape is not None:
+        choices |= _model_choices(shape, choices)
     choices |= _follow_overrides(choices, overrides)
     choices |= {name: Choice(value, "override", "asked for") for name, value in overrides.items()}
+    config = _validated(algorithm, choices, overrides, machine, shape)
+    if shape is not None and available_bytes is not None:
+        choices |= _memory_choices(shape, config, available_bytes, overrides, machine)
+        config = config.model_copy(update={name: choices[name].value for name in PARAMETER_NAMES})
+    return Configuration(config, {name: choices[name] for name in PARAMETER_NAMES})
+
+
+def _validated(
+    algorithm: Algorithm,
+    choices: Mapping[str, Choice],
+    overrides: Mapping[str, Any],
+    machine: MachineFacts,
+    shape: ModelShape | None,
+) -> PeftConfig:
     values = {name: choices[name].value for name in PARAMETER_NAMES}
-    errors = _contradictions(algorithm, values, overrides, machine, max_positions)
+    errors = _contradictions(algorithm, values, overrides, machine, shape.max_positions if shape is not None else None)
     if errors:
         raise SettingRejected("; ".join(str(error["message"]) for error in errors), errors=errors)
     try:
-        return Configuration(PeftConfig.model_validate(values), {name: choices[name] for name in PARAMETER_NAMES})
+        return PeftConfig.model_validate(values)
     except ValidationError as error:
         problems = [
             {"location": [str(part) for part in item["loc"]], "message": f"{item['loc'][0]}: {item['msg']}"}
             for item in error.errors(include_input=False)
         ]
         raise SettingRejected("; ".join(str(item["message"]) for item in problems), errors=problems) from error
+
+
+def _model_choices(shape: ModelShape, choices: Mapping[str, Choice]) -> dict[str, Choice]:
+    """Follow the model: no row longer than it knows, no adapters where PEFT cannot put them with dropout."""
+    found = {}
+    if shape.max_positions is not None and choices["max_seq_length"].value > shape.max_positions:
+        found["max_seq_length"] = Choice(shape.max_positions, "default", "the longest sequence that the model knows")
+    if shape.adapts_experts:
+        attention = sorted({linear.path.rpartition(".")[2] for linear, _ in shape.linears() if "attn" in linear.path})
+        found["target_modules"] = Choice(
+            attention, "default", "attention alone: on stacked experts PEFT takes no dropout and all experts' memory"
+        )
+    return found
+
+
+def _memory_choices(
+    shape: ModelShape,
+    config: PeftConfig,
+    available_bytes: int,
+    overrides: Mapping[str, Any],
+    machine: MachineFacts,
+) -> dict[str, Choice]:
+    """Choose the batch, and at need checkpointing, so that the run fits; the effective batch stays."""
+    changes = fit_to_memory(shape, config, available_bytes, overrides, on_gpu=machine.has_gpu)
+    gib = available_bytes / 2**30
+    return {
+        name: Choice(value, "hardware", f"so that {config.max_seq_length} tokens a row fit the {gib:.1f} GiB free")
+        for name, value in changes.items()
+    }
 
 
 def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> dict[str, Choice]:

@@ -1,32 +1,62 @@
 """Peak memory of a fine-tune by component, from a model's shape and a configuration alone.
 
-T is batch × sequence, a the bytes of an activation, H hidden, M the MLP's width, V the vocabulary, L layers.
+Symbols are those of `domain.activations`. docs/memory-estimate.md compares the figures with measured ones.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from domain.model_shape import Block, Linear, ModelShape
+from domain.activations import WIDTH_BYTES, Batch, kept_by_layers, largest_batch, logits_bytes, targeted
+from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 
-Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # NF4 with double quantisation, bytes a parameter: 4 bits, one 8-bit scale a 64 block, one fp32 a 256 scales
 # (QLoRA, arXiv 2305.14314, section 3).
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-# Python, torch, transformers and PEFT resident in an engine before any weight: 0.46-0.52 GiB, measured with
-# psutil on Linux x86-64 with torch 2.13 (CPU build). On a GPU the CUDA context takes its place.
-_OVERHEAD_CPU = 512 * 2**20
-_OVERHEAD_GPU = 1536 * 2**20
-# Allocator slack and temporaries of the largest operation, as a fraction of what moves (activations, logits).
-_FRAGMENTATION = 0.1
-_SPREAD_LOW, _SPREAD_HIGH = 0.8, 1.2
+# LLM.int8(): a byte a parameter; one fp32 scale a row is left out (arXiv 2208.07339, section 3).
+_INT8 = 1.0
+_STORED_WIDTH = 2  # bytes a parameter in published checkpoints; fp32 ones are read in pieces of a file
+
+
+@dataclass(frozen=True)
+class Platform:
+    """What a device adds to the tensors.
+
+    Attributes:
+        on_gpu: Whether it is a CUDA GPU.
+        overhead_bytes: Interpreter, libraries and context before any weight.
+        slack: Memory that the allocator holds and cannot reuse, as a part of what moves through it.
+        low: The range's lower end as a part of the total.
+        high: Its upper end.
+    """
+
+    on_gpu: bool
+    overhead_bytes: int
+    slack: float
+    low: float
+    high: float
+
+
+# Measured by bench/memory_estimate.py on Linux x86-64, torch 2.13 (CPU build), glibc 2.36: see the docs.
+CPU = Platform(on_gpu=False, overhead_bytes=550 * 2**20, slack=0.35, low=0.85, high=1.1)
+# The CUDA context and the libraries' workspaces; slack and range are fitted on published peaks: see the docs.
+GPU = Platform(on_gpu=True, overhead_bytes=1536 * 2**20, slack=0.1, low=0.85, high=1.15)
+
+
+def platform(*, on_gpu: bool) -> Platform:
+    """Return the constants of a device."""
+    return GPU if on_gpu else CPU
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by component. `low_bytes` and `high_bytes` bound the total by 20 % either way."""
+    """Bytes by component; the components add up to the total.
+
+    Attributes:
+        activations_bytes: What layers and adapters keep for the backward pass.
+        overhead_bytes: Interpreter, libraries, context, and what the allocator cannot reuse.
+        low_bytes: The range that held for the points in docs/memory-estimate.md.
+    """
 
     total_bytes: int
     weights_bytes: int
@@ -40,139 +70,87 @@ class MemoryEstimate:
     high_bytes: int
 
 
-@dataclass(frozen=True)
-class Suggestion:
-    """A change with what it would need."""
-
-    change: str
-    estimate_bytes: int
-    verdict: Verdict
-
-
-def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
-    """Return the linear modules that the configuration adapts, with how many there are of each."""
-    if config.target_modules == "all-linear":
-        return list(shape.linears())
-    return [
-        (linear, count)
-        for block in shape.blocks
-        for linear in block.part.linears
-        if (count := max(_matching(block, linear.path, wanted) for wanted in config.target_modules))
-    ]
-
-
-def _matching(block: Block, path: str, wanted: str) -> int:
-    """Count the layers of a block in which a name means a module: the end of its path, from a dot on."""
-    if path == wanted or path.endswith(f".{wanted}"):
-        return block.count
-    head, _, index = wanted.removesuffix(f".{path}").rpartition(".")
-    if wanted == path or not wanted.endswith(f".{path}") or not index.isdigit() or int(index) not in block.indexes:
-        return 0
-    return 1 if block.container == head or block.container.endswith(f".{head}") or not head else 0
-
-
 def adapter_parameters(shape: ModelShape, config: PeftConfig) -> int:
-    """Count the trainable parameters: r·(in + out) a target, and out magnitudes with DoRA."""
+    """Count the trainable parameters: r·(in + out) a target, and out magnitudes with DoRA.
+
+    Source: LoRA (arXiv 2106.09685), section 4.1; DoRA (arXiv 2402.09353), section 4.1.
+    """
     return sum(
         count * (config.rank * (linear.fan_in + linear.fan_out) + (linear.fan_out if config.use_dora else 0))
         for linear, count in targeted(shape, config)
     )
 
 
-def estimate(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> MemoryEstimate:
-    """Estimate the peak while training.
+def weights_bytes(shape: ModelShape, config: PeftConfig) -> int:
+    """Bytes of the base's weights in memory.
+
+    bitsandbytes stores linear modules in fewer bits; biases, norms, embeddings, stacked experts and the head stay in
+    the compute type.
+    """
+    width = WIDTH_BYTES[config.precision]
+    if shape.stored is not None:
+        linears = (shape.linear_parameters + shape.stacked_parameters) * shape.stored.bits / 8
+        others = shape.parameters - shape.linear_parameters - shape.stacked_parameters
+        return math.ceil(linears) + others * width
+    linear_width = {"none": float(width), "nf4": _NF4, "int8": _INT8}[config.quantization]
+    return math.ceil(shape.linear_parameters * linear_width) + (shape.parameters - shape.linear_parameters) * width
+
+
+def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int:
+    """Estimate the peak while the base is loaded.
+
+    On a CPU the file's pages count as resident while they are converted; where nothing is converted they are the
+    weights.
+    """
+    device = platform(on_gpu=on_gpu)
+    held = weights_bytes(shape, config)
+    converted = config.quantization != "none" or WIDTH_BYTES[config.precision] != _STORED_WIDTH
+    mapped = shape.parameters * _STORED_WIDTH if converted and not on_gpu else 0
+    return device.overhead_bytes + held + mapped
+
+
+def estimate(shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batch | None = None) -> MemoryEstimate:
+    """Estimate the peak of loading and training.
 
     Args:
         shape: The model.
-        config: The configuration; batch_size rows of max_seq_length tokens are assumed.
-        on_gpu: Whether a CUDA context or a host process is the overhead.
+        config: The configuration.
+        on_gpu: Whether it trains on a CUDA GPU or on the CPU.
+        batch: The largest forward pass, if more is known of the data than the configuration allows.
     """
-    width = _BYTES[config.precision]
-    weights = _weights(shape, config, width)
-    trained = adapter_parameters(shape, config)
-    state = 2 if config.optimizer == "adamw_8bit" else 8  # two moments, in 8 or in 32 bits
-    tokens = config.batch_size * config.max_seq_length
-    activations = tokens * _activations_per_token(shape, config, width)
-    if config.gradient_checkpointing:
-        # The boundaries of every layer are kept; one layer at a time is recomputed.
-        activations = tokens * shape.layers * shape.hidden * width + activations // max(shape.layers, 1)
-    # Logits in the compute type, their fp32 copy, and its gradient.
-    logits = tokens * shape.vocab * (width + 8)
-    overhead = (_OVERHEAD_GPU if on_gpu else _OVERHEAD_CPU) + int(_FRAGMENTATION * (activations + logits))
-    total = weights + trained * (4 + 4 + state) + activations + logits + overhead
+    device, batch = platform(on_gpu=on_gpu), batch or largest_batch(config)
+    weights, trained = weights_bytes(shape, config), adapter_parameters(shape, config)
+    activations = kept_by_layers(shape, config, batch, on_gpu=on_gpu)
+    logits = logits_bytes(shape, config, batch)
+    # Two moments a parameter, in 8 bits or in fp32 (arXiv 2110.02861).
+    optimizer = trained * (2 if config.optimizer == "adamw_8bit" else 8)
+    # Gradients take the place of activations as these are freed, unless several passes add up to one step.
+    gradients = trained * 4 if config.gradient_accumulation > 1 else max(0, trained * 4 - activations - logits)
+    moving = _moving(shape, config, batch, device)
+    training = weights + trained * 4 + gradients + optimizer + activations + logits
+    fixed = device.overhead_bytes + math.ceil(device.slack * moving)
+    # Loading may need more than a small training run.
+    overhead = max(fixed, loading_bytes(shape, config, on_gpu=on_gpu) - training)
+    total = training + overhead
     return MemoryEstimate(
         total_bytes=total,
         weights_bytes=weights,
         adapter_bytes=trained * 4,
-        gradients_bytes=trained * 4,
-        optimizer_bytes=trained * state,
+        gradients_bytes=gradients,
+        optimizer_bytes=optimizer,
         activations_bytes=activations,
         logits_bytes=logits,
         overhead_bytes=overhead,
-        low_bytes=int(total * _SPREAD_LOW),
-        high_bytes=math.ceil(total * _SPREAD_HIGH),
+        low_bytes=math.floor(total * device.low),
+        high_bytes=math.ceil(total * device.high * (_ROUGH if shape.rough else 1)),
     )
 
 
-def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int:
-    """Estimate what holding the base needs, without training."""
-    overhead = _OVERHEAD_GPU if on_gpu else _OVERHEAD_CPU
-    return _weights(shape, config, _BYTES[config.precision]) + overhead
+# Linear attention's torch fallback keeps up to 1.8 times what the formula counts (measured at 64 tokens).
+_ROUGH = 1.8
 
 
-def _weights(shape: ModelShape, config: PeftConfig, width: int) -> int:
-    linear_width = {"none": float(width), "nf4": _NF4, "int8": 1.0}[config.quantization]
-    return int(shape.linear_parameters * linear_width) + (shape.parameters - shape.linear_parameters) * width
-
-
-def _activations_per_token(shape: ModelShape, config: PeftConfig, width: int) -> int:
-    """Bytes all layers keep for a token until its backward pass.
-
-    Source: what autograd saves of each part of a layer (`domain.architectures.parts`) and of PEFT's LoRA layer
-    (its input, in fp32 where the base is in 16 bits, and A's output).
-    """
-    layers = sum(
-        block.count * (4 * block.part.kept.fp32 + width * block.part.kept.plain)
-        for block in shape.blocks
-        if block.passed
-    )
-    return layers + sum(
-        count * (4 * linear.fan_in + 4 * config.rank + (8 * linear.fan_out if config.use_dora else 0))
-        for linear, count in targeted(shape, config)
-    )
-
-
-def judge(needed_bytes: int, high_bytes: int, available_bytes: int) -> Verdict:
-    """Compare an estimate with what is free: tight where only the range's upper end does not fit."""
-    if needed_bytes > available_bytes:
-        return "does_not_fit"
-    return "tight" if high_bytes > available_bytes else "fits"
-
-
-def suggest(shape: ModelShape, config: PeftConfig, available_bytes: int, *, on_gpu: bool) -> list[Suggestion]:
-    """Propose changes in the order a practitioner would try them, each with its own estimate."""
-    changes: list[tuple[str, dict[str, object]]] = []
-    if config.quantization == "none" and config.init_weights != "pissa":
-        changes.append(("store the base in 4 bits: algorithm qlora", {"quantization": "nf4"}))
-    if not config.gradient_checkpointing:
-        changes.append(("gradient_checkpointing=true", {"gradient_checkpointing": True}))
-    if config.batch_size > 1:
-        steps = config.gradient_accumulation * config.batch_size
-        if steps <= 1024:
-            changes.append(
-                (
-                    f"batch_size 1 with gradient_accumulation {steps}: the effective batch stays",
-                    {"batch_size": 1, "gradient_accumulation": steps},
-                )
-            )
-    if config.max_seq_length > 512:
-        half = config.max_seq_length // 2
-        changes.append((f"max_seq_length {half}", {"max_seq_length": half}))
-    if config.rank > 8:
-        changes.append(("rank 8", {"rank": 8}))
-    suggestions = []
-    for change, values in changes:
-        changed = estimate(shape, PeftConfig.model_validate(config.model_dump() | values), on_gpu=on_gpu)
-        verdict = judge(changed.total_bytes, changed.high_bytes, available_bytes)
-        suggestions.append(Suggestion(change, changed.total_bytes, verdict))
-    return suggestions
+def _moving(shape: ModelShape, config: PeftConfig, batch: Batch, device: Platform) -> int:
+    """Bytes that pass through the allocator in a forward pass: what all layers would keep, checkpointed or not."""
+    unchecked = config.model_copy(update={"gradient_checkpointing": False})
+    return kept_by_layers(shape, unchecked, batch, on_gpu=device.on_gpu) + logits_bytes(shape, config, batch)

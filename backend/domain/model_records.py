@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from core.errors import ModelRejected
-from domain.memory_estimate import Verdict
+from domain.memory_verdict import Verdict
 
 SortKey = Literal["downloads", "likes", "trending", "created", "modified"]
 Source = Literal["hub", "cache", "local"]

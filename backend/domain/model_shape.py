@@ -47,12 +47,16 @@ class Kept:
         masked: More in the compute type when an attention mask is passed: SDPA is then given keys and values
             repeated to all heads (transformers, integrations/sdpa_attention.py, `use_gqa_in_sdpa`).
         attentions: Attention operations; each keeps its own copy of a mask of T × T elements a row.
+        squares: Matrices of T × T elements a row, of all heads, that are kept where attention cannot run through a
+            fused kernel: on a CPU with dropout on the attention weights, which are then kept before it and after,
+            beside what drops them.
     """
 
     fp32: int = 0
     plain: int = 0
     masked: int = 0
     attentions: int = 0
+    squares: int = 0
 
     def __add__(self, other: "Kept") -> "Kept":
         return Kept(
@@ -60,6 +64,7 @@ class Kept:
             self.plain + other.plain,
             self.masked + other.masked,
             self.attentions + other.attentions,
+            self.squares + other.squares,
         )
 
 
@@ -137,6 +142,9 @@ class ModelShape:
         head_parameters: The output head, 0 where it is the embedding itself.
         other_parameters: What belongs to no layer, e.g. the last norm.
         loose_linears: Linear modules outside the layers, e.g. a projection behind the embedding.
+        adapts_experts: Whether PEFT puts adapters on the stacked experts when asked for all linear modules or for the
+            experts' names of transformers 4; what that keeps in memory is not known here.
+        rough: Whether a layer's kernels differ so much in what they keep that only a wide range can be given.
         softcapped: Whether the logits pass through a tanh, which keeps another copy of them.
         stored: How the weights are quantised as published, or None.
         obstacle: Why the engine cannot load this family, or None.
@@ -152,6 +160,8 @@ class ModelShape:
     head_parameters: int
     other_parameters: int
     loose_linears: tuple[Linear, ...] = ()
+    adapts_experts: bool = False
+    rough: bool = False
     softcapped: bool = False
     stored: Stored | None = None
     obstacle: str | None = None

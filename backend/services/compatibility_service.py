@@ -1,27 +1,15 @@
 """Whether a fine-tune fits this machine, from the model's config alone."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from core.singleton import singleton
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
-from domain.memory_estimate import MemoryEstimate, Suggestion, Verdict, estimate, judge, suggest
+from domain.memory_verdict import Assessment, assess
 from services.machine import Machine, get_machine
 from services.model_facts import ModelFacts, get_model_facts
 from services.peft_service import PeftService, get_peft_service
-
-
-@dataclass(frozen=True)
-class Compatibility:
-    """A verdict with what led to it."""
-
-    verdict: Verdict
-    available_bytes: int | None
-    estimate: MemoryEstimate | None
-    reasons: list[str]
-    suggestions: list[Suggestion]
-    blockers: list[str]
 
 
 class CompatibilityService:
@@ -38,7 +26,7 @@ class CompatibilityService:
         overrides: dict[str, Any],
         device_name: str | int,
         memory_bytes: int | None,
-    ) -> Compatibility:
+    ) -> Assessment:
         """Judge a fine-tune against a device's free memory, or against `memory_bytes`.
 
         Raises:
@@ -46,27 +34,16 @@ class CompatibilityService:
             SettingRejected: A setting cannot take effect.
         """
         device = self._machine.device(device_name)
+        if memory_bytes is not None:
+            device = replace(device, available_bytes=memory_bytes)
         config_json = self._facts.config(model_id, revision)
-        available = memory_bytes if memory_bytes is not None else device.available_bytes
-        blockers = ["the repository asks to run its own Python"] if config_json.get("auto_map") else []
-        shape = read_shape(config_json)
         config = self._peft.configure(
             algorithm, None, overrides, model_id=model_id, revision=revision, device=device
         ).config
-        if shape is None:
-            reason = f"the family {config_json.get('model_type')!r} is not one whose layers are known here"
-            return Compatibility("unknown", available, None, [reason], [], blockers)
-        needed = estimate(shape, config, on_gpu=device.on_gpu)
-        tokens = config.batch_size * config.max_seq_length
-        reasons = [f"{config.batch_size} rows of {config.max_seq_length} tokens, {tokens} a forward pass, are assumed"]
-        if available is None:
-            return Compatibility(
-                "unknown", None, needed, [*reasons, "the device does not say what is free"], [], blockers
-            )
-        verdict = judge(needed.total_bytes, needed.high_bytes, available)
-        reasons.append(f"{needed.total_bytes} bytes estimated, {available} free on {device.torch_name}")
-        suggestions = [] if verdict == "fits" else suggest(shape, config, available, on_gpu=device.on_gpu)
-        return Compatibility(verdict, available, needed, reasons, suggestions, blockers)
+        found = assess(read_shape(config_json), config, device.available_bytes, on_gpu=device.on_gpu)
+        if config_json.get("auto_map"):
+            return replace(found, verdict="unknown", blockers=["the repository asks to run its own Python"])
+        return found
 
 
 @singleton

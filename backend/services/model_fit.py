@@ -5,7 +5,7 @@ from typing import Any
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import configure
-from domain.memory_estimate import estimate, judge
+from domain.memory_verdict import assess
 from domain.model_records import Fit, ModelSummary
 from services.machine import get_machine
 
@@ -18,16 +18,19 @@ def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str
         algorithm: Its id.
 
     Returns:
-        The verdict, or None where the layers of the model are not known.
+        The verdict, or None where the memory is not known.
     """
     shape = read_shape(config) if config is not None else None
     if shape is None:
         return None
     device = get_machine().device("auto")
     settings = configure(
-        Algorithm(algorithm), use_case=None, overrides={}, machine=device.facts, max_positions=shape.max_positions
+        Algorithm(algorithm),
+        use_case=None,
+        overrides={},
+        machine=device.facts,
+        shape=shape,
+        available_bytes=device.available_bytes,
     ).config
-    needed = estimate(shape, settings, on_gpu=device.on_gpu)
-    if device.available_bytes is None:
-        return Fit("unknown", needed.total_bytes)
-    return Fit(judge(needed.total_bytes, needed.high_bytes, device.available_bytes), needed.total_bytes)
+    found = assess(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
+    return None if found.estimate is None else Fit(found.verdict, found.estimate.total_bytes)

@@ -18,7 +18,7 @@ from core.singleton import singleton
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.configure import Configuration, configure
-from domain.memory_estimate import adapter_parameters, judge, loading_bytes
+from domain.memory_estimate import adapter_parameters, loading_bytes
 from domain.model_shape import ModelShape
 from domain.use_cases import UseCaseId
 from services.devices import Device, EngineName
@@ -123,7 +123,8 @@ class PeftService:
             use_case=use_case,
             overrides=overrides,
             machine=device.facts,
-            max_positions=shape.max_positions if shape is not None else None,
+            shape=shape,
+            available_bytes=device.available_bytes,
         )
 
     def device_of(self, model: LoadedModel) -> Device:
@@ -187,7 +188,7 @@ class PeftService:
     def _admit(self, model_id: str, needed: int | None, device: Device) -> None:
         if needed is None or device.available_bytes is None:
             return
-        if judge(needed, needed, device.available_bytes) == "does_not_fit":
+        if needed > device.available_bytes:
             raise DoesNotFit(
                 f"{model_id} needs about {needed} bytes on {device.torch_name}, which has {device.available_bytes} "
                 "free. Unload another model, use algorithm qlora, or force=true to try all the same.",

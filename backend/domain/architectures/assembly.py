@@ -17,11 +17,13 @@ class Family:
     Attributes:
         defaults: What its configuration class assumes where the file is silent.
         obstacle: Why the engine cannot load it, or None.
+        adapts_experts: As in ModelShape.
     """
 
     build: Builder
     defaults: Mapping[str, Any]
     obstacle: str | None = None
+    adapts_experts: bool = False
 
 
 def blocks_by_kind(container: str, parts: list[Part]) -> tuple[Block, ...]:

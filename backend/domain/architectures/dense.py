@@ -31,6 +31,7 @@ class Style:
     Attributes:
         norms: How many norms of the hidden size a layer has.
         heads_normed: Queries and keys are normed, with one weight for all heads or with a weight each.
+        partial_rotary: Queries are put together anew after rotation, so that the attention's output is copied.
         fused_mlp: Gate and up projection are one module.
         gated: Whether there is a gate.
     """
@@ -42,6 +43,7 @@ class Style:
     norms: int = 2
     heads_normed: Literal["no", "alike", "each"] = "no"
     gated: bool = True
+    partial_rotary: bool = False
     fused_mlp: bool = False
     mlp_names: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     activation: str = "hidden_act"
@@ -59,7 +61,7 @@ STYLES: dict[str, Style] = {
     "gemma3_text": Style(mlp_bias=False, norms=4, heads_normed="alike", activation="hidden_activation"),
     "granite": Style(),
     "smollm3": Style(),
-    "stablelm": Style(qkv_bias="use_qkv_bias", output_bias=False, mlp_bias=False, norm="layer"),
+    "stablelm": Style(qkv_bias="use_qkv_bias", output_bias=False, mlp_bias=False, norm="layer", partial_rotary=True),
     "olmo": Style(mlp_bias=False, norm="without_weights"),
     "olmo2": Style(mlp_bias=False, heads_normed="each"),
     "olmo3": Style(mlp_bias=False, heads_normed="each"),
@@ -74,9 +76,20 @@ STYLES: dict[str, Style] = {
         mlp_names=("mlp.c_fc", "mlp.c_proj"),
     ),
     "exaone4": Style(qkv_bias=False, output_bias=False, mlp_bias=False, heads_normed="alike"),
-    "glm": Style(output_bias=False, mlp_bias=False, fused_mlp=True, mlp_names=("mlp.gate_up_proj", "mlp.down_proj")),
+    "glm": Style(
+        output_bias=False,
+        mlp_bias=False,
+        partial_rotary=True,
+        fused_mlp=True,
+        mlp_names=("mlp.gate_up_proj", "mlp.down_proj"),
+    ),
     "glm4": Style(
-        output_bias=False, mlp_bias=False, norms=4, fused_mlp=True, mlp_names=("mlp.gate_up_proj", "mlp.down_proj")
+        output_bias=False,
+        mlp_bias=False,
+        norms=4,
+        partial_rotary=True,
+        fused_mlp=True,
+        mlp_names=("mlp.gate_up_proj", "mlp.down_proj"),
     ),
     "helium": Style(output_bias=False),
     "hunyuan_v1_dense": Style(mlp_bias=False, heads_normed="alike"),
@@ -125,6 +138,7 @@ def dense_layer(reader: ConfigReader, style: Style, *, hidden: int, prefix: str 
         prefix=prefix,
         bias=_switch(reader, style.qkv_bias),
         output_bias=_switch(reader, style.output_bias),
+        output_reads="own" if style.partial_rotary else "kept",
     )
     for _ in range(style.norms):
         layer += norm(hidden)
@@ -160,8 +174,7 @@ def norm_of(kind: Norm) -> Callable[[int], Part]:
 
 
 def _norm_without_bias(size: int) -> Part:
-    # CohereLayerNorm computes in fp32 and keeps the centred input and the normalised one.
-    return Part(others=size, kept=Kept(fp32=2 * size))
+    return Part(others=size, kept=Kept(fp32=size))  # CohereLayerNorm converts to fp32 and back
 
 
 def _norm_without_weights(size: int) -> Part:
@@ -215,6 +228,7 @@ def build_phi(reader: ConfigReader, model_type: str) -> ModelShape:
             names=("q_proj", "k_proj", "v_proj", "dense"),
             bias=True,
             output_bias=True,
+            output_reads="own",
         )
         + layer_norm(hidden)
         + plain_mlp(

@@ -117,7 +117,7 @@ def latent_attention(reader: ConfigReader, hidden: int) -> Part:
             (
                 Linear("self_attn.kv_a_proj_with_mqa", hidden, latent + rope, bias, "attention"),
                 Linear("self_attn.kv_b_proj", latent, heads * (plain + value), False, "own"),
-                Linear("self_attn.o_proj", heads * value, hidden, bias, "kept"),
+                Linear("self_attn.o_proj", heads * value, hidden, bias, "own"),
             ),
             # Queries, keys, values (a view of kv_b_proj's output) and the attention's output.
             kept=Kept(plain=2 * query + heads * (plain + value) + heads * value, attentions=1),

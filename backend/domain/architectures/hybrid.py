@@ -57,7 +57,8 @@ def build_qwen_hybrid(reader: ConfigReader, model_type: str) -> ModelShape:
         "full_attention" if (index + 1) % interval == 0 else "linear_attention" for index in range(layers)
     ]
     blocks = blocks_by_kind("model.layers", [full if kind == "full_attention" else linear for kind in kinds])
-    return assemble(reader, model_type, blocks, hidden=hidden, last_norm=rms_norm(hidden))
+    shape = assemble(reader, model_type, blocks, hidden=hidden, last_norm=rms_norm(hidden))
+    return replace(shape, rough=True)
 
 
 def _gated_attention(reader: ConfigReader, hidden: int) -> Part:
@@ -115,7 +116,8 @@ def build_granite_hybrid(reader: ConfigReader, model_type: str) -> ModelShape:
     if not set(kinds) <= set(layer_of):
         raise NotKnown("a kind of layer that is not known")
     blocks = blocks_by_kind("model.layers", [layer_of[kind] for kind in kinds])
-    return assemble(reader, model_type, blocks, hidden=hidden, last_norm=rms_norm(hidden))
+    shape = assemble(reader, model_type, blocks, hidden=hidden, last_norm=rms_norm(hidden))
+    return replace(shape, rough=bool(mamba & set(kinds)))
 
 
 def _granite_mlp(reader: ConfigReader, hidden: int) -> Part:

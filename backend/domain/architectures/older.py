@@ -5,18 +5,21 @@ from dataclasses import replace
 from domain.architectures.assembly import assemble, repeated
 from domain.architectures.parts import (
     Heads,
+    dropout,
     fused_attention,
+    is_positive,
     layer_norm,
     plain_mlp,
     separate_attention,
 )
 from domain.architectures.reader import ConfigReader, NotKnown
-from domain.model_shape import Linear, ModelShape, Part
+from domain.model_shape import Kept, Linear, ModelShape, Part
 
 
 def _equal_heads(reader: ConfigReader, hidden: int) -> Heads:
     heads = reader.size("num_attention_heads", "n_head", "n_heads")
-    return Heads(heads, heads, max(hidden // heads, 1))
+    dropped = is_positive(reader.value("attention_dropout", reader.value("attn_pdrop")))
+    return Heads(heads, heads, max(hidden // heads, 1), dropped)
 
 
 def build_gpt2(reader: ConfigReader, model_type: str) -> ModelShape:
@@ -39,6 +42,7 @@ def build_gpt2(reader: ConfigReader, model_type: str) -> ModelShape:
             reader.value("activation_function"),
             ("mlp.c_fc", "mlp.c_proj"),
         )
+        + dropout(reader, "resid_pdrop", 2 * hidden)
     )
     return assemble(
         reader,
@@ -126,7 +130,8 @@ def build_gpt_neox(reader: ConfigReader, model_type: str) -> ModelShape:
             output_bias=bias,
         )
         + layer_norm(hidden)
-        + layer_norm(hidden)
+        # Side by side, both norms keep the same input.
+        + (Part(others=2 * hidden) if reader.flag("use_parallel_residual", True) else layer_norm(hidden))
         + plain_mlp(
             hidden,
             reader.size("intermediate_size"),
@@ -154,10 +159,12 @@ def build_opt(reader: ConfigReader, model_type: str) -> ModelShape:
             names=("q_proj", "k_proj", "v_proj", "out_proj"),
             bias=True,
             output_bias=True,
+            output_reads="own",
         )
         + layer_norm(hidden)
         + layer_norm(hidden)
         + plain_mlp(hidden, reader.size("ffn_dim"), reader.value("activation_function"), ("fc1", "fc2"))
+        + dropout(reader, "dropout", 2 * hidden)
     )
     before = reader.flag("do_layer_norm_before", True) and not reader.flag("_remove_final_layer_norm")
     shape = assemble(
@@ -237,6 +244,8 @@ def build_falcon(reader: ConfigReader, model_type: str) -> ModelShape:
     )
     for _ in range(norms):
         layer += layer_norm(hidden)
+    # transformers' Falcon hands SDPA a mask that keeps it from a fused kernel on a CPU.
+    layer += Part(kept=Kept(squares=heads.heads))
     blocks = repeated("transformer.h", layer, reader.layers())
     return assemble(reader, model_type, blocks, hidden=hidden, last_norm=layer_norm(hidden))
 

@@ -33,6 +33,22 @@ def activation_keeps(name: object) -> int:
     return _KEPT_BY_ACTIVATION[name]
 
 
+def dropout(reader: ConfigReader, name: str, size: int) -> Part:
+    """A dropout of the model's own on `size` features of a token: what drops them is kept."""
+    return Part(kept=Kept(plain=size)) if is_positive(reader.value(name)) else Part()
+
+
+def is_positive(value: object) -> bool:
+    """Tell whether a probability is above 0.
+
+    Raises:
+        NotKnown: It is no number.
+    """
+    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise NotKnown("a probability that is no number")
+    return value is not None and value > 0
+
+
 def rms_norm(size: int, *, elements: int | None = None) -> Part:
     """A norm with one weight a feature that computes in fp32 and keeps its input so.
 
@@ -56,11 +72,13 @@ class Heads:
         heads: Query heads.
         kv_heads: Key and value heads.
         head_dim: Features of one.
+        dropped: Whether the attention weights pass through dropout.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
+    dropped: bool = False
 
     @property
     def query(self) -> int:
@@ -74,12 +92,27 @@ class Heads:
 
     @property
     def kept(self) -> Kept:
-        """Queries and keys after rotation, values, the output; keys and values repeated where a mask is passed."""
+        """Queries and keys after rotation, values, the output, and the log-sum of each head.
+
+        Keys and values are repeated to all heads where a mask is passed.
+        """
         return Kept(
+            fp32=self.heads,
             plain=2 * self.query + 2 * self.key,
             masked=2 * (self.query - self.key),
             attentions=1,
+            squares=3 * self.heads if self.dropped else 0,
         )
+
+    @property
+    def kept_fused(self) -> Kept:
+        """The same where one projection makes all three: the values are a view of its output, kept whole.
+
+        Unless they are repeated, which makes a copy.
+        """
+        extra = self.query + self.key
+        repeated = extra if self.heads > self.kv_heads else 0
+        return self.kept + Kept(plain=extra, masked=-repeated)
 
 
 def read_heads(reader: ConfigReader, *, hidden: int) -> Heads:
@@ -92,7 +125,8 @@ def read_heads(reader: ConfigReader, *, hidden: int) -> Heads:
     kv_heads = reader.size("num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise NotKnown(f"{heads} heads do not share {kv_heads} key heads")
-    return Heads(heads, kv_heads, reader.size("head_dim", default=max(hidden // heads, 1)))
+    dropped = is_positive(reader.value("attention_dropout", reader.value("attn_pdrop")))
+    return Heads(heads, kv_heads, reader.size("head_dim", default=max(hidden // heads, 1)), dropped)
 
 
 def separate_attention(
@@ -103,15 +137,20 @@ def separate_attention(
     names: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     bias: bool = False,
     output_bias: bool = False,
+    output_reads: Input = "kept",
 ) -> Part:
-    """Attention with a projection each for queries, keys, values and output."""
+    """Attention with a projection each for queries, keys, values and output.
+
+    Args:
+        output_reads: `own` where the attention's output is copied before the last projection reads it.
+    """
     query, key, value, output = (f"{prefix}.{name}" for name in names)
     return Part(
         (
             Linear(query, hidden, heads.query, bias, "attention"),
             Linear(key, hidden, heads.key, bias, "attention"),
             Linear(value, hidden, heads.key, bias, "attention"),
-            Linear(output, heads.query, hidden, output_bias, "kept"),
+            Linear(output, heads.query, hidden, output_bias, output_reads),
         ),
         kept=heads.kept,
     )
@@ -120,17 +159,14 @@ def separate_attention(
 def fused_attention(
     hidden: int, heads: Heads, names: tuple[str, str], *, bias: bool = False, output_bias: bool = False
 ) -> Part:
-    """Attention with one projection for queries, keys and values.
-
-    The values are a view of the projection's output, which is therefore kept whole.
-    """
+    """Attention with one projection for queries, keys and values."""
     width = heads.query + 2 * heads.key
     return Part(
         (
             Linear(names[0], hidden, width, bias, "attention"),
-            Linear(names[1], heads.query, hidden, output_bias, "kept"),
+            Linear(names[1], heads.query, hidden, output_bias, "own"),
         ),
-        kept=heads.kept + Kept(plain=heads.query + heads.key),
+        kept=heads.kept_fused,
     )
 
 
@@ -188,8 +224,8 @@ def experts(
 
     Args:
         width: An expert's.
-        active: Experts a token passes through; each gets a copy of the token and its output is weighed.
+        active: Experts a token passes through; the output of each is kept, since it is weighed.
     """
     weights = count * (3 * hidden * width + (2 * width + hidden if bias else 0))
-    kept = active * ((activation_keeps(activation) + 3) * width + 2 * hidden)
+    kept = active * ((activation_keeps(activation) + 2) * width + hidden)
     return Part(others=router, stacked=weights, kept=Kept(plain=kept))

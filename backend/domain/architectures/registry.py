@@ -42,19 +42,19 @@ def _families() -> dict[str, Family]:
         "bloom": Family(older.build_bloom, _TIED, _NO_SDPA),
         "falcon": Family(older.build_falcon, _TIED),
         "mpt": Family(older.build_mpt, _TIED, _NO_SDPA),
-        "mixtral": Family(experts.build_mixtral, _UNTIED),
-        "olmoe": Family(experts.build_mixtral, _UNTIED),
+        "mixtral": Family(experts.build_mixtral, _UNTIED, adapts_experts=True),
+        "olmoe": Family(experts.build_mixtral, _UNTIED, adapts_experts=True),
         "granitemoe": Family(experts.build_mixtral, _UNTIED),
-        "phimoe": Family(experts.build_mixtral, _UNTIED),
+        "phimoe": Family(experts.build_mixtral, _UNTIED, adapts_experts=True),
         "qwen2_moe": Family(experts.build_qwen_moe, _UNTIED),
-        "qwen3_moe": Family(experts.build_qwen_moe, _UNTIED),
-        "deepseek_v2": Family(experts.build_deepseek, _UNTIED),
-        "deepseek_v3": Family(experts.build_deepseek, _UNTIED),
-        "kimi_k2": Family(experts.build_deepseek, _UNTIED, _OWN_CODE),
+        "qwen3_moe": Family(experts.build_qwen_moe, _UNTIED, adapts_experts=True),
+        "deepseek_v2": Family(experts.build_deepseek, _UNTIED, adapts_experts=True),
+        "deepseek_v3": Family(experts.build_deepseek, _UNTIED, adapts_experts=True),
+        "kimi_k2": Family(experts.build_deepseek, _UNTIED, _OWN_CODE, adapts_experts=True),
         "minicpm3": Family(experts.build_minicpm3, _TIED),
-        "glm4_moe": Family(experts.build_glm4_moe, _UNTIED),
+        "glm4_moe": Family(experts.build_glm4_moe, _UNTIED, adapts_experts=True),
         "gpt_oss": Family(experts.build_gpt_oss, _UNTIED, _NO_SDPA),
-        "qwen3_next": Family(hybrid.build_qwen_hybrid, _UNTIED),
+        "qwen3_next": Family(hybrid.build_qwen_hybrid, _UNTIED, adapts_experts=True),
         "qwen3_5_text": Family(hybrid.build_qwen_hybrid, _UNTIED),
         "granitemoehybrid": Family(hybrid.build_granite_hybrid, _UNTIED),
         "gemma3": Family(hybrid.build_gemma3, _TIED),
@@ -90,6 +90,8 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape | None:
         if family is None:
             return None
         shape = family.build(ConfigReader(text, family.defaults), model_type)
-        return replace(shape, stored=read_stored(config), obstacle=family.obstacle)
+        return replace(
+            shape, stored=read_stored(config), obstacle=family.obstacle, adapts_experts=family.adapts_experts
+        )
     except NotKnown:
         return None

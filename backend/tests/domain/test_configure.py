@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 
 from core.errors import SettingRejected
 from domain.algorithms import SPECS, Algorithm
+from domain.architectures.registry import read_shape
 from domain.configure import Configuration, MachineFacts, configure
 from domain.peft_config import PARAMETER_NAMES, PeftOverrides
 from domain.use_cases import USE_CASES, UseCaseId
+from services.embedded_model import CONFIG
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 MACHINES = [CPU, MachineFacts(has_gpu=True, supports_bf16=False), MachineFacts(has_gpu=True, supports_bf16=True)]
@@ -155,10 +157,11 @@ def test_alpha_follows_the_rank_unless_it_is_set() -> None:
 
 
 def test_the_sequence_length_is_the_models_at_most() -> None:
-    short = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU, max_positions=512)
+    shape = read_shape({**CONFIG, "max_position_embeddings": 512})
+    short = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU, shape=shape)
     assert short.config.max_seq_length == 512
     with pytest.raises(SettingRejected):
-        configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 513}, machine=CPU, max_positions=512)
+        configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 513}, machine=CPU, shape=shape)
 
 
 NULLABLE = {

@@ -1,13 +1,12 @@
 """The memory estimate: components add up and move the way they must."""
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
-from domain.memory_estimate import adapter_parameters, estimate, judge, suggest
+from domain.memory_estimate import adapter_parameters, estimate
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from services.embedded_model import CONFIG, PARAMETERS
@@ -53,7 +52,7 @@ def test_the_components_are_the_total_and_lie_in_the_range(
 def test_more_never_needs_less(name: str, value: int, more: int, checkpointing: bool) -> None:
     small = estimate(_shape(), _config(**{name: value, "gradient_checkpointing": checkpointing}), on_gpu=False)
     large = estimate(_shape(), _config(**{name: value + more, "gradient_checkpointing": checkpointing}), on_gpu=False)
-    assert small.total_bytes < large.total_bytes
+    assert small.total_bytes <= large.total_bytes  # equal where loading needs more than a small run
 
 
 def test_four_bits_checkpointing_and_dora_move_the_estimate_the_right_way() -> None:
@@ -62,16 +61,3 @@ def test_four_bits_checkpointing_and_dora_move_the_estimate_the_right_way() -> N
     checkpointed = estimate(_shape(), _config(gradient_checkpointing=True), on_gpu=False)
     assert checkpointed.activations_bytes < plain.activations_bytes
     assert estimate(_shape(), _config(Algorithm.DORA), on_gpu=False).total_bytes > plain.total_bytes
-
-
-def test_suggestions_each_need_less() -> None:
-    config = _config()
-    needed = estimate(_shape(), config, on_gpu=False).total_bytes
-    suggestions = suggest(_shape(), config, needed // 2, on_gpu=False)
-    assert len(suggestions) >= 4
-    assert all(suggestion.estimate_bytes < needed for suggestion in suggestions)
-
-
-@pytest.mark.parametrize(("free", "verdict"), [(99, "does_not_fit"), (100, "tight"), (119, "tight"), (120, "fits")])
-def test_the_verdict_is_tight_between_the_estimate_and_its_upper_end(free: int, verdict: str) -> None:
-    assert judge(100, 120, free) == verdict

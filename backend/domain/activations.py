@@ -1,0 +1,154 @@
+"""What a forward pass leaves in memory for the backward pass.
+
+Symbols: B rows, T tokens a row, L layers, H hidden size, V vocabulary, r rank, a bytes of the compute type.
+tests/engine/test_saved_activations.py compares the formulas with what autograd really holds, family by family.
+"""
+
+from dataclasses import dataclass
+
+from domain.model_shape import Block, Linear, ModelShape
+from domain.peft_config import PeftConfig
+
+WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_ADAPTER_WIDTH = 4  # adapters stay in fp32 over a 16-bit base (PEFT, `autocast_adapter_dtype=True`)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        rows: B.
+        length: T, the longest row's; the others are padded to it.
+        masked: Whether an attention mask is passed: rows of different length, or several rows in one sequence.
+        trained: Part of the positions whose logits are computed, 0..1.
+    """
+
+    rows: int
+    length: int
+    masked: bool
+    trained: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """B · T."""
+        return self.rows * self.length
+
+
+def largest_batch(config: PeftConfig) -> Batch:
+    """Return the largest forward pass a configuration allows: every row as long as is permitted.
+
+    Rows of one batch are rarely equally long, so a batch of several is assumed to need a mask; one row never does.
+    """
+    return Batch(config.batch_size, config.max_seq_length, config.packing or config.batch_size > 1)
+
+
+def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
+    """Return the linear modules that the configuration adapts, with how many there are of each."""
+    found = [pair for block in shape.blocks for pair in _targeted_in(block, config)]
+    loose = [linear for linear in shape.loose_linears if _wanted(linear.path, config)]
+    return found + [(linear, 1) for linear in loose]
+
+
+def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
+    if config.target_modules == "all-linear":
+        return [(linear, block.count) for linear in block.part.linears]
+    return [
+        (linear, count)
+        for linear in block.part.linears
+        if (count := max(_matching(block, linear.path, wanted) for wanted in config.target_modules))
+    ]
+
+
+def _wanted(path: str, config: PeftConfig) -> bool:
+    names = config.target_modules
+    return names == "all-linear" or any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _matching(block: Block, path: str, wanted: str) -> int:
+    """Count the layers of a block in which a name means a module: the end of its full path, from a dot on."""
+    if path == wanted or path.endswith(f".{wanted}"):
+        return block.count
+    if not wanted.endswith(f".{path}"):
+        return 0
+    head, _, index = wanted.removesuffix(f".{path}").rpartition(".")
+    if not index.isdecimal() or int(index) not in block.indexes:
+        return 0
+    return 1 if head in ("", block.container) or block.container.endswith(f".{head}") else 0
+
+
+def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
+    """Bytes that all layers keep, adapters included.
+
+    Without checkpointing: everything that autograd saves. With it: the input of each layer (Chen et al., arXiv
+    1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is recomputed.
+    """
+    blocks = [(block, _kept_by_block(block, config, batch, on_gpu=on_gpu)) for block in shape.blocks if block.passed]
+    last_norm = 4 * batch.tokens * shape.hidden
+    if not config.gradient_checkpointing:
+        return sum(block.count * kept for block, kept in blocks) + last_norm
+    boundaries = shape.layers * batch.tokens * shape.hidden * WIDTH_BYTES[config.precision]
+    return boundaries + last_norm + max((kept for _, kept in blocks), default=0)
+
+
+def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
+    """Bytes that one layer of a block keeps."""
+    width, kept = WIDTH_BYTES[config.precision], block.part.kept
+    plain = kept.plain + (kept.masked if batch.masked else 0)
+    own = batch.tokens * (4 * kept.fp32 + width * plain)
+    # A boolean mask becomes one of the compute type in each attention, which keeps it
+    # (ATen, transformers/sdp_utils.h, `convert_boolean_attn_mask`).
+    squares = 0 if on_gpu else 4 * kept.squares  # the unfused kernel computes in fp32
+    matrices = (kept.attentions * width if batch.masked else 0) + squares
+    return own + matrices * batch.rows * batch.length**2 + _kept_by_adapters(block, config, batch, on_gpu=on_gpu)
+
+
+def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
+    """Bytes that the adapters of one layer keep: their input as they see it, and A's output.
+
+    Source: PEFT, tuners/lora/layer.py, `Linear.forward`: `lora_B(lora_A(dropout(x)))` with x in the adapter's type.
+    """
+    targets = [linear for linear, _ in _targeted_in(block, config)]
+    if config.dropout > 0:
+        # The dropped input, and what drops it: a mask of one byte on a GPU, one in fp32 on a CPU (ATen, Dropout.cpp).
+        per_token = sum((_ADAPTER_WIDTH + (1 if on_gpu else 4)) * linear.fan_in for linear in targets)
+    elif WIDTH_BYTES[config.precision] < _ADAPTER_WIDTH:
+        per_token = sum(_ADAPTER_WIDTH * linear.fan_in for linear in targets)  # each makes its own fp32 copy
+    else:
+        shared = {linear.reads: linear.fan_in for linear in targets if linear.reads in ("attention", "mlp")}
+        own = sum(linear.fan_in for linear in targets if linear.reads == "own")
+        per_token = _ADAPTER_WIDTH * (sum(shared.values()) + own)
+    per_token += _ADAPTER_WIDTH * config.rank * len(targets)
+    if not config.use_dora:
+        return batch.tokens * per_token
+    return batch.tokens * (per_token + _dora_per_token(targets, config)) + _dora_weights(targets, config)
+
+
+def _dora_per_token(targets: list[Linear], config: PeftConfig) -> int:
+    """Bytes a token that DoRA keeps beside LoRA: the base's output and the adapter's, which the magnitudes multiply.
+
+    Source: PEFT, tuners/lora/dora.py, `DoraLinearLayer.forward`.
+    """
+    base = _ADAPTER_WIDTH if config.dropout > 0 else WIDTH_BYTES[config.precision]
+    return sum((base + _ADAPTER_WIDTH) * linear.fan_out for linear in targets)
+
+
+def _dora_weights(targets: list[Linear], config: PeftConfig) -> int:
+    """Bytes of dense fp32 weights that DoRA keeps.
+
+    With dropout the base's output is computed anew from the dropped input, on a weight in the adapter's type: a copy
+    where the base is stored in another, and autograd keeps it (`F.linear(x, weight)` in the same function).
+    """
+    copied = config.quantization != "none" or WIDTH_BYTES[config.precision] < _ADAPTER_WIDTH
+    return sum(_ADAPTER_WIDTH * linear.weights for linear in targets) if config.dropout > 0 and copied else 0
+
+
+def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch) -> int:
+    """Bytes of logits and loss at their peak, which is the first step of the backward pass.
+
+    Three fp32 tensors of the logits' size are there at once: log-softmax's output, the gradient of the loss, and
+    log-softmax's gradient (ATen, `_log_softmax_backward_data`). Capped logits keep their tanh as well.
+    """
+    positions = batch.rows * max(1, round(batch.length * batch.trained))
+    capped = WIDTH_BYTES[config.precision] if shape.softcapped else 0
+    return positions * shape.vocab * (12 + capped)

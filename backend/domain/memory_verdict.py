@@ -1,0 +1,232 @@
+"""Whether an estimate fits, and what to change if it does not."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from domain.activations import Batch
+from domain.memory_estimate import MemoryEstimate, estimate
+from domain.model_shape import ModelShape
+from domain.peft_config import PeftConfig
+
+Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
+# What PEFT takes for experts' names of transformers 4 (peft/utils/transformers_weight_conversion.py).
+_EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "router"})
+_SHORTEST = 128  # tokens; a shorter row holds no turn and answer
+_LOWEST_RANK = 4
+_MOST_PASSES = 1024  # the bound of gradient_accumulation
+_WORTH_IT = 0.98  # a change that saves less than a fiftieth is none
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change with what it would need.
+
+    Attributes:
+        change: It in words.
+        overrides: It as overrides of the configuration; empty where another model is meant.
+    """
+
+    change: str
+    overrides: Mapping[str, Any]
+    estimate_bytes: int
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A verdict with what led to it.
+
+    Attributes:
+        estimate: None where nothing is known of the model's layers.
+        blockers: What keeps the model from being trained here, however much memory there is.
+    """
+
+    verdict: Verdict
+    available_bytes: int | None
+    estimate: MemoryEstimate | None
+    reasons: list[str] = field(default_factory=list)
+    suggestions: list[Suggestion] = field(default_factory=list)
+    blockers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A model of the same family that could be taken instead."""
+
+    model_id: str
+    shape: ModelShape
+
+
+def judge(found: MemoryEstimate, available_bytes: int) -> Verdict:
+    """Compare an estimate with what is free: tight where only the range's upper end does not fit."""
+    if found.total_bytes > available_bytes:
+        return "does_not_fit"
+    return "tight" if found.high_bytes > available_bytes else "fits"
+
+
+def assess(
+    shape: ModelShape | None,
+    config: PeftConfig,
+    available_bytes: int | None,
+    *,
+    on_gpu: bool,
+    batch: Batch | None = None,
+    siblings: Sequence[Sibling] = (),
+) -> Assessment:
+    """Estimate a fine-tune and judge it.
+
+    Args:
+        shape: The model; None where its layers are not known.
+        config: The configuration.
+        available_bytes: What is free on the device; None where it does not say.
+        on_gpu: Whether the device is a CUDA GPU.
+        batch: The largest forward pass, if more is known of the data than the configuration allows.
+        siblings: Models that could be taken instead.
+
+    Returns:
+        The assessment. What is not known is `unknown`, never `fits`.
+    """
+    if shape is None:
+        reason = "the layers of this model's family are not known here, or its config lacks a dimension"
+        return Assessment("unknown", available_bytes, None, [reason])
+    blockers = _blockers(shape, config)
+    if shape.adapts_experts and _reaches_experts(config):
+        reason = (
+            "PEFT would put adapters on the stacked experts, whose memory is not known here; name attention modules "
+            "as target_modules"
+        )
+        return Assessment("unknown", available_bytes, None, [reason], [], blockers)
+    needed = estimate(shape, config, on_gpu=on_gpu, batch=batch)
+    reasons = _reasons(config, batch, needed, available_bytes)
+    if available_bytes is None or blockers:
+        return Assessment("unknown", available_bytes, needed, reasons, [], blockers)
+    verdict = judge(needed, available_bytes)
+    found = []
+    if verdict != "fits":
+        found = _suggest(shape, config, needed, available_bytes, on_gpu=on_gpu, batch=batch)
+        found += _smaller(shape, config, available_bytes, siblings, on_gpu=on_gpu)
+    return Assessment(verdict, available_bytes, needed, reasons, found)
+
+
+def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
+    found = [] if shape.obstacle is None else [f"the engine cannot load {shape.model_type}: {shape.obstacle}"]
+    if shape.stored is not None:
+        if shape.stored.method != "bitsandbytes":
+            found.append(f"the weights are published in {shape.stored.method}, which this engine does not train on")
+        elif config.quantization != "none":
+            found.append("the weights are quantised already: use quantization 'none'")
+    return found
+
+
+def _reaches_experts(config: PeftConfig) -> bool:
+    names = config.target_modules
+    return names == "all-linear" or any(name.rpartition(".")[2] in _EXPERT_NAMES for name in names)
+
+
+def _reasons(config: PeftConfig, batch: Batch | None, needed: MemoryEstimate, available: int | None) -> list[str]:
+    rows, length = (config.batch_size, config.max_seq_length) if batch is None else (batch.rows, batch.length)
+    found = [f"{rows} rows of {length} tokens, {rows * length} a forward pass, are assumed"]
+    if available is None:
+        return [*found, "the device does not say what is free"]
+    return [*found, f"{needed.total_bytes} bytes estimated, {available} available"]
+
+
+# Suggestions
+
+
+def _suggest(
+    shape: ModelShape,
+    config: PeftConfig,
+    needed: MemoryEstimate,
+    available_bytes: int,
+    *,
+    on_gpu: bool,
+    batch: Batch | None,
+) -> list[Suggestion]:
+    """Propose changes in the order a practitioner would try them: what costs nothing in quality first.
+
+    Each is estimated on its own. If none of them is enough, the shortest sequence of them that is comes last.
+    """
+
+    def with_changes(change: str, values: Mapping[str, Any]) -> Suggestion:
+        changed = config.model_copy(update=dict(values))
+        found = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed))
+        return Suggestion(change, values, found.total_bytes, judge(found, available_bytes))
+
+    single = [with_changes(*_first_that_fits(options, with_changes)) for options in _changes(config)]
+    useful = [item for item in single if item.estimate_bytes < _WORTH_IT * needed.total_bytes]
+    if any(item.verdict in ("fits", "tight") for item in useful):
+        return useful
+    words, together = [], dict[str, Any]()
+    for item in useful:
+        words.append(item.change)
+        together |= item.overrides
+        combined = with_changes(" and ".join(words), dict(together))
+        if combined.verdict in ("fits", "tight"):
+            return [*useful, combined]
+    return useful
+
+
+def _shrunk(batch: Batch | None, config: PeftConfig) -> Batch | None:
+    if batch is None:
+        return None
+    rows, length = min(batch.rows, config.batch_size), min(batch.length, config.max_seq_length)
+    return Batch(rows, length, config.packing or rows > 1, batch.trained)
+
+
+_Change = tuple[str, dict[str, Any]]
+
+
+def _first_that_fits(options: list[_Change], with_changes: Any) -> _Change:
+    """Return the mildest of several degrees of one change that fits, or the strongest."""
+    return next((option for option in options if with_changes(*option).verdict in ("fits", "tight")), options[-1])
+
+
+def _changes(config: PeftConfig) -> Iterator[list[_Change]]:
+    """Yield the changes in order, each as degrees from mild to strong."""
+    if config.quantization == "none" and config.init_weights != "pissa":
+        yield [("quantization=nf4: the base in 4 bits, as algorithm qlora has it", {"quantization": "nf4"})]
+    if not config.gradient_checkpointing:
+        yield [("gradient_checkpointing=true: activations are computed twice", {"gradient_checkpointing": True})]
+    rows = list(_smaller_batches(config))
+    if rows:
+        yield rows
+    lengths = [config.max_seq_length // part for part in (2, 4, 8) if config.max_seq_length // part >= _SHORTEST]
+    if lengths:
+        yield [(f"max_seq_length={length}: longer rows are cut", {"max_seq_length": length}) for length in lengths]
+    ranks = [config.rank // part for part in (2, 4, 8) if config.rank // part >= _LOWEST_RANK]
+    if ranks:
+        yield [(f"rank={rank}", {"rank": rank, "alpha": _alpha(config, rank)}) for rank in ranks]
+
+
+def _alpha(config: PeftConfig, rank: int) -> int:
+    return max(1, round(config.alpha * rank / config.rank))
+
+
+def _smaller_batches(config: PeftConfig) -> Iterator[_Change]:
+    """Halve the rows of a pass and double the passes of a step, down to one row: the effective batch stays."""
+    rows, effective = config.batch_size, config.batch_size * config.gradient_accumulation
+    while rows > 1:
+        rows //= 2
+        passes = math.ceil(effective / rows)
+        if passes > _MOST_PASSES:
+            return
+        yield (
+            f"batch_size={rows} with gradient_accumulation={passes}: the effective batch stays",
+            {"batch_size": rows, "gradient_accumulation": passes},
+        )
+
+
+def _smaller(
+    shape: ModelShape, config: PeftConfig, available_bytes: int, siblings: Sequence[Sibling], *, on_gpu: bool
+) -> list[Suggestion]:
+    """Propose the largest sibling that fits as everything else stands, if there is one."""
+    smaller = [item for item in siblings if item.shape.parameters < shape.parameters and item.shape.obstacle is None]
+    for item in sorted(smaller, key=lambda item: -item.shape.parameters):
+        length = min(config.max_seq_length, item.shape.max_positions or config.max_seq_length)
+        found = estimate(item.shape, config.model_copy(update={"max_seq_length": length}), on_gpu=on_gpu)
+        if (verdict := judge(found, available_bytes)) in ("fits", "tight"):
+            return [Suggestion(f"the smaller model {item.model_id}", {}, found.total_bytes, verdict)]
+    return []

@@ -1,0 +1,147 @@
+"""The formulas of domain.activations against what autograd really holds, family by family."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModelForCausalLM
+from saved_bytes import saved_bytes
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from domain.activations import Batch, kept_by_layers
+from domain.algorithms import Algorithm
+from domain.architectures.registry import FAMILIES, read_shape
+from domain.configure import MachineFacts, configure
+from domain.peft_config import PeftConfig
+from engine import methods
+from engine.base import DTYPES
+
+CPU = MachineFacts(has_gpu=False, supports_bf16=False)
+ROWS, LENGTH = 2, 64
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2 = {"n_embd": 96, "n_layer": 6, "n_head": 6, "n_positions": 256, "vocab_size": 128}
+LATENT = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "num_key_value_heads": 6,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "opt": {"ffn_dim": 160, "word_embed_proj_dim": 96},
+    "minicpm3": LATENT,
+    "gpt_neox": {"num_key_value_heads": 6},
+    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "granitemoehybrid": {
+        "layer_types": ["full_attention"] * 6,
+        "shared_intermediate_size": 160,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "mamba_n_heads": 4,
+    },
+}
+_WITHOUT_HEAD_DIM = {"falcon", "opt", "gpt_neox", "phi", "minicpm3", "gpt2", "gpt_bigcode"}
+DENSE = sorted(
+    name
+    for name, family in FAMILIES.items()
+    if family.obstacle is None
+    and not family.adapts_experts
+    and name not in ("gemma3", "qwen3_5_text")  # a vision tower; a range only (`rough`)
+)
+# gpt_bigcode calls torch.jit.script on import, which torch has deprecated; PEFT corrects GPT-2's layout by itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning"),
+]
+
+
+def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: Any) -> PeftConfig:
+    overrides = {"rank": 8, "batch_size": ROWS, "max_seq_length": LENGTH, **overrides}
+    return configure(algorithm, use_case=None, overrides=overrides, machine=CPU).config
+
+
+def _both(model_type: str, config: PeftConfig, *, masked: bool = True) -> tuple[int, int]:
+    """Return what autograd holds after a forward pass, and what the formulas say, in bytes."""
+    values = {**SMALL, **OWN.get(model_type, {})}
+    if model_type in _WITHOUT_HEAD_DIM:
+        del values["head_dim"]
+    parsed = CONFIG_MAPPING[model_type](**values)
+    shape = read_shape(parsed.to_dict())
+    assert shape is not None
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa").to(DTYPES[config.precision])
+    base.requires_grad_(False)
+    model = PeftModelForCausalLM(base, methods.lora_config(config, "tiny", None))
+    model.train()
+    ids = torch.randint(0, 128, (ROWS, LENGTH))
+    mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    if masked:
+        mask[0, -3:] = 0
+    held = saved_bytes(model, lambda: model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)[0])
+    return held, kept_by_layers(shape, config, Batch(ROWS, LENGTH, masked), on_gpu=False)
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+@pytest.mark.parametrize(("precision", "dropout"), [("fp32", 0.0), ("fp32", 0.05), ("bf16", 0.05)])
+def test_every_dense_family_keeps_what_the_formula_says(model_type: str, precision: str, dropout: float) -> None:
+    held, said = _both(model_type, _config(precision=precision, dropout=dropout))
+    # The first layer keeps less: nothing before the first adapter needs a gradient. In six layers that is up to a
+    # sixth of a part; in real models a thirtieth.
+    assert 0.94 * held <= said <= 1.17 * held
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("algorithm", [Algorithm.LORA, Algorithm.DORA])
+def test_masks_dropout_precision_and_dora_are_counted(
+    algorithm: Algorithm, dropout: float, precision: str, masked: bool
+) -> None:
+    held, said = _both("llama", _config(algorithm, dropout=dropout, precision=precision), masked=masked)
+    assert 0.98 * held <= said <= 1.04 * held
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["o_proj", "gate_proj"]])
+def test_only_adapted_modules_keep_their_input(targets: list[str]) -> None:
+    held, said = _both("llama", _config(target_modules=targets))
+    assert 0.98 * held <= said <= 1.17 * held
+
+
+@pytest.mark.parametrize("model_type", sorted(name for name in FAMILIES if FAMILIES[name].adapts_experts))
+def test_peft_reaches_for_the_experts_where_the_registry_says_so(model_type: str) -> None:
+    if FAMILIES[model_type].obstacle is not None:
+        pytest.skip("cannot be loaded")
+    experts = {
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_hidden_layers": 4,
+    }
+    parsed = CONFIG_MAPPING[model_type](**experts)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(parsed)
+    if model_type == "phimoe":
+        # Its router is a linear module that returns a tuple, which no adapter can wrap.
+        assert any(path.endswith("mlp.router") for path in methods.linear_layers(base))
+        return
+    with pytest.raises(ValueError, match="ParamWrapper"):
+        PeftModelForCausalLM(base, methods.lora_config(_config(), "tiny", None))
