@@ -41,6 +41,7 @@ class CreateJobRequest(Request):
         "model, data and settings, except how long to train and when to evaluate, stop and write checkpoints.",
     )
     idempotency_key: Text | None = None
+    force: bool = Field(default=False, description="Queue it even if it is estimated not to fit in memory.")
 
 
 class CancelRequest(Request):

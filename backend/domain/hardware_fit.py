@@ -8,6 +8,9 @@ from domain.memory_verdict import judge
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 
+# The parameters that it may choose.
+FITTED = ("batch_size", "gradient_accumulation", "gradient_checkpointing")
+
 
 def fit_to_memory(
     shape: ModelShape, config: PeftConfig, available_bytes: int, kept: Collection[str], *, on_gpu: bool

@@ -109,6 +109,24 @@ def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int
     return device.overhead_bytes + held + mapped
 
 
+def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> MemoryEstimate:
+    """Estimate the peak of loading the base alone: what it takes to generate with it."""
+    device = platform(on_gpu=on_gpu)
+    total, weights = loading_bytes(shape, config, on_gpu=on_gpu), weights_bytes(shape, config)
+    return MemoryEstimate(
+        total_bytes=total,
+        weights_bytes=weights,
+        adapter_bytes=0,
+        gradients_bytes=0,
+        optimizer_bytes=0,
+        activations_bytes=0,
+        logits_bytes=0,
+        overhead_bytes=total - weights,
+        low_bytes=math.floor(total * device.low),
+        high_bytes=math.ceil(total * device.high),
+    )
+
+
 def estimate(shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batch | None = None) -> MemoryEstimate:
     """Estimate the peak of loading and training.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from domain.activations import Batch
-from domain.memory_estimate import MemoryEstimate, estimate
+from domain.memory_estimate import MemoryEstimate, estimate, estimate_loading
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 
@@ -17,6 +17,11 @@ _SHORTEST = 128  # tokens; a shorter row holds no turn and answer
 _LOWEST_RANK = 4
 _MOST_PASSES = 1024  # the bound of gradient_accumulation
 _WORTH_IT = 0.98  # a change that saves less than a fiftieth is none
+_Change = tuple[str, dict[str, Any]]
+_IN_4_BITS: _Change = (
+    "quantization=nf4: the base's linear weights in 4 bits, as algorithm qlora has them",
+    {"quantization": "nf4"},
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,31 @@ def assess(
     return Assessment(verdict, available_bytes, needed, reasons, found)
 
 
+def assess_loading(
+    shape: ModelShape | None,
+    config: PeftConfig,
+    available_bytes: int | None,
+    *,
+    on_gpu: bool,
+    siblings: Sequence[Sibling] = (),
+) -> Assessment:
+    """Estimate the load of a base alone and judge it; arguments and result as in `assess`."""
+    if shape is None:
+        return Assessment("unknown", available_bytes, None)
+    needed = estimate_loading(shape, config, on_gpu=on_gpu)
+    blockers = _blockers(shape, config)
+    if available_bytes is None or blockers:
+        return Assessment("unknown", available_bytes, needed, [], [], blockers)
+    verdict = judge(needed, available_bytes)
+    found = []
+    if verdict == "does_not_fit" and config.quantization == "none" and config.init_weights != "pissa":
+        smaller = estimate_loading(shape, config.model_copy(update={"quantization": "nf4"}), on_gpu=on_gpu)
+        found.append(Suggestion(*_IN_4_BITS, smaller.total_bytes, judge(smaller, available_bytes)))
+    if verdict == "does_not_fit":
+        found += _smaller(shape, config, available_bytes, siblings, on_gpu=on_gpu)
+    return Assessment(verdict, available_bytes, needed, [], found)
+
+
 def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
     found = [] if shape.obstacle is None else [f"the engine cannot load {shape.model_type}: {shape.obstacle}"]
     if shape.stored is not None:
@@ -176,9 +206,6 @@ def _shrunk(batch: Batch | None, config: PeftConfig) -> Batch | None:
     return Batch(rows, length, config.packing or rows > 1, batch.trained)
 
 
-_Change = tuple[str, dict[str, Any]]
-
-
 def _first_that_fits(options: list[_Change], with_changes: Any) -> _Change:
     """Return the mildest of several degrees of one change that fits, or the strongest."""
     return next((option for option in options if with_changes(*option).verdict in ("fits", "tight")), options[-1])
@@ -187,7 +214,7 @@ def _first_that_fits(options: list[_Change], with_changes: Any) -> _Change:
 def _changes(config: PeftConfig) -> Iterator[list[_Change]]:
     """Yield the changes in order, each as degrees from mild to strong."""
     if config.quantization == "none" and config.init_weights != "pissa":
-        yield [("quantization=nf4: the base in 4 bits, as algorithm qlora has it", {"quantization": "nf4"})]
+        yield [_IN_4_BITS]
     if not config.gradient_checkpointing:
         yield [("gradient_checkpointing=true: activations are computed twice", {"gradient_checkpointing": True})]
     rows = list(_smaller_batches(config))

@@ -7,7 +7,6 @@ from core.singleton import singleton
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.memory_verdict import Assessment, assess
-from services.machine import Machine, get_machine
 from services.model_facts import ModelFacts, get_model_facts
 from services.peft_service import PeftService, get_peft_service
 
@@ -15,8 +14,8 @@ from services.peft_service import PeftService, get_peft_service
 class CompatibilityService:
     """Estimates and judges."""
 
-    def __init__(self, machine: Machine, facts: ModelFacts, peft: PeftService) -> None:
-        self._machine, self._facts, self._peft = machine, facts, peft
+    def __init__(self, facts: ModelFacts, peft: PeftService) -> None:
+        self._facts, self._peft = facts, peft
 
     def check(
         self,
@@ -33,14 +32,18 @@ class CompatibilityService:
             ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
             SettingRejected: A setting cannot take effect.
         """
-        device = self._machine.device(device_name)
+        device = self._peft.device(device_name)
         if memory_bytes is not None:
             device = replace(device, available_bytes=memory_bytes)
         config_json = self._facts.config(model_id, revision)
         config = self._peft.configure(
             algorithm, None, overrides, model_id=model_id, revision=revision, device=device
         ).config
-        found = assess(read_shape(config_json), config, device.available_bytes, on_gpu=device.on_gpu)
+        shape = read_shape(config_json)
+        found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu)
+        if shape is not None and found.verdict in ("tight", "does_not_fit"):
+            siblings = self._facts.siblings(shape)
+            found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=siblings)
         if config_json.get("auto_map"):
             return replace(found, verdict="unknown", blockers=["the repository asks to run its own Python"])
         return found
@@ -49,4 +52,4 @@ class CompatibilityService:
 @singleton
 def get_compatibility_service() -> CompatibilityService:
     """Return the process's compatibility service."""
-    return CompatibilityService(get_machine(), get_model_facts(), get_peft_service())
+    return CompatibilityService(get_model_facts(), get_peft_service())

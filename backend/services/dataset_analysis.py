@@ -140,6 +140,14 @@ class DatasetAnalysisService:
                     f"POST /api/datasets/{dataset_id}/analyze says why.",
                 )
 
+    def longest_row(self, dataset_id: str, model_id: str, revision: str | None) -> int | None:
+        """Return the tokens of the longest row for a model's tokenizer, if an analysis has counted them."""
+        wanted = {"model_id": model_id, "revision": revision}
+        for about, figures in self._kept(dataset_id):
+            if all(about.get(name) == value for name, value in wanted.items()):
+                return int(figures["tokens"]["maximum"]) or None
+        return None
+
     def _config(self, request: AnalysisRequest) -> PeftConfig:
         overrides = dict(request.overrides)
         if "train_on" not in overrides and self._datasets.get(request.dataset_id).format == "text":

@@ -38,6 +38,11 @@ class Device:
         return self.facts.has_gpu
 
 
+def device_name(torch_name: str) -> str | int:
+    """Return what a client calls the device that torch calls `cpu` or `cuda:N`."""
+    return torch_name if torch_name == "cpu" else int(torch_name.removeprefix("cuda:"))
+
+
 def choose_device(wanted: str | int, gpus: "list[GpuFacts]", host_available_bytes: int) -> Device:
     """Resolve `auto`, `cpu` or a GPU's index.
 

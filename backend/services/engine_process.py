@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import ValidationError
 
 from core.errors import EngineFailed, EngineUnavailable, StudioError
@@ -99,6 +100,13 @@ class EngineProcess:
     def pid(self) -> int:
         """The process id."""
         return self._process.pid
+
+    def resident_bytes(self) -> int:
+        """Return the memory that the process holds now; 0 if it has ended."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            return 0
 
     @property
     def alive(self) -> bool:

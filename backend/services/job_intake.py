@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.errors import CheckpointUnusable, SettingRejected
+from domain.activations import Batch
 from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration
+from domain.hardware_fit import FITTED
 from domain.job_states import JobState
 from domain.peft_config import PeftConfig
 from domain.use_cases import UseCaseId
@@ -35,6 +37,7 @@ class JobRequest:
     priority: int
     resume_from: str | None
     idempotency_key: str | None
+    force: bool
 
 
 _MUST_MATCH = ("model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction")
@@ -70,11 +73,14 @@ class JobIntake:
             SettingRejected: A setting cannot take effect.
             DatasetNotFound, ModelNotFound, LoadedModelNotFound, CheckpointNotFound: What it names does not exist.
             CheckpointUnusable: The checkpoint is damaged or belongs to another kind of run.
+            DoesNotFit: It needs more memory than there is, and `force` is not set.
         """
         model_id, revision = self._model_of(request)
-        config = self._configure(request, model_id, revision).config
+        config = self._configure(request, model_id, revision, source).config
         self._check_data(request, config)
         self.analyses.check_learnable(request.dataset_id, model_id, revision, config)
+        if not request.force:
+            self._check_memory(request, model_id, revision, config)
         record = JobRecord(
             id=job_id,
             sequence=0,
@@ -91,7 +97,7 @@ class JobIntake:
             dataset_id=request.dataset_id,
             validation_dataset_id=request.validation_dataset_id,
             validation_fraction=request.validation_fraction,
-            progress={},
+            progress={"forced": True} if request.force else {},
             result={},
             attempts=0,
             stalls=0,
@@ -107,8 +113,13 @@ class JobIntake:
             return record
         return self._begin_with(source, request.resume_from, record)
 
-    def _configure(self, request: JobRequest, model_id: str, revision: str | None) -> Configuration:
-        """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused."""
+    def _configure(
+        self, request: JobRequest, model_id: str, revision: str | None, source: JobRecord | None
+    ) -> Configuration:
+        """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused.
+
+        What was fitted to the memory for an earlier job stays for one that goes on from its checkpoint.
+        """
         loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
         device = self.peft.device_of(loaded) if loaded is not None else None
         overrides = dict(request.overrides)
@@ -121,6 +132,8 @@ class JobIntake:
                         name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another"
                     )
                 overrides[name] = have
+        if source is not None:
+            overrides = {name: source.config[name] for name in FITTED} | overrides
         if "train_on" not in overrides and self.datasets.get(request.dataset_id).format == "text":
             overrides["train_on"] = "all"  # a text has no answers
         return self.peft.configure(
@@ -148,6 +161,15 @@ class JobIntake:
             if getattr(config, name) is not None and not has_validation:
                 raise _rejected(name, "needs validation_dataset_id or validation_fraction")
 
+    def _check_memory(self, request: JobRequest, model_id: str, revision: str | None, config: PeftConfig) -> None:
+        loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
+        rows = min(config.batch_size, self.datasets.get(request.dataset_id).rows)
+        longest = self.analyses.longest_row(request.dataset_id, model_id, revision)
+        if config.packing or longest is None:
+            longest = config.max_seq_length
+        batch = Batch(rows, min(longest, config.max_seq_length), config.packing or rows > 1)
+        self.peft.admit_run(model_id, revision, config, loaded=loaded, batch=batch)
+
     def _begin_with(self, source: JobRecord, resume_from: str, record: JobRecord) -> JobRecord:
         """Give the new job a checkpoint of another."""
         checkpoint_id, about = self.checkpoints.about(source.id, resume_from.partition("/")[2] or None)
@@ -163,7 +185,7 @@ class JobIntake:
             raise CheckpointUnusable(f"{resume_from} is at step {about['step']} already; max_steps={last} adds none.")
         self.checkpoints.copy(source.id, checkpoint_id, record.id)
         progress = {"step": about["step"], "recorded_step": about["step"]}
-        return replace(record, progress=progress, resumed_from=f"{source.id}/{checkpoint_id}")
+        return replace(record, progress=record.progress | progress, resumed_from=f"{source.id}/{checkpoint_id}")
 
 
 def digest_of(request: JobRequest) -> str:

@@ -67,6 +67,7 @@ class LoadedBase:
         self.busy_with: str | None = None
         self.total_parameters: int | None = None
         self.memory_bytes: int | None = None
+        self.needed_bytes: int | None = None  # estimated for loading it
         self.load_s: float | None = None
         self.loaded_at: datetime | None = None
         self.last_used_at: datetime | None = None
@@ -131,6 +132,21 @@ class LoadedBase:
     def settled(self) -> bool:
         """Whether the load has ended, well or not."""
         return self._done.is_set()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it will still take memory for its weights."""
+        return self.state in (LoadState.QUEUED, LoadState.DOWNLOADING, LoadState.LOADING)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that it holds on its device now, as far as that can be seen; 0 before there is an engine."""
+        process = self.process
+        if process is None:
+            return 0
+        if self.key.device != "cpu":
+            return self.memory_bytes or 0
+        return process.resident_bytes()
 
     @property
     def usable(self) -> bool:

@@ -1,9 +1,11 @@
 """A model's shape, from its config alone: local if it is here, from the Hub if it is not."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from core.singleton import singleton
 from domain.architectures.registry import read_shape
+from domain.memory_verdict import Sibling
 from domain.model_shape import ModelShape
 from services.embedded_model import CONFIG, MODEL_ID
 from services.model_registry_service import get_model_registry_service
@@ -14,6 +16,10 @@ class ConfigSource(Protocol):
 
     def config_of(self, model_id: str, revision: str | None) -> dict[str, Any]:
         """Return the parsed config.json."""
+        ...
+
+    def local_configs(self) -> Iterable[tuple[str, dict[str, Any]]]:
+        """Yield the id and config.json of every model on this machine."""
         ...
 
 
@@ -36,6 +42,11 @@ class ModelFacts:
     def shape(self, model_id: str, revision: str | None) -> ModelShape | None:
         """Return a model's dimensions, or None where its family is not known here."""
         return read_shape(self.config(model_id, revision))
+
+    def siblings(self, shape: ModelShape) -> list[Sibling]:
+        """Return the models on this machine that are of a shape's family."""
+        found = [(model_id, read_shape(config)) for model_id, config in self._configs.local_configs()]
+        return [Sibling(model_id, other) for model_id, other in found if other and other.model_type == shape.model_type]
 
 
 @singleton

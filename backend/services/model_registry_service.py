@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -157,6 +157,12 @@ class ModelRegistryService:
         config = self._config_of(model_id, revision)
         check_dimensions(model_id, config)
         return config
+
+    def local_configs(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the id and config.json of every model on this machine."""
+        for model in self._local.all():
+            if (config := self._local.config(model)) is not None:
+                yield model.model_id, config
 
     def clear_cache(self) -> None:
         """Forget what the Hub said."""

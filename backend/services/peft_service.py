@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from core.clock import Clock, SystemClock
-from core.errors import DoesNotFit, LoadedModelNotFound, ModelBusy, ModelNotReady, StudioError
+from core.errors import LoadedModelNotFound, ModelBusy, ModelNotReady, StudioError
 from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
+from domain.activations import Batch
 from domain.algorithms import Algorithm
 from domain.configure import Configuration, configure
 from domain.memory_estimate import adapter_parameters, loading_bytes
+from domain.memory_verdict import assess, assess_loading
 from domain.model_shape import ModelShape
+from domain.peft_config import PeftConfig
 from domain.use_cases import UseCaseId
-from services.devices import Device, EngineName
+from services.admission import refuse_what_does_not_fit, with_room
+from services.devices import Device, EngineName, device_name
 from services.engine_process import EngineProcess
 from services.loaded_base import BaseKey, LoadedBase, LoadState
 from services.machine import Machine, get_machine
@@ -116,7 +120,7 @@ class PeftService:
             SettingRejected: An override cannot take effect.
             ModelNotFound: There is no such model.
         """
-        device = device or self._machine.device("auto")
+        device = device or self.device("auto")
         shape = self._facts.shape(model_id, revision) if model_id is not None else None
         return configure(
             algorithm,
@@ -127,10 +131,52 @@ class PeftService:
             available_bytes=device.available_bytes,
         )
 
+    def device(self, wanted: str | int) -> Device:
+        """Return a device with what a new load may use of it: what is free, less what loads under way will need.
+
+        Raises:
+            SettingRejected: There is no such device.
+        """
+        device = self._machine.device(wanted)
+        with self._lock:
+            return with_room(device, self._bases.values())
+
     def device_of(self, model: LoadedModel) -> Device:
-        """Return the device that a loaded model is on, with what it has free now."""
-        name = model.base.key.device
-        return self._machine.device(name if name == "cpu" else int(name.removeprefix("cuda:")))
+        """Return the device that a loaded model is on, with what a run on that model may use of it."""
+        device = self._machine.device(device_name(model.base.key.device))
+        with self._lock:
+            return with_room(device, self._bases.values(), model.base)
+
+    def admit_run(
+        self,
+        model_id: str,
+        revision: str | None,
+        config: PeftConfig,
+        *,
+        loaded: LoadedModel | None,
+        batch: Batch,
+    ) -> None:
+        """Refuse a fine-tune that does not fit.
+
+        Args:
+            loaded: The loaded model it will use, if it names one; otherwise a base that is there is taken.
+            batch: The largest forward pass of the data.
+
+        Raises:
+            DoesNotFit: With the estimate and what would make it fit.
+        """
+        device = self._machine.device("auto") if loaded is None else self.device_of(loaded)
+        if loaded is None:
+            engine = self._machine.engine("auto", device)
+            key = BaseKey(model_id, revision, config.quantization, config.precision, device.torch_name, engine)
+            with self._lock:
+                device = with_room(device, self._bases.values(), self._bases.get(key))
+        shape = self._facts.shape(model_id, revision)
+        found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, batch=batch)
+        if found.verdict == "does_not_fit" and shape is not None:
+            siblings = self._facts.siblings(shape)
+            found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, batch=batch, siblings=siblings)
+        refuse_what_does_not_fit(found, f"Training {model_id}", device)
 
     # Loading
 
@@ -141,9 +187,9 @@ class PeftService:
             SettingRejected: A setting cannot take effect.
             ModelNotFound: There is no such model.
             NeedsRemoteCode, NoSafeWeights, ModelRejected: It is not safe to load; nothing is downloaded.
-            DoesNotFit: Its weights exceed what the device has free.
+            DoesNotFit: Loading it needs more than the device has free beside the loads under way.
         """
-        device = self._machine.device(request.device)
+        device = self.device(request.device)
         engine = self._machine.engine(request.engine, device)
         self._files.check(request.model_id, request.revision, allow_pickle=request.allow_pickle)
         shape = self._facts.shape(request.model_id, request.revision)
@@ -170,8 +216,9 @@ class PeftService:
             needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
             if base is None:
                 if not request.force:
-                    self._admit(request.model_id, needed, device)
+                    self._admit(request.model_id, shape, config, device)
                 base = self._start(key, configuration, engine, device, request.allow_pickle)
+                base.needed_bytes = needed
             model = LoadedModel(
                 f"mdl_{uuid.uuid4().hex[:12]}",
                 request.model_id,
@@ -185,17 +232,14 @@ class PeftService:
             self._models[model.id] = model
             return model
 
-    def _admit(self, model_id: str, needed: int | None, device: Device) -> None:
-        if needed is None or device.available_bytes is None:
-            return
-        if needed > device.available_bytes:
-            raise DoesNotFit(
-                f"{model_id} needs about {needed} bytes on {device.torch_name}, which has {device.available_bytes} "
-                "free. Unload another model, use algorithm qlora, or force=true to try all the same.",
-                estimate_bytes=needed,
-                available_bytes=device.available_bytes,
-                suggestions=["algorithm qlora", "unload a loaded model", "a smaller model", "force=true"],
-            )
+    def _admit(self, model_id: str, shape: ModelShape | None, config: PeftConfig, device: Device) -> None:
+        """Refuse a load that does not fit. The caller holds the lock, so that two loads cannot both take the last."""
+        device = with_room(self._machine.device(device_name(device.torch_name)), self._bases.values())
+        found = assess_loading(shape, config, device.available_bytes, on_gpu=device.on_gpu)
+        if found.verdict == "does_not_fit" and shape is not None:
+            siblings = self._facts.siblings(shape)
+            found = assess_loading(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=siblings)
+        refuse_what_does_not_fit(found, f"Loading {model_id}", device)
 
     def _start(
         self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device, allow_pickle: bool

@@ -152,7 +152,7 @@ class TrainingRun:
                 overrides=config.model_dump(),
                 engine="auto",
                 device=self._device,
-                force=False,
+                force=bool(self.job.progress.get("forced")),
             )
         )
 
@@ -412,5 +412,10 @@ def failure(error_class: str, error: StudioError) -> dict[str, Any]:
         "exit_code": extras.get("exit_code"),
         "signal": extras.get("signal"),
         "log_tail": extras.get("log_tail", []),
-        "suggestions": extras.get("suggestions") or _SUGGESTIONS.get(error_class, []),
+        "suggestions": _in_words(extras.get("suggestions", [])) or _SUGGESTIONS.get(error_class, []),
     }
+
+
+def _in_words(suggestions: list[Any]) -> list[str]:
+    """Return suggestions as sentences; those of an estimate carry figures as well."""
+    return [item["change"] if isinstance(item, dict) else item for item in suggestions]
