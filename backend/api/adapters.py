@@ -82,10 +82,10 @@ def download(adapter_id: str, adapters: Adapters) -> StreamingResponse:
     return StreamingResponse(adapters.zipped(adapter_id), media_type="application/zip", headers=headers)
 
 
-@router.post("/{adapter_id}/export", status_code=202)
+@router.post("/{adapter_id}/export", status_code=202, dependencies=ASKS_THE_HUB)
 def export(adapter_id: str, body: CreateExportRequest, response: HttpResponse, exports: Exports) -> ExportResponse:
-    """Make a normal model of the adapter and its base; `GET /api/exports/{id}` says how far it is."""
-    record = exports.create(adapter_id, ExportKind(body.format), {})
+    """Make one model of the adapter and its base; `GET /api/exports/{id}` says how far it is."""
+    record = exports.create(adapter_id, ExportKind(body.format), body.settings())
     response.headers["Location"] = f"/api/exports/{record.id}"
     return show(exports, record)
 

@@ -1,17 +1,33 @@
 """Requests and responses of exports."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from api.peft_schemas import Request, Response
 from domain.export_states import ExportKind, ExportState
+from domain.gguf_models import GgufType
 from services.export_control import ExportProgress
 from store.records import ExportRecord
 
 
 class CreateExportRequest(Request):
-    format: Literal["merged"] = Field(description="merged: a normal model with the adapter in its weights.")
+    format: Literal["merged", "gguf"] = Field(
+        description="merged: a normal model with the adapter in its weights; gguf: the same as one file for llama.cpp."
+    )
+    quantization: GgufType | None = Field(
+        default=None, description="Of gguf alone, f16 if left out. A merged model has the type of the base's files."
+    )
+
+    @model_validator(mode="after")
+    def _of_gguf_alone(self) -> Self:
+        if self.format == "merged" and self.quantization is not None:
+            raise ValueError("a merged model is written in the type of the base's own files: leave quantization out")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Return what is kept with the export."""
+        return {"quantization": self.quantization or "f16"} if self.format == "gguf" else {}
 
 
 class ExportProgressInfo(Response):

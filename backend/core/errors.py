@@ -4,7 +4,7 @@
     ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
     │                       JobNotFound, CheckpointNotFound, AdapterNotFound, ExportNotFound
     ├── Rejected            SettingRejected, DatasetRejected, DatasetNotTrainable, ModelRejected,
-    │                       CheckpointUnusable, AdapterRejected
+    │                       CheckpointUnusable, AdapterRejected, ExportRejected
     ├── TooLarge            more bytes than the service takes
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
     │                       DatasetInUse, AdapterInUse, AdapterDamaged, NeedsRemoteCode,
@@ -132,6 +132,12 @@ class AdapterRejected(Rejected):
     """The files are not an adapter that this service can serve safely."""
 
     slug, title = "adapter-rejected", "Adapter rejected"
+
+
+class ExportRejected(Rejected):
+    """The adapter cannot be exported so: its base or its tokenizer has no place in that format."""
+
+    slug, title = "export-rejected", "Export rejected"
 
 
 class TooLarge(StudioError):

@@ -7,10 +7,11 @@ from types import MappingProxyType
 class ExportKind(StrEnum):
     """What is made of an adapter.
 
-    `merged` is a normal model with the adapter's corrections in its weights.
+    `merged` is a normal model with the adapter's corrections in its weights, `gguf` the same as llama.cpp reads it.
     """
 
     MERGED = "merged"
+    GGUF = "gguf"
 
 
 class ExportState(StrEnum):

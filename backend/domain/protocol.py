@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from domain.gguf_models import GgufType
 from domain.peft_config import PeftConfig
 
 HEARTBEAT_S = 2.0
@@ -138,6 +139,18 @@ class Merge(_Command):
     about: dict[str, Any]
 
 
+class ExportGguf(_Command):
+    """Write base and adapter as one GGUF file into a folder. The base stays as it is."""
+
+    kind: Literal["export_gguf"] = "export_gguf"
+    adapter_id: str
+    adapter_path: str
+    output_path: str
+    base_model_id: str
+    quantization: GgufType
+    about: dict[str, Any]
+
+
 StopMode = Literal["discard", "pause", "keep"]
 
 
@@ -174,6 +187,7 @@ Command = Annotated[
     | Train
     | Analyze
     | Merge
+    | ExportGguf
     | PrepareGguf
     | PreparePickled
     | Stop

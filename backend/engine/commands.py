@@ -84,6 +84,10 @@ class CommandLoop:
             from engine.merge import merge
 
             return merge(base, command, self._channel)
+        if isinstance(command, protocol.ExportGguf):
+            from engine.gguf_export import export_gguf
+
+            return export_gguf(base, command, self._channel)
         raise BadSetting(f"this engine does not know the command {command.kind}")
 
     def _load(self, command: protocol.LoadBase) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
             "size_bytes": merged.total_bytes,
             "dtype": str(merged.dtype).removeprefix("torch."),
             "adapted_layers": merged.adapted_layers,
-            "notes": merged.notes,
+            "notes": _notes(merged),
         }
         with whole_folder(output) as folder:
             _write_weights(merged, folder, command.request_id, channel)
@@ -61,6 +61,12 @@ def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
             channel.emit(Progress(request_id=command.request_id, stage="computing sums", fraction=None))
             write_manifest(folder, about)
     return result
+
+
+def _notes(merged: MergedWeights) -> list[str]:
+    written = str(merged.dtype).removeprefix("torch.")
+    how = f"Base and adapter were added in fp32 and rounded to {written}, the type of the base's own files."
+    return [*merged.notes, how] if merged.dtype.itemsize < 4 else merged.notes
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
@@ -89,7 +95,7 @@ def copy_tokenizer(base: Base, adapter: Path, folder: Path) -> None:
 
 def merging_packages() -> dict[str, str]:
     """Return the versions of what computed the merge."""
-    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "safetensors")}
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "gguf")}
 
 
 def _write_weights(merged: MergedWeights, folder: Path, request_id: str, channel: Channel) -> None:
@@ -131,7 +137,7 @@ def _write_configs(merged: MergedWeights, source: Path, folder: Path) -> None:
 
 
 def _card(command: Merge, merged: MergedWeights) -> str:
-    notes = "".join(f"- {note}\n" for note in merged.notes)
+    notes = "".join(f"- {note}\n" for note in _notes(merged))
     return (
         f"---\nbase_model: {command.base_model_id}\nlibrary_name: transformers\ntags:\n- peft-studio\n- merged\n---\n\n"
         f"# {command.base_model_id}, fine-tuned and merged\n\n"

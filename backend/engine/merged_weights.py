@@ -65,7 +65,7 @@ class MergedWeights:
     Attributes:
         tensors: In the model's order; of tensors that are tied, the one that is saved.
         untied: Whether tied tensors had to be written apart, because the adapter changes one of them alone.
-        notes: What a user should know of how they were computed.
+        notes: What a user should know of how they are computed.
     """
 
     def __init__(self, base: Base, adapter: str) -> None:
@@ -83,13 +83,18 @@ class MergedWeights:
         """Of all tensors as they are written."""
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
-    def compute(self, name: str) -> torch.Tensor:
-        """Return one tensor, on the CPU, in the type that it is written in.
+    def compute(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Return one tensor, on the CPU.
+
+        Args:
+            name: Which.
+            dtype: As what; the type of the base's own files if None.
 
         Raises:
             BadSetting: It holds values that the type cannot.
         """
         tensor = self.tensors[name]
+        dtype = dtype or tensor.dtype
         with torch.no_grad():
             if tensor.attribute != "weight":
                 value = getattr(tensor.host, tensor.attribute).detach()
@@ -97,9 +102,9 @@ class MergedWeights:
                 value = plain_weight(tensor.host)
             else:
                 value = merged_weight(tensor.layer, self.adapter)
-            value = value.to("cpu", tensor.dtype, copy=True).contiguous()
-        if tensor.layer is not None and not bool(torch.isfinite(value).all()):
-            raise BadSetting(f"{name} is not finite once merged and written as {_name(tensor.dtype)}")
+            value = value.to("cpu", dtype, copy=True).contiguous()
+        if dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+            raise BadSetting(f"{name} is not finite once merged and written as {_name(dtype)}")
         return value
 
     def _find(self) -> Iterator[tuple[str, MergedTensor]]:
@@ -153,17 +158,12 @@ class MergedWeights:
             for tensor in self.tensors.values()
             if (words := _QUANTISED.get(type(getattr(tensor.host, tensor.attribute)).__name__)) is not None
         }
-        written = _name(self.dtype)
         notes = [
             f"The base was held in {words} while the adapter was trained, and the adapter corrects those rounded "
-            f"weights. They are what it was merged into, dequantised to {written}: merged into the weights before "
-            "rounding, it would give other answers than it does."
+            "weights. They are what it was merged into, dequantised: merged into the weights before rounding, it "
+            "would give other answers than it does."
             for words in sorted(quantised)
         ]
-        if self.dtype.itemsize < 4:
-            notes.append(
-                f"Base and adapter were added in fp32 and rounded to {written}, the type of the base's own files."
-            )
         if self.untied:
             notes.append("The output head and the input embedding were one tensor; the adapter changes one of them.")
         return notes

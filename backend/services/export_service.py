@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 from sqlalchemy.exc import OperationalError
 
@@ -23,18 +23,27 @@ from services.adapter_service import AdapterService, get_adapter_service
 from services.database import get_database
 from services.export_control import ExportControl, ExportProgress, ExportStopped
 from services.model_export import ModelExport
+from services.model_facts import get_model_facts
 from services.peft_service import get_peft_service
 from services.training_run import failure
 from services.zip_stream import zip_files
 from store.database import Database
-from store.records import ExportRecord, to_text
+from store.records import AdapterRecord, ExportRecord, to_text
 from store.repositories import Adapters, Exports
 
 _log = get_logger(__name__)
 _SAVE_AGAIN_S = 1.0
 _GRACE_S = 20.0  # for a tensor under way when the server is told to stop
-# What makes an export: takes the record and the folder that it may fill, returns what it made.
-Work = Callable[[ExportRecord, Path, ExportControl], dict[str, Any]]
+
+
+class Work(Protocol):
+    """What makes exports of some kinds."""
+
+    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Mapping[str, Any]) -> None:
+        """Refuse at once what could never be made."""
+
+    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+        """Make it, in a folder that it may fill; return what it made."""
 
 
 class ExportFileNotFound(NotFound):
@@ -102,8 +111,9 @@ class ExportService:
 
         Raises:
             AdapterNotFound: There is no such adapter.
+            StudioError: As the work says of what it cannot make.
         """
-        self._adapters.get(adapter_id)
+        self._works[kind].accept(kind, self._adapters.get(adapter_id), settings)
         now = to_text(self._clock.now())
         record = ExportRecord(
             id=f"exp_{uuid.uuid4().hex[:12]}",
@@ -266,7 +276,7 @@ class ExportService:
 
     def _carry_out(self, record: ExportRecord, control: ExportControl) -> None:
         try:
-            result = self._works[record.kind](record, self._folder / record.id, control)
+            result = self._works[record.kind].run(record, self._folder / record.id, control)
         except ExportStopped:
             # The server's end is not the client's wish: the next start takes the export up again.
             following = ExportState.QUEUED if self._closing.is_set() else ExportState.CANCELLED
@@ -308,6 +318,6 @@ class ExportService:
 def get_export_service() -> ExportService:
     """Return the process's export service."""
     adapters, clock = get_adapter_service(), SystemClock()
-    model_export = ModelExport(get_peft_service(), adapters)
-    works: dict[ExportKind, Work] = {ExportKind.MERGED: model_export}
+    model_export = ModelExport(get_peft_service(), adapters, get_model_facts())
+    works: dict[ExportKind, Work] = {ExportKind.MERGED: model_export, ExportKind.GGUF: model_export}
     return ExportService(get_database(), adapters, clock, get_settings().home / "exports", works)

@@ -1,6 +1,6 @@
 """Exports that an engine computes: the base is found or loaded, lent, and given back as it was."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,13 @@ from typing import Any
 from core.errors import ModelBusy
 from domain import protocol
 from domain.algorithms import Algorithm
+from domain.export_states import ExportKind
+from domain.gguf_models import read_gguf_model
 from services.adapter_service import AdapterService
 from services.engine_process import CommandFailed, EngineDied, EngineProcess
 from services.export_control import ExportControl, ExportStopped
 from services.loaded_base import LoadState
+from services.model_facts import ModelFacts
 from services.peft_service import LoadedModel, LoadRequest, PeftService
 from store.records import AdapterRecord, ExportRecord
 
@@ -19,12 +22,22 @@ _POLL_S = 0.2
 
 
 class ModelExport:
-    """Merges an adapter into its base."""
+    """Makes one model of an adapter and its base."""
 
-    def __init__(self, peft: PeftService, adapters: AdapterService) -> None:
-        self._peft, self._adapters = peft, adapters
+    def __init__(self, peft: PeftService, adapters: AdapterService, facts: ModelFacts) -> None:
+        self._peft, self._adapters, self._facts = peft, adapters, facts
 
-    def __call__(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Mapping[str, Any]) -> None:
+        """Refuse what llama.cpp has no place for, by the base's config alone.
+
+        Raises:
+            ExportRejected: The architecture, or how it scales positions, is not written as GGUF.
+            ModelNotFound, ModelGated, HubUnavailable: The config cannot be had.
+        """
+        if kind is ExportKind.GGUF:
+            read_gguf_model(self._facts.config(adapter.base_model_id, adapter.base_revision))
+
+    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
         """Carry an export out.
 
         Returns:
@@ -99,20 +112,25 @@ class ModelExport:
             raise
 
 
-def _command(request_id: str, adapter: AdapterRecord, record: ExportRecord, folder: Path) -> protocol.Merge:
-    about = {
+def _command(
+    request_id: str, adapter: AdapterRecord, record: ExportRecord, folder: Path
+) -> protocol.Merge | protocol.ExportGguf:
+    values: dict[str, Any] = {
+        "request_id": request_id,
         "adapter_id": adapter.id,
-        "adapter_name": adapter.name,
-        "adapter_version": adapter.version,
+        "adapter_path": adapter.path,
+        "output_path": str(folder),
         "base_model_id": adapter.base_model_id,
-        "base_revision": adapter.base_revision,
-        "created_at": record.created_at,
+        "about": {
+            "adapter_id": adapter.id,
+            "adapter_name": adapter.name,
+            "adapter_version": adapter.version,
+            "base_model_id": adapter.base_model_id,
+            "base_revision": adapter.base_revision,
+            "format": record.kind.value,
+            "created_at": record.created_at,
+        },
     }
-    return protocol.Merge(
-        request_id=request_id,
-        adapter_id=adapter.id,
-        adapter_path=adapter.path,
-        output_path=str(folder),
-        base_model_id=adapter.base_model_id,
-        about=about,
-    )
+    if record.kind is ExportKind.GGUF:
+        return protocol.ExportGguf(**values, quantization=record.settings["quantization"])
+    return protocol.Merge(**values)

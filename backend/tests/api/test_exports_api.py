@@ -2,12 +2,14 @@
 
 import io
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapter_double import adapter_files, write_files
 from rows import messages_jsonl
 from safetensors.torch import load_file
 from server import StudioServer, start_server, wait_until
@@ -96,6 +98,46 @@ def test_a_file_is_downloaded_in_parts_and_an_export_deleted(studio: StudioServe
     assert studio.http.delete(f"/api/exports/{done['id']}").status_code == 204
     assert studio.http.get(f"/api/exports/{done['id']}").json()["type"] == "/problems/export-not-found"
     assert not Path(done["path"]).exists()
+
+
+def test_a_gguf_is_downloaded_and_read_back(studio: StudioServer, adapter_id: str, tmp_path: Path) -> None:
+    merged = finished(studio, export(studio, adapter_id)["id"])
+    done = finished(studio, export(studio, adapter_id, format="gguf", quantization="f32")["id"])
+    assert done["state"] == "succeeded", done["error"]
+    assert done["settings"] == {"quantization": "f32"} and done["format"] == "gguf"
+    name = done["result"]["filename"]
+    (tmp_path / name).write_bytes(studio.http.get(f"/api/exports/{done['id']}/files/{name}").content)
+    probe = torch.tensor(PROBE)
+    with torch.no_grad():
+        models = (
+            AutoModelForCausalLM.from_pretrained(merged["path"]).eval(),
+            AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=name, dtype=torch.float32).eval(),
+        )
+        first, second = (model(input_ids=probe, use_cache=False).logits for model in models)
+    assert (first - second).abs().max() <= 2e-5
+    assert finished(studio, export(studio, adapter_id, format="gguf")["id"])["settings"] == {"quantization": "f16"}
+
+
+def test_what_has_no_place_in_gguf_is_refused_at_the_door(studio: StudioServer, model_dirs: Path) -> None:
+    source = write_files(studio.home / "inbox", adapter_files(base_model_name_or_path="tests/other"))
+    other = model_dirs / "tests" / "other"
+    shutil.copytree(model_dirs / TINY_ID, other)
+    config = json.loads((other / "config.json").read_text()) | {"architectures": ["GPTNeoXForCausalLM"]}
+    (other / "config.json").write_text(json.dumps(config))
+    adapter = studio.http.post("/api/adapters", json={"path": str(source)}).json()
+    before = studio.http.get("/api/exports").json()
+    response = studio.http.post(f"/api/adapters/{adapter['id']}/export", json={"format": "gguf"})
+    assert (response.status_code, response.json()["type"]) == (422, "/problems/export-rejected")
+    assert "GPTNeoXForCausalLM" in response.json()["detail"] and "LlamaForCausalLM" in response.json()["detail"]
+    for body in (
+        {"format": "merged", "quantization": "q8_0"},
+        {"format": "gguf", "quantization": "q4_k_m"},
+        {"format": "gguf", "quantization": None, "x": 1},
+    ):
+        assert studio.http.post(f"/api/adapters/{adapter['id']}/export", json=body).status_code == 422
+    assert studio.http.get("/api/exports").json() == before
+    studio.http.delete(f"/api/adapters/{adapter['id']}")
+    shutil.rmtree(other)
 
 
 def endless(studio: StudioServer) -> str:

@@ -11,7 +11,14 @@ import pytest
 from hub_double import ManualClock
 from server import wait_until
 
-from core.errors import AdapterInUse, AdapterNotFound, ExportNotFound, StudioError, TransitionNotPermitted
+from core.errors import (
+    AdapterInUse,
+    AdapterNotFound,
+    ExportNotFound,
+    ExportRejected,
+    StudioError,
+    TransitionNotPermitted,
+)
 from core.files import whole_folder
 from domain.export_states import FINAL_STATES, ExportKind, ExportState, may_change
 from services.adapter_service import AdapterService
@@ -55,11 +62,15 @@ class Bench:
         self.act: Act = make_files
         self.open()
 
-    def open(self) -> None:
-        def work(record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
-            return self.act(record, folder, control)
+    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Any) -> None:
+        if settings:
+            raise ExportRejected("No.")
 
-        works = {ExportKind.MERGED: work}
+    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+        return self.act(record, folder, control)
+
+    def open(self) -> None:
+        works = {ExportKind.MERGED: self}
         self.service = ExportService(self.database, self.adapters, ManualClock(), self.home / "exports", works)
 
     def add_adapter(self, adapter_id: str = "adp_1", name: str = "mine") -> None:
@@ -114,6 +125,9 @@ def test_an_export_is_queued_runs_and_keeps_its_folder(bench: Bench) -> None:
         bench.service.get(export_id)
     with pytest.raises(AdapterNotFound):
         bench.service.create("adp_none", ExportKind.MERGED, {})
+    with pytest.raises(ExportRejected):
+        bench.service.create("adp_1", ExportKind.MERGED, {"never": True})
+    assert bench.service.all() == []
 
 
 def test_running_and_queued_exports_are_cancelled(bench: Bench) -> None:

@@ -1,0 +1,92 @@
+"""A byte-level BPE tokenizer in the terms of GGUF."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, SpecialVocab, TokenType
+from transformers import AutoTokenizer
+
+from core.errors import ExportRejected
+from domain.gguf_models import pre_tokenizer_name
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """What a GGUF file says of its tokenizer.
+
+    Attributes:
+        pre: llama.cpp's name for how text is split.
+        tokens: By id, as many as the model has embeddings.
+        kinds: What each is.
+        special: Merges, special tokens and the chat template.
+        adds_bos: Whether a text begins with the token for it.
+        adds_eos: Whether a text ends with the token for it.
+    """
+
+    pre: str
+    tokens: list[str]
+    kinds: list[TokenType]
+    special: SpecialVocab
+    adds_bos: bool
+    adds_eos: bool
+
+    def write(self, writer: GGUFWriter) -> None:
+        """Add it to a file's metadata."""
+        writer.add_tokenizer_model("gpt2")  # GGUF's name for byte-level BPE
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.kinds)
+        self.special.add_to_gguf(writer, quiet=True)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(self.adds_eos)
+
+
+def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int) -> GgufTokenizer:
+    """Read a tokenizer's folder.
+
+    Args:
+        folder: As `save_pretrained` writes it.
+        base: The base's folder, whose config.json may name special tokens that the tokenizer does not.
+        vocabulary: Embeddings that the model has.
+
+    Raises:
+        ExportRejected: llama.cpp would read other tokens, or there are more of them than embeddings.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ExportRejected("The tokenizer has no tokenizer.json.")
+    pre = pre_tokenizer_name(json.loads(path.read_text(encoding="utf-8")))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tokens, kinds = _tokens(tokenizer, vocabulary)
+    special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
+    special._try_load_from_config_json(base)  # for roles that the tokenizer leaves open; its own come first
+    special.chat_template = tokenizer.chat_template
+    special.add_special_token = {}  # guessed there from the post-processor's text; asked of the tokenizer here
+    ids = tokenizer("a").input_ids
+    return GgufTokenizer(
+        pre=pre,
+        tokens=tokens,
+        kinds=kinds,
+        special=special,
+        adds_bos=bool(ids) and ids[0] == tokenizer.bos_token_id,
+        adds_eos=bool(ids) and ids[-1] == tokenizer.eos_token_id,
+    )
+
+
+def _tokens(tokenizer: Any, vocabulary: int) -> tuple[list[str], list[TokenType]]:
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    if by_id and max(by_id) >= vocabulary:
+        raise ExportRejected(f"The tokenizer has a token {max(by_id)}, and the model {vocabulary} embeddings.")
+    added = tokenizer.added_tokens_decoder
+    tokens, kinds = [], []
+    for number in range(vocabulary):
+        token, kind = by_id.get(number), TokenType.NORMAL
+        if token is None:  # embeddings beyond the last token, for the sake of a round number
+            token, kind = f"[PAD{number}]", TokenType.UNUSED
+        elif number in added:
+            kind = TokenType.CONTROL if added[number].special else TokenType.USER_DEFINED
+        tokens.append(token)
+        kinds.append(kind)
+    return tokens, kinds
