@@ -140,6 +140,20 @@ def assess_loading(
     return Assessment(verdict, available_bytes, needed, [], found)
 
 
+def savings(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> list[str]:
+    """Say what to change after a run for which the memory did not suffice, each with what it is estimated to save.
+
+    Each change is the mildest of its kind, in the order in which a practitioner would try them.
+    """
+    before = estimate(shape, config, on_gpu=on_gpu).total_bytes
+    found = []
+    for (change, values), *_ in _changes(config):
+        after = estimate(shape, config.model_copy(update=values), on_gpu=on_gpu).total_bytes
+        if after < _WORTH_IT * before:
+            found.append(f"{change} (needs about {(before - after) / 1e9:.2g} GB less)")
+    return found
+
+
 def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
     found = [] if shape.obstacle is None else [f"the engine cannot load {shape.model_type}: {shape.obstacle}"]
     if shape.stored is not None:

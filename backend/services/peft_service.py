@@ -20,7 +20,7 @@ from domain.activations import Batch
 from domain.algorithms import Algorithm
 from domain.configure import Configuration, configure
 from domain.memory_estimate import adapter_parameters, loading_bytes
-from domain.memory_verdict import assess, assess_loading
+from domain.memory_verdict import assess, assess_loading, savings
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from domain.use_cases import UseCaseId
@@ -177,6 +177,11 @@ class PeftService:
             siblings = self._facts.siblings(shape)
             found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, batch=batch, siblings=siblings)
         refuse_what_does_not_fit(found, f"Training {model_id}", device)
+
+    def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
+        """Say what would need less memory, and how much; nothing where the model's layers are not known."""
+        shape = self._facts.shape(model_id, revision)
+        return savings(shape, config, on_gpu=on_gpu) if shape is not None else []
 
     # Loading
 

@@ -311,6 +311,11 @@ class TrainingRun:
             self._end_early()  # it was to end anyway
         telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
+        if error_class in ("out_of_memory", "out_of_host_memory"):
+            config = PeftConfig.model_validate(self.job.config)
+            on_gpu = self._device != "cpu"
+            saving = self._service.peft.savings(self.job.model_id, self.job.revision, config, on_gpu=on_gpu)
+            details["suggestions"] = saving or details["suggestions"]
         if error_class == "disk_full":
             self._finish(JobState.PAUSED, error=details)
             return

@@ -11,7 +11,7 @@ from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
 from domain.memory_estimate import estimate
-from domain.memory_verdict import Sibling, assess, assess_loading, judge
+from domain.memory_verdict import Sibling, assess, assess_loading, judge, savings
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from services.embedded_model import CONFIG
@@ -134,3 +134,14 @@ def test_a_load_that_does_not_fit_is_suggested_in_4_bits() -> None:
     found = assess_loading(shape, _config(), 20 * GIB, on_gpu=False)
     assert found.verdict == "does_not_fit"
     assert [dict(item.overrides) for item in found.suggestions] == [{"quantization": "nf4"}]
+
+
+def test_after_a_lack_of_memory_each_change_says_what_it_saves() -> None:
+    config = _config(batch_size=4, gradient_accumulation=1, max_seq_length=2048)
+    found = savings(_shape(), config, on_gpu=False)
+    (halved,) = [text for text in found if text.startswith("batch_size=2 with gradient_accumulation=2")]
+    changed = config.model_copy(update={"batch_size": 2, "gradient_accumulation": 2})
+    saved = estimate(_shape(), config, on_gpu=False).total_bytes - estimate(_shape(), changed, on_gpu=False).total_bytes
+    assert f"(needs about {saved / 1e9:.2g} GB less)" in halved
+    assert any(text.startswith("gradient_checkpointing=true") for text in found)
+    assert all("GB less)" in text and "-" not in text.rpartition("(")[2] for text in found)

@@ -16,6 +16,7 @@ from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
 from domain.job_states import FINAL_STATES, JobState
 from services.checkpoint_store import CheckpointStore
+from services.engine_process import CommandFailed
 from services.training_service import TrainingService
 from store.database import Database
 from store.records import DatasetRecord, JobRecord
@@ -36,7 +37,7 @@ class Studio:
         with self.database.begin() as connection:
             Datasets(connection).add(DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], MOMENT))
         none: Any = SimpleNamespace()
-        peft: Any = SimpleNamespace(models=list, load=load)
+        peft: Any = SimpleNamespace(models=list, load=load, savings=lambda *_, **__: ["batch_size=1 (needs less)"])
         self.service = TrainingService(
             self.database,
             none,
@@ -149,6 +150,23 @@ def test_a_wish_made_while_the_hub_does_not_answer_is_obeyed_when_it_fails(
     studio.close()
     assert studio.states() == [after]
     assert studio.service.checkpoints.folder_of(job_id).exists() == ("nothing" not in (first, then))
+
+
+@pytest.mark.parametrize(
+    ("error_class", "suggestions"),
+    [("out_of_memory", ["batch_size=1 (needs less)"]), ("bad_data", ["look at row 3"])],
+)
+def test_what_the_engine_cannot_do_is_not_tried_again(tmp_path: Path, error_class: str, suggestions: list[str]) -> None:
+    said = CommandFailed("it cannot", error_class=error_class, suggestions=["look at row 3"], log_tail=["last line"])
+    studio = Studio(tmp_path, refuse(said))
+    studio.add(1)
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.FAILED])
+    studio.close()
+    (job,) = studio.service.all()
+    assert job.attempts == 1 and job.error is not None
+    assert (job.error["class"], job.error["suggestions"]) == (error_class, suggestions)
+    assert job.error["log_tail"] == ["last line"]
 
 
 def test_a_wish_that_came_too_late_for_its_run_is_obeyed_by_the_queue(tmp_path: Path) -> None:
