@@ -27,8 +27,10 @@ quickstart: setup
 serve: setup
 	@cd backend && PEFT_STUDIO_HOST=$(HOST) PEFT_STUDIO_PORT=$(PORT) exec ../$(PY) main.py
 
+# Two at a time, a file each, with one thread for each engine: two engines of two threads on two cores wait for each
+# other most of the time.
 test: setup
-	cd backend && ../$(PY) -m pytest tests/
+	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/ -n 2 --dist loadfile
 
 test-slow: setup
 	cd backend && ../$(PY) -m pytest tests/ -m slow

@@ -20,7 +20,7 @@ PROBE = torch.arange(4, 36).reshape(2, 16)
 
 def config_for(algorithm: Algorithm, **overrides: Any) -> PeftConfig:
     values = {"rank": 4, "max_seq_length": 64, "dropout": 0.0} | overrides
-    return configure(algorithm, use_case=None, overrides=values, machine=CPU, max_positions=256).config
+    return configure(algorithm, use_case=None, overrides=values, machine=CPU).config
 
 
 def load(path: Path, config: PeftConfig) -> Base:
