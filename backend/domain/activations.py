@@ -10,7 +10,27 @@ from domain.model_shape import Block, Linear, ModelShape
 from domain.peft_config import PeftConfig
 
 WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_ADAPTER_WIDTH = 4  # adapters stay in fp32 over a 16-bit base (PEFT, `autocast_adapter_dtype=True`)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a training program does its own way.
+
+    Attributes:
+        adapter_width: Bytes of an adapter's numbers, gradients included. Four in our engine: over a 16-bit base, PEFT
+            keeps adapters in fp32 (`autocast_adapter_dtype=True`).
+        loss_width: Bytes a logit at the peak. Twelve in our engine: at the first step of the backward pass three fp32
+            tensors of the logits' size are there at once: log-softmax's output, the gradient of the loss, and
+            log-softmax's gradient (ATen, `_log_softmax_backward_data`).
+        makes_masks: Whether a batch of rows of different length needs a mask of T × T.
+    """
+
+    adapter_width: int = 4
+    loss_width: int = 12
+    makes_masks: bool = True
+
+
+OURS = Stack()
 
 
 @dataclass(frozen=True)
@@ -77,33 +97,50 @@ def _matching(block: Block, path: str, wanted: str) -> int:
     return 1 if head in ("", block.container) or block.container.endswith(f".{head}") else 0
 
 
-def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
-    """Bytes that all layers keep, adapters included.
+@dataclass(frozen=True)
+class Layers:
+    """Bytes that layers keep, adapters included.
 
-    Without checkpointing: everything that autograd saves. With it: the input of each layer (Chen et al., arXiv
-    1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is recomputed.
+    Attributes:
+        all_bytes: Of every layer as it is computed, whether it is kept or computed again.
+        peak_bytes: What is there at once. Without checkpointing, all of it; with it, the input of each layer (Chen et
+            al., arXiv 1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is
+            computed again.
     """
-    blocks = [(block, _kept_by_block(block, config, batch, on_gpu=on_gpu)) for block in shape.blocks if block.passed]
+
+    all_bytes: int
+    peak_bytes: int
+
+
+def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS, *, on_gpu: bool) -> Layers:
+    """Count what all layers keep."""
+    kept = [
+        (block.count, _kept_by_block(block, config, batch, stack, on_gpu=on_gpu))
+        for block in shape.blocks
+        if block.passed
+    ]
     last_norm = 4 * batch.tokens * shape.hidden
+    everything = sum(count * size for count, size in kept) + last_norm
     if not config.gradient_checkpointing:
-        return sum(block.count * kept for block, kept in blocks) + last_norm
+        return Layers(everything, everything)
     boundaries = shape.layers * batch.tokens * shape.hidden * WIDTH_BYTES[config.precision]
-    return boundaries + last_norm + max((kept for _, kept in blocks), default=0)
+    return Layers(everything, boundaries + last_norm + max((size for _, size in kept), default=0))
 
 
-def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
+def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
     """Bytes that one layer of a block keeps."""
     width, kept = WIDTH_BYTES[config.precision], block.part.kept
-    plain = kept.plain + (kept.masked if batch.masked else 0)
+    masked = batch.masked and stack.makes_masks
+    plain = kept.plain + (kept.masked if masked else 0)
     own = batch.tokens * (4 * kept.fp32 + width * plain)
     # A boolean mask becomes one of the compute type in each attention, which keeps it
     # (ATen, transformers/sdp_utils.h, `convert_boolean_attn_mask`).
     squares = 0 if on_gpu else 4 * kept.squares  # the unfused kernel computes in fp32
-    matrices = (kept.attentions * width if batch.masked else 0) + squares
-    return own + matrices * batch.rows * batch.length**2 + _kept_by_adapters(block, config, batch, on_gpu=on_gpu)
+    matrices = (kept.attentions * width if masked else 0) + squares
+    return own + matrices * batch.rows * batch.length**2 + _kept_by_adapters(block, config, batch, stack, on_gpu=on_gpu)
 
 
-def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
+def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
     """Bytes that the adapters of one layer keep: their input as they see it, and A's output.
 
     Source: PEFT, tuners/lora/layer.py, `Linear.forward`: `lora_B(lora_A(dropout(x)))` with x in the adapter's type.
@@ -111,44 +148,40 @@ def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, *, on_gpu:
     targets = [linear for linear, _ in _targeted_in(block, config)]
     if config.dropout > 0:
         # The dropped input, and what drops it: a mask of one byte on a GPU, one in fp32 on a CPU (ATen, Dropout.cpp).
-        per_token = sum((_ADAPTER_WIDTH + (1 if on_gpu else 4)) * linear.fan_in for linear in targets)
-    elif WIDTH_BYTES[config.precision] < _ADAPTER_WIDTH:
-        per_token = sum(_ADAPTER_WIDTH * linear.fan_in for linear in targets)  # each makes its own fp32 copy
+        per_token = sum((stack.adapter_width + (1 if on_gpu else 4)) * linear.fan_in for linear in targets)
+    elif WIDTH_BYTES[config.precision] < stack.adapter_width:
+        per_token = sum(stack.adapter_width * linear.fan_in for linear in targets)  # each makes its own fp32 copy
     else:
         shared = {linear.reads: linear.fan_in for linear in targets if linear.reads in ("attention", "mlp")}
         own = sum(linear.fan_in for linear in targets if linear.reads == "own")
-        per_token = _ADAPTER_WIDTH * (sum(shared.values()) + own)
-    per_token += _ADAPTER_WIDTH * config.rank * len(targets)
+        per_token = stack.adapter_width * (sum(shared.values()) + own)
+    per_token += stack.adapter_width * config.rank * len(targets)
     if not config.use_dora:
         return batch.tokens * per_token
-    return batch.tokens * (per_token + _dora_per_token(targets, config)) + _dora_weights(targets, config)
+    return batch.tokens * (per_token + _dora_per_token(targets, config, stack)) + _dora_weights(targets, config, stack)
 
 
-def _dora_per_token(targets: list[Linear], config: PeftConfig) -> int:
+def _dora_per_token(targets: list[Linear], config: PeftConfig, stack: Stack) -> int:
     """Bytes a token that DoRA keeps beside LoRA: the base's output and the adapter's, which the magnitudes multiply.
 
     Source: PEFT, tuners/lora/dora.py, `DoraLinearLayer.forward`.
     """
-    base = _ADAPTER_WIDTH if config.dropout > 0 else WIDTH_BYTES[config.precision]
-    return sum((base + _ADAPTER_WIDTH) * linear.fan_out for linear in targets)
+    base = stack.adapter_width if config.dropout > 0 else WIDTH_BYTES[config.precision]
+    return sum((base + stack.adapter_width) * linear.fan_out for linear in targets)
 
 
-def _dora_weights(targets: list[Linear], config: PeftConfig) -> int:
+def _dora_weights(targets: list[Linear], config: PeftConfig, stack: Stack) -> int:
     """Bytes of dense fp32 weights that DoRA keeps.
 
     With dropout the base's output is computed anew from the dropped input, on a weight in the adapter's type: a copy
     where the base is stored in another, and autograd keeps it (`F.linear(x, weight)` in the same function).
     """
-    copied = config.quantization != "none" or WIDTH_BYTES[config.precision] < _ADAPTER_WIDTH
-    return sum(_ADAPTER_WIDTH * linear.weights for linear in targets) if config.dropout > 0 and copied else 0
+    copied = config.quantization != "none" or WIDTH_BYTES[config.precision] < stack.adapter_width
+    return sum(stack.adapter_width * linear.weights for linear in targets) if config.dropout > 0 and copied else 0
 
 
-def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch) -> int:
-    """Bytes of logits and loss at their peak, which is the first step of the backward pass.
-
-    Three fp32 tensors of the logits' size are there at once: log-softmax's output, the gradient of the loss, and
-    log-softmax's gradient (ATen, `_log_softmax_backward_data`). Capped logits keep their tanh as well.
-    """
+def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS) -> int:
+    """Bytes of logits and loss at their peak. Capped logits keep their tanh as well."""
     positions = batch.rows * max(1, round(batch.length * batch.trained))
     capped = WIDTH_BYTES[config.precision] if shape.softcapped else 0
-    return positions * shape.vocab * (12 + capped)
+    return positions * shape.vocab * (stack.loss_width + capped)

@@ -6,7 +6,7 @@ Symbols are those of `domain.activations`. docs/memory-estimate.md compares the 
 import math
 from dataclasses import dataclass
 
-from domain.activations import WIDTH_BYTES, Batch, kept_by_layers, largest_batch, logits_bytes, targeted
+from domain.activations import OURS, WIDTH_BYTES, Batch, Stack, kept_by_layers, largest_batch, logits_bytes, targeted
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 
@@ -25,22 +25,46 @@ class Platform:
     Attributes:
         on_gpu: Whether it is a CUDA GPU.
         overhead_bytes: Interpreter, libraries and context before any weight.
-        slack: Memory that the allocator holds and cannot reuse, as a part of what moves through it.
+        slack_layers: What the allocator holds and cannot reuse, as a part of all that a forward pass allocates in the
+            layers, checkpointed or not.
+        slack_adapters: The same as a part of adapters, gradients and optimizer.
+        slack_dense: The same as a part of the dense weights that DoRA and PiSSA compute of each target.
         low: The range's lower end as a part of the total.
         high: Its upper end.
     """
 
     on_gpu: bool
     overhead_bytes: int
-    slack: float
+    slack_layers: float
+    slack_adapters: float
+    slack_dense: float
     low: float
     high: float
 
 
-# Measured by bench/memory_estimate.py on Linux x86-64, torch 2.13 (CPU build), glibc 2.36: see the docs.
-CPU = Platform(on_gpu=False, overhead_bytes=550 * 2**20, slack=0.35, low=0.85, high=1.1)
-# The CUDA context and the libraries' workspaces; slack and range are fitted on published peaks: see the docs.
-GPU = Platform(on_gpu=True, overhead_bytes=1536 * 2**20, slack=0.1, low=0.85, high=1.15)
+# glibc's heap does not reuse all that is freed in it: after a first step it holds, free, about as much as the layers'
+# temporaries were in sum, checkpointed or not. The parts are fitted on one half of the measured points
+# (bench/memory_estimate.py, docs/memory-estimate.md; torch 2.13, glibc 2.36, the engine's own thresholds).
+CPU = Platform(
+    on_gpu=False,
+    overhead_bytes=550 * 2**20,
+    slack_layers=0.65,
+    slack_adapters=0.3,
+    slack_dense=0.5,
+    low=0.85,
+    high=1.1,
+)
+# The CUDA context and the libraries' workspaces, about 1.5 GiB beside nvidia-smi. torch's caching allocator reuses its
+# blocks: published peaks of reserved memory are within some per cent of the tensors' sum (docs/memory-estimate.md).
+GPU = Platform(
+    on_gpu=True,
+    overhead_bytes=1536 * 2**20,
+    slack_layers=0.03,
+    slack_adapters=0.0,
+    slack_dense=0.0,
+    low=0.9,
+    high=1.1,
+)
 
 
 def platform(*, on_gpu: bool) -> Platform:
@@ -100,13 +124,16 @@ def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int
     """Estimate the peak while the base is loaded.
 
     On a CPU the file's pages count as resident while they are converted; where nothing is converted they are the
-    weights.
+    weights. Weights that are quantised wait for it as copies: transformers 5 reads ahead on threads, so that in the
+    worst case all of them are there at once.
     """
     device = platform(on_gpu=on_gpu)
     held = weights_bytes(shape, config)
-    converted = config.quantization != "none" or WIDTH_BYTES[config.precision] != _STORED_WIDTH
+    quantized = config.quantization != "none"
+    converted = quantized or WIDTH_BYTES[config.precision] != _STORED_WIDTH
     mapped = shape.parameters * _STORED_WIDTH if converted and not on_gpu else 0
-    return device.overhead_bytes + held + mapped
+    waiting = shape.linear_parameters * _STORED_WIDTH if quantized and not on_gpu else 0
+    return device.overhead_bytes + held + mapped + waiting
 
 
 def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> MemoryEstimate:
@@ -127,7 +154,9 @@ def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> 
     )
 
 
-def estimate(shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batch | None = None) -> MemoryEstimate:
+def estimate(
+    shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batch | None = None, stack: Stack = OURS
+) -> MemoryEstimate:
     """Estimate the peak of loading and training.
 
     Args:
@@ -135,25 +164,27 @@ def estimate(shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batc
         config: The configuration.
         on_gpu: Whether it trains on a CUDA GPU or on the CPU.
         batch: The largest forward pass, if more is known of the data than the configuration allows.
+        stack: The training program.
     """
     device, batch = platform(on_gpu=on_gpu), batch or largest_batch(config)
     weights, trained = weights_bytes(shape, config), adapter_parameters(shape, config)
-    activations = kept_by_layers(shape, config, batch, on_gpu=on_gpu)
-    logits = logits_bytes(shape, config, batch)
-    # Two moments a parameter, in 8 bits or in fp32 (arXiv 2110.02861).
-    optimizer = trained * (2 if config.optimizer == "adamw_8bit" else 8)
+    layers = kept_by_layers(shape, config, batch, stack, on_gpu=on_gpu)
+    activations = layers.peak_bytes
+    logits = logits_bytes(shape, config, batch, stack)
+    adapter = trained * stack.adapter_width
+    # Two moments a parameter, in 8 bits (arXiv 2110.02861) or in the parameter's type.
+    optimizer = trained * 2 * (1 if config.optimizer == "adamw_8bit" else stack.adapter_width)
     # Gradients take the place of activations as these are freed, unless several passes add up to one step.
-    gradients = trained * 4 if config.gradient_accumulation > 1 else max(0, trained * 4 - activations - logits)
-    moving = _moving(shape, config, batch, device)
-    training = weights + trained * 4 + gradients + optimizer + activations + logits
-    fixed = device.overhead_bytes + math.ceil(device.slack * moving)
+    gradients = adapter if config.gradient_accumulation > 1 else max(0, adapter - activations - logits)
+    training = weights + adapter + gradients + optimizer + activations + logits
+    fixed = device.overhead_bytes + _lost(shape, config, device, layers.all_bytes, adapter + optimizer)
     # Loading may need more than a small training run.
     overhead = max(fixed, loading_bytes(shape, config, on_gpu=on_gpu) - training)
     total = training + overhead
     return MemoryEstimate(
         total_bytes=total,
         weights_bytes=weights,
-        adapter_bytes=trained * 4,
+        adapter_bytes=adapter,
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
         activations_bytes=activations,
@@ -168,7 +199,14 @@ def estimate(shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batc
 _ROUGH = 1.8
 
 
-def _moving(shape: ModelShape, config: PeftConfig, batch: Batch, device: Platform) -> int:
-    """Bytes that pass through the allocator in a forward pass: what all layers would keep, checkpointed or not."""
-    unchecked = config.model_copy(update={"gradient_checkpointing": False})
-    return kept_by_layers(shape, unchecked, batch, on_gpu=device.on_gpu) + logits_bytes(shape, config, batch)
+def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers_bytes: int, trained_bytes: int) -> int:
+    """Bytes that the allocator holds and cannot reuse."""
+    lost = device.slack_layers * layers_bytes + device.slack_adapters * trained_bytes
+    if config.use_dora or config.init_weights == "pissa":
+        lost += device.slack_dense * dense_bytes(shape, config)
+    return math.ceil(lost)
+
+
+def dense_bytes(shape: ModelShape, config: PeftConfig) -> int:
+    """Bytes of the targets' weights in fp32, of which DoRA and PiSSA compute products target by target."""
+    return sum(4 * linear.weights * count for linear, count in targeted(shape, config))

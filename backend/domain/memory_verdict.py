@@ -1,8 +1,8 @@
 """Whether an estimate fits, and what to change if it does not."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from domain.activations import Batch
@@ -71,16 +71,15 @@ def judge(found: MemoryEstimate, available_bytes: int) -> Verdict:
     return "tight" if found.high_bytes > available_bytes else "fits"
 
 
-def assess(
+def judge_run(
     shape: ModelShape | None,
     config: PeftConfig,
     available_bytes: int | None,
     *,
     on_gpu: bool,
     batch: Batch | None = None,
-    siblings: Sequence[Sibling] = (),
 ) -> Assessment:
-    """Estimate a fine-tune and judge it.
+    """Estimate a fine-tune and judge it, without asking what would make it fit.
 
     Args:
         shape: The model; None where its layers are not known.
@@ -88,7 +87,6 @@ def assess(
         available_bytes: What is free on the device; None where it does not say.
         on_gpu: Whether the device is a CUDA GPU.
         batch: The largest forward pass, if more is known of the data than the configuration allows.
-        siblings: Models that could be taken instead.
 
     Returns:
         The assessment. What is not known is `unknown`, never `fits`.
@@ -105,14 +103,32 @@ def assess(
         return Assessment("unknown", available_bytes, None, [reason], [], blockers)
     needed = estimate(shape, config, on_gpu=on_gpu, batch=batch)
     reasons = _reasons(config, batch, needed, available_bytes)
-    if available_bytes is None or blockers:
-        return Assessment("unknown", available_bytes, needed, reasons, [], blockers)
-    verdict = judge(needed, available_bytes)
-    found = []
-    if verdict != "fits":
-        found = _suggest(shape, config, needed, available_bytes, on_gpu=on_gpu, batch=batch)
-        found += _smaller(shape, config, available_bytes, siblings, on_gpu=on_gpu)
-    return Assessment(verdict, available_bytes, needed, reasons, found)
+    known = available_bytes is not None and not blockers
+    verdict = judge(needed, available_bytes) if known and available_bytes is not None else "unknown"
+    return Assessment(verdict, available_bytes, needed, reasons, [], blockers)
+
+
+def assess(
+    shape: ModelShape | None,
+    config: PeftConfig,
+    available_bytes: int | None,
+    *,
+    on_gpu: bool,
+    batch: Batch | None = None,
+    siblings: Callable[[ModelShape], Sequence[Sibling]] | None = None,
+) -> Assessment:
+    """Judge a fine-tune as `judge_run` does, and say what would make it fit.
+
+    Args:
+        siblings: Finds models that could be taken instead; asked only if the fine-tune does not fit.
+    """
+    found = judge_run(shape, config, available_bytes, on_gpu=on_gpu, batch=batch)
+    if shape is None or available_bytes is None or found.estimate is None or found.verdict in ("fits", "unknown"):
+        return found
+    changes = _suggest(shape, config, found.estimate, available_bytes, on_gpu=on_gpu, batch=batch)
+    if siblings is not None:
+        changes += _smaller(shape, config, available_bytes, siblings(shape), on_gpu=on_gpu)
+    return replace(found, suggestions=changes)
 
 
 def assess_loading(
@@ -121,7 +137,7 @@ def assess_loading(
     available_bytes: int | None,
     *,
     on_gpu: bool,
-    siblings: Sequence[Sibling] = (),
+    siblings: Callable[[ModelShape], Sequence[Sibling]] | None = None,
 ) -> Assessment:
     """Estimate the load of a base alone and judge it; arguments and result as in `assess`."""
     if shape is None:
@@ -135,8 +151,8 @@ def assess_loading(
     if verdict == "does_not_fit" and config.quantization == "none" and config.init_weights != "pissa":
         smaller = estimate_loading(shape, config.model_copy(update={"quantization": "nf4"}), on_gpu=on_gpu)
         found.append(Suggestion(*_IN_4_BITS, smaller.total_bytes, judge(smaller, available_bytes)))
-    if verdict == "does_not_fit":
-        found += _smaller(shape, config, available_bytes, siblings, on_gpu=on_gpu)
+    if verdict == "does_not_fit" and siblings is not None:
+        found += _smaller(shape, config, available_bytes, siblings(shape), on_gpu=on_gpu)
     return Assessment(verdict, available_bytes, needed, [], found)
 
 
@@ -199,7 +215,7 @@ def _suggest(
         found = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed))
         return Suggestion(change, values, found.total_bytes, judge(found, available_bytes))
 
-    single = [with_changes(*_first_that_fits(options, with_changes)) for options in _changes(config)]
+    single = [_mildest_that_fits(with_changes(*option) for option in options) for options in _changes(config)]
     useful = [item for item in single if item.estimate_bytes < _WORTH_IT * needed.total_bytes]
     if any(item.verdict in ("fits", "tight") for item in useful):
         return useful
@@ -220,9 +236,12 @@ def _shrunk(batch: Batch | None, config: PeftConfig) -> Batch | None:
     return Batch(rows, length, config.packing or rows > 1, batch.trained)
 
 
-def _first_that_fits(options: list[_Change], with_changes: Any) -> _Change:
-    """Return the mildest of several degrees of one change that fits, or the strongest."""
-    return next((option for option in options if with_changes(*option).verdict in ("fits", "tight")), options[-1])
+def _mildest_that_fits(degrees: Iterator[Suggestion]) -> Suggestion:
+    """Return the first of several degrees of one change that fits, or the last and strongest."""
+    for suggestion in degrees:
+        if suggestion.verdict in ("fits", "tight"):
+            break
+    return suggestion
 
 
 def _changes(config: PeftConfig) -> Iterator[list[_Change]]:

@@ -39,11 +39,13 @@ class CompatibilityService:
         config = self._peft.configure(
             algorithm, None, overrides, model_id=model_id, revision=revision, device=device
         ).config
-        shape = read_shape(config_json)
-        found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu)
-        if shape is not None and found.verdict in ("tight", "does_not_fit"):
-            siblings = self._facts.siblings(shape)
-            found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=siblings)
+        found = assess(
+            read_shape(config_json),
+            config,
+            device.available_bytes,
+            on_gpu=device.on_gpu,
+            siblings=self._facts.siblings,
+        )
         if config_json.get("auto_map"):
             return replace(found, verdict="unknown", blockers=["the repository asks to run its own Python"])
         return found

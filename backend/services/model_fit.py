@@ -5,7 +5,7 @@ from typing import Any
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import configure
-from domain.memory_verdict import assess
+from domain.memory_verdict import judge_run
 from domain.model_records import Fit, ModelSummary
 from services.machine import get_machine
 
@@ -32,5 +32,5 @@ def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str
         shape=shape,
         available_bytes=device.available_bytes,
     ).config
-    found = assess(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
+    found = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
     return None if found.estimate is None else Fit(found.verdict, found.estimate.total_bytes)

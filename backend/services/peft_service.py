@@ -171,11 +171,14 @@ class PeftService:
             key = BaseKey(model_id, revision, config.quantization, config.precision, device.torch_name, engine)
             with self._lock:
                 device = with_room(device, self._bases.values(), self._bases.get(key))
-        shape = self._facts.shape(model_id, revision)
-        found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, batch=batch)
-        if found.verdict == "does_not_fit" and shape is not None:
-            siblings = self._facts.siblings(shape)
-            found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, batch=batch, siblings=siblings)
+        found = assess(
+            self._facts.shape(model_id, revision),
+            config,
+            device.available_bytes,
+            on_gpu=device.on_gpu,
+            batch=batch,
+            siblings=self._facts.siblings,
+        )
         refuse_what_does_not_fit(found, f"Training {model_id}", device)
 
     def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
@@ -240,10 +243,9 @@ class PeftService:
     def _admit(self, model_id: str, shape: ModelShape | None, config: PeftConfig, device: Device) -> None:
         """Refuse a load that does not fit. The caller holds the lock, so that two loads cannot both take the last."""
         device = with_room(self._machine.device(device_name(device.torch_name)), self._bases.values())
-        found = assess_loading(shape, config, device.available_bytes, on_gpu=device.on_gpu)
-        if found.verdict == "does_not_fit" and shape is not None:
-            siblings = self._facts.siblings(shape)
-            found = assess_loading(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=siblings)
+        found = assess_loading(
+            shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings
+        )
         refuse_what_does_not_fit(found, f"Loading {model_id}", device)
 
     def _start(

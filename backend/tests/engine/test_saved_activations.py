@@ -94,7 +94,7 @@ def _both(model_type: str, config: PeftConfig, *, masked: bool = True) -> tuple[
     if masked:
         mask[0, -3:] = 0
     held = saved_bytes(model, lambda: model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)[0])
-    return held, kept_by_layers(shape, config, Batch(ROWS, LENGTH, masked), on_gpu=False)
+    return held, kept_by_layers(shape, config, Batch(ROWS, LENGTH, masked), on_gpu=False).peak_bytes
 
 
 @pytest.mark.parametrize("model_type", DENSE)
