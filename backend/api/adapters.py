@@ -9,9 +9,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from api.adapter_schemas import AdapterDetails, AdapterList, AdapterSummary, ImportFields, ImportRequest, details_view
-from api.export_schemas import CreateExportRequest, ExportResponse
+from api.export_schemas import CreateExportRequest, ExportResponse, PushRequest
 from api.exports import Exports, show
-from api.hub_token import ASKS_THE_HUB
+from api.hub_token import ASKS_THE_HUB, came_with_a_token
 from api.upload_form import UploadMalformed, read_upload, validated
 from domain.export_states import ExportKind
 from services.adapter_intake import AdapterIntake, get_adapter_intake
@@ -86,6 +86,16 @@ def download(adapter_id: str, adapters: Adapters) -> StreamingResponse:
 def export(adapter_id: str, body: CreateExportRequest, response: HttpResponse, exports: Exports) -> ExportResponse:
     """Make one model of the adapter and its base; `GET /api/exports/{id}` says how far it is."""
     record = exports.create(adapter_id, ExportKind(body.format), body.settings())
+    response.headers["Location"] = f"/api/exports/{record.id}"
+    return show(exports, record)
+
+
+@router.post("/{adapter_id}/push", status_code=202, dependencies=ASKS_THE_HUB)
+def push(adapter_id: str, body: PushRequest, response: HttpResponse, exports: Exports) -> ExportResponse:
+    """Upload the adapter to a repository of the Hub, as one commit; `GET /api/exports/{id}` says how far it is."""
+    whose = "request" if came_with_a_token() else "server"
+    settings = {"repo_id": body.repo_id, "private": body.private, "token": whose}
+    record = exports.create(adapter_id, ExportKind.PUSH, settings)
     response.headers["Location"] = f"/api/exports/{record.id}"
     return show(exports, record)
 

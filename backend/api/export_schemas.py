@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from api.peft_schemas import Request, Response
+from api.peft_schemas import ModelId, Request, Response
 from domain.export_states import ExportKind, ExportState
 from domain.gguf_models import GgufType
 from services.export_control import ExportProgress
@@ -28,6 +28,11 @@ class CreateExportRequest(Request):
     def settings(self) -> dict[str, Any]:
         """Return what is kept with the export."""
         return {"quantization": self.quantization or "f16"} if self.format == "gguf" else {}
+
+
+class PushRequest(Request):
+    repo_id: ModelId = Field(description="`owner/name` on the Hub; made if it is not there.")
+    private: bool = Field(default=True, description="Whether others may see it. One that is there must be so already.")
 
 
 class ExportProgressInfo(Response):
@@ -58,7 +63,7 @@ class ExportChange(Response):
 class ExportResponse(Response):
     id: str
     adapter_id: str
-    format: ExportKind
+    kind: ExportKind = Field(description="The format, or push.")
     settings: dict[str, Any] = Field(description="As asked for.")
     state: ExportState
     progress: ExportProgressInfo | None = Field(description="While it runs.")
@@ -84,7 +89,7 @@ def export_view(
     return ExportResponse(
         id=record.id,
         adapter_id=record.adapter_id,
-        format=record.kind,
+        kind=record.kind,
         settings=record.settings,
         state=record.state,
         progress=ExportProgressInfo.model_validate(progress) if progress is not None else None,

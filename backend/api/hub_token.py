@@ -24,4 +24,9 @@ async def use_hub_token(token: Annotated[str | None, HUB_TOKEN] = None) -> None:
         request_token.set(token)
 
 
+def came_with_a_token() -> bool:
+    """Tell whether the request that is being answered brought a token of its own."""
+    return request_token.get() is not None
+
+
 ASKS_THE_HUB = [Depends(use_hub_token)]  # of every route whose answer may depend on the token

@@ -7,11 +7,13 @@ from types import MappingProxyType
 class ExportKind(StrEnum):
     """What is made of an adapter.
 
-    `merged` is a normal model with the adapter's corrections in its weights, `gguf` the same as llama.cpp reads it.
+    `merged` is a normal model with the adapter's corrections in its weights, `gguf` the same as llama.cpp reads it, and
+    `push` the adapter itself in a repository of the Hub.
     """
 
     MERGED = "merged"
     GGUF = "gguf"
+    PUSH = "push"
 
 
 class ExportState(StrEnum):

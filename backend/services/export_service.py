@@ -22,8 +22,10 @@ from domain.export_states import FINAL_STATES, MAX_ATTEMPTS, ExportKind, ExportS
 from services.adapter_service import AdapterService, get_adapter_service
 from services.database import get_database
 from services.export_control import ExportControl, ExportProgress, ExportStopped
+from services.hub_push import HubPush
 from services.model_export import ModelExport
 from services.model_facts import get_model_facts
+from services.model_registry_service import get_hub_http
 from services.peft_service import get_peft_service
 from services.training_run import failure
 from services.zip_stream import zip_files
@@ -319,5 +321,9 @@ def get_export_service() -> ExportService:
     """Return the process's export service."""
     adapters, clock = get_adapter_service(), SystemClock()
     model_export = ModelExport(get_peft_service(), adapters, get_model_facts())
-    works: dict[ExportKind, Work] = {ExportKind.MERGED: model_export, ExportKind.GGUF: model_export}
+    works: dict[ExportKind, Work] = {
+        ExportKind.MERGED: model_export,
+        ExportKind.GGUF: model_export,
+        ExportKind.PUSH: HubPush(adapters, get_hub_http().endpoint),
+    }
     return ExportService(get_database(), adapters, clock, get_settings().home / "exports", works)

@@ -243,6 +243,13 @@ def hub_token() -> str | None:
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
 
 
+def is_offline() -> bool:
+    """Tell whether the operator wants the Hub left alone."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def _headers() -> dict[str, str]:
     """Make a request's headers. huggingface_hub's own `build_hf_headers` asks the Hub a question of its own first."""
     from huggingface_hub import __version__

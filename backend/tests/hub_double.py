@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import threading
-from base64 import urlsafe_b64decode, urlsafe_b64encode
+from base64 import b64decode, urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,7 +28,10 @@ _SORT_KEYS = ("downloads", "likes", "trendingScore", "createdAt", "lastModified"
 _SHORT = ("_id", "id", "likes", "private", "downloads", "tags", "pipeline_tag", "library_name", "createdAt", "modelId")
 _WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-Route = Literal["list", "info", "tree", "resolve", "cdn", "whoami", "other"]
+Route = Literal[
+    *("list", "info", "tree", "resolve", "cdn", "whoami", "other"),
+    *("create", "yaml", "preupload", "lfs", "upload", "commit"),
+]
 
 
 class ManualClock:
@@ -86,6 +89,7 @@ class Seen:
     path: str
     query: dict[str, list[str]]
     headers: Message
+    body: bytes = b""
 
 
 @dataclass
@@ -109,6 +113,7 @@ class HubDouble:
         self._recorded: dict[str, Reply] = {}
         self._repos: dict[str, _Repo] = {}
         self._renamed: dict[str, str] = {}
+        self._uploaded: dict[str, bytes] = {}
         self._faults: dict[Route, list[Fault]] = {}
         self._released = threading.Event()
         self._lock = threading.Lock()
@@ -224,7 +229,7 @@ class HubDouble:
         if seen.path in self._recorded:
             return replace(self._recorded[seen.path], headers=dict(self._recorded[seen.path].headers))
         token = seen.headers.get("Authorization", "").removeprefix("Bearer ") or None
-        if seen.route != "cdn" and token is not None and token not in self.tokens:
+        if seen.route not in ("cdn", "upload") and token is not None and token not in self.tokens:
             return _error(401, None, "Invalid credentials in Authorization header")
         parts = [unquote(part) for part in seen.path.strip("/").split("/")]
         if seen.route == "whoami":
@@ -233,6 +238,8 @@ class HubDouble:
             return _error(404, None, "Sorry, we can't find the page you are looking for.")
         if seen.route == "list":
             return self._list(seen)
+        if seen.route in ("create", "yaml", "preupload", "lfs", "upload", "commit"):
+            return self._receive(seen, token, parts)
         if seen.route == "cdn":
             return _ranged(self._blob(parts[1]), seen, {})
         name_at = (parts[2:] if parts[1] == "models" else parts[1:]) if parts[0] == "api" else parts
@@ -258,6 +265,88 @@ class HubDouble:
             if seen.route == "tree"
             else self._resolve(repo, commit, "/".join(rest[1:]), seen)
         )
+
+    # Receiving commits; everybody owns `me`, nobody anything else
+
+    def files(self, model_id: str) -> dict[str, bytes]:
+        """Return what is on a repository's main branch."""
+        repo = self._repos[model_id]
+        return dict(repo.commits[repo.refs["main"]])
+
+    def commits(self, model_id: str) -> int:
+        """Count a repository's commits; 0 where there is none."""
+        return len(self._repos[model_id].commits) if model_id in self._repos else 0
+
+    def is_private(self, model_id: str) -> bool:
+        return bool(self._repos[model_id].info["private"])
+
+    def _receive(self, seen: Seen, token: str | None, parts: list[str]) -> Reply:
+        if seen.route == "upload":
+            return self._take(parts[1], seen.body)
+        if token is None:
+            return _error(401, None, "Unauthorized")
+        if seen.route == "yaml":
+            content = json.loads(seen.body)["content"]
+            bad = content.startswith("---") and "{" in content.partition("\n---")[0]
+            return _json(
+                {"errors": [{"message": "bad metadata"}] if bad else [], "warnings": []}, status=400 if bad else 200
+            )
+        if seen.route == "create":
+            wanted = json.loads(seen.body)
+            return self._create(f"{wanted.get('organization') or 'me'}/{wanted['name']}", wanted)
+        model_id = "/".join(parts[2:4]) if parts[0] == "api" else f"{parts[0]}/{parts[1].removesuffix('.git')}"
+        if model_id not in self._repos:
+            return _error(404, "RepoNotFound", "Repository not found")
+        if not model_id.startswith("me/"):
+            return _error(403, None, "You don't have the rights to write to this repository")
+        if seen.route == "preupload":
+            return self._modes(model_id, json.loads(seen.body))
+        return self._batch(json.loads(seen.body)) if seen.route == "lfs" else self._commit(model_id, seen.body)
+
+    def _create(self, model_id: str, wanted: dict[str, Any]) -> Reply:
+        if not model_id.startswith("me/"):
+            return _error(403, None, "You don't have the rights to create a model under this namespace")
+        if model_id in self._repos:
+            return _error(409, None, "You already created this model repo")
+        self.add_model(model_id, {}, private=bool(wanted.get("private") or wanted.get("visibility") == "private"))
+        return _json({"url": f"{self.url}/{model_id}", "name": model_id})
+
+    def _modes(self, model_id: str, wanted: dict[str, Any]) -> Reply:
+        here = self.files(model_id)
+        files = []
+        for file in wanted["files"]:
+            name, large = file["path"], _is_large(file["path"])
+            old = here.get(name)
+            oid = None if old is None else hashlib.sha256(old).hexdigest() if large else _git_oid(old)
+            files.append({"path": name, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid})
+        return _json({"files": files})
+
+    def _batch(self, wanted: dict[str, Any]) -> Reply:
+        objects = []
+        for entry in wanted["objects"]:
+            upload = {"href": f"{self.url}/upload/{entry['oid']}"}
+            actions = {} if entry["oid"] in self._uploaded else {"actions": {"upload": upload}}
+            objects.append({"oid": entry["oid"], "size": entry["size"]} | actions)
+        return _json({"transfer": "basic", "objects": objects})
+
+    def _take(self, sha256: str, body: bytes) -> Reply:
+        if hashlib.sha256(body).hexdigest() != sha256:
+            return _error(400, None, "XAmzContentSHA256Mismatch")
+        self._uploaded[sha256] = body
+        return Reply(200)
+
+    def _commit(self, model_id: str, body: bytes) -> Reply:
+        files = self.files(model_id)
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self._uploaded[value["oid"]]
+        commit = self.add_model(model_id, files)
+        url = f"{self.url}/{model_id}/commit/{commit}"
+        return _json({"commitUrl": url, "commitOid": commit, "pullRequestUrl": None})
 
     def _list(self, seen: Seen) -> Reply:
         query = {name: values[0] for name, values in seen.query.items()}
@@ -329,7 +418,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        seen = Seen(_route(url.path), self.command, url.path, parse_qs(url.query), self.headers)
+        seen = Seen(_route(url.path), self.command, url.path, parse_qs(url.query), self.headers, self._body())
         self.hub.note(seen)
         fault = self.hub.fault(seen.route)
         if fault is not None and fault.kind == "hang":
@@ -349,7 +438,17 @@ class _Handler(BaseHTTPRequestHandler):
             reply.status, reply.body = 304, b""
         self._send(reply, fault.kind if fault is not None else None)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding", "") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
 
     def _send(self, reply: Reply, fault: str | None) -> None:
         self.send_response_only(reply.status)
@@ -404,10 +503,14 @@ def quiet_environment(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def _route(path: str) -> Route:
     parts = path.strip("/").split("/")
-    if parts[0] == "cdn":
-        return "cdn"
+    if parts[0] in ("cdn", "upload"):
+        return "cdn" if parts[0] == "cdn" else "upload"
     if parts[0] != "api":
-        return "resolve"
+        return "lfs" if "lfs" in parts else "resolve"
+    if parts[1:] in (["repos", "create"], ["validate-yaml"]):
+        return "create" if parts[1] == "repos" else "yaml"
+    if "preupload" in parts or "commit" in parts:
+        return "preupload" if "preupload" in parts else "commit"
     if parts[1] == "whoami-v2":
         return "whoami"
     if parts[1] not in ("models", "datasets") or parts[1:] == ["datasets"]:
@@ -415,10 +518,10 @@ def _route(path: str) -> Route:
     return "list" if len(parts) == 2 else "tree" if "tree" in parts else "info"
 
 
-def _json(body: Any, headers: Mapping[str, str] | None = None) -> Reply:
+def _json(body: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Reply:
     encoded = json.dumps(body).encode()
     etag = f'W/"{len(encoded):x}-{hashlib.sha1(encoded).hexdigest()[:27]}"'
-    return Reply(200, encoded, {"Content-Type": "application/json; charset=utf-8", "ETag": etag, **(headers or {})})
+    return Reply(status, encoded, {"Content-Type": "application/json; charset=utf-8", "ETag": etag, **(headers or {})})
 
 
 def _error(status: int, code: str | None, message: str) -> Reply:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from adapter_double import adapter_files, adapter_tensors, malicious_pickle, write_files, zip_of
 from hub_double import HubDouble, safetensors_bytes
-from server import StudioServer, start_server
+from server import StudioServer, start_server, wait_until
 from test_exports_api import finished, train
 from tiny_model import TINY_ID
 
@@ -309,3 +309,61 @@ def test_uploads_that_are_none_leave_nothing(studio: StudioServer) -> None:
     )
     assert cut.status_code == 422
     assert stored(studio) == before
+
+
+def test_an_adapter_is_pushed_and_comes_back_from_the_hub(studio: StudioServer, hub: HubDouble, inbox: Path) -> None:
+    adapter = bring(studio, path=str(write_files(inbox / "it", adapter_files()))).json()
+    url = f"/api/adapters/{adapter['id']}/push"
+    refused = studio.http.post(url, json={"repo_id": "me/mine"})
+    assert (refused.status_code, refused.json()["type"]) == (403, "/problems/access-denied")
+    assert "X-HF-Token" in refused.json()["detail"]
+    started = studio.http.post(url, json={"repo_id": "me/mine"}, headers=HEADER)
+    assert started.status_code == 202 and started.headers["Location"] == f"/api/exports/{started.json()['id']}"
+    done = finished(studio, started.json()["id"])
+    assert (done["state"], done["kind"]) == ("succeeded", "push"), done
+    assert done["settings"] == {"repo_id": "me/mine", "private": True, "token": "request"}
+    assert done["result"]["url"] == f"{hub.url}/me/mine" and done["files"] == []
+    back = studio.http.post("/api/adapters", json={"hub_id": "me/mine"}, headers=HEADER).json()
+    assert back["source"]["commit"] == done["result"]["commit"]
+    assert studio.adapter_weights(back["id"]) == studio.adapter_weights(adapter["id"])
+
+    others = studio.http.post(url, json={"repo_id": "others/mine"}, headers=HEADER).json()
+    failed = finished(studio, others["id"])
+    assert (failed["state"], failed["error"]["class"]) == ("failed", "access_denied"), failed
+    for entry in (adapter, back):
+        studio.http.delete(f"/api/adapters/{entry['id']}")
+
+
+def test_a_push_that_hangs_is_cancelled_and_one_whose_token_is_gone_is_not_made_with_another(
+    hub: HubDouble, model_dirs: Path, tmp_path: Path
+) -> None:
+    hub.tokens.add("hf_server")
+    environment = {
+        "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_TOKEN": "hf_server",
+    }
+    with start_server(tmp_path / "data", model_dirs, **environment) as studio:
+        adapter = bring(studio, path=str(write_files(studio.home / "it", adapter_files()))).json()
+        hub.fail("preupload", "hang", times=2)
+
+        def push(repo_id: str, headers: dict[str, str]) -> str:
+            before = hub.requests["preupload"]
+            url = f"/api/adapters/{adapter['id']}/push"
+            export_id = str(studio.http.post(url, json={"repo_id": repo_id}, headers=headers).json()["id"])
+            wait_until(lambda: hub.requests["preupload"] > before)
+            return export_id
+
+        hung = push("me/hung", HEADER)
+        assert studio.http.post(f"/api/exports/{hung}/cancel").status_code == 202
+        assert finished(studio, hung)["state"] == "cancelled"
+        left = push("me/left", HEADER)
+        studio.kill()
+        hub.release()
+        studio.start()
+        failed = finished(studio, left)
+        assert (failed["state"], failed["error"]["class"]) == ("failed", "access_denied"), failed
+        assert "push again" in failed["error"]["message"] and hub.files("me/left") == {}
+        assert finished(studio, push("me/served", {}))["state"] == "succeeded"
+        assert hub.seen[-1].headers["Authorization"] == "Bearer hf_server"

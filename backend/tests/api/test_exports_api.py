@@ -104,7 +104,7 @@ def test_a_gguf_is_downloaded_and_read_back(studio: StudioServer, adapter_id: st
     merged = finished(studio, export(studio, adapter_id)["id"])
     done = finished(studio, export(studio, adapter_id, format="gguf", quantization="f32")["id"])
     assert done["state"] == "succeeded", done["error"]
-    assert done["settings"] == {"quantization": "f32"} and done["format"] == "gguf"
+    assert done["settings"] == {"quantization": "f32"} and done["kind"] == "gguf"
     name = done["result"]["filename"]
     (tmp_path / name).write_bytes(studio.http.get(f"/api/exports/{done['id']}/files/{name}").content)
     probe = torch.tensor(PROBE)

@@ -2,13 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 from hub_double import HubDouble
 from rows import messages_jsonl
-from server import start_server, wait_until
+from server import StudioServer, start_server, wait_until
 
 pytestmark = pytest.mark.engine
 OF_ENVIRONMENT, OF_HEADER, REVOKED = "hf_CanaryEnvironment", "hf_CanaryHeader", "hf_CanaryRevoked"
@@ -63,7 +64,19 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
             wait_until(lambda: studio.job(job["id"])["state"] in ("succeeded", "failed"), 120)
             job = studio.job(job["id"])
             assert job["state"] == "succeeded", job
-            ids = {"job_id": job["id"], "adapter_id": job["adapter_id"], "dataset_id": dataset["id"]}
+            pushed = studio.http.post(
+                f"/api/adapters/{job['adapter_id']}/push", json={"repo_id": "me/pushed"}, headers=HEADER
+            )
+            wait_until(lambda: export_of(studio, pushed)["state"] not in ("queued", "running"), 60)
+            assert export_of(studio, pushed)["state"] == "succeeded", export_of(studio, pushed)
+            again = studio.http.post("/api/adapters", json={"hub_id": "me/pushed"}, headers=HEADER)
+            assert again.status_code == 201, again.text
+            ids = {
+                "job_id": job["id"],
+                "adapter_id": job["adapter_id"],
+                "export_id": pushed.json()["id"],
+                "dataset_id": dataset["id"],
+            }
             ids |= {"loaded_model_id": loaded["id"], "model_id": "me/gated", "task": "text-generation"}
             for path, operations in studio.http.get("/openapi.json").json()["paths"].items():
                 if "get" in operations and path != "/api/hardware/stream":
@@ -76,7 +89,16 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
         assert not [value for value in command_lines + environments if "hf_Canary" in value]
         assert [where for where, content in said if CANARY.search(content)] == []
         assert [path for path in tmp_path.rglob("*") if path.is_file() and CANARY.search(path.read_bytes())] == []
-        carried = {seen.headers.get("Authorization") for seen in hub.seen if seen.route != "cdn"}
+        # huggingface_hub asks a question of its own, without a token, before it pushes.
+        asked = [
+            seen for seen in hub.seen if seen.route not in ("cdn", "upload") and seen.path != "/api/agent-harnesses"
+        ]
+        carried = {seen.headers.get("Authorization") for seen in asked}
         assert carried == {f"Bearer {token}" for token in (OF_ENVIRONMENT, OF_HEADER, REVOKED)}
-        assert all("Authorization" not in seen.headers for seen in hub.seen if seen.route == "cdn")
-        assert "cdn" in {seen.route for seen in hub.seen}
+        assert all("Authorization" not in seen.headers for seen in hub.seen if seen.route in ("cdn", "upload"))
+        assert {"cdn", "upload", "commit"} <= {seen.route for seen in hub.seen}
+        assert not CANARY.search(b"".join(hub.files("me/pushed").values()))
+
+
+def export_of(studio: StudioServer, pushed: httpx.Response) -> dict[str, Any]:
+    return dict(studio.http.get(f"/api/exports/{pushed.json()['id']}").json())
