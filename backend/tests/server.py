@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -76,7 +77,12 @@ class StudioServer:
 
     def engines(self) -> list[psutil.Process]:
         """Return the engine processes below the server."""
-        return [child for child in psutil.Process(self.pid).children() if "engine" in child.cmdline()]
+        found = []
+        for child in psutil.Process(self.pid).children():
+            with suppress(psutil.NoSuchProcess):  # it ended in this moment
+                if "engine" in child.cmdline():
+                    found.append(child)
+        return found
 
     def kill(self) -> None:
         """kill -9."""
