@@ -402,10 +402,10 @@ def test_everyone_waits_out_a_short_pause(hub: HubDouble, client: HubClient, clo
 
 
 class HastyClock(ManualClock):
-    """A clock that moves whenever it is looked at."""
+    """A clock that moves more than a minute whenever it is looked at: each piece that arrives is late."""
 
     def monotonic(self) -> float:
-        self.advance(1)
+        self.advance(61)
         return super().monotonic()
 
 
