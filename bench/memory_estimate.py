@@ -123,13 +123,13 @@ def our_points(rows: list[dict[str, Any]]) -> tuple[list[Judged], dict[str, floa
         judged.append(Judged(_name(point), found.total_bytes, found.low_bytes, found.high_bytes, peak, fitted))
         trained = adapter_parameters(shape, config) * 12
         tensors = weights_bytes(shape, config) + trained + found.activations_bytes + found.logits_bytes
-        dense = config.use_dora or config.init_weights == "pissa"
+        dense = dense_bytes(shape, config)
         if fitted and peak > 1.02 * row["loaded_bytes"]:  # otherwise loading is what was measured
             layers = kept_by_layers(shape, config, batch, on_gpu=False).all_bytes
-            features.append([MIB, layers, trained, dense_bytes(shape, config) if dense else 0])
+            features.append([MIB, layers, trained, config.use_dora * dense, (config.init_weights == "pissa") * dense])
             wanted.append(peak - tensors)
             peaks.append(peak)
-    names = ("overhead_mib", "slack_layers", "slack_adapters", "slack_dense")
+    names = ("overhead_mib", "slack_layers", "slack_adapters", "slack_dora", "slack_pissa")
     values = fit(np.array(features, float), np.array(wanted, float), np.array(peaks, float))
     return judged, dict(zip(names, (float(value) for value in values), strict=True))
 
@@ -219,7 +219,8 @@ def report(rows: list[dict[str, Any]], csv_path: Path, configs: Path) -> list[st
         "overhead_mib": CPU.overhead_bytes / MIB,
         "slack_layers": CPU.slack_layers,
         "slack_adapters": CPU.slack_adapters,
-        "slack_dense": CPU.slack_dense,
+        "slack_dora": CPU.slack_dora,
+        "slack_pissa": CPU.slack_pissa,
     }
     lines = [*_INTRODUCTION, "", "## Our own engine on a CPU", "", *_OURS, ""]
     lines += summary({"judged on": off, "fitted on": on})

@@ -28,7 +28,8 @@ class Platform:
         slack_layers: What the allocator holds and cannot reuse, as a part of all that a forward pass allocates in the
             layers, checkpointed or not.
         slack_adapters: The same as a part of adapters, gradients and optimizer.
-        slack_dense: The same as a part of the dense weights that DoRA and PiSSA compute of each target.
+        slack_dora: The same as a part of the dense fp32 weights that DoRA computes of each target in each pass.
+        slack_pissa: The same as a part of the dense fp32 weights that PiSSA decomposes.
         low: The range's lower end as a part of the total.
         high: Its upper end.
     """
@@ -37,7 +38,8 @@ class Platform:
     overhead_bytes: int
     slack_layers: float
     slack_adapters: float
-    slack_dense: float
+    slack_dora: float
+    slack_pissa: float
     low: float
     high: float
 
@@ -50,7 +52,8 @@ CPU = Platform(
     overhead_bytes=550 * 2**20,
     slack_layers=0.65,
     slack_adapters=0.3,
-    slack_dense=0.5,
+    slack_dora=1.0,
+    slack_pissa=1.35,
     low=0.85,
     high=1.1,
 )
@@ -61,7 +64,8 @@ GPU = Platform(
     overhead_bytes=1536 * 2**20,
     slack_layers=0.03,
     slack_adapters=0.0,
-    slack_dense=0.0,
+    slack_dora=0.0,
+    slack_pissa=0.0,
     low=0.9,
     high=1.1,
 )
@@ -202,8 +206,11 @@ _ROUGH = 1.8
 def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers_bytes: int, trained_bytes: int) -> int:
     """Bytes that the allocator holds and cannot reuse."""
     lost = device.slack_layers * layers_bytes + device.slack_adapters * trained_bytes
-    if config.use_dora or config.init_weights == "pissa":
-        lost += device.slack_dense * dense_bytes(shape, config)
+    dense = (device.slack_dora if config.use_dora else 0.0) + (
+        device.slack_pissa if config.init_weights == "pissa" else 0.0
+    )
+    if dense:
+        lost += dense * dense_bytes(shape, config)
     return math.ceil(lost)
 
 
