@@ -15,7 +15,6 @@ from domain.peft_config import PeftConfig
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 # LLM.int8(): a byte a parameter; one fp32 scale a row is left out (arXiv 2208.07339, section 3).
 _INT8 = 1.0
-_STORED_WIDTH = 2  # bytes a parameter in published checkpoints; fp32 ones are read in pieces of a file
 
 
 @dataclass(frozen=True)
@@ -134,9 +133,9 @@ def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int
     device = platform(on_gpu=on_gpu)
     held = weights_bytes(shape, config)
     quantized = config.quantization != "none"
-    converted = quantized or WIDTH_BYTES[config.precision] != _STORED_WIDTH
-    mapped = shape.parameters * _STORED_WIDTH if converted and not on_gpu else 0
-    waiting = shape.linear_parameters * _STORED_WIDTH if quantized and not on_gpu else 0
+    converted = quantized or WIDTH_BYTES[config.precision] != shape.published_width
+    mapped = shape.parameters * shape.published_width if converted and not on_gpu else 0
+    waiting = shape.linear_parameters * shape.published_width if quantized and not on_gpu else 0
     return device.overhead_bytes + held + mapped + waiting
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 #   a shared tensor ("attention", "mlp") that several modules read and nothing else keeps,
 #   "kept", a tensor that another operation of the layer keeps anyway, or "own", a tensor only this module reads.
 Input = Literal["attention", "mlp", "kept", "own"]
+_WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class ModelShape:
         rough: Whether a layer's kernels differ so much in what they keep that only a wide range can be given.
         softcapped: Whether the logits pass through a tanh, which keeps another copy of them.
         stored: How the weights are quantised as published, or None.
+        dtype: What the config says the weights are published in, e.g. `bfloat16`, or None.
         obstacle: Why the engine cannot load this family, or None.
     """
 
@@ -164,7 +166,13 @@ class ModelShape:
     rough: bool = False
     softcapped: bool = False
     stored: Stored | None = None
+    dtype: str | None = None
     obstacle: str | None = None
+
+    @property
+    def published_width(self) -> int:
+        """Bytes of a parameter as published; two where the config does not say, as nearly all have."""
+        return _WIDTHS.get(self.dtype or "", 2)
 
     @property
     def layers(self) -> int:

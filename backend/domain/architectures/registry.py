@@ -91,7 +91,16 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape | None:
             return None
         shape = family.build(ConfigReader(text, family.defaults), model_type)
         return replace(
-            shape, stored=read_stored(config), obstacle=family.obstacle, adapts_experts=family.adapts_experts
+            shape,
+            stored=read_stored(config),
+            dtype=_dtype(text) or _dtype(config),
+            obstacle=family.obstacle,
+            adapts_experts=family.adapts_experts,
         )
     except NotKnown:
         return None
+
+
+def _dtype(config: Mapping[str, Any]) -> str | None:
+    value = config.get("dtype") or config.get("torch_dtype")  # the latter until transformers 4.56
+    return value if isinstance(value, str) else None

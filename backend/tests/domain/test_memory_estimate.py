@@ -1,12 +1,16 @@
 """The memory estimate: components add up and move the way they must."""
 
+from dataclasses import replace
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domain.activations import targeted
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
-from domain.memory_estimate import adapter_parameters, estimate
+from domain.memory_estimate import adapter_parameters, dense_bytes, estimate, loading_bytes
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from services.embedded_model import CONFIG, PARAMETERS
@@ -61,3 +65,35 @@ def test_four_bits_checkpointing_and_dora_move_the_estimate_the_right_way() -> N
     checkpointed = estimate(_shape(), _config(gradient_checkpointing=True), on_gpu=False)
     assert checkpointed.activations_bytes < plain.activations_bytes
     assert estimate(_shape(), _config(Algorithm.DORA), on_gpu=False).total_bytes > plain.total_bytes
+
+
+def test_loading_needs_the_file_beside_the_weights_only_where_these_are_converted() -> None:
+    shape = _shape()
+    kept = loading_bytes(shape, _config(precision="bf16"), on_gpu=False)
+    converted = loading_bytes(shape, _config(precision="fp32"), on_gpu=False)
+    assert converted - kept == shape.parameters * (4 - 2 + 2)
+    published = replace(shape, dtype="float32")
+    assert loading_bytes(published, _config(precision="fp32"), on_gpu=False) == converted - shape.parameters * 2
+
+
+def test_the_range_of_dora_holds_what_a_heap_may_lose_of_its_dense_weights() -> None:
+    lora, dora = (estimate(_shape(), _config(name), on_gpu=False) for name in (Algorithm.LORA, Algorithm.DORA))
+    assert dora.high_bytes - dora.low_bytes > lora.high_bytes - lora.low_bytes + dense_bytes(_shape(), _config())
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (["q_proj"], 30),
+        (["self_attn.q_proj"], 30),
+        (["model.layers.3.self_attn.q_proj"], 1),
+        (["layers.3.self_attn.q_proj", "q_proj"], 30),
+        (["3.self_attn.q_proj"], 1),
+        (["model.layers.99.self_attn.q_proj"], 0),
+        (["other.3.self_attn.q_proj"], 0),
+        (["proj"], 0),
+    ],
+)
+def test_a_name_means_the_modules_whose_path_ends_with_it(names: list[str], layers: int) -> None:
+    found = targeted(_shape(), _config(target_modules=names))
+    assert sum(count for _, count in found) == layers

@@ -83,3 +83,12 @@ def test_a_quantised_checkpoint_says_its_bits(section: dict[str, Any], bits: flo
 @pytest.mark.parametrize("section", [{"quant_method": "hqq"}, {"quant_method": "gptq"}, "fp8", {"quant_method": 4}])
 def test_an_unknown_quantisation_has_no_shape(section: object) -> None:
     assert read_shape({**CONFIG, "quantization_config": section}) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "width"),
+    [({"torch_dtype": "float32"}, 4), ({"dtype": "float16"}, 2), ({"torch_dtype": None}, 2), ({"dtype": 7}, 2)],
+)
+def test_the_published_type_is_read(values: dict[str, Any], width: int) -> None:
+    shape = read_shape({**CONFIG, **values})
+    assert shape is not None and shape.published_width == width
