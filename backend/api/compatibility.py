@@ -61,7 +61,11 @@ class CompatibilityResponse(Response):
 def compatibility(
     body: CompatibilityRequest, service: Annotated[CompatibilityService, Depends(get_compatibility_service)]
 ) -> CompatibilityResponse:
-    """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it."""
+    """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it.
+
+    What a load would refuse the model for, its licence, code of its own, pickled weights, is in `blockers`, and the
+    verdict then `unknown`.
+    """
     names = (
         "rank",
         "target_modules",

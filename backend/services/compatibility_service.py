@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from core.errors import ModelGated, ModelRejected
 from core.singleton import singleton
 from domain.algorithms import Algorithm
-from domain.architectures.registry import read_shape
 from domain.memory_verdict import Assessment, assess
 from services.model_facts import ModelFacts, get_model_facts
 from services.peft_service import PeftService, get_peft_service
@@ -28,26 +28,29 @@ class CompatibilityService:
     ) -> Assessment:
         """Judge a fine-tune against a device's free memory, or against `memory_bytes`.
 
+        What a load would refuse the model for is a blocker, and the verdict then unknown.
+
         Raises:
-            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+            ModelNotFound, HubUnavailable: As the Hub says.
             SettingRejected: A setting cannot take effect.
         """
         device = self._peft.device(device_name)
         if memory_bytes is not None:
             device = replace(device, available_bytes=memory_bytes)
-        config_json = self._facts.config(model_id, revision)
+        blockers = self._facts.blockers(model_id, revision)
+        try:
+            shape = self._facts.shape(model_id, revision)
+        except (ModelGated, ModelRejected):
+            if not blockers:
+                raise
+            self._peft.configure(algorithm, None, overrides, device=device)
+            return Assessment("unknown", device.available_bytes, None, ["config.json is not to be had"], [], blockers)
         config = self._peft.configure(
             algorithm, None, overrides, model_id=model_id, revision=revision, device=device
         ).config
-        found = assess(
-            read_shape(config_json),
-            config,
-            device.available_bytes,
-            on_gpu=device.on_gpu,
-            siblings=self._facts.siblings,
-        )
-        if config_json.get("auto_map"):
-            return replace(found, verdict="unknown", blockers=["the repository asks to run its own Python"])
+        found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+        if blockers:
+            return replace(found, verdict="unknown", suggestions=[], blockers=[*blockers, *found.blockers])
         return found
 
 

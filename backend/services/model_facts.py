@@ -18,6 +18,10 @@ class ConfigSource(Protocol):
         """Return the parsed config.json."""
         ...
 
+    def blockers_of(self, model_id: str, revision: str | None) -> list[str]:
+        """Say what keeps a model from being loaded here."""
+        ...
+
     def local_configs(self) -> Iterable[tuple[str, dict[str, Any]]]:
         """Yield the id and config.json of every model on this machine."""
         ...
@@ -42,6 +46,14 @@ class ModelFacts:
     def shape(self, model_id: str, revision: str | None) -> ModelShape | None:
         """Return a model's dimensions, or None where its family is not known here."""
         return read_shape(self.config(model_id, revision))
+
+    def blockers(self, model_id: str, revision: str | None) -> list[str]:
+        """Say what keeps a model from being loaded here, a sentence each.
+
+        Raises:
+            ModelNotFound, HubUnavailable: As the Hub says.
+        """
+        return [] if model_id == MODEL_ID and revision is None else self._configs.blockers_of(model_id, revision)
 
     def siblings(self, shape: ModelShape) -> list[Sibling]:
         """Return the models on this machine that are of a shape's family."""

@@ -6,7 +6,7 @@ from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import configure
 from domain.memory_verdict import judge_run
-from domain.model_records import Fit, ModelSummary
+from domain.model_records import Fit, ModelSummary, needs_remote_code
 from services.machine import get_machine
 
 
@@ -33,4 +33,7 @@ def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str
         available_bytes=device.available_bytes,
     ).config
     found = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
-    return None if found.estimate is None else Fit(found.verdict, found.estimate.total_bytes)
+    if found.estimate is None:
+        return None
+    runs_code = bool(needs_remote_code(config))
+    return Fit("unknown" if runs_code else found.verdict, found.estimate.total_bytes)

@@ -11,7 +11,15 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from core.clock import Clock, SystemClock
-from core.errors import HubUnavailable, ModelGated, ModelNotFound, ModelRejected, SettingRejected, TaskNotFound
+from core.errors import (
+    HubUnavailable,
+    ModelGated,
+    ModelNotFound,
+    ModelRejected,
+    NoSafeWeights,
+    SettingRejected,
+    TaskNotFound,
+)
 from core.logging import get_logger
 from core.settings import Settings, get_settings
 from core.singleton import singleton
@@ -39,6 +47,7 @@ from services.hub_http import HubHttp
 from services.listed_configs import ListedConfigs, config_cache
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
+from services.model_blockers import blockers_of
 from services.model_fit import fit_of
 
 # config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
@@ -158,6 +167,22 @@ class ModelRegistryService:
         check_dimensions(model_id, config)
         return config
 
+    def blockers_of(self, model_id: str, revision: str | None = None) -> list[str]:
+        """Say what keeps a model from being loaded here, a sentence each; of one on this machine, nothing.
+
+        Raises:
+            ModelRejected: The id or the revision cannot be one.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+        """
+        local = self._local.find(model_id, revision)
+        if local is not None:
+            return []
+        try:
+            details = self._find_details(model_id, revision, None)[0]
+        except NoSafeWeights as error:  # the operator's folder of that name, and the Hub has none
+            return [error.detail]
+        return blockers_of(details, has_token=bool(self._hub.identity))
+
     def local_configs(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the id and config.json of every model on this machine."""
         for model in self._local.all():
@@ -257,7 +282,10 @@ class ModelRegistryService:
         return tuple(model for model in rated if model.fit is not None and model.fit.verdict in ("fits", "tight"))
 
     def _fits(self, details: ModelDetails) -> dict[str, Fit | None]:
-        return {item.value: self._fit(details.config, details.summary, item.value) for item in Algorithm}
+        fits = {item.value: self._fit(details.config, details.summary, item.value) for item in Algorithm}
+        if not details.summary.local and blockers_of(details, has_token=bool(self._hub.identity)):
+            return {name: fit and replace(fit, verdict="unknown") for name, fit in fits.items()}
+        return fits
 
     def _fit(self, config: dict[str, Any] | None, summary: ModelSummary, algorithm: str | None) -> Fit | None:
         return self._fit_of(config, summary, algorithm or Algorithm.LORA.value) if self._fit_of is not None else None

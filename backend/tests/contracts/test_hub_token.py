@@ -43,8 +43,10 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
             assert gated.json()["config"] is None
             assert studio.http.get("/api/models/me/gated", headers=HEADER).json()["config"]["layers"] == 2
             body = {"model_id": "me/gated"}
-            assert studio.http.post("/api/models/compatibility", json=body).status_code == 403
-            assert studio.http.post("/api/models/compatibility", json=body, headers=HEADER).status_code == 200
+            checked = studio.http.post("/api/models/compatibility", json=body).json()
+            assert checked["verdict"] == "unknown" and "gated" in checked["blockers"][0]
+            checked = studio.http.post("/api/models/compatibility", json=body, headers=HEADER).json()
+            assert checked["verdict"] == "fits" and checked["blockers"] == []
             assert studio.http.post("/api/peft/load-model", json=body).status_code == 403
             loaded = studio.http.post("/api/peft/load-model", json=body | {"wait_s": 120}, headers=HEADER).json()
             assert loaded["state"] == "ready", loaded

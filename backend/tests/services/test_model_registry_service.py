@@ -516,3 +516,46 @@ def test_the_service_is_built_from_settings_and_environment(bench: Bench, monkey
     assert ids(registry.search(SearchQuery())) == ["me/m"]
     assert registry.local_path("me/here") == folder
     assert list((bench.folder / "home" / "cache" / "hub").iterdir())
+
+
+# What is in the way of a load
+
+BLOCKED = {
+    "nothing": (FILES, None),
+    "pickled": ({"config.json": FILES["config.json"], "pytorch_model.bin": b"\x80"}, "pickled weights only"),
+    "no weights": ({"config.json": FILES["config.json"]}, "no safetensors weights"),
+    "no config": ({"model.safetensors": FILES["model.safetensors"]}, "no config.json"),
+    "broken config": (FILES | {"config.json": b"[1]"}, "not a JSON object"),
+    "code": (FILES | {"config.json": json.dumps(CONFIG | {"auto_map": {"AutoModel": "x.X"}}).encode()}, "own Python"),
+    "huge": (FILES | {"config.json": json.dumps(CONFIG | {"hidden_size": 1e30}).encode()}, "hidden_size"),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKED)
+def test_what_is_in_the_way_of_a_load_is_said_before_one_is_tried(bench: Bench, kind: str) -> None:
+    files, reason = BLOCKED[kind]
+    bench.hub.add_model("me/m", files)
+    registry = bench.registry(fit_of=lambda config, summary, algorithm: Fit("fits", 1))
+    found = registry.blockers_of("me/m")
+    assert len(found) == (0 if reason is None else 1)
+    assert reason is None or reason in found[0]
+    fits = {fit.verdict for fit in registry.details("me/m").fits.values() if fit}
+    assert fits == {"fits" if reason is None else "unknown"}
+
+
+def test_a_gated_model_is_in_the_way_until_its_licence_is_accepted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.hub.add_model("me/m", FILES, gated="manual", granted=("hf_granted",))
+    bench.hub.tokens |= {"hf_granted", "hf_other"}
+    assert "set HF_TOKEN" in bench.registry().blockers_of("me/m")[0]
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    (reason,) = bench.registry().blockers_of("me/m")
+    assert "gated" in reason and "set HF_TOKEN" not in reason
+    monkeypatch.setenv("HF_TOKEN", "hf_granted")
+    assert bench.registry().blockers_of("me/m") == []
+
+
+def test_what_is_on_this_machine_has_nothing_in_its_way(bench: Bench) -> None:
+    bench.put_local("me/m")
+    assert bench.registry().blockers_of("me/m") == []
