@@ -9,6 +9,7 @@ from domain.dataset_turns import from_text
 
 _TURNS = FIELDS["messages"].required["messages"]
 _PROMPTS = FIELDS["prompt_completion"].required["prompt"]
+_SOUND_LIKE_ANSWERS = ("solution", "answer", "reply", "response", "output", "completion")
 _ANSWERS = FIELDS["prompt_completion"].required["completion"]
 _LABELS = FIELDS["kto"].required["label"]
 
@@ -160,12 +161,16 @@ def _advice(rows: Sequence[Mapping[str, Any]], columns: list[str], prompts: list
 
 
 def _likely_answer(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> str:
-    """Guess what to put into an example: an answer inside a nested column, or else the column of the longest texts."""
+    """Guess what to put into an example: an answer inside a nested column, a telling name, or the longest texts."""
     for column in columns:
         value = rows[0].get(column)
         path, inner = (f"{column}.0", value[0]) if isinstance(value, list) and value else (column, value)
         named = [name for name in _ANSWERS if isinstance(inner, Mapping) and name in inner]
         if named:
             return f"{path}.{named[0]}"
-    texts = {column: sum(len(row[column]) for row in rows if isinstance(row.get(column), str)) for column in columns}
+    telling = [column for column in columns if any(word in column.lower() for word in _SOUND_LIKE_ANSWERS)]
+    texts = {
+        column: sum(len(row[column]) for row in rows if isinstance(row.get(column), str))
+        for column in telling or columns
+    }
     return max(texts, key=lambda column: texts[column], default="the column with the answers")

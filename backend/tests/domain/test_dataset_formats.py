@@ -247,3 +247,11 @@ def test_any_row_becomes_something_that_can_be_learned_or_is_refused(row: dict[s
     # What is normal stays as it is.
     again = settle([normal], None, {})
     assert json.loads(normalise(normal, again).line) == normal
+
+
+def test_a_column_that_cannot_be_told_is_mapped_by_the_advices_example() -> None:
+    row = {"prompt": "def f():", "canonical_solution": "return 1", "test": "assert f() == 1 and f() is not None"}
+    with pytest.raises(NotRecognised) as refusal:
+        read(row)
+    assert 'column_map={"prompt": "prompt", "completion": "canonical_solution"}' in str(refusal.value)
+    read(row, column_map={"prompt": "prompt", "completion": "canonical_solution"})
