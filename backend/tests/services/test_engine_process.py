@@ -56,8 +56,11 @@ def test_kill_9_fails_what_is_pending_with_the_signal(tmp_path: Path, tiny_path:
     engine.close()
 
 
-def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A double that prints 12 MB and writes garbage on the event pipe before it answers."""
+@pytest.mark.parametrize("blocks", [1, pytest.param(128, marks=pytest.mark.slow)])
+def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """A double that prints 8 MB, or 1 GB, and garbage on the event pipe before it answers."""
     package = tmp_path / "double" / "engine"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -66,7 +69,7 @@ def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(tmp_path: Path, monke
         "commands = os.fdopen(int(os.environ['PEFT_STUDIO_ENGINE_COMMAND_FD']))\n"
         "events = os.fdopen(int(os.environ['PEFT_STUDIO_ENGINE_EVENT_FD']), 'w')\n"
         "request = json.loads(commands.readline())['request_id']\n"
-        "print('x' * 8_000_000)\n"
+        f"for _ in range({blocks}): print('x' * 8_000_000)\n"
         "for _ in range(40_000): print('y' * 99, file=sys.stderr)\n"
         'events.write(\'not json\\n{"kind": "unknown"}\\n\')\n'
         "events.write(json.dumps({'kind': 'done', 'request_id': request, 'result': {'ok': True}}) + '\\n')\n"
@@ -77,7 +80,7 @@ def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(tmp_path: Path, monke
     engine = EngineProcess(tmp_path / "engine.log")
     try:
         detach = lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id="a")  # noqa: E731
-        assert engine.request(detach)[1].result(30) == {"ok": True}
+        assert engine.request(detach)[1].result(30 * blocks) == {"ok": True}
     finally:
         engine.close()
     assert engine.garbage_lines == 2
