@@ -54,9 +54,10 @@ def events(
 ) -> object:
     """What happened to the job, as server-sent events (live, until it ends) or as JSON.
 
-    Events: state, progress, started, metrics, evaluation, checkpoint. Each `id` is a sequence number without gaps; a
-    reader that comes back with `Last-Event-ID` gets all that it missed. Every step is there once, however often the
-    run was cut off. The stream of a paused or interrupted job stays open.
+    Events: state, progress, started, built (what the run is made of, read back from the modules and the optimizer),
+    metrics, evaluation, checkpoint. Each `id` is a sequence number without gaps; a reader that comes back with
+    `Last-Event-ID` gets all that it missed. Every step is there once, however often the run was cut off. The stream of
+    a paused or interrupted job stays open.
     """
     training.get(job_id)
     start = max(after, last_event_id or 0)

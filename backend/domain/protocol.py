@@ -234,6 +234,39 @@ class TrainingStarted(_Event):
     skipped_checkpoints: list[str]
 
 
+class OptimizerGroup(_Line):
+    """Parameters that the optimizer treats alike. `learning_rate` is the peak, before the scheduler."""
+
+    parameters: int
+    learning_rate: float
+    weight_decay: float
+    betas: list[float]
+    epsilon: float
+
+
+class TrainingBuilt(_Event):
+    """What the run is made of, read back from the modules and the optimizer before the first step.
+
+    Types map to elements, names of modules and of storages to how many there are; lists hold the distinct values.
+    """
+
+    kind: Literal["training_built"] = "training_built"
+    engine: str
+    device: str
+    base_types: dict[str, int]
+    quantized_modules: dict[str, int]
+    compute_types: list[str]
+    checkpointed_modules: int
+    adapted_modules: dict[str, int]
+    ranks: list[float]
+    scalings: list[float]
+    dropouts: list[float]
+    dora_modules: int
+    adapter_types: dict[str, int]
+    optimizer: str
+    groups: list[OptimizerGroup]
+
+
 class StepMetrics(_Event):
     """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds.
 
@@ -308,7 +341,16 @@ class Failed(_Event):
 
 
 Event = Annotated[
-    Progress | Token | TrainingStarted | StepMetrics | Evaluated | CheckpointWritten | Heartbeat | Done | Failed,
+    Progress
+    | Token
+    | TrainingStarted
+    | TrainingBuilt
+    | StepMetrics
+    | Evaluated
+    | CheckpointWritten
+    | Heartbeat
+    | Done
+    | Failed,
     Field(discriminator="kind"),
 ]
 FinalEvent = Done | Failed

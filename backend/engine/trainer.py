@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from domain.peft_config import PeftConfig
 from domain.protocol import CheckpointWritten, Evaluated, StepMetrics
+from engine.account import built
 from engine.base import Base
 from engine.batches import Batch, Row, epoch_batches, pad
 from engine.channel import Stopped
@@ -133,6 +134,7 @@ class Trainer:
         """
         self._begin()
         try:
+            self._emit(built(self._request_id, self._base, self._optimizer))
             self._loop()
             return self._outcome(stopped_on_request=False)
         except Stopped as stopped:

@@ -214,6 +214,8 @@ class TrainingRun:
             self._started = True
             step = event.resumed_from_step or 0
             self._save("started", data, {"step": step, "total_steps": event.total_steps})
+        elif isinstance(event, protocol.TrainingBuilt):
+            self._save("built", data, {})
         elif isinstance(event, protocol.StepMetrics):
             self._oom_kills = self._service.oom_kills()  # a kill before this step was another's
             telemetry.step_seconds.labels(self.job.algorithm).observe(event.step_s)
