@@ -87,12 +87,22 @@ class ChosenParameter(Response):
     reason: str
 
 
+class ConfigurationFit(Response):
+    verdict: Literal["fits", "tight", "does_not_fit", "unknown"]
+    estimate_bytes: int
+    available_bytes: int
+
+
 class ConfigureResponse(Response):
     algorithm: Algorithm
     use_case: UseCaseId | None
     model_id: str | None
     config: PeftConfig
     parameters: dict[str, ChosenParameter] = Field(description="Every parameter with where its value came from.")
+    fit: ConfigurationFit | None = Field(
+        description="Whether it fits this machine with all rows at full length; null where that cannot be known. What "
+        "would make it fit: POST /api/models/compatibility."
+    )
 
 
 class LoadModelRequest(Request):

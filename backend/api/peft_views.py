@@ -1,5 +1,6 @@
 """From the domain and the services to the responses of /api/peft."""
 
+from dataclasses import asdict
 from typing import Any
 
 from api import peft_schemas as schemas
@@ -70,6 +71,7 @@ def configuration_view(body: schemas.ConfigureRequest, configuration: Configurat
             name: schemas.ChosenParameter(value=choice.value, source=choice.source, reason=choice.reason)
             for name, choice in configuration.choices.items()
         },
+        fit=None if configuration.fit is None else schemas.ConfigurationFit.model_validate(asdict(configuration.fit)),
     )
 
 

@@ -9,6 +9,9 @@ from pydantic import ValidationError
 from core.errors import SettingRejected
 from domain.algorithms import SPECS, Algorithm
 from domain.hardware_fit import fit_to_memory
+from domain.learning_rate import default_learning_rate
+from domain.memory_estimate import estimate
+from domain.memory_verdict import Verdict, judge
 from domain.model_shape import ModelShape
 from domain.peft_config import PARAMETER_NAMES, PeftConfig
 from domain.use_cases import USE_CASES, UseCaseId
@@ -39,16 +42,35 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How a configuration compares with what the machine has free."""
+
+    verdict: Verdict
+    estimate_bytes: int
+    available_bytes: int
+
+
+@dataclass(frozen=True)
 class Configuration:
-    """A complete configuration and, for every parameter, where its value came from."""
+    """A complete configuration and, for every parameter, where its value came from.
+
+    Attributes:
+        fit: Whether it fits the machine, with all rows as long as they may be; None where the model's layers or the
+            free memory are not known.
+    """
 
     config: PeftConfig
     choices: Mapping[str, Choice]
+    fit: Fit | None
 
 
+# Sources: "LoRA Without Regret" (thinkingmachines.ai/blog/lora) for rank, alpha and target modules; QLoRA (arXiv
+# 2305.14314), figure 2, table 9 and appendix B, for targets, dropout and warm-up; "Straight to Zero" (arXiv 2502.15938)
+# for the decay; Hugging Face's TrainingArguments for clipping and weight decay. The learning rate is in
+# `domain.learning_rate`, what the device decides in `domain.hardware_fit`.
 _DEFAULTS: dict[str, tuple[Any, str]] = {
     "rank": (16, "enough for most instruction tuning ('LoRA Without Regret': capacity, not rank, matters)"),
-    "alpha": (32, "twice the rank"),
+    "alpha": (32, "32 at every rank, as in 'LoRA Without Regret': the best rate then hardly depends on the rank"),
     "dropout": (0.05, "QLoRA paper, appendix B: 0.05 for small models"),
     "target_modules": ("all-linear", "adapting every linear layer matters most (QLoRA paper, figure 2)"),
     "bias": ("none", "the base's biases are shared by all adapters on it"),
@@ -56,11 +78,10 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "use_dora": (False, "direction and magnitude are not separated"),
     "init_weights": ("default", "B starts at zero, so training starts from the base's output"),
     "quantization": ("none", "weights as published"),
-    "learning_rate": (2e-4, "QLoRA paper, table 9; about ten times full fine-tuning's"),
     "epochs": (3.0, "small sets are seen a few times"),
     "max_steps": (None, "epochs decide"),
     "warmup_ratio": (0.03, "QLoRA paper, appendix B"),
-    "scheduler": ("linear", "decay to zero finishes on small steps"),
+    "scheduler": ("linear", "decay to zero beats other schedules at equal compute (arXiv 2502.15938)"),
     "weight_decay": (0.0, "adapters are regularised by their rank"),
     "max_grad_norm": (1.0, "the common clip of the Hugging Face Trainer"),
     "max_seq_length": (2048, "several turns"),
@@ -90,8 +111,12 @@ def _hardware_choices(machine: MachineFacts) -> dict[str, Choice]:
         values = {
             "precision": (precision, f"the GPU computes in {precision}"),
             "batch_size": (2, "activations of two rows fit most GPUs"),
-            "gradient_accumulation": (4, "an effective batch of eight"),
+            "gradient_accumulation": (
+                4,
+                "an effective batch of eight: LoRA loses by large ones",
+            ),
             "gradient_checkpointing": (True, "saves most of the activation memory"),
+            # Whatever the memory: it costs neither quality nor speed.
             "optimizer": ("adamw_8bit", "a quarter of AdamW's state at equal quality (arXiv 2110.02861)"),
         }
     return {name: Choice(value, "hardware", why) for name, (value, why) in values.items()}
@@ -131,13 +156,17 @@ def configure(
     choices |= _hardware_choices(machine)
     if shape is not None:
         choices |= _model_choices(shape, choices)
-    choices |= _follow_overrides(choices, overrides)
-    choices |= {name: Choice(value, "override", "asked for") for name, value in overrides.items()}
+    choices |= _follow_overrides(algorithm, overrides)
+    asked = {name: Choice(value, "override", "asked for") for name, value in overrides.items()}
+    choices |= {"learning_rate": _learning_rate(shape, algorithm, use_case, choices | asked)} | asked
     config = _validated(algorithm, choices, overrides, machine, shape)
+    fit = None
     if shape is not None and available_bytes is not None:
         choices |= _memory_choices(shape, config, available_bytes, overrides, machine)
         config = config.model_copy(update={name: choices[name].value for name in PARAMETER_NAMES})
-    return Configuration(config, {name: choices[name] for name in PARAMETER_NAMES})
+        needed = estimate(shape, config, on_gpu=machine.has_gpu)
+        fit = Fit(judge(needed, available_bytes), needed.total_bytes, available_bytes)
+    return Configuration(config, {name: choices[name] for name in PARAMETER_NAMES}, fit)
 
 
 def _validated(
@@ -181,13 +210,29 @@ def _memory_choices(
     overrides: Mapping[str, Any],
     machine: MachineFacts,
 ) -> dict[str, Choice]:
-    """Choose the batch, and at need checkpointing, so that the run fits; the effective batch stays."""
+    """Choose what the memory decides; the effective batch stays."""
     changes = fit_to_memory(shape, config, available_bytes, overrides, on_gpu=machine.has_gpu)
-    gib = available_bytes / 2**30
-    return {
-        name: Choice(value, "hardware", f"so that {config.max_seq_length} tokens a row fit the {gib:.1f} GiB free")
-        for name, value in changes.items()
-    }
+    found = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=machine.has_gpu)
+    rows, gib = f"{config.max_seq_length} tokens a row", f"{available_bytes / 2**30:.1f} GiB free"
+    reason = {
+        "fits": f"so that {rows} fit the {gib}",
+        "tight": f"so that {rows} just fit the {gib}",
+    }.get(judge(found, available_bytes), f"needs least, but {rows} do not fit the {gib} in any way")
+    return {name: Choice(value, "hardware", reason) for name, value in changes.items()}
+
+
+def _learning_rate(
+    shape: ModelShape | None, algorithm: Algorithm, use_case: UseCaseId | None, choices: Mapping[str, Choice]
+) -> Choice:
+    """Take the rate for the model and the scaling as they are, times what the use case wants."""
+    alpha, use_rslora = choices["alpha"].value, choices["use_rslora"].value
+    rate, reason = default_learning_rate(shape, algorithm, alpha=alpha, use_rslora=use_rslora)
+    case = USE_CASES[use_case] if use_case is not None else None
+    if case is None or case.rate_factor == 1.0:
+        return Choice(rate, "algorithm" if algorithm is Algorithm.PISSA else "default", reason)
+    return Choice(
+        rate * case.rate_factor, "use_case", f"{case.name}: {case.rate_reason}; {case.rate_factor:g} times {reason}"
+    )
 
 
 def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> dict[str, Choice]:
@@ -201,13 +246,11 @@ def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> d
     }
 
 
-def _follow_overrides(choices: Mapping[str, Choice], overrides: Mapping[str, Any]) -> dict[str, Choice]:
-    """Keep the ratio of alpha to rank when the client sets the rank alone."""
-    if "rank" not in overrides or "alpha" in overrides:
+def _follow_overrides(algorithm: Algorithm, overrides: Mapping[str, Any]) -> dict[str, Choice]:
+    """Keep PiSSA's scaling at one when the client sets the rank alone; elsewhere alpha is the same at every rank."""
+    if algorithm is not Algorithm.PISSA or "rank" not in overrides:
         return {}
-    ratio = choices["alpha"].value / choices["rank"].value
-    alpha = max(1, round(overrides["rank"] * ratio))
-    return {"alpha": Choice(alpha, choices["alpha"].source, f"keeps alpha / rank at {ratio:g}")}
+    return {"alpha": Choice(overrides["rank"], "algorithm", f"PiSSA: {SPECS[algorithm].reasons['alpha']}")}
 
 
 def _contradictions(

@@ -1,4 +1,4 @@
-"""The batch that fits the memory at hand: how many rows a pass, how many passes a step."""
+"""What the memory at hand decides: rows a pass, passes a step, recomputation, and on a CPU the precision."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -9,20 +9,22 @@ from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 
 # The parameters that it may choose.
-FITTED = ("batch_size", "gradient_accumulation", "gradient_checkpointing")
+FITTED = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "precision")
+_BATCH = frozenset({"batch_size", "gradient_accumulation"})
 
 
 def fit_to_memory(
     shape: ModelShape, config: PeftConfig, available_bytes: int, kept: Collection[str], *, on_gpu: bool
 ) -> Mapping[str, Any]:
-    """Return the changes that make a configuration fit: fewer rows a pass with more passes, then checkpointing.
+    """Return the changes that make a configuration fit the device, and on a GPU use it.
 
-    The effective batch stays what it was. What the client set itself is left alone, and so is everything that
-    changes what is learned.
+    The fastest that fits is chosen: all rows of a step in one pass, then fewer rows with more passes, then activations
+    computed twice, and last, on a CPU, weights in bf16 instead of fp32. The effective batch stays what it was. What the
+    client set itself is left alone, and so is everything else that changes what is learned.
 
     Args:
         shape: The model.
-        config: The configuration as it would be with memory in plenty.
+        config: The configuration as it would be if nothing were known of the memory.
         available_bytes: What is free on the device.
         kept: Parameters that must not change.
         on_gpu: Whether the device is a CUDA GPU.
@@ -32,32 +34,47 @@ def fit_to_memory(
     """
     needs: list[tuple[int, Mapping[str, Any]]] = []
     tight: Mapping[str, Any] | None = None
-    for changes in _options(config, kept):
+    for changes in _options(config, kept, on_gpu=on_gpu):
+        if tight is not None and changes["precision"] != config.precision:
+            break  # what may fit in fp32 is not worth a type several times slower
         found = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu)
         verdict = judge(found, available_bytes)
         if verdict == "fits":
-            return changes
+            return _changed(config, changes)
         if verdict == "tight" and tight is None:
             tight = changes
         needs.append((found.total_bytes, changes))
-    return tight if tight is not None else min(needs, key=lambda item: item[0])[1]
+    return _changed(config, tight if tight is not None else min(needs, key=lambda item: item[0])[1])
 
 
-def _options(config: PeftConfig, kept: Collection[str]) -> Iterator[Mapping[str, Any]]:
-    """Yield the changes from none to all; recomputing activations costs a quarter of the speed, so it comes last."""
-    batches = list(_batches(config)) if not {"batch_size", "gradient_accumulation"} & set(kept) else [{}]
-    yield from batches
-    if not config.gradient_checkpointing and "gradient_checkpointing" not in kept:
-        for batch in batches:
-            yield {**batch, "gradient_checkpointing": True}
+def _changed(config: PeftConfig, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in values.items() if value != getattr(config, name)}
 
 
-def _batches(config: PeftConfig) -> Iterator[Mapping[str, int]]:
-    yield {}
-    rows = config.batch_size
+def _options(config: PeftConfig, kept: Collection[str], *, on_gpu: bool) -> Iterator[Mapping[str, Any]]:
+    """Yield all ways from the fastest to the leanest.
+
+    Recomputing activations costs a quarter of the speed, so it comes after smaller batches; a CPU without matrix units
+    for bf16 is several times slower in it, so that comes last.
+    """
+    batches = [{}] if _BATCH & set(kept) else list(_batches(config, on_gpu=on_gpu))
+    recomputes = [config.gradient_checkpointing]
+    if "gradient_checkpointing" not in kept:
+        recomputes = [False, True]
+    precisions = [config.precision]
+    if not on_gpu and "precision" not in kept and config.precision == "fp32":
+        precisions.append("bf16")
+    for precision in precisions:
+        for recompute in recomputes:
+            for batch in batches:
+                yield {**batch, "gradient_checkpointing": recompute, "precision": precision}
+
+
+def _batches(config: PeftConfig, *, on_gpu: bool) -> Iterator[Mapping[str, Any]]:
+    """Yield ways to split the effective batch, the largest pass first; a CPU gains nothing from a larger one."""
+    passes = 1 if on_gpu else config.gradient_accumulation
+    rows = config.batch_size * config.gradient_accumulation // passes
+    yield {"batch_size": rows, "gradient_accumulation": passes}
     while rows > 1 and rows % 2 == 0:
-        rows //= 2
-        yield {
-            "batch_size": rows,
-            "gradient_accumulation": config.gradient_accumulation * (config.batch_size // rows),
-        }
+        rows, passes = rows // 2, passes * 2
+        yield {"batch_size": rows, "gradient_accumulation": passes}

@@ -17,7 +17,7 @@ from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
 from domain.activations import Batch
-from domain.algorithms import Algorithm
+from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration, configure
 from domain.memory_estimate import adapter_parameters, loading_bytes
 from domain.memory_verdict import assess, assess_loading, savings
@@ -120,7 +120,7 @@ class PeftService:
             SettingRejected: An override cannot take effect.
             ModelNotFound: There is no such model.
         """
-        device = device or self.device("auto")
+        device = device or self._beside(self._machine.device("auto"), algorithm, overrides, model_id, revision)
         shape = self._facts.shape(model_id, revision) if model_id is not None else None
         return configure(
             algorithm,
@@ -140,6 +140,29 @@ class PeftService:
         device = self._machine.device(wanted)
         with self._lock:
             return with_room(device, self._bases.values())
+
+    def _beside(
+        self,
+        device: Device,
+        algorithm: Algorithm,
+        overrides: dict[str, Any],
+        model_id: str | None,
+        revision: str | None,
+    ) -> Device:
+        """Return a device as it is for a run: what a base of the model holds that is there already counts as free.
+
+        Otherwise a base that fits would be loaded a second time in fewer bits.
+        """
+        stored = SPECS[algorithm].fixed.get("quantization", overrides.get("quantization", "none"))
+        wanted = (model_id, revision, stored, device.torch_name)
+        with self._lock:
+            own = [
+                base
+                for base in self._bases.values()
+                if (base.key.model_id, base.key.revision, base.key.quantization, base.key.device) == wanted
+                and overrides.get("precision", base.key.precision) == base.key.precision
+            ]
+            return with_room(device, self._bases.values(), own[0] if own else None)
 
     def device_of(self, model: LoadedModel) -> Device:
         """Return the device that a loaded model is on, with what a run on that model may use of it."""
@@ -207,7 +230,13 @@ class PeftService:
             request.overrides,
             model_id=request.model_id,
             revision=request.revision,
-            device=device,
+            device=self._beside(
+                self._machine.device(request.device),
+                request.algorithm,
+                request.overrides,
+                request.model_id,
+                request.revision,
+            ),
         )
         config = configuration.config
         key = BaseKey(

@@ -150,9 +150,11 @@ def test_combinations_that_make_sense_are_kept() -> None:
     assert (config.use_dora, config.use_rslora, config.quantization) == (True, True, "nf4")
 
 
-def test_alpha_follows_the_rank_unless_it_is_set() -> None:
-    assert _make(Algorithm.LORA, UseCaseId.CHATBOT, {"rank": 8}, CPU).config.alpha == 16
+def test_alpha_is_the_same_at_every_rank_but_for_pissa_whose_scaling_is_one() -> None:
+    assert _make(Algorithm.LORA, UseCaseId.CHATBOT, {"rank": 8}, CPU).config.alpha == 32
+    assert _make(Algorithm.LORA, UseCaseId.DOMAIN_ADAPTATION, {}, CPU).config.alpha == 32
     assert _make(Algorithm.PISSA, UseCaseId.CHATBOT, {"rank": 8}, CPU).config.alpha == 8
+    assert _make(Algorithm.PISSA, UseCaseId.DOMAIN_ADAPTATION, {}, CPU).config.alpha == 64
     assert _make(Algorithm.LORA, None, {"rank": 8, "alpha": 5}, CPU).config.alpha == 5
 
 

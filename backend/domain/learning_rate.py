@@ -1,0 +1,50 @@
+"""The peak learning rate by model size and by how strongly the adapter's output is scaled."""
+
+from domain.algorithms import Algorithm
+from domain.model_shape import ModelShape
+
+# "LoRA Without Regret" (Thinking Machines Lab, 2025), section on setting the learning rate:
+# 5e-5 · 10 · (2000 / H)^p with H the hidden size and p fitted over Llama and Qwen models, for alpha = 32 and alpha / r.
+_FULL_FINE_TUNING = 5e-5
+_LORA_FACTOR = 10.0
+_REFERENCE_HIDDEN = 2000
+_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+_ALPHA = 32
+# The rank at which rsLoRA's alpha / √r is taken to need the rate of alpha / r; its paper finds one rate for all ranks.
+_RSLORA_RANK = 16
+# QLoRA (arXiv 2305.14314), table 9: 2e-4 up to 13 billion parameters.
+_UNKNOWN = 2e-4
+# PiSSA moves the principal directions themselves, for which the law was not fitted.
+_PISSA = 2e-4
+
+
+def default_learning_rate(
+    shape: ModelShape | None, algorithm: Algorithm, *, alpha: int, use_rslora: bool
+) -> tuple[float, str]:
+    """Return a rate to start from, and why.
+
+    No model much below the reference size was in the fit: smaller ones get its 5e-4. A family that was not in the fit
+    gets the milder exponent of the two. While B is near zero a step moves the weights by rate times scaling, so the
+    rate falls as alpha rises.
+
+    Args:
+        shape: The model, or None where none is named or its layers are not known.
+        algorithm: The method.
+        alpha: Scaling numerator.
+        use_rslora: Whether it is divided by √r.
+
+    Source: "LoRA Without Regret", thinkingmachines.ai/blog/lora; rsLoRA (arXiv 2312.03732), section 3.
+    """
+    if algorithm is Algorithm.PISSA:
+        return _PISSA, "PiSSA starts from the principal directions: the law for LoRA's rate does not cover it"
+    if shape is None:
+        return _UNKNOWN, "QLoRA paper, table 9; with a model named, by its hidden size"
+    family = next((name for name in _EXPONENTS if shape.model_type.startswith(name)), None)
+    exponent = _EXPONENTS[family] if family is not None else min(_EXPONENTS.values())
+    hidden = max(shape.hidden, _REFERENCE_HIDDEN)
+    rate = _FULL_FINE_TUNING * _LORA_FACTOR * (_REFERENCE_HIDDEN / hidden) ** exponent
+    scaling = _ALPHA / alpha * (_RSLORA_RANK**-0.5 if use_rslora else 1.0)
+    reason = f"'LoRA Without Regret': 5e-4 · (2000 / {hidden})^{exponent:g}"
+    if scaling != 1.0:
+        reason += f", times {scaling:.3g} for the scaling by alpha={alpha}{' / √r' if use_rslora else ''}"
+    return float(f"{min(1.0, rate * scaling):.2g}"), reason
