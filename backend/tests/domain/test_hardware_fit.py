@@ -130,11 +130,11 @@ def test_what_the_client_sets_is_left_alone(gib: int, name: str, flag: bool) -> 
 
 
 def test_checkpointing_is_the_last_resort_and_says_why() -> None:
-    found = _make(5 * GIB)
+    found = _make(6 * GIB)
     assert found.config.precision == "fp32"
     assert (found.config.batch_size, found.config.gradient_checkpointing) == (1, True)
     assert found.choices["batch_size"].source == "hardware"
-    assert "5.0 GiB" in found.choices["batch_size"].reason
+    assert "6.0 GiB" in found.choices["batch_size"].reason
 
 
 def test_a_cpu_computes_in_bf16_only_where_fp32_does_not_fit() -> None:
