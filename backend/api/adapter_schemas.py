@@ -66,14 +66,16 @@ class AdapterDetails(AdapterSummary):
     metrics: dict[str, Any]
     path: str = Field(description="Its folder on the server's machine, as PEFT loads it.")
     files: list[AdapterFile]
+    card: dict[str, Any] | None = Field(
+        description="training.json: base and commit, dataset, outcome, packages and machine. `losses` are in the file."
+    )
 
 
 class AdapterList(Response):
     adapters: list[AdapterSummary]
 
 
-def details_view(record: AdapterRecord, files: list[tuple[str, int]]) -> AdapterDetails:
+def details_view(record: AdapterRecord, files: list[tuple[str, int]], card: dict[str, Any] | None) -> AdapterDetails:
     """Show an adapter."""
-    return AdapterDetails.model_validate(
-        record.__dict__ | {"files": [{"name": name, "size_bytes": size} for name, size in files]}
-    )
+    listed = [{"name": name, "size_bytes": size} for name, size in files]
+    return AdapterDetails.model_validate(record.__dict__ | {"files": listed, "card": card})

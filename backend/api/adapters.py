@@ -44,7 +44,7 @@ async def add(request: Request, intake: Intake, adapters: Adapters) -> AdapterDe
         record = await _receive(request, intake)
     else:
         record = await run_in_threadpool(_bring, await request.body(), intake)
-    return details_view(record, adapters.files(record.id))
+    return _details(adapters, record)
 
 
 def _bring(body: bytes, intake: AdapterIntake) -> AdapterRecord:
@@ -72,7 +72,7 @@ def list_adapters(adapters: Adapters) -> AdapterList:
 @router.get("/{adapter_id}")
 def get_adapter(adapter_id: str, adapters: Adapters) -> AdapterDetails:
     """One adapter: its base, configuration, figures and files."""
-    return details_view(adapters.get(adapter_id), adapters.files(adapter_id))
+    return _details(adapters, adapters.get(adapter_id))
 
 
 @router.get("/{adapter_id}/download", response_class=StreamingResponse)
@@ -104,3 +104,7 @@ def push(adapter_id: str, body: PushRequest, response: HttpResponse, exports: Ex
 def delete(adapter_id: str, adapters: Adapters) -> None:
     """Delete an adapter and its files. What was made of it stays."""
     adapters.delete(adapter_id)
+
+
+def _details(adapters: AdapterService, record: AdapterRecord) -> AdapterDetails:
+    return details_view(record, adapters.files(record.id), adapters.card(record.id))

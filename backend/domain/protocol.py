@@ -80,6 +80,7 @@ class Train(_Command):
 
     The run goes on from the newest checkpoint in `checkpoints_path` that verifies, and of those beyond
     `recorded_step`, whose metrics were lost, only if there is no other; without one, it starts from the base.
+    `about` is what the adapter's card says of the run beside what the engine knows itself.
     """
 
     kind: Literal["train"] = "train"
@@ -94,6 +95,7 @@ class Train(_Command):
     checkpoints_path: str
     max_checkpoint_bytes: int | None
     recorded_step: int
+    about: dict[str, Any]
 
 
 class Analyze(_Command):

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base
 from engine.batches import Row, RowTokenizer, read_rows
+from engine.card import LossRecorder, make_card, packages, readme
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData
-from engine.trainer import Outcome, Trainer
+from engine.trainer import Trainer
 
 
 class _ChannelControl:
@@ -48,7 +48,7 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
         Stopped: The client ended the run.
         StorageFull: No space is left for the adapter or a checkpoint.
     """
-    control = _ChannelControl(channel, command.request_id)
+    control, recorder = _ChannelControl(channel, command.request_id), LossRecorder(channel.emit)
     rows, validation, skipped = _load_rows(base, command, channel, control.check_stop)
     output = Path(command.output_path)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
                 rows,
                 validation,
                 request_id=command.request_id,
-                emit=channel.emit,
+                emit=recorder.emit,
                 control=control,
                 checkpoints=checkpoints,
                 resume=resume,
@@ -79,7 +79,8 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
             saved = base.model.peft_config[command.adapter_id]
             if initial:
                 state, saved = methods.as_plain_lora(state, initial, saved)
-            _write_adapter(output, state, saved, base, command, outcome)
+            card = make_card(base, command, outcome, recorder.losses)
+            _write_adapter(output, state, saved, base, card, command.adapter_id)
     finally:
         base.detach(command.adapter_id)
     # What is handed out is what is served: the adapter comes back from its own files.
@@ -98,7 +99,7 @@ def _checkpoint_folder(command: Train) -> CheckpointFolder:
         "base_model_id": command.base_model_id,
         "base_revision": command.base_revision,
         "config": command.config.model_dump(mode="json"),
-        "packages": _packages(),
+        "packages": packages(),
     }
     return CheckpointFolder(
         Path(command.checkpoints_path), command.config.keep_checkpoints, command.max_checkpoint_bytes, about
@@ -191,49 +192,17 @@ def _started(
 
 
 def _write_adapter(
-    output: Path, state: dict[str, Any], lora: LoraConfig, base: Base, command: Train, outcome: Outcome
+    output: Path, state: dict[str, Any], lora: LoraConfig, base: Base, card: dict[str, Any], adapter_id: str
 ) -> None:
     """Write the folder that is handed out: it is whole or it is not there.
 
     A run cut off after this and before its record was written is trained again to the same place.
     """
-    record = {
-        "base_model_id": command.base_model_id,
-        "base_revision": command.base_revision,
-        "config": command.config.model_dump(mode="json"),
-        "outcome": asdict(outcome),
-        "packages": _packages(),
-    }
     with whole_folder(output) as folder:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         # save_pretrained writes the given object's inference_mode as True and everything else as it is.
         lora.save_pretrained(str(folder))
         base.tokenizer.save_pretrained(folder)
-        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(command, outcome), encoding="utf-8")
-        write_manifest(folder, {"adapter_id": command.adapter_id})
-
-
-def _packages() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-
-
-def _card(command: Train, outcome: Outcome) -> str:
-    """Write the model card, with the front matter that the Hub reads."""
-    evaluation = (
-        f"- Evaluation loss: {outcome.initial_eval_loss:.4f} before, {outcome.final_eval_loss:.4f} after\n"
-        if outcome.initial_eval_loss is not None and outcome.final_eval_loss is not None
-        else ""
-    )
-    config = json.dumps(command.config.model_dump(mode="json"), indent=2)
-    return (
-        f"---\nbase_model: {command.base_model_id}\nlibrary_name: peft\ntags:\n- peft-studio\n---\n\n"
-        f"# Adapter for {command.base_model_id}\n\n"
-        f"- Steps: {outcome.steps}\n- Training loss: {outcome.first_loss:.4f} first, {outcome.final_loss:.4f} last\n"
-        f"{evaluation}\n## Load it\n\n```python\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{command.base_model_id}")\n'
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
-        f"## Configuration\n\n```json\n{config}\n```\n"
-    )
+        (folder / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(readme(card), encoding="utf-8")
+        write_manifest(folder, {"adapter_id": adapter_id})

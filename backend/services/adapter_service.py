@@ -1,8 +1,10 @@
 """Trained adapters: immutable folders and their records."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -10,6 +12,7 @@ from core.errors import AdapterDamaged, AdapterInUse, AdapterNotFound
 from core.manifest import NAME, FolderDamaged, verify
 from core.settings import get_settings
 from core.singleton import singleton
+from domain.adapter_files import CARD
 from domain.export_states import FINAL_STATES, ExportState
 from services.database import get_database
 from services.peft_service import PeftService, get_peft_service
@@ -64,6 +67,15 @@ class AdapterService:
         """Return the adapter's files as (name, bytes), by name."""
         folder = Path(self.get(adapter_id).path)
         return [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if _is_own(path)]
+
+    def card(self, adapter_id: str) -> dict[str, Any] | None:
+        """Return what the adapter's card says of its training, the losses of each step left out; None without one."""
+        path = Path(self.get(adapter_id).path) / CARD
+        try:
+            card = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return None
+        return {name: value for name, value in card.items() if name != "losses"} if isinstance(card, dict) else None
 
     def verified(self, adapter_id: str) -> AdapterRecord:
         """Return one adapter whose every file is as it was written.

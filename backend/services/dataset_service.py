@@ -175,6 +175,12 @@ class DatasetService:
         """Return what else is known of a dataset."""
         return self._files.manifest(dataset_id)
 
+    def describe(self, dataset_id: str) -> dict[str, Any]:
+        """Return what tells a dataset from any other, and how its files were read."""
+        record = self.get(dataset_id)
+        about = {"name": record.name, "format": record.format, "rows": record.rows, "sha256": record.sha256}
+        return about | {"settings": dict(self.manifest(dataset_id).settings)}
+
     def check_trainable(self, dataset_id: str, train_on: str) -> DatasetRecord:
         """Return a dataset from which a fine-tune can learn.
 

@@ -23,6 +23,7 @@ from services import telemetry
 from services.engine_process import CommandFailed, EngineDied, EngineProcess
 from services.loaded_base import LoadState
 from services.peft_service import LoadedModel, LoadRequest
+from services.run_card import about_run
 from store.records import AdapterRecord, JobRecord, to_text
 
 if TYPE_CHECKING:
@@ -194,6 +195,7 @@ class TrainingRun:
                 checkpoints_path=str(service.checkpoints.folder_of(job.id)),
                 max_checkpoint_bytes=service.max_checkpoint_bytes,
                 recorded_step=self._progress.get("recorded_step", 0),
+                about=about_run(service.datasets, job),
             )
 
         with self._lock:

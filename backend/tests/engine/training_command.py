@@ -64,6 +64,7 @@ def command_for(folder: Path, config: PeftConfig, **changes: Any) -> Train:
         "checkpoints_path": str(folder / "checkpoints"),
         "max_checkpoint_bytes": None,
         "recorded_step": 10**9,
+        "about": {},
     }
     return Train(**values | changes)
 

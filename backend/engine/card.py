@@ -1,0 +1,133 @@
+"""An adapter's card: what one needs to train it again, for a program (training.json) and for a person (README.md)."""
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.manifest import sha256_of
+from domain.protocol import StepMetrics, Train
+from engine.base import Base
+from engine.trainer import Outcome
+
+_FORMAT = 1
+_MAX_LOSSES = 20_000  # of a longer run every second, third, … is kept
+
+
+class LossRecorder:
+    """Passes events on, and keeps each step's loss.
+
+    A run that goes on from a checkpoint has the losses from there on: the earlier ones are with its job.
+    """
+
+    def __init__(self, emit: Callable[[Any], None]) -> None:
+        self._emit = emit
+        self.losses: dict[int, float] = {}
+
+    def emit(self, event: Any) -> None:
+        """Pass an event on."""
+        if isinstance(event, StepMetrics):
+            self.losses[event.step] = event.loss
+        self._emit(event)
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of what computes a training."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+
+
+def make_card(base: Base, command: Train, outcome: Outcome, losses: dict[int, float]) -> dict[str, Any]:
+    """Write what the adapter was made from and how.
+
+    Returns:
+        JSON; `about` of the command comes first, and `losses` as [step, loss].
+    """
+    stride = -(-len(losses) // _MAX_LOSSES) or 1
+    return {
+        "format": _FORMAT,
+        "adapter_id": command.adapter_id,
+        **command.about,
+        "base_model_id": command.base_model_id,
+        "base_revision": command.base_revision,
+        "base_commit": _commit_of(base.path),
+        "rows_sha256": sha256_of(Path(command.dataset_path)),
+        "validation_rows_sha256": sha256_of(Path(command.validation_path)) if command.validation_path else None,
+        "validation_fraction": command.validation_fraction,
+        "config": command.config.model_dump(mode="json"),
+        "outcome": asdict(outcome),
+        "packages": packages(),
+        "machine": {
+            "device": base.device.type,
+            "engine": base.engine,
+            "threads": torch.get_num_threads(),
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "losses": [[step, loss] for step, loss in sorted(losses.items())][::stride],
+    }
+
+
+def _commit_of(path: Path) -> str | None:
+    """Return the commit that a base's folder is, where it is one of the Hub's cache."""
+    return path.name if path.parent.name == "snapshots" else None
+
+
+def readme(card: dict[str, Any]) -> str:
+    """Write the model card, with the front matter that the Hub reads."""
+    base, outcome = card["base_model_id"], card["outcome"]
+    before, after = outcome["initial_eval_loss"], outcome["final_eval_loss"]
+    evaluation = (
+        f"- Evaluation loss: {before:.4f} before, {after:.4f} after\n"
+        if before is not None and after is not None
+        else ""
+    )
+    config = json.dumps(card["config"], indent=2)
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: peft\ntags:\n- peft-studio\n---\n\n"
+        f"# Adapter for {base}\n\n"
+        f"- Steps: {outcome['steps']}\n"
+        f"- Training loss: {outcome['first_loss']:.4f} first, {outcome['final_loss']:.4f} last\n"
+        f"{evaluation}\n## Load it\n\n```python\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
+        f"## How it was made\n\n{_origin(card)}\n"
+        "## Train it again\n\n"
+        "`training.json` has all of the above for a program, and the loss of each step. With a PEFT Studio server "
+        "running and the dataset at hand, from its `backend` folder:\n\n"
+        "```console\n$ python -m reproduce path/to/this/folder --dataset path/to/the/dataset\n```\n\n"
+        "It trains with the same settings and compares every loss; on a CPU of the same kind, with the same packages "
+        "and number of threads, the weights are the same to the bit.\n\n"
+        f"## Configuration\n\n```json\n{config}\n```\n"
+    )
+
+
+def _origin(card: dict[str, Any]) -> str:
+    """List what the adapter was made from."""
+    revision = card["base_commit"] or card["base_revision"]
+    dataset, machine = card.get("dataset") or {}, card["machine"]
+    validation = card.get("validation_dataset")
+    held_out = (
+        f"{validation['name']} (sha256 `{validation['sha256']}`)"
+        if validation
+        else f"{card['validation_fraction']:g} of the rows"
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in card["packages"].items())
+    lines = [
+        f"Base: {card['base_model_id']}" + (f" at `{revision}`" if revision else ""),
+        f"Method: {card.get('algorithm', 'not recorded')}, seed {card['config']['seed']}",
+        f"Dataset: {dataset.get('name', 'not recorded')} (sha256 `{card.get('dataset_sha256')}`), "
+        f"as rows sha256 `{card['rows_sha256']}`",
+        f"Held out: {held_out}",
+        f"Packages: {versions}",
+        f"Machine: {machine['device']} ({machine['architecture']}, {machine['cpu_capability']}), {machine['engine']}, "
+        f"{machine['threads']} threads, Python {machine['python']}",
+    ]
+    return "".join(f"- {line}\n" for line in lines)

@@ -1,0 +1,19 @@
+"""What the server knows of a run, for the card of the adapter that it makes."""
+
+from typing import Any
+
+from services.dataset_service import DatasetService
+from store.records import JobRecord
+
+
+def about_run(datasets: DatasetService, job: JobRecord) -> dict[str, Any]:
+    """Return what an adapter's card says of the job and its data."""
+    validation = job.validation_dataset_id
+    return {
+        "name": job.name,
+        "job_id": job.id,
+        "algorithm": job.algorithm,
+        "dataset_sha256": datasets.get(job.dataset_id).sha256,
+        "dataset": datasets.describe(job.dataset_id),
+        "validation_dataset": datasets.describe(validation) if validation is not None else None,
+    }
