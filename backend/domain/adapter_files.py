@@ -122,7 +122,7 @@ def read_facts(where: str, config: Any, header: SafetensorsHeader) -> AdapterFac
     if problems:
         raise AdapterRejected(f"{where}: {'; '.join(problems)}.")
     modules = _modules(where, config, header)
-    stored, rewritten = _with_plain_targets(config, modules)
+    stored, rewritten = _as_served(config, modules)
     return AdapterFacts(
         config=stored,
         rewritten=rewritten,
@@ -206,14 +206,28 @@ def _modules(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -
     return sorted(parts)
 
 
-def _with_plain_targets(config: dict[str, Any], modules: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Name the adapted layers one by one where the config has patterns: those are expressions that PEFT would run."""
-    targets = config.get("target_modules")
-    patterns = ("layers_to_transform", "layers_pattern", "exclude_modules")
-    plain = targets == "all-linear" or (
-        isinstance(targets, list) and all(isinstance(name, str) and _MODULE.fullmatch(name) for name in targets)
-    )
-    if plain and not any(config.get(name) for name in patterns):
-        return dict(config), ()
-    changed = {"target_modules": modules} | {name: None for name in patterns if config.get(name)}
+def _as_served(config: dict[str, Any], modules: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the config with nothing in it that PEFT would run as an expression, or fill with weights of its own.
+
+    Layers that the config names and the weights lack would get fresh ones; those are zero, and so without effect, with
+    the default initialisation alone.
+    """
+    changed: dict[str, Any] = {}
+    if config.get("init_lora_weights", True) is not True:
+        changed["init_lora_weights"] = True
+    patterns = [name for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if config.get(name)]
+    if patterns or not _names_plainly(config.get("target_modules"), modules):
+        changed |= {"target_modules": modules} | dict.fromkeys(patterns)
     return config | changed, tuple(sorted(changed))
+
+
+def _names_plainly(targets: Any, modules: list[str]) -> bool:
+    """Tell whether target_modules are names, each of a layer that there are weights for."""
+    if targets == "all-linear":
+        return True
+    return isinstance(targets, list) and all(
+        isinstance(name, str)
+        and _MODULE.fullmatch(name)
+        and any(module == name or module.endswith(f".{name}") for module in modules)
+        for name in targets
+    )

@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from core.errors import StorageFull
 from core.files import whole_folder
 from core.manifest import write_manifest
+from domain.adapter_files import TOKENIZER_FILES
 from domain.protocol import Merge, Progress
 from engine.base import Base
 from engine.channel import Channel
@@ -23,10 +24,6 @@ from engine.merged_weights import MergedWeights, adapter_attached
 # heartbeat's neither.
 _SHARD_BYTES = 2**30
 _RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
-)
 
 
 def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
@@ -84,11 +81,13 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def copy_tokenizer(base: Base, adapter: Path, folder: Path) -> None:
-    """Write the tokenizer that the adapter was trained with, chat template included; the base's if it has none."""
-    if not (adapter / "tokenizer_config.json").is_file():
+    """Write the tokenizer that the adapter was trained with; if it has none, the base's with the adapter's template."""
+    if (adapter / "tokenizer.json").is_file() and (adapter / "tokenizer_config.json").is_file():
+        names: tuple[str, ...] = TOKENIZER_FILES
+    else:
         base.tokenizer.save_pretrained(folder)
-        return
-    for name in _TOKENIZER_FILES:
+        names = ("chat_template.jinja",)
+    for name in names:
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, folder / name)
 

@@ -38,6 +38,7 @@ CONFIG: MappingProxyType[str, Any] = MappingProxyType(
         "head_dim": 64,
         "vocab_size": 49152,
         "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",
     }

@@ -57,6 +57,21 @@ class EngineDied(EngineFailed):
     slug, title = "engine-died", "Engine died"
 
 
+def death_class(error: EngineDied, *, out_of_memory: bool) -> str:
+    """Name how an engine ended, as jobs and exports record it.
+
+    Args:
+        error: Its death.
+        out_of_memory: Whether the kernel has meanwhile killed a process for want of memory. It sends SIGKILL, and
+            counts; so may a person, who does not.
+    """
+    if error.extras.get("unresponsive"):
+        return "engine_unresponsive"
+    if error.extras.get("signal") != signal.SIGKILL:
+        return "engine_crash"
+    return "out_of_host_memory" if out_of_memory else "engine_killed"
+
+
 class CommandFailed(EngineFailed):
     """The engine carried on but could not do what was asked; `error_class` says why."""
 

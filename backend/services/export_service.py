@@ -22,6 +22,7 @@ from domain.export_states import FINAL_STATES, MAX_ATTEMPTS, ExportKind, ExportS
 from services.adapter_service import AdapterService, get_adapter_service
 from services.database import get_database
 from services.export_control import ExportControl, ExportProgress, ExportStopped
+from services.host_probe import HostProbe
 from services.hub_push import HubPush
 from services.model_export import ModelExport
 from services.model_facts import get_model_facts
@@ -320,7 +321,7 @@ class ExportService:
 def get_export_service() -> ExportService:
     """Return the process's export service."""
     adapters, clock = get_adapter_service(), SystemClock()
-    model_export = ModelExport(get_peft_service(), adapters, get_model_facts())
+    model_export = ModelExport(get_peft_service(), adapters, get_model_facts(), HostProbe().oom_kills)
     works: dict[ExportKind, Work] = {
         ExportKind.MERGED: model_export,
         ExportKind.GGUF: model_export,

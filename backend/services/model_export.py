@@ -11,7 +11,7 @@ from domain.algorithms import Algorithm
 from domain.export_states import ExportKind
 from domain.gguf_models import read_gguf_model
 from services.adapter_service import AdapterService
-from services.engine_process import CommandFailed, EngineDied, EngineProcess
+from services.engine_process import CommandFailed, EngineDied, EngineProcess, death_class
 from services.export_control import ExportControl, ExportStopped
 from services.loaded_base import LoadState
 from services.model_facts import ModelFacts
@@ -22,10 +22,16 @@ _POLL_S = 0.2
 
 
 class ModelExport:
-    """Makes one model of an adapter and its base."""
+    """Makes one model of an adapter and its base.
 
-    def __init__(self, peft: PeftService, adapters: AdapterService, facts: ModelFacts) -> None:
-        self._peft, self._adapters, self._facts = peft, adapters, facts
+    Args:
+        oom_kills: Counts the processes that the kernel has killed for want of memory.
+    """
+
+    def __init__(
+        self, peft: PeftService, adapters: AdapterService, facts: ModelFacts, oom_kills: Callable[[], int]
+    ) -> None:
+        self._peft, self._adapters, self._facts, self._oom_kills = peft, adapters, facts, oom_kills
 
     def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Mapping[str, Any]) -> None:
         """Refuse what llama.cpp has no place for, by the base's config alone.
@@ -99,6 +105,7 @@ class ModelExport:
                 control.report(event.stage, event.fraction)
 
         control.check()
+        kills = self._oom_kills()
         request_id, future = process.request(command, on_event)
         control.call_on_stop(lambda: process.stop(request_id))
         try:
@@ -107,8 +114,9 @@ class ModelExport:
             if error.extras["error_class"] == "cancelled":
                 raise ExportStopped("The export was stopped.") from error
             raise
-        except EngineDied:
+        except EngineDied as error:
             control.check()  # the server ends, and its engines with it
+            error.extras["error_class"] = death_class(error, out_of_memory=self._oom_kills() > kills)
             raise
 
 

@@ -20,7 +20,7 @@ from domain.job_states import JobState
 from domain.peft_config import PeftConfig
 from domain.retries import MAX_STALLS, TRANSIENT, wait_s
 from services import telemetry
-from services.engine_process import CommandFailed, EngineDied, EngineProcess
+from services.engine_process import CommandFailed, EngineDied, EngineProcess, death_class
 from services.loaded_base import LoadState
 from services.peft_service import LoadedModel, LoadRequest
 from services.run_card import about_run
@@ -393,12 +393,7 @@ class TrainingRun:
             self.job = replace(self.job, state=following)
 
     def _death_class(self, error: EngineDied) -> str:
-        if error.extras.get("unresponsive"):
-            return "engine_unresponsive"
-        if error.extras.get("signal") != 9:
-            return "engine_crash"
-        # The kernel's out-of-memory killer sends SIGKILL, and counts; so does a person, who does not.
-        return "out_of_host_memory" if self._service.oom_kills() > self._oom_kills else "engine_killed"
+        return death_class(error, out_of_memory=self._service.oom_kills() > self._oom_kills)
 
 
 _SUGGESTIONS = {

@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ def adapter_config(**changes: Any) -> dict[str, Any]:
     } | changes  # fmt: skip
 
 
-def adapter_tensors() -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return names, types and shapes of the weights."""
+def adapter_tensors(
+    layers: int = 2, shapes: Mapping[str, tuple[int, int]] = SHAPES
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return names, types and shapes of the weights; of the tiny Llama by default."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for layer in range(2):
-        for name, (fan_in, fan_out) in SHAPES.items():
+    for layer in range(layers):
+        for name, (fan_in, fan_out) in shapes.items():
             path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             found[f"{path}.lora_A.weight"] = ("F32", (RANK, fan_in))
             found[f"{path}.lora_B.weight"] = ("F32", (fan_out, RANK))

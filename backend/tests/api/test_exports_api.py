@@ -3,13 +3,17 @@
 import io
 import json
 import shutil
+import signal
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapter_double import adapter_files, write_files
+from adapter_double import adapter_files, adapter_tensors, write_files
+from gguf import GGUFReader
+from hub_double import safetensors_bytes
 from rows import messages_jsonl
 from safetensors.torch import load_file
 from server import StudioServer, start_server, wait_until
@@ -18,6 +22,7 @@ from tiny_model import TINY_ID
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.engine
+EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OVERRIDES = {"rank": 4, "max_seq_length": 64, "learning_rate": 0.01, "max_steps": 6}
 PROBE = [[5, 9, 17, 33, 21, 8]]
 
@@ -188,3 +193,47 @@ def test_a_damaged_adapter_is_not_exported(studio: StudioServer) -> None:
     assert (done["state"], done["error"]["class"]) == ("failed", "adapter_damaged"), done
     assert "adapter_model.safetensors" in done["error"]["message"]
     assert done["files"] == [] and done["path"] is None
+
+
+def test_an_engine_or_a_server_killed_in_the_middle_and_a_cancelled_export_leave_nothing(
+    tmp_path: Path, model_dirs: Path
+) -> None:
+    """With the embedded model, whose export takes seconds: there is a middle."""
+    files = adapter_files(base_model_name_or_path=EMBEDDED_ID)
+    files["adapter_model.safetensors"] = safetensors_bytes(adapter_tensors(30, {"q_proj": (576, 576)}))
+    with start_server(tmp_path / "home", model_dirs) as studio:
+        source = write_files(studio.home / "inbox", files)
+        adapter_id = studio.http.post("/api/adapters", json={"path": str(source)}).json()["id"]
+
+        def half_way() -> str:
+            export_id = export(studio, adapter_id, format="gguf", quantization="q8_0")["id"]
+            wait_until(lambda: _fraction(state_of(studio, export_id)) > 0.02, 120)
+            assert list((studio.home / "exports").glob(".exp_*"))
+            return str(export_id)
+
+        export_id = half_way()
+        studio.engine().send_signal(signal.SIGKILL)
+        failed = finished(studio, export_id)
+        assert (failed["state"], failed["error"]["class"], failed["error"]["signal"]) == ("failed", "engine_killed", 9)
+        assert not list((studio.home / "exports").iterdir()) or not failed["files"]
+
+        export_id = half_way()
+        began = time.monotonic()
+        studio.http.post(f"/api/exports/{export_id}/cancel")
+        assert finished(studio, export_id)["state"] == "cancelled"
+        assert time.monotonic() - began < 10 and not list((studio.home / "exports").glob(f"*{export_id}*"))
+
+        export_id = half_way()
+        studio.kill()
+        studio.start()
+        done = finished(studio, export_id)
+        assert (done["state"], done["attempts"]) == ("succeeded", 2), done
+        assert [path.name for path in (studio.home / "exports").iterdir()] == [export_id]
+        reader = GGUFReader(Path(done["path"]) / done["result"]["filename"])
+        assert len(reader.tensors) == 272 and done["result"]["adapted_layers"] == 30
+
+
+def _fraction(shown: dict[str, Any]) -> float:
+    assert shown["state"] in ("queued", "running"), shown
+    progress = shown["progress"]
+    return progress["fraction"] or 0.0 if progress is not None and progress["stage"] == "writing" else 0.0

@@ -82,6 +82,12 @@ def test_what_would_import_unpickle_or_serve_something_else_is_refused(changes: 
         facts(**changes)
 
 
+@pytest.mark.parametrize("said", [False, None, "gaussian", "orthogonal"])
+def test_layers_without_weights_would_start_at_zero(said: Any) -> None:
+    found = facts(init_lora_weights=said)
+    assert found.config["init_lora_weights"] is True and found.rewritten == ("init_lora_weights",)
+
+
 def test_a_class_of_transformers_may_be_named() -> None:
     mapping = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
     assert facts(auto_mapping=mapping, task_type=None).config["auto_mapping"] == mapping
@@ -103,6 +109,7 @@ def test_a_kernel_of_the_hub_is_refused(key: str) -> None:
         {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
         {"exclude_modules": "(a+)+b"},
         {"target_modules": ["q_proj", "(a+)+b"]},
+        {"target_modules": ["q_proj", "v_proj", "up_proj"]},  # which the weights lack
         {"target_modules": None},
     ],
 )

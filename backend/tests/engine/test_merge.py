@@ -174,6 +174,18 @@ def test_the_folder_is_whole_documented_and_loads_with_the_trained_template(
     assert "base_model: tests/tiny" in (folder / "README.md").read_text()
 
 
+def test_an_adapter_without_a_tokenizer_gets_the_bases_with_its_own_template(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.LORA)
+    base = load(tiny_path, config)
+    make_adapter(base, config, tmp_path / "adapter")
+    (tmp_path / "adapter/tokenizer.json").unlink()
+    (tmp_path / "adapter/chat_template.jinja").write_text("{{ messages }}")
+    run(base, tmp_path, tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer("the quick").input_ids == base.tokenizer("the quick").input_ids
+
+
 def test_tied_tensors_are_saved_once_unless_the_adapter_changes_one_of_them(tiny_path: Path, tmp_path: Path) -> None:
     config = config_for(Algorithm.LORA)
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
