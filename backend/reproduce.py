@@ -12,18 +12,80 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Annotated, Any
 
 import httpx
+from pydantic import AfterValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _CARD_NAME = "adapter_model.safetensors", "training.json"
 _FIGURES = ("steps", "tokens", "first_loss", "final_loss", "initial_eval_loss", "final_eval_loss", "best_eval_loss")
 # Another processor, GPU or version sums in another order; over a run the differences grow.
 _RELATIVE_TOLERANCE = 0.05
 _POLL_S = 1.0
+_AWAY_S = 120.0  # a server that restarts takes its jobs up again
+_MAX_CARD_BYTES = 16 * 2**20
+_CHUNK_BYTES = 2**20
+
+
+def _printable(text: str) -> str:
+    """Refuse what would steer a terminal: an adapter may come from anybody."""
+    if not text.isprintable():
+        raise ValueError("has characters that cannot be printed")
+    return text
+
+
+Plain = Annotated[str, StringConstraints(max_length=500), AfterValidator(_printable)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Figure = int | float | None
+
+
+class DatasetCard(TypedDict):
+    """What a card says of a dataset."""
+
+    name: Plain
+    sha256: Sha256
+    settings: dict[str, Any]
+
+
+class MachineCard(TypedDict):
+    """What a card says of the machine. Everything in it can change the last bits."""
+
+    device: Plain
+    engine: Plain
+    threads: int
+    architecture: Plain
+    python: Plain
+    cpu_capability: Plain
+
+
+class RunCard(TypedDict):
+    """What of an adapter's card (training.json) it takes to train it again."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+
+    adapter_id: Plain
+    algorithm: Plain
+    base_model_id: Plain
+    base_revision: Plain | None
+    base_commit: Plain | None
+    resumed_from: Plain | None
+    dataset: DatasetCard
+    validation_dataset: DatasetCard | None
+    rows_sha256: Sha256
+    validation_rows_sha256: Sha256 | None
+    validation_fraction: float
+    config: dict[str, Any]
+    outcome: dict[Plain, Figure | bool]
+    packages: dict[Plain, Plain]
+    machine: MachineCard
+    losses: list[tuple[int, float]]
+
+
+_CARD = TypeAdapter(RunCard)
 
 
 class CannotReproduce(Exception):
@@ -34,28 +96,51 @@ class CannotReproduce(Exception):
 class Adapter:
     """An adapter's card, and the sha256 of its weights."""
 
-    card: dict[str, Any]
+    card: RunCard
     weights_sha256: str
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path | IO[bytes]) -> Adapter:
     """Read a folder or a zip.
 
     Raises:
-        CannotReproduce: It is no adapter with a card.
+        CannotReproduce: It is no adapter with a card, or with one that is not of a whole run.
     """
     try:
-        if path.is_dir():
-            card, weights = (path / "training.json").read_bytes(), (path / _WEIGHTS).read_bytes()
-        else:
-            with zipfile.ZipFile(path) as archive:
-                card, weights = archive.read("training.json"), archive.read(_WEIGHTS)
-        found = json.loads(card)
-        for name in ("config", "outcome", "packages", "machine", "rows_sha256", "base_model_id", "algorithm"):
-            found[name]
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        raise CannotReproduce(f"{path} is no adapter with a card to train it from: {error!r}") from error
-    return Adapter(found, hashlib.sha256(weights).hexdigest())
+        if isinstance(path, Path) and path.is_dir():
+            with (path / _CARD_NAME).open("rb") as card, (path / _WEIGHTS).open("rb") as weights:
+                return _read(card, weights)
+        with zipfile.ZipFile(path) as archive, archive.open(_CARD_NAME) as card, archive.open(_WEIGHTS) as weights:
+            return _read(card, weights)
+    except (OSError, KeyError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+        raise CannotReproduce(f"{path} is no adapter with a card to train it from: {error}") from error
+
+
+def _read(card: IO[bytes], weights: IO[bytes]) -> Adapter:
+    text = card.read(_MAX_CARD_BYTES + 1)
+    if len(text) > _MAX_CARD_BYTES:
+        raise ValueError(f"{_CARD_NAME} is larger than {_MAX_CARD_BYTES} bytes")
+    try:
+        found = _CARD.validate_json(text)
+    except ValidationError as error:  # its own text quotes what it refuses
+        why = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise ValueError(f"{_CARD_NAME}: {why[:1000]}") from None
+    if found["resumed_from"] is not None:
+        raise CannotReproduce(
+            f"The run began with the checkpoint {found['resumed_from']} of another job, which is not in the card."
+        )
+    if found["outcome"].get("stopped_on_request"):
+        raise CannotReproduce(
+            f"The run was ended by a client after step {found['outcome'].get('steps')}: no setting does that again."
+        )
+    return Adapter(found, _sha256(iter(lambda: weights.read(_CHUNK_BYTES), b"")))
+
+
+def _sha256(chunks: Iterable[bytes]) -> str:
+    total = hashlib.sha256()
+    for chunk in chunks:
+        total.update(chunk)
+    return total.hexdigest()
 
 
 class Server:
@@ -63,7 +148,9 @@ class Server:
 
     def __init__(self, url: str, key: str | None) -> None:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=120)
+        # A dataset of gigabytes is read before the answer comes.
+        timeout = httpx.Timeout(_AWAY_S, read=3600)
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
         """Ask.
@@ -76,42 +163,67 @@ class Server:
         except httpx.HTTPError as error:
             raise CannotReproduce(f"The server at {self._http.base_url} does not answer: {error}") from error
         if response.is_error:
-            raise CannotReproduce(f"{method} {path}: {response.json().get('detail', response.text)}")
+            raise CannotReproduce(f"{method} {path}: {_detail(response)}")
         return response
 
-    def dataset(self, about: Mapping[str, Any] | None, rows_sha256: str, given: str | None) -> str:
+    def job(self, job_id: str) -> dict[str, Any]:
+        """Return a job; a server that is away for a while is waited for.
+
+        Raises:
+            CannotReproduce: It refuses, or stays away.
+        """
+        deadline_s = time.monotonic() + _AWAY_S
+        while True:
+            try:
+                return dict(self.call("GET", f"/api/training/jobs/{job_id}").json())
+            except CannotReproduce as error:
+                if not isinstance(error.__cause__, httpx.HTTPError) or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(_POLL_S)
+
+    def rows_sha256(self, dataset_id: str) -> str:
+        """Return the sha256 of a dataset's rows as an engine reads them."""
+        path, params = f"/api/datasets/{dataset_id}/download", {"form": "normalised"}
+        try:
+            with self._http.stream("GET", path, params=params) as response:
+                if response.is_error:
+                    response.read()
+                    raise CannotReproduce(f"GET {path}: {_detail(response)}")
+                return _sha256(response.iter_bytes())
+        except httpx.HTTPError as error:
+            raise CannotReproduce(f"GET {path}: {error}") from error
+
+    def dataset(self, about: DatasetCard, rows_sha256: str, given: str | None) -> str:
         """Return the id of the dataset that the card means: one that is there, or the file that is given.
 
         Raises:
             CannotReproduce: There is none, or its rows are others.
         """
-        about = about or {}
         known = self.call("GET", "/api/datasets").json()["datasets"]
         if given is not None and Path(given).is_file():
             candidates = [self._upload(Path(given), about)]
         elif given is not None:
             candidates = [given]
         else:
-            candidates = [entry["id"] for entry in known if entry["sha256"] == about.get("sha256")]
+            candidates = [entry["id"] for entry in known if entry["sha256"] == about["sha256"]]
         for dataset_id in candidates:
-            rows = self.call("GET", f"/api/datasets/{dataset_id}/download", params={"form": "normalised"}).content
-            if hashlib.sha256(rows).hexdigest() == rows_sha256:
+            if self.rows_sha256(dataset_id) == rows_sha256:
                 return dataset_id
         if given is not None:
             raise CannotReproduce(f"{given} has other rows than those of the card (sha256 {rows_sha256}).")
         raise CannotReproduce(
-            f"The server has no dataset {about.get('name')!r} (sha256 {about.get('sha256')}): name a file or an id."
+            f"The server has no dataset {about['name']!r} (sha256 {about['sha256']}): name a file or an id."
         )
 
-    def _upload(self, path: Path, about: Mapping[str, Any]) -> str:
-        settings = {name: value for name, value in (about.get("settings") or {}).items() if value is not None}
+    def _upload(self, path: Path, about: DatasetCard) -> str:
+        settings = {name: value for name, value in about["settings"].items() if value is not None}
         form = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-        form["name"] = str(about.get("name") or path.name)
+        form["name"] = about["name"] or path.name
         with path.open("rb") as file:
             answer = self.call("POST", "/api/datasets", files={"file": (path.name, file)}, data=form)
         return str(answer.json()["id"])
 
-    def train(self, card: Mapping[str, Any], dataset_id: str, validation_id: str | None) -> dict[str, Any]:
+    def train(self, card: RunCard, dataset_id: str, validation_id: str | None) -> dict[str, Any]:
         """Train as the card says, and return the job.
 
         Raises:
@@ -119,7 +231,7 @@ class Server:
         """
         request = {
             "model_id": card["base_model_id"],
-            "revision": card.get("base_commit") or card.get("base_revision"),
+            "revision": card["base_commit"] or card["base_revision"],
             "algorithm": card["algorithm"],
             "overrides": card["config"],
             "dataset_id": dataset_id,
@@ -132,7 +244,7 @@ class Server:
         shown = ""
         while job["state"] not in ("succeeded", "failed", "cancelled"):
             time.sleep(_POLL_S)
-            job = dict(self.call("GET", f"/api/training/jobs/{job['id']}").json())
+            job = self.job(job["id"])
             progress = job["progress"]
             line = f"  {job['state']}: step {progress['step']} of {progress['total_steps'] or '…'}"
             if line != shown:
@@ -142,21 +254,30 @@ class Server:
             raise CannotReproduce(f"The job {job['id']} is {job['state']}: {(job['error'] or {}).get('message')}")
         return job
 
-    def adapter(self, job: Mapping[str, Any]) -> Adapter:
+    def adapter(self, job: dict[str, Any]) -> Adapter:
         """Return the adapter that a job made."""
-        content = self.call("GET", f"/api/adapters/{job['adapter_id']}/download").content
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            weights = hashlib.sha256(archive.read(_WEIGHTS)).hexdigest()
-            return Adapter(json.loads(archive.read("training.json")), weights)
+        return read_adapter(io.BytesIO(self.call("GET", f"/api/adapters/{job['adapter_id']}/download").content))
 
 
-def differences(first: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
+def _detail(response: httpx.Response) -> str:
+    """Return what a refusal says: a problem's detail, or whatever else answered, such as a proxy."""
+    try:
+        return str(response.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return f"{response.status_code} {response.text[:500]!r}"
+
+
+def differences(first: RunCard, again: RunCard) -> list[str]:
     """Name what is not the same about two machines and their packages."""
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (dict(first["packages"]), dict(again["packages"])),
+        (dict(first["machine"]), dict(again["machine"])),
+    ]
     return [
-        f"{name} {first[part].get(name)} → {again[part].get(name)}"
-        for part in ("packages", "machine")
-        for name in sorted(first[part].keys() | again[part].keys())
-        if first[part].get(name) != again[part].get(name)
+        f"{name} {one.get(name)} → {other.get(name)}"
+        for one, other in pairs
+        for name in sorted(one.keys() | other.keys())
+        if one.get(name) != other.get(name)
     ]
 
 
@@ -177,7 +298,7 @@ def compare(first: Adapter, again: Adapter, tolerance: float | None) -> bool:
         close = _close(one, other, allowed)
         same = same and close
         say(f"  {name:18} {one!s:24} {other!s:24} {'same' if one == other else 'close' if close else 'DIFFERENT'}")
-    losses = dict(map(tuple, again.card["losses"]))
+    losses = dict(again.card["losses"])
     pairs = [(loss, losses[step]) for step, loss in first.card["losses"] if step in losses]
     equal, close_ones = sum(a == b for a, b in pairs), sum(_close(a, b, allowed) for a, b in pairs)
     worst = max((abs(a - b) for a, b in pairs), default=0.0)
@@ -190,9 +311,10 @@ def compare(first: Adapter, again: Adapter, tolerance: float | None) -> bool:
     return same
 
 
-def _close(one: float | None, other: float | None, relative: float) -> bool:
-    if one is None or other is None:
-        return one is other
+def _close(one: Figure, other: Figure, relative: float) -> bool:
+    """Compare losses; counts, and what is not there, have no tolerance."""
+    if not isinstance(one, float) or not isinstance(other, float):
+        return one == other
     return abs(one - other) <= relative * max(abs(one), abs(other))
 
 
@@ -216,12 +338,12 @@ def main(arguments: list[str] | None = None) -> int:
         first = read_adapter(given.adapter)
         card = first.card
         server = Server(given.server, os.environ.get("PEFT_STUDIO_API_KEY"))
-        dataset_id = server.dataset(card.get("dataset"), card["rows_sha256"], given.dataset)
+        dataset_id = server.dataset(card["dataset"], card["rows_sha256"], given.dataset)
         validation_id = None
-        if card.get("validation_rows_sha256"):
-            about = card.get("validation_dataset")
-            validation_id = server.dataset(about, card["validation_rows_sha256"], given.validation_dataset)
-        say(f"{card['algorithm']} on {card['base_model_id']}, dataset {dataset_id}, seed {card['config']['seed']}.")
+        about, sum_ = card["validation_dataset"], card["validation_rows_sha256"]
+        if about is not None and sum_ is not None:
+            validation_id = server.dataset(about, sum_, given.validation_dataset)
+        say(f"{card['algorithm']} on {card['base_model_id']}, dataset {dataset_id}.")
         again = server.adapter(server.train(card, dataset_id, validation_id))
     except CannotReproduce as error:
         print(f"reproduce: {error}", file=sys.stderr)  # noqa: T201

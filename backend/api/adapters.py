@@ -44,7 +44,7 @@ async def add(request: Request, intake: Intake, adapters: Adapters) -> AdapterDe
         record = await _receive(request, intake)
     else:
         record = await run_in_threadpool(_bring, await request.body(), intake)
-    return _details(adapters, record)
+    return await run_in_threadpool(_details, adapters, record)
 
 
 def _bring(body: bytes, intake: AdapterIntake) -> AdapterRecord:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from core.manifest import sha256_of
+from core.version import VERSION
 from domain.protocol import StepMetrics, Train
 from engine.base import Base
 from engine.trainer import Outcome
@@ -38,7 +39,8 @@ class LossRecorder:
 
 def packages() -> dict[str, str]:
     """Return the versions of what computes a training."""
-    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    names = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "numpy")
+    return {"peft-studio": VERSION} | {name: version(name) for name in names}
 
 
 def make_card(base: Base, command: Train, outcome: Outcome, losses: dict[int, float]) -> dict[str, Any]:
@@ -99,13 +101,24 @@ def readme(card: dict[str, Any]) -> str:
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
         f"## How it was made\n\n{_origin(card)}\n"
-        "## Train it again\n\n"
+        f"## Train it again\n\n{_again(card)}\n\n"
+        f"## Configuration\n\n```json\n{config}\n```\n"
+    )
+
+
+def _again(card: dict[str, Any]) -> str:
+    """Say how to train it again, or why that is not to be had."""
+    if card.get("resumed_from") or card["outcome"]["stopped_on_request"]:
+        return (
+            "`training.json` has all of the above for a program. The run began with another job's checkpoint, or a "
+            "client ended it early: these settings alone do not give the same adapter again."
+        )
+    return (
         "`training.json` has all of the above for a program, and the loss of each step. With a PEFT Studio server "
         "running and the dataset at hand, from its `backend` folder:\n\n"
         "```console\n$ python -m reproduce path/to/this/folder --dataset path/to/the/dataset\n```\n\n"
         "It trains with the same settings and compares every loss; on a CPU of the same kind, with the same packages "
-        "and number of threads, the weights are the same to the bit.\n\n"
-        f"## Configuration\n\n```json\n{config}\n```\n"
+        "and number of threads, the weights are the same to the bit."
     )
 
 
@@ -126,6 +139,7 @@ def _origin(card: dict[str, Any]) -> str:
         f"Dataset: {dataset.get('name', 'not recorded')} (sha256 `{card.get('dataset_sha256')}`), "
         f"as rows sha256 `{card['rows_sha256']}`",
         f"Held out: {held_out}",
+        *([f"Begun with: the checkpoint {card['resumed_from']} of another job"] if card.get("resumed_from") else []),
         f"Packages: {versions}",
         f"Machine: {machine['device']} ({machine['architecture']}, {machine['cpu_capability']}), {machine['engine']}, "
         f"{machine['threads']} threads, Python {machine['python']}",

@@ -13,6 +13,7 @@ def about_run(datasets: DatasetService, job: JobRecord) -> dict[str, Any]:
         "name": job.name,
         "job_id": job.id,
         "algorithm": job.algorithm,
+        "resumed_from": job.resumed_from,
         "dataset_sha256": datasets.get(job.dataset_id).sha256,
         "dataset": datasets.describe(job.dataset_id),
         "validation_dataset": datasets.describe(validation) if validation is not None else None,

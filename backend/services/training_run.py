@@ -179,6 +179,7 @@ class TrainingRun:
         validation = job.validation_dataset_id
         rows = self._patiently(lambda: str(service.datasets.rows_path(job.dataset_id)))
         held_out = self._patiently(lambda: str(service.datasets.rows_path(validation))) if validation else None
+        about = self._patiently(lambda: about_run(service.datasets, job))
 
         def command(request_id: str) -> protocol.Train:
             self._request_id = request_id
@@ -195,7 +196,7 @@ class TrainingRun:
                 checkpoints_path=str(service.checkpoints.folder_of(job.id)),
                 max_checkpoint_bytes=service.max_checkpoint_bytes,
                 recorded_step=self._progress.get("recorded_step", 0),
-                about=about_run(service.datasets, job),
+                about=about,
             )
 
         with self._lock:

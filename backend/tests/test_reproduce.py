@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from rows import messages_jsonl
@@ -14,7 +14,7 @@ from server import BACKEND, StudioServer, start_server
 from tiny_model import TINY_ID
 
 from core.manifest import verify
-from reproduce import Adapter, compare, read_adapter
+from reproduce import Adapter, RunCard, compare, read_adapter
 
 pytestmark = pytest.mark.engine
 # All that could make two runs differ: dropout, shuffling, accumulation, warm-up, evaluation, a PiSSA decomposition.
@@ -133,6 +133,11 @@ def test_another_run_is_told_apart(studio: StudioServer, trained: dict[str, Any]
         (lambda card: card["dataset"].update(sha256="0" * 64), (), "has no dataset"),
         (lambda card: card.update(base_model_id="nobody/knows"), ("--dataset", "talks.jsonl"), "/api/training/jobs"),
         (lambda card: card.pop("config"), (), "no adapter with a card"),
+        (lambda card: card.pop("losses"), (), "losses: Field required"),
+        (lambda card: card.update(machine=[]), (), "machine: Input should be"),
+        (lambda card: card.update(base_model_id="a/\x1b[2Jb"), (), "cannot be printed"),
+        (lambda card: card.update(resumed_from="job_1/step-00000004"), (), "another job"),
+        (lambda card: card["outcome"].update(stopped_on_request=True), (), "ended by a client after step 12"),
         (lambda card: card["config"].update(rank="4"), ("--dataset", "talks.jsonl"), "rank"),
     ],
 )
@@ -169,10 +174,16 @@ def test_another_machine_may_round_otherwise_and_the_same_may_not(
 ) -> None:
     first = read_adapter(trained["folder"] / "adapter")
     nudged = [[step, loss * 1.001] for step, loss in first.card["losses"]]
-    elsewhere = first.card | {"losses": nudged, "machine": first.card["machine"] | {"threads": 64}}
+
+    def other(**changes: Any) -> RunCard:
+        return cast(RunCard, first.card | changes)
+
+    elsewhere = other(losses=nudged, machine=first.card["machine"] | {"threads": 64})
     assert compare(first, first, None)
-    assert not compare(first, Adapter(first.card | {"losses": nudged}, first.weights_sha256), None)
+    assert not compare(first, Adapter(other(losses=nudged), first.weights_sha256), None)
     assert not compare(first, Adapter(first.card, "0" * 64), None)
+    fewer = other(machine=elsewhere["machine"], outcome=first.card["outcome"] | {"steps": 11})
+    assert not compare(first, Adapter(fewer, "0" * 64), None), "counts have no tolerance"
     assert compare(first, Adapter(elsewhere, "0" * 64), None)
     assert "threads" in capsys.readouterr().out
     assert not compare(first, Adapter(elsewhere, "0" * 64), 1e-6)
