@@ -41,6 +41,10 @@ class AlgorithmSpec:
 
 _PISSA_ELSEWHERE = "PiSSA is an algorithm of its own: choose the algorithm 'pissa'"
 _NO_PISSA_INIT = MappingProxyType({"pissa": _PISSA_ELSEWHERE})
+_NO_INT8_RESIDUAL = (
+    "the frozen residual is quantised as in the paper's QPiSSA, to 4-bit NormalFloat; 8-bit storage has no published "
+    "counterpart, use 'nf4' or 'none'"
+)
 _PLAIN = {"use_rslora": "scaled by alpha / r", "use_dora": "direction and magnitude are not separated"}
 
 
@@ -116,13 +120,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             "Starts the adapter from the principal singular vectors of each weight and freezes the residual.",
             "https://arxiv.org/abs/2404.02948",
             fixed={"init_weights": "pissa", "use_dora": False},
-            refused={
-                "quantization": dict.fromkeys(
-                    ("nf4", "int8"),
-                    "the singular vectors are taken from full-precision weights; quantising the residual "
-                    "(QPiSSA) is not available, use 'none'",
-                )
-            },
+            refused={"quantization": {"int8": _NO_INT8_RESIDUAL}},
             defaults={"use_rslora": False, "quantization": "none"},
             reasons={
                 "init_weights": "starting from the principal singular vectors is the method",

@@ -148,7 +148,7 @@ def assess_loading(
         return Assessment("unknown", available_bytes, needed, [], [], blockers)
     verdict = judge(needed, available_bytes)
     found = []
-    if verdict == "does_not_fit" and config.quantization == "none" and config.init_weights != "pissa":
+    if verdict == "does_not_fit" and config.quantization == "none":
         smaller = estimate_loading(shape, config.model_copy(update={"quantization": "nf4"}), on_gpu=on_gpu)
         found.append(Suggestion(*_IN_4_BITS, smaller.total_bytes, judge(smaller, available_bytes)))
     if verdict == "does_not_fit" and siblings is not None:
@@ -246,7 +246,7 @@ def _mildest_that_fits(degrees: Iterator[Suggestion]) -> Suggestion:
 
 def _changes(config: PeftConfig) -> Iterator[list[_Change]]:
     """Yield the changes in order, each as degrees from mild to strong."""
-    if config.quantization == "none" and config.init_weights != "pissa":
+    if config.quantization == "none":
         yield [_IN_4_BITS]
     if not config.gradient_checkpointing:
         yield [("gradient_checkpointing=true: activations are computed twice", {"gradient_checkpointing": True})]

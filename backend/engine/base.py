@@ -150,10 +150,13 @@ class Base:
         """Take an adapter off; the last one leaves the plain base."""
         if name not in self.adapters:
             return
-        if len(self.adapters) == 1:
-            self.model = self.model.unload()
-        else:
+        others = [other for other in self.adapters if other != name]
+        if others:
+            if name in self.model.active_adapters:
+                self.model.set_adapter(others[0], inference_mode=True)  # PEFT would warn that it chooses one
             self.model.delete_adapter(name)
+        else:
+            self.model = self.model.unload()
         self.model.requires_grad_(False)
 
     def using(self, name: str | None) -> AbstractContextManager[Any]:

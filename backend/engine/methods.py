@@ -1,38 +1,43 @@
-"""From our configuration to PEFT's, and what PiSSA needs before and after a run."""
+"""From our configuration to PEFT's, and from what was trained to what is handed out."""
 
 import math
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import transpose
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from domain.peft_config import PeftConfig
 from engine.errors import BadSetting
+from engine.frozen_weights import unwrapped
 
-_INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa"}
+# In PEFT's terms. What starts from a decomposition starts as plain LoRA there, and `engine.initialisation` goes on.
+_INIT = {"default": True, "gaussian": "gaussian", "pissa": True, "olora": True}
+_DECOMPOSED = ("pissa", "olora")
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Find the layers an adapter can sit on: every linear one but the output head.
+
+    Args:
+        model: With or without adapters.
 
     Returns:
         Module path → (in features, out features).
 
     Source: the meaning of "all-linear" in PEFT (`tuners_utils._maybe_include_all_linear_layers`).
     """
+    model = unwrapped(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     found = {}
+    adapted = None  # the layer with adapters whose parts are being passed over
     for name, module in model.named_modules():
-        if module is head:
+        if module is head or (adapted is not None and name.startswith(adapted)):
             continue
+        adapted = f"{name}." if isinstance(module, LoraLayer) else None
+        if isinstance(module, LoraLayer):
+            module = module.get_base_layer()
         if isinstance(module, nn.Linear):  # bitsandbytes' quantised layers are subclasses
             found[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
@@ -87,39 +92,9 @@ def lora_config(config: PeftConfig, base_model_id: str, revision: str | None) ->
     )
 
 
-@contextmanager
-def original_weights_kept(model: nn.Module, config: PeftConfig, scratch: Path) -> Iterator[None]:
-    """Give the base its own weights back after a PiSSA run, to the bit.
-
-    PiSSA freezes W − s·B₀A₀ in place of W, which would be wrong for every other adapter on the base. Adding
-    the product back rounds; the originals are kept on disk instead (one file a layer, so that memory holds
-    one layer at a time), and copied back however the run ends.
-    """
-    if config.init_weights != "pissa":
-        yield
-        return
-    paths = list(targeted_layers(_unwrapped(model), config))
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="pissa-") as folder:
-        files = {path: Path(folder) / f"{number}.safetensors" for number, path in enumerate(paths)}
-        for path, file in files.items():
-            weight = _base_layer(model, path).weight
-            save_file({"weight": weight.detach().cpu().contiguous()}, file)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for path, file in files.items():
-                    weight = _base_layer(model, path).weight
-                    weight.copy_(load_file(file)["weight"].to(weight.device))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _base_layer(model: nn.Module, path: str) -> nn.Module:
-    layer = _unwrapped(model).get_submodule(path)
-    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+def changed_layers(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Name the layers under whose adapters a run of this configuration freezes other weights than the base's."""
+    return list(targeted_layers(model, config)) if config.init_weights in _DECOMPOSED else []
 
 
 def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
@@ -128,34 +103,20 @@ def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
-def subtract_initial(model: PeftModel, adapter: str, initial: dict[str, torch.Tensor]) -> None:
-    """Freeze W − s·B₀A₀ in place of each W, as PEFT's PiSSA initialisation does, from A₀ and B₀ kept before.
-
-    The arithmetic is PEFT's (`LoraLayer.pissa_init`), in the same order and type, so that the bits are the same.
-    """
-    for name, a in initial.items():
-        path, marker, _ = name.partition(".lora_A.")
-        if not marker:
-            continue
-        layer = model.get_submodule(path)
-        base = layer.get_base_layer()
-        if not isinstance(layer, LoraLayer) or not isinstance(base, nn.Module):
-            raise BadSetting(f"{path} carries no adapter")
-        weight = base.weight
-        b = initial[f"{path}.lora_B.weight"].to(weight.device)
-        full = transpose(weight.data.to(torch.float32), layer.fan_in_fan_out)
-        full = full - layer.scaling[adapter] * b @ a.to(weight.device)
-        weight.data = transpose(full.to(weight.dtype), layer.fan_in_fan_out)
-
-
 def as_plain_lora(
     trained: dict[str, torch.Tensor], initial: dict[str, torch.Tensor], config: LoraConfig
 ) -> tuple[dict[str, torch.Tensor], LoraConfig]:
-    """Rewrite a PiSSA adapter so that it works on the unmodified base.
+    """Rewrite an adapter that was trained on a residual so that it works on the unmodified base.
 
     The trained model is W − s·B₀A₀ + s·BA; with A' = [A; A₀] (2r × in) and B' = [B, −B₀] (out × 2r) the
     plain LoRA s·B'A' on W says the same. Scaling stays s: alpha doubles with the rank, and with rsLoRA,
     whose s' = 2·alpha/√(2r) = √2·s, the factor goes into B'.
+
+    The unmodified base is W as published. Of a base in 4 bits, nf4(W − s·B₀A₀) was frozen, not W − s·B₀A₀: the
+    rounding of neither is of low rank, so no LoRA on W or on nf4(W) repeats it exactly. On W what is missing is the
+    residual's rounding alone, which QPiSSA makes small; on nf4(W) the rounding of W comes to it. The factors are the
+    same for both, and stock PEFT on either gives the logits that this service gives on it; docs/methods.md has what
+    the rounding comes to.
 
     Args:
         trained: The adapter's tensors after training, A as (r, in) and B as (out, r).

@@ -21,7 +21,14 @@ from engine.card import LossRecorder, make_card, packages, readme
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData
+from engine.frozen_weights import original_weights_kept
+from engine.initialisation import create_adapter
 from engine.trainer import Trainer
+
+_ROUNDED_RESIDUAL = (
+    "the losses of this run are on the rounded residual of the weights; the adapter is handed out for the model as "
+    "published, and on it, or on the 4-bit base that serves it here, the rounding is another (docs/methods.md)"
+)
 
 
 class _ChannelControl:
@@ -56,7 +63,8 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
     damaged: list[str] = []
     resume = checkpoints.newest(command.recorded_step, lambda name, why: damaged.append(f"{name}: {why}"))
     try:
-        with methods.original_weights_kept(base.model, command.config, output.parent):
+        changed = methods.changed_layers(base.model, command.config)
+        with original_weights_kept(base.model, changed, output.parent):
             channel.emit(Progress(request_id=command.request_id, stage="adapter", fraction=None))
             initial = _create_adapter(base, command, resume)
             trainer = Trainer(
@@ -107,23 +115,11 @@ def _checkpoint_folder(command: Train) -> CheckpointFolder:
 
 
 def _create_adapter(base: Base, command: Train, resume: Checkpoint | None) -> Tensors:
-    """Put the adapter on the base; for PiSSA, return A and B as initialised.
-
-    A PiSSA run that goes on takes A and B from its checkpoint: a second decomposition of the same weights need not
-    give the same bits, and costs minutes on a large model.
-    """
+    """Put the adapter on the base; return A and B as initialised where they are needed to convert it afterwards."""
     config = command.config
     set_seed(config.seed)
-    pissa = config.init_weights == "pissa"
-    resumed = pissa and resume is not None
-    given = config.model_copy(update={"init_weights": "default"}) if resumed else config
-    base.create(command.adapter_id, methods.lora_config(given, command.base_model_id, command.base_revision))
-    if not pissa:
-        return {}
-    if resume is None:
-        return methods.adapter_state(base.model, command.adapter_id)
-    methods.subtract_initial(base.model, command.adapter_id, resume.initial)
-    return resume.initial
+    again = resume.initial if resume is not None and resume.initial else None
+    return create_adapter(base, command.adapter_id, config, command.base_model_id, command.base_revision, again)
 
 
 def _load_rows(
@@ -174,6 +170,8 @@ def _started(
 ) -> dict[str, Any]:
     truncated = sum(row.truncated for row in rows)
     warnings = []
+    if command.config.quantization != "none" and methods.changed_layers(base.model, command.config):
+        warnings.append(_ROUNDED_RESIDUAL)
     if skipped:
         warnings.append(f"{skipped} rows have nothing to learn and were left out")
     if truncated:

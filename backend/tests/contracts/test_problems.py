@@ -42,7 +42,7 @@ def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
         (
             "POST",
             "/api/peft/configure",
-            {"algorithm": "pissa", "overrides": {"quantization": "nf4"}},
+            {"algorithm": "pissa", "overrides": {"quantization": "int8"}},
             422,
             "setting-rejected",
         ),

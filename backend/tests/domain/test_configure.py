@@ -130,7 +130,7 @@ def test_flags_are_exact_and_exclusive(use_case: UseCaseId, machine: MachineFact
         (Algorithm.QLORA, {"quantization": "none"}, {"quantization"}),
         (Algorithm.QLORA, {"quantization": "int8"}, {"quantization"}),
         (Algorithm.PISSA, {"init_weights": "default"}, {"init_weights"}),
-        (Algorithm.PISSA, {"quantization": "nf4", "use_dora": True}, {"quantization", "use_dora"}),
+        (Algorithm.PISSA, {"quantization": "int8", "use_dora": True}, {"quantization", "use_dora"}),
         (Algorithm.LORA, {"init_weights": "pissa"}, {"init_weights"}),
         (Algorithm.LORA, {"precision": "fp16"}, {"precision"}),
         (Algorithm.LORA, {"optimizer": "adamw_8bit"}, {"optimizer"}),

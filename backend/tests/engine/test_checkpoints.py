@@ -75,7 +75,14 @@ def configs(algorithm: Algorithm) -> PeftConfig:
 def test_a_paused_run_goes_on_as_if_it_had_not_been(
     tiny_path: Path, tmp_path: Path, whole: Any, algorithm: Algorithm, packing: bool
 ) -> None:
-    config = configs(algorithm).model_copy(update={"packing": packing})
+    _goes_on(tiny_path, tmp_path, whole, configs(algorithm).model_copy(update={"packing": packing}))
+
+
+def test_a_run_on_a_rounded_residual_goes_on_too(tiny_path: Path, tmp_path: Path, whole: Any) -> None:
+    _goes_on(tiny_path, tmp_path, whole, configs(Algorithm.PISSA).model_copy(update={"quantization": "nf4"}))
+
+
+def _goes_on(tiny_path: Path, tmp_path: Path, whole: Any, config: PeftConfig) -> None:
     straight, result, folder = whole(config)
     paused = TestChannel(stop_at=straight.looks // 2)
     with pytest.raises(Stopped):

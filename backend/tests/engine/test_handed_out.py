@@ -8,23 +8,32 @@ import torch
 from stock_peft import in_stock_peft
 from test_methods import PROBE, config_for, load, logits
 from training_command import TestChannel, command_for
+from variants import VARIANTS
 
 from domain.algorithms import Algorithm
 from engine.training import train
 
+# The others differ in nothing that is written or read.
+HANDED_OUT = {name: VARIANTS[name] for name in (*Algorithm, "dora nf4 rslora", "pissa rslora", "pissa nf4 rslora")}
 
-@pytest.mark.parametrize("algorithm", Algorithm)
-def test_stock_peft_computes_the_engines_logits(tiny_path: Path, tmp_path: Path, algorithm: Algorithm) -> None:
-    config = config_for(algorithm, learning_rate=0.01, max_steps=8)
+
+@pytest.mark.parametrize(("algorithm", "overrides"), HANDED_OUT.values(), ids=HANDED_OUT)
+def test_stock_peft_computes_the_engines_logits(
+    tiny_path: Path, tmp_path: Path, algorithm: Algorithm, overrides: dict[str, Any]
+) -> None:
+    config = config_for(algorithm, **{"learning_rate": 0.01, "max_steps": 8} | overrides)
     base = load(tiny_path, config)
     before = logits(base)
     channel: Any = TestChannel()
     result = train(base, command_for(tmp_path, config), channel)
+    assert any("rounded residual" in warning for warning in channel.started().warnings) == (
+        config.init_weights == "pissa" and config.quantization == "nf4"
+    )
     assert result["final_eval_loss"] < result["initial_eval_loss"]
     with base.using("adp"):
         served = logits(base)
     expression = f"model(input_ids=torch.tensor({PROBE.tolist()}), use_cache=False).logits.tolist()"
-    stock = in_stock_peft(tiny_path, tmp_path / "adp", expression, four_bit=algorithm is Algorithm.QLORA)
+    stock = in_stock_peft(tiny_path, tmp_path / "adp", expression, four_bit=config.quantization == "nf4")
     assert (served - torch.tensor(stock)).abs().max() <= 1e-6
     assert (served - before).abs().max() > 0.1
     with base.using(None):

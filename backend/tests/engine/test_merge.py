@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_methods import PROBE, config_for, create, disturb, load, logits
+from test_methods import PROBE, config_for, create, disturb, kept, load, logits
 from training_command import TestChannel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -32,9 +32,8 @@ TOLERANCE = 5e-6
 def make_adapter(base: Base, config: PeftConfig, folder: Path, size: float = 0.02) -> torch.Tensor:
     """Write an adapter that changes much, and return the logits that it gives; the base is left without it."""
     folder.mkdir(parents=True)
-    with methods.original_weights_kept(base.model, config, folder.parent):
-        create(base, config)
-        initial = methods.adapter_state(base.model, "adp") if config.init_weights == "pissa" else {}
+    with kept(base, config, folder.parent):
+        initial = create(base, config)
         disturb(base, size)
         state, lora = methods.adapter_state(base.model, "adp"), base.model.peft_config["adp"]
         if initial:

@@ -1,6 +1,7 @@
 """Each method does what its paper says, on a tiny model, in plain torch and PEFT."""
 
 import copy
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from domain.configure import MachineFacts, configure
 from domain.peft_config import PeftConfig
 from engine import methods
 from engine.base import Base
+from engine.frozen_weights import original_weights_kept
+from engine.initialisation import create_adapter
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 PROBE = torch.arange(4, 36).reshape(2, 16)
@@ -32,10 +35,17 @@ def logits(base: Base) -> torch.Tensor:
         return base.model(input_ids=PROBE, use_cache=False).logits
 
 
-def create(base: Base, config: PeftConfig) -> None:
+def create(base: Base, config: PeftConfig) -> dict[str, torch.Tensor]:
+    """Create the adapter as a run does; return A and B as initialised if it is to be converted."""
     torch.manual_seed(0)
-    base.create("adp", methods.lora_config(config, "tests/tiny", None))
+    initial = create_adapter(base, "adp", config, "tests/tiny", None)
     base.model.eval()
+    return initial
+
+
+def kept(base: Base, config: PeftConfig, scratch: Path) -> AbstractContextManager[None]:
+    """Give the base its weights back at the end of the block, as a run does."""
+    return original_weights_kept(base.model, methods.changed_layers(base.model, config), scratch)
 
 
 def disturb(base: Base, size: float = 0.02) -> None:
@@ -92,7 +102,7 @@ def test_pissa_freezes_the_residual_and_gives_the_base_back_to_the_bit(tiny_path
     base = load(tiny_path, config)
     before = copy.deepcopy(base.model.state_dict())
     output = logits(base)
-    with pytest.raises(RuntimeError, match="cut off"), methods.original_weights_kept(base.model, config, tmp_path):
+    with pytest.raises(RuntimeError, match="cut off"), kept(base, config, tmp_path):
         create(base, config)
         layer = base.model.get_base_model().model.layers[0].self_attn.q_proj
         original = before["model.layers.0.self_attn.q_proj.weight"]
@@ -116,9 +126,8 @@ def test_a_pissa_adapter_is_the_same_as_plain_lora_on_the_unmodified_base(
 ) -> None:
     config = config_for(Algorithm.PISSA, use_rslora=rslora, alpha=6)
     base = load(tiny_path, config)
-    with methods.original_weights_kept(base.model, config, tmp_path):
-        create(base, config)
-        initial = methods.adapter_state(base.model, "adp")
+    with kept(base, config, tmp_path):
+        initial = create(base, config)
         disturb(base)
         expected = logits(base)
         state, lora = methods.as_plain_lora(

@@ -1,0 +1,162 @@
+"""The weights under an adapter: kept while a method freezes others in their place, and read from the files again."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from engine.errors import BadSetting
+
+# NF4 rounds normally distributed weights by 9 % of their norm, and a heavy tail by some more (measured); weights of
+# another layer, or transposed ones, differ by 140 %.
+_MOST_ROUNDING = 0.3
+
+
+class PublishedWeights:
+    """A model's weights as its files hold them, read one at a time: what a base in 4 bits no longer has.
+
+    Args:
+        folder: Holds the model's safetensors files.
+        prefix: The name of the model's inner part (`base_model_prefix`), which files may leave out.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self._prefix = f"{prefix}."
+        self._files: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                self._files |= dict.fromkeys(tensors.keys(), file)
+
+    def read(self, path: str, layer: nn.Module) -> torch.Tensor:
+        """Return a linear layer's weight in fp32 on the layer's device.
+
+        Args:
+            path: The layer's, in the model without adapters.
+            layer: As it is held, to compare with.
+
+        Raises:
+            BadSetting: The files do not hold the weight, or hold another one under its name.
+        """
+        name = f"{path}.weight"
+        found = next(
+            (n for n in (name, name.removeprefix(self._prefix), self._prefix + name) if n in self._files), None
+        )
+        held = dequantize_module_weight(layer).detach().to(torch.float32)
+        if found is not None:
+            with safe_open(self._files[found], framework="pt") as tensors:
+                weight = tensors.get_tensor(found)
+            if weight.is_floating_point() and weight.shape == held.shape:
+                weight = weight.to(held.device, torch.float32)
+                if (weight - held).norm() <= _MOST_ROUNDING * held.norm():
+                    return weight
+        raise BadSetting(
+            f"the model's files do not hold the full-precision weight of {path}, which this initialisation decomposes",
+            ["quantization none", "init_weights default"],
+        )
+
+
+def parts(weight: Any) -> dict[str, torch.Tensor]:
+    """Return all tensors that make up a stored weight, as they are, not copies.
+
+    Source: bitsandbytes' `QuantState`; its code books are constants.
+    """
+    state = getattr(weight, "quant_state", None)
+    found = {"weight": weight.data}
+    if state is not None:
+        found["absmax"] = state.absmax
+        if state.nested:
+            found |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
+    return found
+
+
+def freeze(layer: Any, weight: torch.Tensor) -> None:
+    """Put other numbers in place of a linear layer's weight, stored as it was: in 4 bits where it was in 4 bits.
+
+    The layer's own tensors are written to, so that all that refers to them sees the new numbers.
+
+    Args:
+        layer: A linear layer without adapters around it.
+        weight: As the layer holds its own, in fp32.
+    """
+    stored = layer.weight
+    state = getattr(stored, "quant_state", None)
+    if state is None:
+        stored.data.copy_(weight)
+        return
+    from bitsandbytes import functional
+
+    data, new = functional.quantize_4bit(
+        weight.to(stored.device, state.dtype).contiguous(),
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=stored.quant_storage,
+    )
+    stored.data.copy_(data.view(stored.data.shape))
+    state.absmax.copy_(new.absmax)
+    if state.nested:
+        state.offset.copy_(new.offset)
+        state.state2.absmax.copy_(new.state2.absmax)
+
+
+@contextmanager
+def original_weights_kept(model: nn.Module, paths: list[str], scratch: Path) -> Iterator[None]:
+    """Give the base its own weights back after a run that froze others in their place, to the bit.
+
+    Adding a subtracted product back rounds, and a residual that was quantised cannot be undone at all; the originals
+    are kept on disk instead, 4-bit codes and their scales as they are (one file a layer, so that memory holds one
+    layer at a time), and copied back however the run ends.
+
+    Args:
+        model: With or without adapters.
+        paths: The layers whose weights will change, in the model without adapters; none is nothing to do.
+        scratch: Folder for the files.
+    """
+    if not paths:
+        yield
+        return
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="originals-") as folder:
+        files = {path: Path(folder) / f"{number}.safetensors" for number, path in enumerate(paths)}
+        for path, file in files.items():
+            own = parts(base_layer(model, path).weight)
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, file)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for path, file in files.items():
+                    kept = load_file(file)
+                    for name, tensor in parts(base_layer(model, path).weight).items():
+                        tensor.copy_(kept[name])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that adapters are on."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def base_layer(model: nn.Module, path: str) -> Any:
+    """Return a linear layer, without the adapters around it."""
+    layer = unwrapped(model).get_submodule(path)
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def adapted_layer(model: nn.Module, path: str) -> LoraLayer:
+    """Return the adapters around a linear layer.
+
+    Raises:
+        BadSetting: There are none.
+    """
+    layer = unwrapped(model).get_submodule(path)
+    if not isinstance(layer, LoraLayer):
+        raise BadSetting(f"{path} carries no adapter")
+    return layer

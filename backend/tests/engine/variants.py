@@ -1,0 +1,22 @@
+"""Every method, and the combinations that make sense, by name."""
+
+from typing import Any
+
+from domain.algorithms import Algorithm
+
+_NF4 = {"quantization": "nf4"}
+_RS = {"use_rslora": True}
+VARIANTS: dict[str, tuple[Algorithm, dict[str, Any]]] = {
+    **{algorithm.value: (algorithm, {}) for algorithm in Algorithm},
+    "lora gaussian": (Algorithm.LORA, {"init_weights": "gaussian"}),
+    "qlora rslora": (Algorithm.QLORA, _RS),
+    "qlora dora": (Algorithm.QLORA, {"use_dora": True}),
+    "dora nf4": (Algorithm.DORA, _NF4),
+    "dora rslora": (Algorithm.DORA, _RS),
+    "dora nf4 rslora": (Algorithm.DORA, _NF4 | _RS),
+    "pissa nf4": (Algorithm.PISSA, _NF4),
+    "pissa rslora": (Algorithm.PISSA, _RS),
+    "pissa nf4 rslora": (Algorithm.PISSA, _NF4 | _RS),
+    "rslora nf4": (Algorithm.RSLORA, _NF4),
+    "rslora dora": (Algorithm.RSLORA, {"use_dora": True}),
+}
