@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from server import StudioServer, start_server
+from server import CACHE, StudioServer, start_server
 from small_disk import mounted
 from tiny_model import TINY_ID, make_tiny_model
 
 from engine.guards import hide_broken_torchvision
+from services.embedded_model import EmbeddedModel
 
 # Examples are counted, not timed: the machine may be busy with something else.
 settings.register_profile("studio", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -30,6 +31,12 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_path(model_dirs: Path) -> Path:
     """The tiny Llama's folder."""
     return model_dirs / TINY_ID
+
+
+@pytest.fixture(scope="session")
+def embedded_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model's folder, prepared once and kept."""
+    return EmbeddedModel(CACHE, tmp_path_factory.mktemp("logs")).prepare(lambda stage, fraction: None)
 
 
 @pytest.fixture
