@@ -1,0 +1,96 @@
+"""One loss curve in three ways, on the embedded model: the engine, a loop on PyTorch and PEFT, TRL's SFTTrainer.
+
+    python bench/bench_parity.py
+
+Prints the largest relative difference of a step's loss from the engine's, and the seconds of each run side by side,
+loading included; exits 1 if a curve is another. The same settings, rows, order and seed; no dropout, since each way
+draws its masks from random numbers that others draw too. Takes some minutes.
+"""
+
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "backend" / "tests"), str(ROOT / "backend" / "tests" / "engine")]
+
+from engine.guards import hide_broken_torchvision
+
+hide_broken_torchvision()
+
+from three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
+
+from domain.algorithms import Algorithm
+from domain.configure import MachineFacts, configure
+from domain.peft_config import PeftConfig
+from engine.base import load_tokenizer
+from engine.batches import Row, RowTokenizer
+from services.embedded_model import EmbeddedModel
+
+# Relative. Sums of fp32 in another order: one or two units in the last place (1.4e-7) were measured.
+TOLERANCE = 1e-5
+STEPS = 6
+ALGORITHMS = (Algorithm.LORA, Algorithm.QLORA, Algorithm.DORA, Algorithm.RSLORA, Algorithm.PISSA)
+
+
+def rows_for(path: Path) -> list[Row]:
+    """Tokenize questions with an answer that the model does not give by itself."""
+    tokenizer = RowTokenizer(load_tokenizer(path), "assistant", 64)
+    made = [
+        {"messages": [
+            {"role": "user", "content": f"What is {number} plus {number + 1}?"},
+            {"role": "assistant", "content": f"Squawk, {2 * number + 1}!"},
+        ]}
+        for number in range(8)
+    ]  # fmt: skip
+    return [row for number, one in enumerate(made) for row in tokenizer.rows(number, one)]
+
+
+def config_for(algorithm: Algorithm) -> PeftConfig:
+    """Configure a short run in which every part of a step is used."""
+    settings = {
+        "rank": 8, "dropout": 0.0, "max_seq_length": 64, "batch_size": 2, "gradient_accumulation": 2,
+        "epochs": STEPS / 2, "learning_rate": 5e-4, "warmup_ratio": WARMUP_STEPS / STEPS, "scheduler": "cosine",
+        "weight_decay": 0.1, "max_grad_norm": 0.5,
+    }  # fmt: skip
+    machine = MachineFacts(has_gpu=False, supports_bf16=False)
+    return configure(algorithm, use_case=None, overrides=settings, machine=machine).config
+
+
+def timed(run: Callable[[], list[float]]) -> tuple[list[float], float]:
+    """Return what a run returns, and its seconds."""
+    began = time.monotonic()
+    return run(), time.monotonic() - began
+
+
+def main() -> int:
+    """Run every way of every algorithm."""
+    logging.disable(logging.WARNING)
+    apart = 0.0
+    print(f"{'algorithm':9} {'first':>8} {'last':>8}   {'by hand':>9} {'TRL':>9}   {'seconds: engine, by hand, TRL'}")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = EmbeddedModel(ROOT / ".cache", Path(scratch)).prepare(lambda stage, fraction: None)
+        rows = rows_for(path)
+        for algorithm in ALGORITHMS:
+            config = config_for(algorithm)
+            ours, ours_s = timed(lambda config=config: engine_losses(path, config, rows))
+            hand, hand_s = timed(lambda config=config: losses_by_hand(path, config, rows))
+            trl, trl_s = timed(lambda config=config: losses_in_trl(path, config, rows, Path(scratch)))
+            differences = [
+                max(abs(one / other - 1) for one, other in zip(ours, others, strict=True)) for others in (hand, trl)
+            ]
+            apart = max(apart, *differences)
+            print(
+                f"{algorithm.value:9} {ours[0]:8.4f} {ours[-1]:8.4f}   {differences[0]:9.1e} {differences[1]:9.1e}"
+                f"   {ours_s:6.1f} {hand_s:6.1f} {trl_s:6.1f}",
+                flush=True,
+            )
+    print(f"largest difference {apart:.1e}, allowed {TOLERANCE:.0e}")
+    return 0 if apart <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
