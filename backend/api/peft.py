@@ -58,7 +58,10 @@ async def load_model(
 ) -> schemas.LoadedModelResponse:
     """Load a base model: 202 while it loads, 200 once it is ready within `wait_s`.
 
-    The same base at the same precision is loaded once, whoever asks; its loaded models share one engine.
+    The same base at the same precision is loaded once, whoever asks; its loaded models share one engine. One that
+    nothing has used for `PEFT_STUDIO_IDLE_UNLOAD_S` (30 minutes) is unloaded; where another load or a job would not fit
+    otherwise, so is one that nothing has used for `PEFT_STUDIO_MAKE_ROOM_AFTER_S` (a minute), the longest unused first.
+    A model that trains, answers or is being exported never is.
     """
     model = await asyncio.to_thread(_start_load, body, peft, adapters)
     if body.adapter_id is not None:

@@ -35,6 +35,9 @@ class Settings(BaseModel):
     cors_origins: tuple[str, ...] = Field(default=(), description="Origins of browser front ends.")
     executor: Literal["local"] = Field(default="local", description="Where engines run.")
     idle_unload_s: float = Field(default=1800.0, gt=0, description="An idle model is unloaded after this.")
+    make_room_after_s: float = Field(
+        default=60.0, ge=0, description="A model idle for this long is unloaded where another needs its memory."
+    )
     max_upload_bytes: int = Field(default=5 * 2**30, gt=0, description="Largest dataset file accepted.")
     max_checkpoint_bytes: int | None = Field(
         default=None, gt=0, description="Most bytes of checkpoints a job keeps; the newest is always kept."

@@ -128,11 +128,12 @@ class Base:
         """
         if name in self.adapters:
             return
+        device = str(self.device)  # PEFT would read the weights onto the first GPU
         try:
             if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(path), adapter_name=name, is_trainable=False)
+                self.model.load_adapter(str(path), adapter_name=name, is_trainable=False, torch_device=device)
             else:
-                self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name)
+                self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name, torch_device=device)
         except (ValueError, RuntimeError, OSError) as error:
             raise BadSetting(f"the adapter does not fit this base: {error}") from error
         self.model.eval()

@@ -1,6 +1,6 @@
 """Whether a load or a run may begin: what is free, what is promised already, and the refusal that says what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 from core.errors import DoesNotFit
@@ -26,6 +26,41 @@ def with_room(device: Device, bases: Iterable[LoadedBase], own: LoadedBase | Non
     promised = sum(max(0, (base.needed_bytes or 0) - base.resident_bytes) for base in under_way)
     held = own.resident_bytes if own is not None else 0
     return replace(device, available_bytes=max(0, device.available_bytes - promised + held))
+
+
+def next_to_give_way(
+    device: Device,
+    bases: Iterable[LoadedBase],
+    judge: Callable[[Device], Assessment],
+    own: LoadedBase | None,
+    idle_s: float,
+) -> LoadedBase | None:
+    """Return the idle base to unload next for something that does not fit; None if unloading would not help.
+
+    The longest unused goes first. What a job loaded for itself and has left goes at once, and what a client asked for
+    once nothing has used it for `idle_s`.
+
+    Args:
+        device: With what may be used of it now.
+        bases: Every base there is.
+        judge: Says whether the thing fits on a device.
+        own: The base that it will run on, which stays.
+        idle_s: Seconds without use after which a client's base gives way.
+    """
+    if device.available_bytes is None:
+        return None
+    idle = [
+        base
+        for base in bases
+        if base is not own
+        and base.key.device == device.torch_name
+        and base.idle_for(idle_s if base.kept_for_client else 0.0)
+    ]
+    freed = sum(base.resident_bytes for base in idle)
+    roomy = replace(device, available_bytes=device.available_bytes + freed)
+    if not idle or judge(roomy).verdict == "does_not_fit":
+        return None
+    return min(idle, key=lambda base: base.last_used)
 
 
 def refuse_what_does_not_fit(found: Assessment, what: str, device: Device) -> None:

@@ -93,6 +93,7 @@ class GenerationService:
         """
         model = self._peft.get(model_id)
         process = model.base.engine()
+        model.base.kept_for_client = True
         if request.adapter_id is not None:
             self.attach(model, request.adapter_id)
 
@@ -103,6 +104,7 @@ class GenerationService:
         request_id, future = process.request(
             lambda request_id: protocol.Generate(request_id=request_id, **request.__dict__), on_event
         )
+        future.add_done_callback(lambda _: model.base.touch())  # a long answer is no idle time
         return Generation(process, request_id, future)
 
     def attach_when_ready(self, model: LoadedModel, adapter_id: str) -> None:

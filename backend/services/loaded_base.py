@@ -72,6 +72,7 @@ class LoadedBase:
         self.loaded_at: datetime | None = None
         self.last_used_at: datetime | None = None
         self.last_used = clock.monotonic()
+        self.kept_for_client = False  # a client asked for it, or used it; what a job loads for itself is nobody's
         self._stage_started = clock.monotonic()
 
     @property
@@ -185,6 +186,46 @@ class LoadedBase:
             self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
             if self.state is LoadState.BUSY:
                 self.state = LoadState.READY
+
+    def touch(self) -> None:
+        """Record that it was used until now."""
+        with self._lock:
+            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
+
+    def idle_for(self, idle_s: float) -> bool:
+        """Whether it is loaded, nothing runs on it, and nothing has for `idle_s` seconds."""
+        with self._lock:
+            return self._idle_for(idle_s)
+
+    def _idle_for(self, idle_s: float) -> bool:
+        if self.state is not LoadState.READY or self.process is None or self.process.has_pending:
+            return False
+        return self._clock.monotonic() - self.last_used >= idle_s
+
+    def retire(self, idle_s: float) -> bool:
+        """Begin to unload it if it has been idle for so long; whoever asks for its engine from now on is refused.
+
+        Returns:
+            Whether it is to be unloaded. In one step with the look: no command can come in between.
+        """
+        with self._lock:
+            if not self._idle_for(idle_s):
+                return False
+            self.state = LoadState.UNLOADING
+        self._done.set()
+        return True
+
+    def begin_unloading(self) -> None:
+        """Begin to unload it, whatever it is doing but a job.
+
+        Raises:
+            ModelBusy: A job holds it.
+        """
+        with self._lock:
+            if self.busy_with is not None:
+                raise ModelBusy(f"The model is {self.busy_with}; cancel the job first.")
+            self.state = LoadState.UNLOADING
+        self._done.set()
 
     def attached(self, adapter_id: str, memory_bytes: int) -> None:
         """Record that an adapter is on the base."""

@@ -73,6 +73,7 @@ class ModelExport:
                 engine="auto",
                 device="auto",
                 force=False,
+                for_job=True,
             )
         )
 

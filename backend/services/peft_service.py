@@ -3,7 +3,7 @@
 import contextvars
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ from domain.activations import Batch
 from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration, configure
 from domain.memory_estimate import adapter_parameters, loading_bytes
-from domain.memory_verdict import assess, assess_loading, savings
+from domain.memory_verdict import Assessment, assess, assess_loading, savings
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from domain.use_cases import UseCaseId
-from services.admission import refuse_what_does_not_fit, with_room
+from services.admission import next_to_give_way, refuse_what_does_not_fit, with_room
 from services.devices import Device, EngineName, device_name
 from services.engine_process import EngineProcess
 from services.loaded_base import BaseKey, LoadedBase, LoadState
@@ -49,6 +49,7 @@ class LoadRequest:
     device: str | int
     force: bool
     allow_pickle: bool = False
+    for_job: bool = False  # a job or an export wants it; no client asked for it to stay
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class PeftService:
         facts: Tells a model's shape without its weights.
         log_dir: Where engines write.
         idle_unload_s: A model unused for this long is unloaded.
+        make_room_after_s: A client's model unused for this long is unloaded where another needs its memory.
         engine_silence_s: An engine that is silent for this long is ended.
     """
 
@@ -91,10 +93,12 @@ class PeftService:
         *,
         log_dir: Path,
         idle_unload_s: float,
+        make_room_after_s: float,
         engine_silence_s: float,
     ) -> None:
         self._clock, self._machine, self._files, self._facts = clock, machine, files, facts
-        self._log_dir, self._idle_unload_s, self._engine_silence_s = log_dir, idle_unload_s, engine_silence_s
+        self._log_dir, self._engine_silence_s = log_dir, engine_silence_s
+        self._idle_unload_s, self._make_room_after_s = idle_unload_s, make_room_after_s
         self._models: dict[str, LoadedModel] = {}
         self._bases: dict[BaseKey, LoadedBase] = {}
         self._lock = threading.RLock()
@@ -179,7 +183,7 @@ class PeftService:
         loaded: LoadedModel | None,
         batch: Batch,
     ) -> None:
-        """Refuse a fine-tune that does not fit.
+        """Refuse a fine-tune that does not fit, even once idle models have been unloaded for it.
 
         Args:
             loaded: The loaded model it will use, if it names one; otherwise a base that is there is taken.
@@ -188,21 +192,21 @@ class PeftService:
         Raises:
             DoesNotFit: With the estimate and what would make it fit.
         """
-        device = self._machine.device("auto") if loaded is None else self.device_of(loaded)
-        if loaded is None:
-            engine = self._machine.engine("auto", device)
-            key = BaseKey(model_id, revision, config.quantization, config.precision, device.torch_name, engine)
-            with self._lock:
-                device = with_room(device, self._bases.values(), self._bases.get(key))
-        found = assess(
-            self._facts.shape(model_id, revision),
-            config,
-            device.available_bytes,
-            on_gpu=device.on_gpu,
-            batch=batch,
-            siblings=self._facts.siblings,
-        )
-        refuse_what_does_not_fit(found, f"Training {model_id}", device)
+        shape = self._facts.shape(model_id, revision)
+
+        def judge(device: Device) -> Assessment:
+            available = device.available_bytes
+            return assess(shape, config, available, on_gpu=device.on_gpu, batch=batch, siblings=self._facts.siblings)
+
+        device = self._machine.device("auto" if loaded is None else device_name(loaded.base.key.device))
+        with self._lock:
+            if loaded is None:
+                engine = self._machine.engine("auto", device)
+                key = BaseKey(model_id, revision, config.quantization, config.precision, device.torch_name, engine)
+                own = self._bases.get(key)
+            else:
+                own = loaded.base
+            self._admit(f"Training {model_id}", judge, device, own)
 
     def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
         """Say what would need less memory, and how much; nothing where the model's layers are not known."""
@@ -218,7 +222,8 @@ class PeftService:
             SettingRejected: A setting cannot take effect.
             ModelNotFound: There is no such model.
             NeedsRemoteCode, NoSafeWeights, ModelRejected: It is not safe to load; nothing is downloaded.
-            DoesNotFit: Loading it needs more than the device has free beside the loads under way.
+            DoesNotFit: Loading it needs more than the device has free beside the loads under way, even with every
+                idle model unloaded.
         """
         device = self.device(request.device)
         engine = self._machine.engine(request.engine, device)
@@ -246,6 +251,8 @@ class PeftService:
             base = self._bases.get(key)
             if base is not None and base.state in (LoadState.FAILED, LoadState.UNLOADING):
                 base = None
+            if base is not None and not request.for_job:
+                base.kept_for_client = True
             for model in self._models.values():
                 same = model.base is base and model.algorithm == request.algorithm
                 if same and model.configuration.config == config:
@@ -253,8 +260,9 @@ class PeftService:
             needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
             if base is None:
                 if not request.force:
-                    self._admit(request.model_id, shape, config, device)
+                    self._admit_load(request.model_id, shape, config, device)
                 base = self._start(key, configuration, engine, device, request.allow_pickle)
+                base.kept_for_client = not request.for_job
                 base.needed_bytes = needed
             model = LoadedModel(
                 f"mdl_{uuid.uuid4().hex[:12]}",
@@ -269,13 +277,29 @@ class PeftService:
             self._models[model.id] = model
             return model
 
-    def _admit(self, model_id: str, shape: ModelShape | None, config: PeftConfig, device: Device) -> None:
-        """Refuse a load that does not fit. The caller holds the lock, so that two loads cannot both take the last."""
-        device = with_room(self._machine.device(device_name(device.torch_name)), self._bases.values())
-        found = assess_loading(
-            shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings
-        )
-        refuse_what_does_not_fit(found, f"Loading {model_id}", device)
+    def _admit_load(self, model_id: str, shape: ModelShape | None, config: PeftConfig, device: Device) -> None:
+        def judge(device: Device) -> Assessment:
+            available = device.available_bytes
+            return assess_loading(shape, config, available, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+
+        self._admit(f"Loading {model_id}", judge, device, None)
+
+    def _admit(self, what: str, judge: Callable[[Device], Assessment], device: Device, own: LoadedBase | None) -> None:
+        """Refuse what does not fit, after unloading idle models where that makes it fit.
+
+        The caller holds the lock, so that two loads cannot both take the last. What an unloaded model gave back is
+        measured, not computed.
+        """
+        while True:
+            device = with_room(self._machine.device(device_name(device.torch_name)), self._bases.values(), own)
+            found = judge(device)
+            if found.verdict != "does_not_fit":
+                return
+            idle = next_to_give_way(device, self._bases.values(), judge, own, self._make_room_after_s)
+            if idle is None:
+                refuse_what_does_not_fit(found, what, device)
+                return
+            self._retire(idle, self._make_room_after_s if idle.kept_for_client else 0.0, f"room for: {what}")
 
     def _start(
         self, key: BaseKey, configuration: Configuration, engine: EngineName, device: Device, allow_pickle: bool
@@ -389,6 +413,7 @@ class PeftService:
             lambda request_id: protocol.AttachAdapter(request_id=request_id, adapter_id=adapter_id, path=str(path))
         )
         result = future.result()
+        model.base.touch()
         model.base.attached(adapter_id, result["memory_bytes"])
 
     def detach_everywhere(self, adapter_id: str) -> None:
@@ -421,9 +446,7 @@ class PeftService:
             base = model.base
             others = [other for other in self._models.values() if other.base is base and other.id != model_id]
             if not others:
-                if base.busy_with is not None:
-                    raise ModelBusy(f"The model is {base.busy_with}; cancel the job first.")
-                base.finish(LoadState.UNLOADING)
+                base.begin_unloading()
                 if self._bases.get(base.key) is base:
                     del self._bases[base.key]
             del self._models[model_id]
@@ -432,15 +455,21 @@ class PeftService:
 
     def _unload_idle(self) -> None:
         while not self._closed.wait(min(_IDLE_CHECK_S, self._idle_unload_s)):
-            for model in self.models():
-                idle_s = self._clock.monotonic() - model.base.last_used
-                working = model.base.process is not None and model.base.process.has_pending
-                if model.state is LoadState.READY and not working and idle_s >= self._idle_unload_s:
-                    try:
-                        self.unload(model.id)
-                        _log.info("model.unloaded_idle", model_id=model.model_id, idle_s=round(idle_s))
-                    except (ModelBusy, LoadedModelNotFound):
-                        continue  # it was put to use, or unloaded, at this very moment
+            with self._lock:
+                bases = list(self._bases.values())
+            for base in bases:
+                self._retire(base, self._idle_unload_s, "idle")
+
+    def _retire(self, base: LoadedBase, idle_s: float, why: str) -> None:
+        """Unload a base, with every loaded model on it, if it has been idle for so long; its memory is free then."""
+        if not base.retire(idle_s):
+            return  # it was put to use, or unloaded, at this very moment
+        with self._lock:
+            self._models = {name: model for name, model in self._models.items() if model.base is not base}
+            if self._bases.get(base.key) is base:
+                del self._bases[base.key]
+        base.end_process()
+        _log.info("model.unloaded", model_id=base.key.model_id, why=why)
 
     def close(self) -> None:
         """End every engine."""
@@ -470,5 +499,6 @@ def get_peft_service() -> PeftService:
         get_model_facts(),
         log_dir=settings.home / "logs",
         idle_unload_s=settings.idle_unload_s,
+        make_room_after_s=settings.make_room_after_s,
         engine_silence_s=settings.engine_silence_s,
     )

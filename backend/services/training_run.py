@@ -154,6 +154,7 @@ class TrainingRun:
                 engine="auto",
                 device=self._device,
                 force=bool(self.job.progress.get("forced")),
+                for_job=True,
             )
         )
 

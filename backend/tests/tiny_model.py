@@ -10,8 +10,12 @@ TEMPLATE = (
 _CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "0123456789 ?!.,"]
 
 
-def make_tiny_model(folder: Path) -> None:
-    """Write the model as a normal local folder. The weights are the same each time."""
+def make_tiny_model(folder: Path, **shape: int) -> None:
+    """Write the model as a normal local folder. The weights are the same each time.
+
+    Args:
+        shape: Dimensions in the terms of LlamaConfig, where others are wanted.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,17 +30,15 @@ def make_tiny_model(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "max_position_embeddings": 256}
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=256,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
+            **tiny | shape,
         )
     )
     folder.mkdir(parents=True)

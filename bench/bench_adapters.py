@@ -1,0 +1,85 @@
+"""One base with 1, 2, 4 and 8 adapters in one engine: resident memory, read from outside, and the time to load each."""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "backend" / "tests"))
+sys.path.insert(0, str(ROOT / "backend"))
+
+from random_adapter import make_random_adapter
+from server import CACHE, StudioServer
+
+from engine.guards import hide_broken_torchvision
+
+MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ADAPTERS, RANK = 8, 16
+MIB = 2**20
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory that a process holds, as the kernel counts it."""
+    return int(psutil.Process(pid).memory_info().rss)
+
+
+def first_token_s(studio: StudioServer, loaded_id: str, adapter_id: str | None) -> float:
+    """Time a one-token answer."""
+    began = time.perf_counter()
+    studio.generate(loaded_id, "Hi", adapter_id, max_new_tokens=1)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Put eight adapters on one base, one after the other."""
+    hide_broken_torchvision()
+    environment = {"PEFT_STUDIO_CACHE_DIR": str(CACHE), "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as home, StudioServer(Path(home), os.environ | environment) as studio:
+        loaded = studio.load(MODEL_ID)
+        pid, loaded_id = loaded["engine_pid"], loaded["id"]
+        local = studio.http.get("/api/models/local").json()["models"]
+        path = next(model["path"] for model in local if model["model_id"] == MODEL_ID)
+        ids = []
+        for number in range(ADAPTERS):
+            folder = Path(home) / "inbox" / str(number)
+            size = make_random_adapter(Path(path), folder, MODEL_ID, RANK, number)
+            response = studio.http.post("/api/adapters", json={"path": str(folder)})
+            response.raise_for_status()
+            ids.append(response.json()["id"])
+        first_token_s(studio, loaded_id, None)  # the first answer pays for what torch sets up once
+        bare = resident_bytes(pid)
+        print(
+            f"base loaded in {loaded['load_s']:.2f} s; an adapter (rank {RANK}, all linear layers): {size // MIB} MiB"
+        )
+        print(f"{'adapters':>8} {'resident':>10} {'over the base':>14} {'over its file':>14} {'load of the last':>17}")
+        print(f"{0:>8} {bare / MIB:>6.0f} MiB")
+        for count, adapter_id in enumerate(ids, 1):
+            began = time.perf_counter()
+            body = {"model_id": MODEL_ID, "adapter_id": adapter_id, "wait_s": 60}
+            studio.http.post("/api/peft/load-model", json=body).raise_for_status()
+            load_s = time.perf_counter() - began
+            now = resident_bytes(pid)
+            if count in (1, 2, 4, 8):
+                over = (now - bare) / MIB
+                print(f"{count:>8} {now / MIB:>6.0f} MiB {over:>10.0f} MiB {over * MIB / (count * size):>13.2f}×"
+                      f" {load_s * 1000:>14.0f} ms")  # fmt: skip
+        one, eight = loaded["memory"]["measured_bytes"], resident_bytes(pid)
+        print(f"one base with eight adapters over eight engines: {eight / (8 * one):.2f}")
+        for adapter_id in ids:
+            first_token_s(studio, loaded_id, adapter_id)
+        same = statistics.median(first_token_s(studio, loaded_id, ids[0]) for _ in range(5))
+        switching = statistics.median(first_token_s(studio, loaded_id, ids[n % ADAPTERS]) for n in range(1, 9))
+        print(f"a first token: same adapter {same * 1000:.0f} ms, another each time {switching * 1000:.0f} ms")
+        found = studio.http.get(f"/api/peft/loaded-models/{loaded_id}").json()
+        studio.http.delete(f"/api/peft/loaded-models/{loaded_id}").raise_for_status()
+        print(json.dumps({"adapters": len(found["adapters"]), "engine_gone": not psutil.pid_exists(pid)}))
+
+
+if __name__ == "__main__":
+    main()
