@@ -153,6 +153,7 @@ class LoadedModelResponse(Response):
     algorithm: Algorithm
     config: PeftConfig
     engine: Literal["transformers", "unsloth"]
+    engine_reason: str = Field(description="Why this engine: what Unsloth lacks here, or that it was asked for.")
     device: str
     state: LoadState
     progress: Progress

@@ -86,6 +86,7 @@ def loaded_model_view(model: LoadedModel) -> schemas.LoadedModelResponse:
         algorithm=model.algorithm,
         config=model.configuration.config,
         engine=base.key.engine,
+        engine_reason=base.engine_reason,
         device=base.key.device,
         state=base.state,
         progress=schemas.Progress.model_validate(base.progress),

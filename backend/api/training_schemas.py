@@ -52,6 +52,12 @@ class CancelRequest(Request):
     )
 
 
+class JobEngine(Response):
+    name: Literal["transformers", "unsloth"]
+    reason: str = Field(description="Why this engine: what Unsloth lacks here, or that it was asked for.")
+    computation: str | None = Field(description="Which layers the adapter trains through; null until it trains.")
+
+
 class JobQueue(Response):
     position: int = Field(description="1 runs next.")
     estimated_start_at: str | None = Field(description="For the first in the queue, from the run before it.")
@@ -100,6 +106,7 @@ class JobResponse(Response):
     metrics: JobMetrics
     attempts: int = Field(description="How often it was started.")
     resumed_from: str | None = Field(description="The checkpoint of another job that it began with.")
+    engine: JobEngine | None = Field(description="What trains or trained it; null before it has a base.")
     queue: JobQueue | None = Field(description="Its place while it is queued.")
     adapter_id: str | None
     error: JobError | None
@@ -200,6 +207,7 @@ def job_view(record: JobRecord, place: QueuePlace | None) -> JobResponse:
             best_eval_loss=result.get("best_eval_loss"),
             adapter_step=result.get("adapter_step"),
         ),
+        engine=None if progress.get("engine") is None else JobEngine.model_validate(progress["engine"]),
         queue=None
         if place is None
         else JobQueue(

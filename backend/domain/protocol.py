@@ -269,6 +269,13 @@ class TrainingBuilt(_Event):
     groups: list[OptimizerGroup]
 
 
+class Computing(_Event):
+    """How the adapter computes in this run: which library's layers, and why not the faster ones."""
+
+    kind: Literal["computing"] = "computing"
+    how: str
+
+
 class StepMetrics(_Event):
     """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds.
 
@@ -347,6 +354,7 @@ Event = Annotated[
     | Token
     | TrainingStarted
     | TrainingBuilt
+    | Computing
     | StepMetrics
     | Evaluated
     | CheckpointWritten

@@ -9,54 +9,12 @@ from typing import Any
 import psutil
 import torch
 from peft import PeftModel, PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from domain.peft_config import PeftConfig
 from engine import methods
+from engine.backend import backend_of
 from engine.batches import FALLBACK_TEMPLATE
 from engine.errors import BadModel, BadSetting
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def quantization_config(config: PeftConfig) -> BitsAndBytesConfig | None:
-    """Write the storage of the base's linear weights in bitsandbytes' terms."""
-    if config.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=DTYPES[config.precision],
-        )
-    if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return None
-
-
-def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
-    """Load a model and its tokenizer from a folder with plain transformers.
-
-    The attention implementation is named here, so that a config cannot make transformers fetch a kernel, and
-    remote code is never trusted.
-    """
-    quantization = quantization_config(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=DTYPES[config.precision],
-        quantization_config=quantization,
-        device_map={"": device},
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
-    _keep_gradients_through_4bit(model)
-    return model, load_tokenizer(path)
-
-
-def load_tokenizer(path: Path) -> Any:
-    """Load a tokenizer from a folder; remote code is never trusted."""
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
 def complete_tokenizer(tokenizer: Any) -> None:
@@ -73,18 +31,6 @@ def complete_tokenizer(tokenizer: Any) -> None:
         raise BadModel("the tokenizer has no fast version, so tokens cannot be traced back to characters")
 
 
-def _keep_gradients_through_4bit(model: Any) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for its inference kernel on CPUs with avx512_bf16.
-
-    Linear4bit does so on the first forward pass in eval mode and never undoes it; the kernel has no backward
-    pass, so training after any evaluation or generation would silently get wrong gradients (seen with
-    bitsandbytes 0.50.2: the gradient's norm fell to a fifth and the loss stayed where it was).
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 class Base:
     """One base model at one precision, with any number of adapters by name.
 
@@ -95,18 +41,13 @@ class Base:
 
     def __init__(self, path: Path, config: PeftConfig, device: str, engine: str) -> None:
         started = time.monotonic()
+        self.backend = backend_of(engine)
         try:
-            if engine == "unsloth":
-                from engine.unsloth_backend import load_unsloth
-
-                self.model, self.tokenizer = load_unsloth(path, config)
-            else:
-                self.model, self.tokenizer = load_transformers(path, config, device)
+            self.model, self.tokenizer = self.backend.load(path, config, device)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
             raise BadModel(f"{path.name} cannot be loaded: {error}") from error
         self.path = path
         self.device = torch.device(device)
-        self.engine = engine
         self.model.requires_grad_(False)
         self.model.eval()
         complete_tokenizer(self.tokenizer)

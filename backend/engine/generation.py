@@ -67,12 +67,14 @@ def _encode(base: Base, command: Generate) -> dict[str, torch.Tensor]:
         encoded = base.tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         encoded = base.tokenizer(command.prompt, return_tensors="pt")
-    limit = getattr(base.model.config, "max_position_embeddings", None)
+    limit = base.backend.longest(base.model)
     length = encoded["input_ids"].shape[1]
     if length == 0:
         raise BadSetting("the prompt is empty")
     if limit is not None and length + command.max_new_tokens > limit:
-        raise BadSetting(f"{length} prompt tokens and {command.max_new_tokens} new ones exceed the model's {limit}")
+        raise BadSetting(
+            f"{length} prompt tokens and {command.max_new_tokens} new ones exceed the {limit} it is loaded for"
+        )
     return {name: encoded[name].to(base.device) for name in ("input_ids", "attention_mask")}
 
 
@@ -97,6 +99,7 @@ def generate(base: Base, command: Generate, channel: Channel) -> dict[str, Any]:
         set_seed(command.seed)
     streamer = _EventStreamer(base, command, channel)
     started = time.monotonic()
+    base.backend.begin_answering(base.model)
     with base.using(command.adapter_id), torch.no_grad():
         output = base.model.generate(
             **inputs,

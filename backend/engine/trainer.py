@@ -13,7 +13,7 @@ import torch
 from transformers import set_seed
 
 from domain.peft_config import PeftConfig
-from domain.protocol import CheckpointWritten, Evaluated, StepMetrics
+from domain.protocol import CheckpointWritten, Computing, Evaluated, StepMetrics
 from engine.account import built
 from engine.base import Base
 from engine.batches import Batch, Row, epoch_batches, pad
@@ -29,7 +29,6 @@ from engine.checkpoints import (
     split_optimizer,
 )
 from engine.errors import BadData, BadSetting, NotFinite
-from engine.loss import SummedLoss
 from engine.optimizer import make_optimizer, make_scheduler, planned_steps
 
 
@@ -112,7 +111,7 @@ class Trainer:
         self._scheduler = make_scheduler(self._optimizer, config, self.total_steps)
         # fp16 gradients underflow without scaling; the other types need none.
         self._scaler = torch.amp.GradScaler(base.device.type, enabled=config.precision == "fp16")
-        self._loss = SummedLoss(base.model, base.device)
+        self._loss = base.backend.loss(base.model, base.device)
         self.progress = RunProgress(evaluation_due=bool(validation))
         self._best: Tensors = {}
         self._resumed_step: int | None = None
@@ -132,9 +131,8 @@ class Trainer:
             Stopped: The client ended the run; if it asked for a pause, a checkpoint is written.
             StorageFull: A checkpoint cannot be written; the older ones stay.
         """
-        self._begin()
         try:
-            self._emit(built(self._request_id, self._base, self._optimizer))
+            self._begin()
             self._loop()
             return self._outcome(stopped_on_request=False)
         except Stopped as stopped:
@@ -147,14 +145,14 @@ class Trainer:
             self._end()
 
     def _begin(self) -> None:
-        if self._config.gradient_checkpointing and self._base.engine == "transformers":
-            self._base.model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        how = self._base.backend.begin_training(self._base.model, self._config)
+        self._emit(Computing(request_id=self._request_id, how=how))
+        self._emit(built(self._request_id, self._base, self._optimizer))
         self._base.model.train()
 
     def _end(self) -> None:
         self._base.model.eval()
-        if self._config.gradient_checkpointing and self._base.engine == "transformers":
-            self._base.model.get_base_model().gradient_checkpointing_disable()
+        self._base.backend.end_training(self._base.model, self._config)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _loop(self) -> None:

@@ -38,6 +38,13 @@ _ENGINE_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
+    # What an environment could change about how Unsloth computes: all of them as engine/unsloth_backend.py expects.
+    "UNSLOTH_RETURN_LOGITS": "0",
+    "UNSLOTH_RETURN_HIDDEN_STATES": "0",
+    "UNSLOTH_FUSED_LORA_DROPOUT": "1",
+    "UNSLOTH_USE_NEW_MODEL": "0",
+    "UNSLOTH_ENABLE_FULL_FINETUNING": "0",
+    "UNSLOTH_TILED_MLP": "0",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # torch then numbers GPUs as NVML does, and not the fastest first
 }
 # PR_SET_PDEATHSIG fires when the *thread* that forked ends, so one thread that never ends starts all engines.
@@ -85,10 +92,15 @@ class EngineProcess:
         log_path: Where its stdout and stderr go, capped at 4 MiB with one older part kept.
         on_exit: Called once, from a thread of this class, when the process has ended.
         silence_s: Seconds without a heartbeat after which it is killed.
+        gpu_uuid: The one GPU that its libraries will see; None for every one there is.
     """
 
     def __init__(
-        self, log_path: Path, on_exit: Callable[[], None] | None = None, silence_s: float = _SILENCE_S
+        self,
+        log_path: Path,
+        on_exit: Callable[[], None] | None = None,
+        silence_s: float = _SILENCE_S,
+        gpu_uuid: str | None = None,
     ) -> None:
         self._log_path = log_path
         self._on_exit = on_exit
@@ -102,7 +114,7 @@ class EngineProcess:
         self.garbage_lines = 0
         log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent).result()
+            self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent, gpu_uuid).result()
         except OSError as error:
             raise EngineUnavailable(f"No engine process could be started: {error}") from error
         telemetry.engine_starts.inc()
@@ -303,7 +315,7 @@ class EngineProcess:
             file.close()
 
 
-def _spawn(work_dir: Path) -> tuple["subprocess.Popen[bytes]", Any, Any]:
+def _spawn(work_dir: Path, gpu_uuid: str | None) -> tuple["subprocess.Popen[bytes]", Any, Any]:
     """Start `python -m engine` with a private pair of pipes. Runs on the spawner's thread."""
     command_read, command_write = os.pipe()
     event_read, event_write = os.pipe()
@@ -316,6 +328,9 @@ def _spawn(work_dir: Path) -> tuple["subprocess.Popen[bytes]", Any, Any]:
         protocol.EVENT_FD_VARIABLE: str(event_write),
         "PEFT_STUDIO_PARENT_PID": str(os.getpid()),
     }
+    if gpu_uuid is not None:
+        # By uuid: an index would depend on what the server itself is shown, and Unsloth names cuda:0 in places.
+        environment["CUDA_VISIBLE_DEVICES"] = gpu_uuid
     for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"):
         environment.pop(secret, None)
     try:

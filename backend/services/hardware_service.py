@@ -5,29 +5,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 from core.clock import Clock, SystemClock
 from core.settings import get_settings
 from core.singleton import singleton
 from core.ttl_cache import Timed, TtlCell
+from domain.unsloth_rules import LEAST_CAPABILITY
 from services.cuda_checks import CudaCheck, run_cuda_checks
+from services.devices import EngineChoice, capability_of
 from services.host_probe import CpuReading, DiskReading, HostProbe, MemoryReading
 from services.nvml_probe import DriverFacts, GpuReading, NvmlProbe
 
 PROFILE_TTL_S = 300.0
 PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes")
 # Volta: the oldest that Unsloth supports (its README, "Supports NVIDIA GPUs since 2018, minimum 7.0").
-_UNSLOTH_CAPABILITY = (7, 0)
 _ON_CPU = "Fine-tuning runs on the CPU with transformers + PEFT."
-
-
-@dataclass(frozen=True)
-class EngineChoice:
-    """Which engine trains here and why."""
-
-    name: Literal["unsloth", "transformers"]
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -91,8 +83,8 @@ def select_engine(gpus: tuple[GpuReading, ...], packages: Mapping[str, str | Non
         return EngineChoice("transformers", "no NVIDIA GPU answers; Unsloth needs one")
     if packages.get("unsloth") is None:
         return EngineChoice("transformers", "the package unsloth is not installed")
-    best = max(working, key=lambda gpu: _capability(gpu.compute_capability))
-    if _capability(best.compute_capability) < _UNSLOTH_CAPABILITY:
+    best = max(working, key=lambda gpu: capability_of(gpu.compute_capability))
+    if capability_of(best.compute_capability) < LEAST_CAPABILITY:
         return EngineChoice("transformers", f"compute capability {best.compute_capability} is below Unsloth's 7.0")
     return EngineChoice("unsloth", f"{best.name} has compute capability {best.compute_capability}")
 
@@ -109,11 +101,6 @@ def cuda_facts(driver: DriverFacts, gpus: tuple[GpuReading, ...]) -> CudaFacts:
 
 def _failures(gpus: tuple[GpuReading, ...]) -> str:
     return "; ".join(f"GPU {gpu.index}: {gpu.error}" for gpu in gpus if gpu.error is not None)
-
-
-def _capability(text: str | None) -> tuple[int, int]:
-    major, _, minor = (text or "0.0").partition(".")
-    return int(major), int(minor)
 
 
 class HardwareService:

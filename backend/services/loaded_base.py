@@ -10,6 +10,7 @@ from typing import Any
 
 from core.clock import Clock
 from core.errors import ModelBusy, ModelNotReady, StudioError
+from domain.peft_config import PeftConfig
 from services.devices import EngineName
 from services.engine_process import EngineProcess
 
@@ -28,7 +29,11 @@ class LoadState(StrEnum):
 
 @dataclass(frozen=True)
 class BaseKey:
-    """What makes two requests the same base in memory."""
+    """What makes two requests the same base in memory: everything that changes how it is loaded.
+
+    Attributes:
+        max_seq_length: Tokens that Unsloth loads it for; None for transformers, where it makes no difference.
+    """
 
     model_id: str
     revision: str | None
@@ -36,6 +41,12 @@ class BaseKey:
     precision: str
     device: str
     engine: EngineName
+    max_seq_length: int | None = None
+
+    def serves(self, config: PeftConfig) -> bool:
+        """Whether a fine-tune of this configuration can run on the base."""
+        same = (self.quantization, self.precision) == (config.quantization, config.precision)
+        return same and (self.max_seq_length is None or config.max_seq_length <= self.max_seq_length)
 
 
 @dataclass(frozen=True)
@@ -52,9 +63,9 @@ class LoadProgress:
 class LoadedBase:
     """The state of one base. Changes come from the loader's thread and the engine's; readers see them at once."""
 
-    def __init__(self, key: BaseKey, clock: Clock) -> None:
+    def __init__(self, key: BaseKey, clock: Clock, engine_reason: str = "asked for") -> None:
         self.id = uuid.uuid4().hex[:8]
-        self.key = key
+        self.key, self.engine_reason = key, engine_reason
         self._clock = clock
         self._lock = threading.Lock()
         self._done = threading.Event()

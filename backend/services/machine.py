@@ -1,7 +1,7 @@
 """The machine as the services need it: devices by name, and the engine that runs on each."""
 
 from core.singleton import singleton
-from services.devices import Device, EngineName, choose_device, choose_engine
+from services.devices import Device, EngineChoice, choose_device, choose_engine
 from services.hardware_service import HardwareService, get_hardware_service
 
 
@@ -25,14 +25,16 @@ class Machine:
         gpus, _ = self._hardware.memory()
         return tuple(str(gpu.index) for gpu in gpus if gpu.error is None) or ("cpu",)
 
-    def engine(self, wanted: str, device: Device) -> EngineName:
-        """Resolve `auto`, `transformers` or `unsloth` for a device.
+    def engine(self, wanted: str, device: Device, obstacle: str | None) -> EngineChoice:
+        """Resolve `auto`, `transformers` or `unsloth` for a base on a device.
+
+        Args:
+            obstacle: Why Unsloth cannot hold the base; None if it can.
 
         Raises:
-            SettingRejected: Unsloth was asked for and cannot run here.
+            SettingRejected: Unsloth was asked for and cannot do it.
         """
-        choice = self._hardware.profile().value.engine
-        return choose_engine(wanted, device, choice.name, choice.reason)
+        return choose_engine(wanted, device, self._hardware.profile().value.engine, obstacle)
 
 
 @singleton

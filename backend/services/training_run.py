@@ -140,9 +140,8 @@ class TrainingRun:
             named = [model for model in self._service.peft.models() if model.id == self.job.loaded_model_id]
             # Another precision, an unloaded model or a dead engine: the base is loaded (again).
             for model in named:
-                key = model.base.key
                 usable = model.state not in (LoadState.FAILED, LoadState.UNLOADING)
-                if usable and (key.quantization, key.precision) == (config.quantization, config.precision):
+                if usable and model.base.key.serves(config):
                     return model
         return self._service.peft.load(
             LoadRequest(
@@ -200,6 +199,8 @@ class TrainingRun:
                 about=about,
             )
 
+        engine = {"name": model.base.key.engine, "reason": model.base.engine_reason, "computation": None}
+        self._progress |= {"engine": engine}  # written with the next event
         with self._lock:
             if self._stop.is_set():
                 self._end_early()
@@ -220,6 +221,8 @@ class TrainingRun:
             self._save("started", data, {"step": step, "total_steps": event.total_steps})
         elif isinstance(event, protocol.TrainingBuilt):
             self._save("built", data, {})
+        elif isinstance(event, protocol.Computing):
+            self._save(None, {}, {"engine": self._progress["engine"] | {"computation": event.how}})
         elif isinstance(event, protocol.StepMetrics):
             self._oom_kills = self._service.oom_kills()  # a kill before this step was another's
             telemetry.step_seconds.labels(self.job.algorithm).observe(event.step_s)

@@ -284,3 +284,16 @@ def test_a_job_on_a_loaded_base_takes_it_as_it_is_or_is_refused(studio: StudioSe
         assert (refused.status_code, refused.json()["type"]) == (422, "/problems/setting-rejected")
     studio.events(job["id"])
     assert len(studio.engines()) >= 1 and studio.job(job["id"])["state"] == "succeeded"
+
+
+def test_a_job_and_its_model_say_which_engine_and_why(studio: StudioServer, dataset: dict[str, Any]) -> None:
+    loaded = studio.load(TINY_ID)
+    assert loaded["engine"] == "transformers" and "Unsloth" in loaded["engine_reason"]
+    job = studio.submit(loaded_model_id=loaded["id"], dataset_id=dataset["id"], overrides={"max_steps": 1})
+    studio.events(job["id"])
+    engine = studio.job(job["id"])["engine"]
+    assert engine["name"] == "transformers" and engine["reason"] == loaded["engine_reason"]
+    assert "PEFT" in engine["computation"]
+    refused = studio.http.post("/api/peft/load-model", json={"model_id": TINY_ID, "engine": "unsloth"})
+    assert (refused.status_code, refused.json()["type"]) == (422, "/problems/setting-rejected")
+    assert loaded["engine_reason"] in refused.json()["detail"]

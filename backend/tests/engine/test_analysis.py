@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 from domain.algorithms import Algorithm
 from domain.protocol import Analyze, Progress
 from engine.analysis import analyze
-from engine.base import load_tokenizer
 from engine.batches import RowTokenizer, epoch_batches, read_rows
 from engine.errors import BadModel
 from engine.trainer import planned_steps
+from engine.transformers_backend import load_tokenizer
 
 
 class RecordingChannel:

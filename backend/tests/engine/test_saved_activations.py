@@ -15,7 +15,7 @@ from domain.architectures.registry import FAMILIES, read_shape
 from domain.configure import MachineFacts, configure
 from domain.peft_config import PeftConfig
 from engine import methods
-from engine.base import DTYPES
+from engine.transformers_backend import DTYPES
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 ROWS, LENGTH = 2, 64

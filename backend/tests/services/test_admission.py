@@ -79,3 +79,13 @@ def test_what_fits_or_is_not_known_is_admitted(available: int | None) -> None:
     config = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU).config
     refuse_what_does_not_fit(assess(read_shape(CONFIG), config, available, on_gpu=False), "x", DEVICE)
     refuse_what_does_not_fit(assess(None, config, available, on_gpu=False), "x", DEVICE)
+
+
+def test_a_base_of_unsloth_serves_what_is_no_longer_than_it_was_loaded_for() -> None:
+    config = configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 256}, machine=CPU).config
+    transformers = BaseKey("me/model", None, "none", config.precision, "cpu", "transformers")
+    unsloth = BaseKey("me/model", None, "none", config.precision, "cuda:0", "unsloth", 256)
+    longer = config.model_copy(update={"max_seq_length": 257})
+    assert transformers.serves(config) and transformers.serves(longer)
+    assert unsloth.serves(config) and not unsloth.serves(longer)
+    assert not unsloth.serves(config.model_copy(update={"quantization": "nf4"}))

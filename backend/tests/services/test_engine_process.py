@@ -126,3 +126,13 @@ def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
         assert slept and engine.alive
     finally:
         engine.close()
+
+
+def test_an_engine_is_shown_its_one_gpu_by_uuid(tmp_path: Path) -> None:
+    engine = EngineProcess(tmp_path / "engine.log", gpu_uuid="GPU-1234")
+    try:
+        environment = psutil.Process(engine.pid).environ()
+        assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-1234"
+        assert environment["UNSLOTH_COMPILE_LOCATION"].startswith(str(tmp_path))
+    finally:
+        engine.close()

@@ -16,7 +16,7 @@ from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts
 from domain.memory_estimate import loading_bytes
-from services.devices import Device
+from services.devices import Device, EngineChoice
 from services.embedded_model import CONFIG
 from services.loaded_base import LoadState
 from services.peft_service import LoadedModel, LoadRequest, PeftService
@@ -61,8 +61,8 @@ class _Machine:
         held = sum(base.needed_bytes or 0 for base in bases.values())
         return Device("cpu", MachineFacts(has_gpu=False, supports_bf16=False), self.total_bytes - held)
 
-    def engine(self, *_: Any) -> str:
-        return "transformers"
+    def engine(self, *_: Any) -> EngineChoice:
+        return EngineChoice("transformers", "the only one")
 
 
 @pytest.fixture

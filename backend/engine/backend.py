@@ -1,0 +1,43 @@
+"""What a base needs of the library that loaded it. There are two: plain transformers + PEFT, and Unsloth."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from domain.peft_config import PeftConfig
+from engine.batches import Batch
+
+
+class Backend(Protocol):
+    """Loads a base, and switches it between training and answering."""
+
+    def load(self, path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
+        """Return the model and its tokenizer, from a folder; no code but the libraries' is run."""
+
+    def begin_training(self, model: Any, config: PeftConfig) -> str:
+        """Prepare the model, whose one trainable adapter is active, and say how that adapter computes."""
+
+    def end_training(self, model: Any, config: PeftConfig) -> None:
+        """Undo what `begin_training` did, so that every other adapter on the base computes as before."""
+
+    def begin_answering(self, model: Any) -> None:
+        """Prepare the model for generation."""
+
+    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+        """Return a function from a batch to the cross-entropy summed over its trained tokens, with a gradient."""
+
+    def longest(self, model: Any) -> int | None:
+        """Return the most tokens that the loaded model takes; None if it does not say."""
+
+
+def backend_of(engine: str) -> Backend:
+    """Return the back end of a name; Unsloth is imported only where it is used."""
+    if engine == "unsloth":
+        from engine.unsloth_backend import UnslothBackend
+
+        return UnslothBackend()
+    from engine.transformers_backend import TransformersBackend
+
+    return TransformersBackend()

@@ -1,0 +1,91 @@
+"""Plain transformers + PEFT: everywhere, the CPU included."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from domain.peft_config import PeftConfig
+from engine.batches import Batch
+from engine.loss import SummedLoss
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def quantization_config(config: PeftConfig) -> BitsAndBytesConfig | None:
+    """Write the storage of the base's linear weights in bitsandbytes' terms."""
+    if config.quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPES[config.precision],
+        )
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
+
+
+def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
+    """Load a model and its tokenizer from a folder with plain transformers.
+
+    The attention implementation is named here, so that a config cannot make transformers fetch a kernel, and
+    remote code is never trusted.
+    """
+    quantization = quantization_config(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=DTYPES[config.precision],
+        quantization_config=quantization,
+        device_map={"": device},
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    _keep_gradients_through_4bit(model)
+    return model, load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """Load a tokenizer from a folder; remote code is never trusted."""
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def _keep_gradients_through_4bit(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for its inference kernel on CPUs with avx512_bf16.
+
+    Linear4bit does so on the first forward pass in eval mode and never undoes it; the kernel has no backward
+    pass, so training after any evaluation or generation would silently get wrong gradients (seen with
+    bitsandbytes 0.50.2: the gradient's norm fell to a fifth and the loss stayed where it was).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+class TransformersBackend:
+    """Trains and answers with the model as transformers made it."""
+
+    def load(self, path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
+        return load_transformers(path, config, device)
+
+    def begin_training(self, model: Any, config: PeftConfig) -> str:
+        if config.gradient_checkpointing:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        return "PEFT's own layers on a base that transformers loaded"
+
+    def end_training(self, model: Any, config: PeftConfig) -> None:
+        if config.gradient_checkpointing:
+            model.get_base_model().gradient_checkpointing_disable()
+
+    def begin_answering(self, model: Any) -> None:
+        model.eval()
+
+    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+        return SummedLoss(model, device)
+
+    def longest(self, model: Any) -> int | None:
+        return getattr(model.config, "max_position_embeddings", None)
