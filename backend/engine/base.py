@@ -41,7 +41,7 @@ class Base:
 
     def __init__(self, path: Path, config: PeftConfig, device: str, engine: str) -> None:
         started = time.monotonic()
-        self.backend = backend_of(engine)
+        self.engine, self.backend = engine, backend_of(engine)
         try:
             self.model, self.tokenizer = self.backend.load(path, config, device)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
