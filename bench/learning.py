@@ -28,9 +28,9 @@ def read(path: Path, rows: int) -> list[dict[str, Any]]:
     return list(found[:rows])
 
 
-def run(http: httpx.Client, dataset_id: str, algorithm: str, steps: int, rate: str) -> dict[str, Any]:
+def run(http: httpx.Client, dataset_id: str, algorithm: str, steps: int, length: int, rate: str) -> dict[str, Any]:
     """Train once and return the finished job; the rate `default` is what the service chooses itself."""
-    overrides: dict[str, Any] = {"max_steps": steps, "max_seq_length": 256, "batch_size": 4}
+    overrides: dict[str, Any] = {"max_steps": steps, "max_seq_length": length, "batch_size": 4}
     if rate != "default":
         overrides["learning_rate"] = float(rate)
     body = {
@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--length", type=int, default=256, help="tokens a row at most")
     parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
     parser.add_argument("--rates", nargs="+", default=["default"], help="learning rates, or `default`")
     arguments = parser.parse_args()
@@ -63,17 +64,18 @@ def main() -> int:
     print(f"{arguments.data.name}: {dataset['rows']} rows, {arguments.steps} steps")
     print(f"{'algorithm':10} {'rate':>8} {'before':>8} {'after':>8} {'tokens/s':>9}")
     good = [
-        compare(http, dataset["id"], algorithm, arguments.steps, arguments.rates) for algorithm in arguments.algorithms
+        compare(http, dataset["id"], algorithm, arguments.steps, arguments.length, arguments.rates)
+        for algorithm in arguments.algorithms
     ]
     return 0 if all(good) else 1
 
 
-def compare(http: httpx.Client, dataset_id: str, algorithm: str, steps: int, rates: list[str]) -> bool:
+def compare(http: httpx.Client, dataset_id: str, algorithm: str, steps: int, length: int, rates: list[str]) -> bool:
     """Train with each rate and print what came of it."""
     after: dict[str, float] = {}
     fell = True
     for rate in rates:
-        job = run(http, dataset_id, algorithm, steps, rate)
+        job = run(http, dataset_id, algorithm, steps, length, rate)
         if job["state"] != "succeeded":
             print(f"{algorithm:10} {rate:>8} {job['state']}: {job['error']}")
             fell = False

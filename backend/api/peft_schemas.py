@@ -110,7 +110,9 @@ class LoadModelRequest(Request):
     revision: Revision | None = None
     algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
     use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
-    overrides: Overrides = Field(default_factory=PeftOverrides)
+    overrides: Overrides = Field(
+        default_factory=PeftOverrides, description="They hold for jobs of the same algorithm on the loaded model too."
+    )
     adapter_id: str | None = Field(default=None, max_length=64, description="Also put this adapter on the base.")
     engine: Literal["auto", "unsloth", "transformers"] = "auto"
     device: Literal["auto", "cpu"] | Annotated[int, Field(ge=0, le=63)] = "auto"

@@ -272,6 +272,8 @@ def _contradictions(
         found += _cpu_refusals(values)
     if max_positions is not None and values["max_seq_length"] > max_positions:
         found.append(("max_seq_length", f"the model knows sequences of at most {max_positions} tokens"))
+    if overrides.get("max_steps") is not None and "epochs" in overrides:
+        found.append(("epochs", "has no effect beside max_steps; send one of them"))
     if values["early_stopping_patience"] is not None and values["eval_every_steps"] is None:
         found.append(("early_stopping_patience", "early stopping needs eval_every_steps"))
     return [{"location": [name], "message": f"{name}: {message}"} for name, message in found]

@@ -16,7 +16,7 @@ from domain.use_cases import UseCaseId
 from services.checkpoint_store import CheckpointStore
 from services.dataset_analysis import DatasetAnalysisService
 from services.dataset_service import DatasetService
-from services.peft_service import PeftService
+from services.peft_service import LoadedModel, PeftService
 from store.records import JobRecord
 
 
@@ -118,12 +118,15 @@ class JobIntake:
     ) -> Configuration:
         """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused.
 
+        What the client set itself when it loaded the model holds for its jobs of the same algorithm.
         What was fitted to the memory for an earlier job stays for one that goes on from its checkpoint.
         """
         loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
         device = self.peft.device_of(loaded) if loaded is not None else None
         overrides = dict(request.overrides)
         if loaded is not None:
+            if loaded.algorithm == request.algorithm:
+                overrides = _asked_of(loaded, overrides) | overrides
             for name in ("quantization", "precision"):
                 have = getattr(loaded.base.key, name)
                 wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
@@ -188,10 +191,18 @@ class JobIntake:
         return replace(record, progress=record.progress | progress, resumed_from=f"{source.id}/{checkpoint_id}")
 
 
+def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return what was set for a loaded model, less the length of the run if the job has its own."""
+    asked = {name: item.value for name, item in loaded.configuration.choices.items() if item.source == "override"}
+    own_length = {"epochs", "max_steps"} & overrides.keys()
+    return {name: value for name, value in asked.items() if not (own_length and name in ("epochs", "max_steps"))}
+
+
 def digest_of(request: JobRequest) -> str:
     """Return a sum over a request, to tell whether two are the same."""
     return hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _rejected(location: str, message: str) -> SettingRejected:
-    return SettingRejected(f"{location}: {message}", errors=[{"location": [location], "message": message}])
+    named = f"{location}: {message}"
+    return SettingRejected(named, errors=[{"location": [location], "message": named}])

@@ -86,6 +86,8 @@ def requests(draw: st.DrawFn, **given: Any) -> tuple[Algorithm, dict[str, Any]]:
     } | given
     if overrides["eval_every_steps"] is None:
         overrides["early_stopping_patience"] = None
+    if overrides["max_steps"] is not None:
+        del overrides["epochs"]
     return algorithm, overrides
 
 

@@ -135,6 +135,7 @@ def test_flags_are_exact_and_exclusive(use_case: UseCaseId, machine: MachineFact
         (Algorithm.LORA, {"precision": "fp16"}, {"precision"}),
         (Algorithm.LORA, {"optimizer": "adamw_8bit"}, {"optimizer"}),
         (Algorithm.LORA, {"early_stopping_patience": 2}, {"early_stopping_patience"}),
+        (Algorithm.LORA, {"epochs": 2.0, "max_steps": 10}, {"epochs"}),
     ],
 )
 def test_what_cannot_take_effect_on_a_cpu_is_refused_all_at_once(

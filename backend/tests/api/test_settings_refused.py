@@ -1,0 +1,89 @@
+"""A setting that cannot take effect is refused over HTTP, by name and with the reason, wherever it is sent."""
+
+from typing import Any
+
+import pytest
+from rows import messages_jsonl
+from server import StudioServer
+from tiny_model import TINY_ID
+
+from domain.algorithms import SPECS, Algorithm
+from domain.peft_config import PeftConfig
+
+ON_A_CPU = {"precision": "fp16", "optimizer": "adamw_8bit", "quantization": "int8"}
+OF_THE_MODEL = {"max_seq_length": 257}  # the tiny model knows 256 positions
+OF_THE_DATA = {"eval_every_steps": 2}  # no validation rows are named
+
+
+def _contradictions() -> list[tuple[Algorithm, str, Any]]:
+    """Every value of every fixed setting but the right one, and every refused value."""
+    found: list[tuple[Algorithm, str, Any]] = []
+    for algorithm, spec in SPECS.items():
+        for name, right in spec.fixed.items():
+            schema = PeftConfig.model_json_schema()["properties"][name]
+            values = schema.get("enum", [True, False])
+            found += [(algorithm, name, value) for value in values if value != right]
+        found += [(algorithm, name, value) for name, refused in spec.refused.items() for value in refused]
+    return list(dict.fromkeys(found))
+
+
+def _refusal(studio: StudioServer, path: str, name: str, body: dict[str, Any]) -> str:
+    """Send it; return the first message about the setting, which names it as every one does."""
+    response = studio.http.post(path, json=body)
+    assert response.status_code == 422, response.text
+    problem = response.json()
+    messages = [str(item["message"]) for item in problem["errors"] if name in item["location"]]
+    assert messages and all(message.startswith(f"{name}: ") for message in messages)
+    return messages[0]
+
+
+@pytest.mark.parametrize(("algorithm", "name", "value"), _contradictions())
+def test_what_contradicts_the_algorithm_is_refused(
+    studio: StudioServer, algorithm: Algorithm, name: str, value: Any
+) -> None:
+    body = {"model_id": TINY_ID, "algorithm": algorithm.value, "overrides": {name: value}}
+    _refusal(studio, "/api/peft/configure", name, body)
+
+
+@pytest.mark.parametrize(("name", "value"), [*ON_A_CPU.items(), *OF_THE_MODEL.items()])
+def test_what_this_machine_or_model_cannot_do_is_refused_by_every_route(
+    studio: StudioServer, name: str, value: Any
+) -> None:
+    dataset = studio.upload(messages_jsonl())
+    body: dict[str, Any] = {"model_id": TINY_ID, "overrides": {name: value}}
+    messages = {
+        _refusal(studio, "/api/peft/configure", name, body),
+        _refusal(studio, "/api/peft/load-model", name, body),
+        _refusal(studio, "/api/training/jobs", name, body | {"dataset_id": dataset["id"]}),
+    }
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [OF_THE_DATA, OF_THE_DATA | {"early_stopping_patience": 1}, {"early_stopping_patience": 1}],
+)
+def test_an_evaluation_without_rows_for_it_is_refused(studio: StudioServer, overrides: dict[str, int]) -> None:
+    dataset = studio.upload(messages_jsonl())
+    body = {"model_id": TINY_ID, "dataset_id": dataset["id"], "overrides": overrides}
+    _refusal(studio, "/api/training/jobs", [*overrides][-1], body)
+
+
+def test_a_length_in_epochs_beside_one_in_steps_is_refused(studio: StudioServer) -> None:
+    body = {"model_id": TINY_ID, "overrides": {"epochs": 1.0, "max_steps": 5}}
+    assert "max_steps" in _refusal(studio, "/api/peft/configure", "epochs", body)
+
+
+@pytest.mark.engine
+def test_what_was_set_for_a_loaded_model_holds_for_its_jobs(studio: StudioServer) -> None:
+    loaded = studio.load(TINY_ID, algorithm="rslora", overrides={"rank": 5, "epochs": 1.0, "learning_rate": 1e-3})
+    dataset = studio.upload(messages_jsonl())
+    job = studio.submit(
+        loaded_model_id=loaded["id"],
+        dataset_id=dataset["id"],
+        algorithm="rslora",
+        overrides={"max_steps": 2, "learning_rate": 2e-3},
+    )
+    config = job["config"]
+    assert (config["rank"], config["learning_rate"], config["max_steps"]) == (5, 2e-3, 2)
+    studio.wait_for_state(job["id"], "succeeded")
