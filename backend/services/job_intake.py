@@ -193,9 +193,8 @@ class JobIntake:
 
 def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:
     """Return what was set for a loaded model, less the length of the run if the job has its own."""
-    asked = {name: item.value for name, item in loaded.configuration.choices.items() if item.source == "override"}
     own_length = {"epochs", "max_steps"} & overrides.keys()
-    return {name: value for name, value in asked.items() if not (own_length and name in ("epochs", "max_steps"))}
+    return {name: value for name, value in loaded.asked.items() if not (own_length and name in ("epochs", "max_steps"))}
 
 
 def digest_of(request: JobRequest) -> str:

@@ -3,7 +3,7 @@
 import contextvars
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -39,7 +39,12 @@ _IDLE_CHECK_S = 15.0
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What a client wants loaded."""
+    """What a client wants loaded, or with `for_job` what a job needs.
+
+    Attributes:
+        for_job: Whether a job or an export wants it: `overrides` then says nothing about other jobs, and no client asked
+            for the model to stay.
+    """
 
     model_id: str
     revision: str | None
@@ -50,12 +55,16 @@ class LoadRequest:
     device: str | int
     force: bool
     allow_pickle: bool = False
-    for_job: bool = False  # a job or an export wants it; no client asked for it to stay
+    for_job: bool = False
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model with the configuration it was asked for. Several may share one base."""
+    """A base model with the configuration it was asked for. Several may share one base.
+
+    Attributes:
+        asked: What the client set itself; it holds for jobs on the model.
+    """
 
     id: str
     model_id: str
@@ -65,6 +74,7 @@ class LoadedModel:
     base: LoadedBase
     estimated_bytes: int | None
     trainable_parameters: int | None
+    asked: Mapping[str, Any]
 
     @property
     def state(self) -> LoadState:
@@ -252,7 +262,8 @@ class PeftService:
                 base.kept_for_client = True
             for model in self._models.values():
                 same = model.base is base and model.algorithm == request.algorithm
-                if same and model.configuration.config == config:
+                asked_alike = request.for_job or model.asked == request.overrides
+                if same and asked_alike and model.configuration.config == config:
                     return model
             needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
             if base is None:
@@ -270,6 +281,7 @@ class PeftService:
                 base,
                 needed,
                 _trainable(shape, configuration),
+                {} if request.for_job else request.overrides,
             )
             self._models[model.id] = model
             return model

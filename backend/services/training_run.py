@@ -149,7 +149,7 @@ class TrainingRun:
                 revision=self.job.revision,
                 algorithm=Algorithm(self.job.algorithm),
                 use_case=None,
-                overrides=config.model_dump(),
+                overrides=config.model_dump(exclude={"epochs"} if config.max_steps is not None else None),
                 engine="auto",
                 device=self._device,
                 force=bool(self.job.progress.get("forced")),

@@ -87,3 +87,18 @@ def test_what_was_set_for_a_loaded_model_holds_for_its_jobs(studio: StudioServer
     config = job["config"]
     assert (config["rank"], config["learning_rate"], config["max_steps"]) == (5, 2e-3, 2)
     studio.wait_for_state(job["id"], "succeeded")
+
+
+@pytest.mark.engine
+def test_what_one_job_was_set_to_says_nothing_about_the_next(studio: StudioServer) -> None:
+    dataset = studio.upload(messages_jsonl())
+    own = {"rank": 3, "seed": 7, "max_steps": 2, "precision": "bf16"}
+    job = studio.submit(model_id=TINY_ID, dataset_id=dataset["id"], algorithm="dora", overrides=own)
+    assert studio.wait_for_state(job["id"], "succeeded", "failed")["error"] is None
+    models = studio.http.get("/api/peft/loaded-models").json()["models"]
+    (loaded,) = [model for model in models if model["config"]["rank"] == 3]
+    following = studio.submit(
+        loaded_model_id=loaded["id"], dataset_id=dataset["id"], algorithm="dora", overrides={"max_steps": 1}
+    )
+    assert (following["config"]["rank"], following["config"]["seed"]) == (16, 42)
+    studio.wait_for_state(following["id"], "succeeded")
