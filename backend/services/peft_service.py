@@ -42,8 +42,8 @@ class LoadRequest:
     """What a client wants loaded, or with `for_job` what a job needs.
 
     Attributes:
-        for_job: Whether a job or an export wants it: `overrides` then says nothing about other jobs, and no client asked
-            for the model to stay.
+        for_job: Whether a job or an export wants it: `overrides` then says nothing about other jobs, and no client
+            asked for the model to stay.
     """
 
     model_id: str
