@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from sqlalchemy.exc import SQLAlchemyError
 
 from core.clock import Clock
-from core.errors import DatabaseUnavailable, LoadedModelNotFound, ModelBusy, StorageFull, StudioError
+from core.errors import DatabaseUnavailable, JobNotFound, LoadedModelNotFound, ModelBusy, StorageFull, StudioError
 from core.logging import get_logger
 from domain import protocol
 from domain.algorithms import Algorithm
-from domain.job_states import JobState
+from domain.job_states import ACTIVE_STATES, JobState, may_change
 from domain.peft_config import PeftConfig
 from domain.retries import MAX_STALLS, TRANSIENT, wait_s
 from services import telemetry
@@ -71,6 +71,7 @@ class TrainingRun:
         self._unsaved_because: StudioError | None = None
         self._progress = dict(job.progress)
         self._stalls = job.stalls
+        self._newest_event = 0
         self._oom_kills = service.oom_kills()
 
     def begin(self) -> None:
@@ -78,13 +79,14 @@ class TrainingRun:
 
         Raises:
             RunEnded: It is not in the queue any more.
-            DatabaseUnavailable, StorageFull: The database cannot be written now; the job stays in the queue.
         """
         now = self._clock.now()
         started = self.job.started_at or to_text(now)
-        self._move(JobState.PREPARING, started_at=started, attempts=self.job.attempts + 1, error=None)
+        # Patiently: a database that went away may have it as taken, and then nobody else would run it.
+        self._finish(JobState.PREPARING, started_at=started, attempts=self.job.attempts + 1, error=None)
         # As it is now: another run of it may have ended since it was read.
-        self.job = self._service.get(self.job.id)
+        self.job = self._patiently(lambda: self._service.get(self.job.id))
+        self._newest_event = self._patiently(lambda: self._service.newest_event(self.job.id))
         self._progress, self._stalls = dict(self.job.progress), self.job.stalls
         if self.job.attempts == 1:
             waited = now - datetime.fromisoformat(self.job.created_at)
@@ -271,7 +273,9 @@ class TrainingRun:
         while self._unsaved:
             kind, data, progress = self._unsaved[0]
             try:
-                self._service.record_event(self.job.id, kind or None, data, progress, self._stalls)
+                self._newest_event = self._service.record_event(
+                    self.job.id, kind or None, data, progress, self._stalls, after=self._newest_event
+                )
             except SQLAlchemyError:  # and no outage: this one can never be written, and must not hold up the others
                 _log.exception("job.event_lost", job_id=self.job.id, event_kind=kind)
             self._unsaved.popleft()
@@ -393,8 +397,18 @@ class TrainingRun:
 
     def _move(self, following: JobState, adapter: AdapterRecord | None = None, **columns: Any) -> None:
         with self._lock:
-            if not self._service.move(self.job, following, adapter=adapter, **columns):
-                raise RunEnded  # cancelled while it was queued
+            while not self._service.move(self.job, following, adapter=adapter, **columns):
+                # Others move it while it is queued; from then on this run alone, whose last move may have gone
+                # through although the database went away before it said so.
+                try:
+                    found = self._service.get(self.job.id)
+                except JobNotFound:
+                    raise RunEnded from None
+                if found.state is following:
+                    break
+                if found.state not in ACTIVE_STATES or not may_change(found.state, following):
+                    raise RunEnded
+                self.job = replace(self.job, state=found.state)
             self.job = replace(self.job, state=following)
 
     def _death_class(self, error: EngineDied) -> str:

@@ -11,9 +11,7 @@ from core.broadcast import Broadcast
 from core.clock import Clock, SystemClock
 from core.errors import (
     Conflict,
-    DatabaseUnavailable,
     JobNotFound,
-    StorageFull,
     StudioError,
     TransitionNotPermitted,
 )
@@ -39,6 +37,7 @@ from store.repositories import Adapters, Jobs
 _log = get_logger(__name__)
 Keep = Literal["nothing", "checkpoints", "adapter"]
 _CHECKPOINT_GRACE_S = 30.0
+_MOST_SINCE = 100  # events of one kind between two of a run: one, if any
 
 
 class IdempotencyKeyReused(Conflict):
@@ -291,16 +290,35 @@ class TrainingService:
             self._notify(record.id)
         return changed
 
+    def newest_event(self, job_id: str) -> int:
+        """Return the sequence number of a job's newest event."""
+        with self._database.begin() as connection:
+            return Jobs(connection).newest_event(job_id)
+
     def record_event(
-        self, job_id: str, kind: str | None, data: dict[str, Any], progress: dict[str, Any], stalls: int
-    ) -> None:
-        """Write an event, or none if `kind` is None, and with it the job's progress."""
+        self, job_id: str, kind: str | None, data: dict[str, Any], progress: dict[str, Any], stalls: int, *, after: int
+    ) -> int:
+        """Write an event, or none if `kind` is None, and with it the job's progress.
+
+        The same call again writes nothing twice: a database that went away may have kept the first.
+
+        Args:
+            after: The event that was the job's newest when the one before this was written.
+
+        Returns:
+            The `after` of the next call.
+        """
         with self._database.begin() as connection:
             jobs = Jobs(connection)
             if kind is not None:
-                jobs.append_event(job_id, kind, data, to_text(self._clock.now()))
+                there = (
+                    found.sequence for found in jobs.events(job_id, after, _MOST_SINCE, kind) if found.data == data
+                )
+                sequence = next(there, None)
+                after = sequence or jobs.append_event(job_id, kind, data, to_text(self._clock.now()))
             jobs.set(job_id, progress=progress, stalls=stalls)
         self._notify(job_id)
+        return after
 
     def retry_after(self, job_id: str, seconds: float) -> None:
         """Have an interrupted job queued again after a while."""
@@ -388,8 +406,6 @@ class TrainingService:
             run.execute()
         except RunEnded:
             pass
-        except (DatabaseUnavailable, StorageFull) as error:
-            _log.warning("job.not_begun", job_id=record.id, reason=error.detail)
         except Exception:  # noqa: BLE001 - the worker lives on; the job says failed, the log why
             _log.exception("job.crashed", job_id=record.id)
             run.fail_unexpectedly()

@@ -74,16 +74,23 @@ class Database:
     def begin(self) -> Iterator[Connection]:
         """Open a transaction; it commits at the end of the block.
 
+        Where the answer to a COMMIT is lost, the database is asked whether it took place.
+
         Raises:
             StorageFull: The database's disk has no space left; nothing was written.
-            DatabaseUnavailable: It does not answer, or another transaction holds it for too long.
+            DatabaseUnavailable: It does not answer, or another transaction holds it for too long. Nothing was written,
+                unless it went away during the COMMIT and stays away: whoever tries again looks first.
         """
+        transaction: str | None = None
         try:
             with self._connect() as connection, connection.begin():
                 yield connection
+                transaction = self._transaction_of(connection)
         except PoolTimeout as error:
             raise DatabaseUnavailable("Every connection to the database is in use.", retry_after_s=5) from error
         except DBAPIError as error:
+            if transaction is not None and self._was_committed(transaction):
+                return
             if self._says_full(error):
                 raise StorageFull("No space is left on the device that holds the database.") from error
             if isinstance(error, OperationalError) or error.connection_invalidated:
@@ -99,6 +106,26 @@ class Database:
                     raise
                 time.sleep(wait_s)
         return self.engine.connect()
+
+    def _transaction_of(self, connection: Connection) -> str | None:
+        """Return PostgreSQL's number of a transaction that has written; a file answers for its own commits."""
+        if self._on_sqlite:
+            return None
+        number: str | None = connection.execute(text("SELECT pg_current_xact_id_if_assigned()::text")).scalar()
+        return number
+
+    def _was_committed(self, transaction: str) -> bool:
+        """Tell whether a transaction was committed whose COMMIT was not answered; False where nobody can tell.
+
+        Source: pg_xact_status is made for this (PostgreSQL, "Transaction ID and Snapshot Information Functions").
+        """
+        ask = text("SELECT pg_xact_status(CAST(:number AS xid8))")
+        try:
+            # To begin takes the lock that the transaction held: by then it is over.
+            with self._connect() as connection, connection.begin():
+                return connection.execute(ask, {"number": transaction}).scalar() == "committed"
+        except (DBAPIError, PoolTimeout):
+            return False
 
     def _says_full(self, error: DBAPIError) -> bool:
         """Tell whether a disk is full: SQLite says so, or an I/O error where there is no room left; or PostgreSQL."""

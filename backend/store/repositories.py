@@ -107,12 +107,16 @@ class Jobs:
 
     def append_event(self, job_id: str, kind: str, data: dict[str, Any], created_at: str) -> int:
         """Add an event and return its sequence number, from 1 for each job."""
-        newest = select(func.coalesce(func.max(job_events.c.sequence), 0)).where(job_events.c.job_id == job_id)
-        sequence = int(self._connection.execute(newest).scalar_one()) + 1
+        sequence = self.newest_event(job_id) + 1
         self._connection.execute(
             insert(job_events).values(job_id=job_id, sequence=sequence, kind=kind, data=data, created_at=created_at)
         )
         return sequence
+
+    def newest_event(self, job_id: str) -> int:
+        """Return the sequence number of a job's newest event, or 0."""
+        newest = select(func.coalesce(func.max(job_events.c.sequence), 0)).where(job_events.c.job_id == job_id)
+        return int(self._connection.execute(newest).scalar_one())
 
     def events(self, job_id: str, after: int, limit: int, kind: str | None = None) -> list[EventRecord]:
         query = select(job_events).where((job_events.c.job_id == job_id) & (job_events.c.sequence > after))

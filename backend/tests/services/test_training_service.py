@@ -197,6 +197,45 @@ def test_a_database_that_is_away_leaves_the_job_in_the_queue(tmp_path: Path) -> 
     assert job.error is not None and job.error["class"] == "model_rejected" and job.attempts == 1
 
 
+def test_a_move_that_went_through_unheard_is_not_made_twice(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("enough seen")))
+    move = studio.service.move
+
+    def unheard(*arguments: Any, **columns: Any) -> bool:
+        changed = move(*arguments, **columns)
+        if changed:
+            raise DatabaseUnavailable("away")
+        return changed
+
+    studio.service.move = unheard  # type: ignore[method-assign]
+    job_id = studio.add(1)
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.FAILED])
+    studio.close()
+    states = [event.data["state"] for event in studio.service.events(job_id, 0, 10)]
+    assert states == ["preparing", "failed"] and studio.service.get(job_id).attempts == 1
+
+
+def test_an_event_that_was_written_unheard_is_not_written_twice(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=())
+    job_id = studio.add(1)
+
+    def record(step: int, after: int) -> int:
+        data = {"step": step, "loss": 0.1 + 0.2}
+        return studio.service.record_event(job_id, "metrics", data, {"step": step}, 0, after=after)
+
+    first = record(1, after=0)
+    studio.service.pause(job_id)  # another's event in between
+    assert record(1, after=0) == first
+    second = record(2, after=first)
+    assert record(2, after=first) == second
+    third = record(2, after=second)  # the same figures again are another event
+    kinds = [(event.sequence, event.kind, event.data.get("step")) for event in studio.service.events(job_id, 0, 10)]
+    assert kinds == [(1, "metrics", 1), (2, "state", None), (3, "metrics", 2), (4, "metrics", 2)]
+    assert (second, third) == (3, 4)
+    studio.close()
+
+
 @pytest.mark.parametrize(
     ("state", "wish", "after"),
     [

@@ -12,6 +12,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from commit_cutter import CommitCutter, Cut
 from postgres import Postgres, postgres
 from small_disk import fill
 from sqlalchemy import JSON, Column, MetaData, Table, event, inspect, text
@@ -38,11 +39,15 @@ def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
         database = Database(f"sqlite:///{tmp_path / 'studio.db'}")
     else:
         database = Database(request.getfixturevalue("server").url)
-        with database.begin() as connection:
-            connection.execute(text("DROP SCHEMA public CASCADE"))
-            connection.execute(text("CREATE SCHEMA public"))
+        _empty(database)
     yield database
     database.close()
+
+
+def _empty(database: Database) -> None:
+    with database.begin() as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
 
 
 @pytest.fixture
@@ -173,6 +178,45 @@ def test_a_restart_of_postgresql_is_waited_out(server: Postgres) -> None:
         connection.execute(text("SELECT 1"))
     server.start()
     database.close()
+
+
+@pytest.mark.parametrize("cut", ["before", "after"])
+def test_a_commit_that_is_not_answered_is_looked_up(server: Postgres, cut: Cut) -> None:
+    direct = Database(server.url)
+    _empty(direct)
+    direct.migrate()
+    with CommitCutter(server.port) as cutter:
+        database = Database(server.url.replace(str(server.port), str(cutter.port)))
+        cutter.cut_next(cut)
+        if cut == "before":
+            with pytest.raises(DatabaseUnavailable), database.begin() as connection:
+                Datasets(connection).add(DATASET)
+        else:
+            with database.begin() as connection:
+                Datasets(connection).add(DATASET)
+        assert cutter.cuts == 1
+        with direct.begin() as connection:
+            assert len(Datasets(connection).all()) == (cut == "after")
+        database.close()
+    direct.close()
+
+
+def test_a_commit_of_a_database_that_stays_away_is_in_doubt_and_said_so(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct = Database(server.url)
+    _empty(direct)
+    direct.migrate()
+    monkeypatch.setattr(module, "_CONNECT_WAITS_S", (0.0,))
+    with CommitCutter(server.port) as cutter:
+        database = Database(server.url.replace(str(server.port), str(cutter.port)))
+        cutter.cut_next("after", then_away=True)
+        with pytest.raises(DatabaseUnavailable), database.begin() as connection:
+            Datasets(connection).add(DATASET)
+        with direct.begin() as connection:
+            assert len(Datasets(connection).all()) == 1
+        database.close()
+    direct.close()
 
 
 def test_a_full_disk_is_named_and_what_was_there_can_be_read(small_disk: Path) -> None:
