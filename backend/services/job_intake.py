@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from core.errors import CheckpointUnusable, SettingRejected
@@ -92,6 +92,7 @@ class JobIntake:
             model_id=model_id,
             revision=revision,
             loaded_model_id=request.loaded_model_id,
+            load_options=self._load_options(request),
             algorithm=request.algorithm.value,
             config=config.model_dump(mode="json"),
             dataset_id=request.dataset_id,
@@ -152,6 +153,11 @@ class JobIntake:
         if request.model_id is not None and request.model_id != loaded.model_id:
             raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
         return loaded.model_id, loaded.revision
+
+    def _load_options(self, request: JobRequest) -> dict[str, Any]:
+        if request.loaded_model_id is None:
+            return {}
+        return asdict(self.peft.get(request.loaded_model_id).base.options)
 
     def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
         self.datasets.check_trainable(request.dataset_id, config.train_on)

@@ -11,7 +11,7 @@ from typing import Any
 from core.clock import Clock
 from core.errors import ModelBusy, ModelNotReady, StudioError
 from domain.peft_config import PeftConfig
-from services.devices import EngineName
+from services.devices import EngineName, device_name
 from services.engine_process import EngineProcess
 
 
@@ -50,6 +50,20 @@ class BaseKey:
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """How a client had a base loaded, beside what it is: what it takes to load the same again.
+
+    Attributes:
+        device: `cpu`, or a GPU's index.
+    """
+
+    engine: EngineName
+    device: str | int
+    force: bool
+    allow_pickle: bool
+
+
+@dataclass(frozen=True)
 class LoadProgress:
     """How far a load is; None where it cannot be known."""
 
@@ -63,9 +77,18 @@ class LoadProgress:
 class LoadedBase:
     """The state of one base. Changes come from the loader's thread and the engine's; readers see them at once."""
 
-    def __init__(self, key: BaseKey, clock: Clock, engine_reason: str = "asked for") -> None:
+    def __init__(
+        self,
+        key: BaseKey,
+        clock: Clock,
+        engine_reason: str = "asked for",
+        *,
+        force: bool = False,
+        allow_pickle: bool = False,
+    ) -> None:
         self.id = uuid.uuid4().hex[:8]
         self.key, self.engine_reason = key, engine_reason
+        self.options = LoadOptions(key.engine, device_name(key.device), force, allow_pickle)
         self._clock = clock
         self._lock = threading.Lock()
         self._done = threading.Event()

@@ -68,6 +68,9 @@ class ModelFiles:
             return
         local = self._registry.resolve_local(model_id, revision)
         if local is not None and local.path is not None:
+            names = [file.name for file in local.path.iterdir()]
+            if allow_pickle and not weight_files(names) and pickled_weights(names):
+                return check_snapshot(local.path, model_id)  # downloaded, and not converted yet
             return check_safe(local.path, model_id)
         details = self._registry.details_of(model_id, revision)
         paths = [file.path for file in details.files]

@@ -269,7 +269,7 @@ class PeftService:
             if base is None:
                 if not request.force:
                     self._admit_load(request.model_id, shape, config, device)
-                base = self._start(key, configuration, engine, device, request.allow_pickle)
+                base = self._start(key, configuration, engine, device, request)
                 base.kept_for_client = not request.for_job
                 base.needed_bytes = needed
             model = LoadedModel(
@@ -329,17 +329,17 @@ class PeftService:
             self._retire(idle, self._make_room_after_s if idle.kept_for_client else 0.0, f"room for: {what}")
 
     def _start(
-        self, key: BaseKey, configuration: Configuration, engine: EngineChoice, device: Device, allow_pickle: bool
+        self, key: BaseKey, configuration: Configuration, engine: EngineChoice, device: Device, request: LoadRequest
     ) -> LoadedBase:
-        base = LoadedBase(key, self._clock, engine.reason)
+        base = LoadedBase(key, self._clock, engine.reason, force=request.force, allow_pickle=request.allow_pickle)
         self._bases[key] = base
         # The context carries the request's Hub token to the download, and nowhere else.
         run = contextvars.copy_context().run
-        future: Future[None] = self._loaders.submit(run, self._load, base, configuration, device, allow_pickle)
+        future: Future[None] = self._loaders.submit(run, self._load, base, configuration, device)
         base.loading = future
         return base
 
-    def _load(self, base: LoadedBase, configuration: Configuration, device: Device, allow_pickle: bool) -> None:
+    def _load(self, base: LoadedBase, configuration: Configuration, device: Device) -> None:
         """Bring the files here and load them in a new engine; every outcome is a state of the base."""
         try:
             path = self._files.ensure(
@@ -347,7 +347,7 @@ class PeftService:
                 base.key.revision,
                 base.report,
                 lambda: base.cancelled,
-                allow_pickle=allow_pickle,
+                allow_pickle=base.options.allow_pickle,
             )
             if base.cancelled:
                 base.finish(LoadState.UNLOADING)

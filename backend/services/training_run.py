@@ -145,6 +145,8 @@ class TrainingRun:
                 usable = model.state not in (LoadState.FAILED, LoadState.UNLOADING)
                 if usable and model.base.key.serves(config):
                     return model
+        # As the client had the named model loaded: another device or engine would round otherwise.
+        options = self.job.load_options
         return self._service.peft.load(
             LoadRequest(
                 model_id=self.job.model_id,
@@ -152,9 +154,10 @@ class TrainingRun:
                 algorithm=Algorithm(self.job.algorithm),
                 use_case=None,
                 overrides=config.model_dump(exclude={"epochs"} if config.max_steps is not None else None),
-                engine="auto",
-                device=self._device,
-                force=bool(self.job.progress.get("forced")),
+                engine=options.get("engine", "auto"),
+                device=options.get("device", self._device),
+                force=bool(options.get("force") or self.job.progress.get("forced")),
+                allow_pickle=options.get("allow_pickle", False),
                 for_job=True,
             )
         )

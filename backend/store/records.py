@@ -34,6 +34,7 @@ class JobRecord:
     """A training job.
 
     Attributes:
+        load_options: How the loaded model that it names was loaded, to load the same again; empty without one.
         attempts: How often it was started.
         stalls: Deaths of its engine or of the server since its last checkpoint.
         resumed_from: The checkpoint of another job that it began with, as `job/step-…`.
@@ -50,6 +51,7 @@ class JobRecord:
     model_id: str
     revision: str | None
     loaded_model_id: str | None
+    load_options: dict[str, Any]
     algorithm: str
     config: dict[str, Any]
     dataset_id: str

@@ -39,6 +39,7 @@ jobs = Table(
     Column("model_id", String(200), nullable=False),
     Column("revision", String(200)),
     Column("loaded_model_id", String(40)),
+    Column("load_options", JSON, nullable=False, server_default="{}"),
     Column("algorithm", String(20), nullable=False),
     Column("config", JSON, nullable=False),
     Column("dataset_id", String(40), ForeignKey("datasets.id"), nullable=False),

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from hub_double import HubDouble, safetensors_bytes
+from rows import messages_jsonl
 from server import StudioServer, start_server, wait_until
 
 pytestmark = pytest.mark.engine
@@ -195,6 +197,26 @@ def test_pickled_weights_are_converted_where_that_is_asked_for(
     studio.http.delete(f"/api/peft/loaded-models/{model['id']}")
     again = start_load(studio, "me/pickled")  # safetensors now, for everyone
     studio.http.delete(f"/api/peft/loaded-models/{again['id']}")
+
+
+def test_a_job_whose_engine_dies_finds_its_pickled_model_again(
+    studio: StudioServer, hub: HubDouble, tiny_files: dict[str, bytes], tiny_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    files = {name: data for name, data in tiny_files.items() if name != "model.safetensors"}
+    weights = load_file(tiny_path / "model.safetensors")
+    hub.add_model("me/unpickled", files | {"pytorch_model.bin": pickled(weights)})
+    model = studio.load("me/unpickled", allow_pickle=True)
+    dataset = studio.upload(messages_jsonl())
+    overrides = {"rank": 4, "max_seq_length": 64, "max_steps": 60, "checkpoint_every_steps": 5}
+    job = studio.submit(loaded_model_id=model["id"], dataset_id=dataset["id"], overrides=overrides)
+    studio.wait_for_step(job["id"], 6)
+    local = {item["model_id"]: item for item in studio.http.get("/api/models/local").json()["models"]}
+    shutil.rmtree(local["me/unpickled"]["path"])  # the conversion is gone with the engine
+    studio.engine().kill()
+    job = studio.wait_for_state(job["id"], "succeeded", "failed")
+    assert job["state"] == "succeeded" and job["attempts"] == 2, job["error"]
 
 
 class Evil:

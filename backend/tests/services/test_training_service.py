@@ -54,7 +54,7 @@ class Studio:
     def add(self, number: int, **changes: Any) -> str:
         record = JobRecord(
             id=f"job_{number}", sequence=number, name="n", state=JobState.QUEUED, priority=0, idempotency_key=None,
-            request_sha256="", model_id="m", revision=None, loaded_model_id=None, algorithm="lora",
+            request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options={}, algorithm="lora",
             config=CONFIG.model_dump(mode="json"), dataset_id="ds", validation_dataset_id=None,
             validation_fraction=0.0, progress={}, result={}, attempts=0, stalls=0, resumed_from=None,
             cancel_wish=None, adapter_id=None, error=None, created_at=MOMENT, started_at=None, finished_at=None,
@@ -195,6 +195,33 @@ def test_a_database_that_is_away_leaves_the_job_in_the_queue(tmp_path: Path) -> 
     studio.close()
     (job,) = studio.service.all()
     assert job.error is not None and job.error["class"] == "model_rejected" and job.attempts == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("auto", "cpu", False, False)),
+        (
+            {"engine": "transformers", "device": 1, "force": True, "allow_pickle": True},
+            ("transformers", 1, True, True),
+        ),
+    ],
+)
+def test_a_base_is_loaded_again_as_the_client_had_it_loaded(
+    tmp_path: Path, options: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def load(request: Any) -> Any:
+        seen.append((request.engine, request.device, request.force, request.allow_pickle))
+        raise ModelRejected("enough seen")
+
+    studio = Studio(tmp_path, load)
+    studio.add(1, loaded_model_id="mdl_gone", load_options=options)
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.FAILED])
+    studio.close()
+    assert seen == [expected]
 
 
 def test_a_move_that_went_through_unheard_is_not_made_twice(tmp_path: Path) -> None:
