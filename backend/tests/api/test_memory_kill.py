@@ -1,0 +1,39 @@
+"""The kernel kills an engine for want of memory: really, in a cgroup that is too small."""
+
+import json
+from pathlib import Path
+
+import pytest
+from memory_cgroup import memory_cgroup
+from server import start_server
+from tiny_model import TINY_ID
+
+pytestmark = pytest.mark.engine
+_ROOM_BYTES = 16 * 2**20
+# 64 rows of 256 tokens: some 100 MiB of activations.
+OVERRIDES = {"rank": 8, "batch_size": 64, "max_seq_length": 256, "max_steps": 50, "gradient_checkpointing": False}
+
+
+def long_rows(count: int) -> str:
+    turns = [{"role": "user", "content": "say much"}, {"role": "assistant", "content": "0123456789 " * 60}]
+    return (json.dumps({"messages": turns}) + "\n") * count
+
+
+def test_a_job_that_the_kernel_kills_for_memory_says_so_and_is_not_tried_again(
+    tmp_path: Path, model_dirs: Path
+) -> None:
+    with memory_cgroup() as group, start_server(tmp_path / "home", model_dirs) as studio:
+        model = studio.load(TINY_ID)
+        dataset = studio.upload(long_rows(64))
+        engine = studio.engine()
+        # As in a container: server and engine share the limit, and the largest is killed.
+        group.take(studio.pid)
+        group.take(engine.pid)
+        group.limit(group.used_bytes() + _ROOM_BYTES)
+        job = studio.submit(loaded_model_id=model["id"], dataset_id=dataset["id"], overrides=OVERRIDES, force=True)
+        job = studio.wait_for_state(job["id"], "failed", "succeeded", "paused")
+        assert studio.process is not None and studio.process.poll() is None
+    assert job["state"] == "failed" and job["attempts"] == 1, job
+    assert (job["error"]["class"], job["error"]["signal"]) == ("out_of_host_memory", 9), job["error"]
+    assert any("batch_size" in suggestion for suggestion in job["error"]["suggestions"]), job["error"]
+    assert not engine.is_running()
