@@ -15,6 +15,7 @@ from domain.peft_config import PeftConfig
 HEARTBEAT_S = 2.0
 # File descriptors' environment variables of an engine process.
 COMMAND_FD_VARIABLE = "PEFT_STUDIO_ENGINE_COMMAND_FD"
+BACKEND_VARIABLE = "PEFT_STUDIO_ENGINE_BACKEND"
 EVENT_FD_VARIABLE = "PEFT_STUDIO_ENGINE_EVENT_FD"
 
 

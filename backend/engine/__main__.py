@@ -22,6 +22,9 @@ def main() -> None:
     from engine.guards import hide_broken_torchvision
 
     hide_broken_torchvision()
+    if os.environ.get(protocol.BACKEND_VARIABLE) == "unsloth":
+        os.environ.setdefault("UNSLOTH_SKIP_TORCHVISION_CHECK", "1")
+        import unsloth  # noqa: F401 - before transformers and PEFT, which it patches
     from engine.commands import CommandLoop
 
     CommandLoop(channel).run()

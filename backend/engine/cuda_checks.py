@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
+from domain.unsloth_rules import LEAST_CAPABILITY
 from engine.guards import hide_broken_torchvision
 from engine.lifeline import die_with_parent
 
@@ -23,7 +24,6 @@ _NF4_TOLERANCE = 0.1
 # With less than this beside the CUDA context, only the smallest models train; hence a warning and no failure.
 _ROOM_BYTES = 2048 * _MIB
 _BF16_MAJOR = 8  # Ampere (CUDA programming guide, compute capabilities)
-_UNSLOTH_CAPABILITY = (7, 0)  # as services/hardware_service.py chooses the engine
 # What Unsloth patches at run time, so that a version it refuses breaks training and not just the import.
 _UNSLOTH_NEEDS = ("unsloth_zoo", "torch", "transformers", "peft", "trl", "bitsandbytes", "triton", "xformers")
 _REINSTALL = "Reinstall the package for this GPU and driver."
@@ -116,7 +116,7 @@ def unsloth_importable(torch: Any, installed: Callable[[str], str] = version) ->
     except PackageNotFoundError:
         return _check("unsloth", "skip", f"unsloth is not installed; {instead}.", "pip install unsloth")
     best = max(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
-    if best < _UNSLOTH_CAPABILITY:
+    if best < LEAST_CAPABILITY:
         detail = f"Compute capability {best[0]}.{best[1]} is below Unsloth's 7.0; {instead}."
         return _check("unsloth", "skip", detail)
     import unsloth  # noqa: F401

@@ -93,6 +93,7 @@ class EngineProcess:
         on_exit: Called once, from a thread of this class, when the process has ended.
         silence_s: Seconds without a heartbeat after which it is killed.
         gpu_uuid: The one GPU that its libraries will see; None for every one there is.
+        backend: What will load its base; Unsloth has to be imported before everything that it patches.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class EngineProcess:
         on_exit: Callable[[], None] | None = None,
         silence_s: float = _SILENCE_S,
         gpu_uuid: str | None = None,
+        backend: str = "transformers",
     ) -> None:
         self._log_path = log_path
         self._on_exit = on_exit
@@ -114,7 +116,7 @@ class EngineProcess:
         self.garbage_lines = 0
         log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent, gpu_uuid).result()
+            self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent, gpu_uuid, backend).result()
         except OSError as error:
             raise EngineUnavailable(f"No engine process could be started: {error}") from error
         telemetry.engine_starts.inc()
@@ -315,7 +317,7 @@ class EngineProcess:
             file.close()
 
 
-def _spawn(work_dir: Path, gpu_uuid: str | None) -> tuple["subprocess.Popen[bytes]", Any, Any]:
+def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subprocess.Popen[bytes]", Any, Any]:
     """Start `python -m engine` with a private pair of pipes. Runs on the spawner's thread."""
     command_read, command_write = os.pipe()
     event_read, event_write = os.pipe()
@@ -324,6 +326,7 @@ def _spawn(work_dir: Path, gpu_uuid: str | None) -> tuple["subprocess.Popen[byte
         **_ENGINE_ENVIRONMENT,
         # Unsloth writes the code it generates to the working directory unless it is told where.
         "UNSLOTH_COMPILE_LOCATION": str(work_dir / "unsloth_compiled_cache"),
+        protocol.BACKEND_VARIABLE: backend,
         protocol.COMMAND_FD_VARIABLE: str(command_read),
         protocol.EVENT_FD_VARIABLE: str(event_write),
         "PEFT_STUDIO_PARENT_PID": str(os.getpid()),

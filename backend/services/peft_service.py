@@ -23,9 +23,9 @@ from domain.memory_estimate import adapter_parameters, loading_bytes
 from domain.memory_verdict import Assessment, assess, assess_loading, savings
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
-from domain.unsloth_rules import loaded_length, obstacle
 from domain.use_cases import UseCaseId
 from services.admission import next_to_give_way, refuse_what_does_not_fit, with_room
+from services.base_placement import load_command, place
 from services.devices import Device, EngineChoice, device_name
 from services.engine_process import EngineProcess
 from services.loaded_base import BaseKey, LoadedBase, LoadState
@@ -212,7 +212,7 @@ class PeftService:
         device = self._machine.device("auto" if loaded is None else device_name(loaded.base.key.device))
         with self._lock:
             if loaded is None:
-                key, _ = self._place("auto", model_id, revision, config, shape, device)
+                key, _ = place(self._machine, "auto", model_id, revision, config, shape, device)
                 own = self._bases.get(key)
             else:
                 own = loaded.base
@@ -253,7 +253,7 @@ class PeftService:
             ),
         )
         config = configuration.config
-        key, engine = self._place(request.engine, request.model_id, request.revision, config, shape, device)
+        key, engine = place(self._machine, request.engine, request.model_id, request.revision, config, shape, device)
         with self._lock:
             base = self._bases.get(key)
             if base is not None and base.state in (LoadState.FAILED, LoadState.UNLOADING):
@@ -285,24 +285,6 @@ class PeftService:
             )
             self._models[model.id] = model
             return model
-
-    def _place(
-        self,
-        wanted: str,
-        model_id: str,
-        revision: str | None,
-        config: PeftConfig,
-        shape: ModelShape | None,
-        device: Device,
-    ) -> tuple[BaseKey, EngineChoice]:
-        """Say which base in memory serves a request, there already or not, and why on that engine."""
-        engine = self._machine.engine(wanted, device, obstacle(config, shape.model_type if shape else None))
-        fast = engine.name == "unsloth"
-        length = loaded_length(config, shape.max_positions if shape else None) if fast else None
-        return (
-            BaseKey(model_id, revision, config.quantization, config.precision, device.torch_name, engine.name, length),
-            engine,
-        )
 
     def _admit_load(self, model_id: str, shape: ModelShape | None, config: PeftConfig, device: Device) -> None:
         def judge(device: Device) -> Assessment:
@@ -358,12 +340,13 @@ class PeftService:
                 on_exit=lambda: self._on_exit(base),
                 silence_s=self._engine_silence_s,
                 gpu_uuid=device.gpu_uuid,
+                backend=base.key.engine,
             )
             if not base.adopt(process):
                 process.close()
                 return
             _, future = process.request(
-                lambda request_id: _load_command(request_id, path, configuration.config, base.key, device)
+                lambda request_id: load_command(request_id, path, configuration.config, base.key, device)
             )
             base.ready(future.result())
             _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=base.load_s)
@@ -502,16 +485,6 @@ class PeftService:
             base.finish(LoadState.UNLOADING)
             base.end_process()
         self._loaders.shutdown(wait=False, cancel_futures=True)
-
-
-def _load_command(request_id: str, path: Path, config: PeftConfig, key: BaseKey, device: Device) -> protocol.LoadBase:
-    """Write the load. An engine that is shown one GPU knows it as the first, whichever it is of the machine's."""
-    if key.max_seq_length is not None:
-        config = config.model_copy(update={"max_seq_length": key.max_seq_length})
-    shown = "cuda:0" if device.gpu_uuid is not None else device.torch_name
-    return protocol.LoadBase(
-        request_id=request_id, model_path=str(path), config=config, device=shown, engine=key.engine
-    )
 
 
 def _trainable(shape: ModelShape | None, configuration: Configuration) -> int | None:

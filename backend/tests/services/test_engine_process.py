@@ -136,3 +136,16 @@ def test_an_engine_is_shown_its_one_gpu_by_uuid(tmp_path: Path) -> None:
         assert environment["UNSLOTH_COMPILE_LOCATION"].startswith(str(tmp_path))
     finally:
         engine.close()
+
+
+def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSLOTH_ALLOW_CPU", "1")
+    engine = EngineProcess(tmp_path / "engine.log", backend="unsloth")
+    try:
+        with pytest.raises(CommandFailed):  # the answer comes once everything is imported
+            engine.request(_load(tmp_path / "nothing"))[1].result(120)
+        said = "\n".join(engine.log_tail())
+        assert "Unsloth: Will patch" in said
+        assert "should be imported before" not in said  # its warning that something was imported too early
+    finally:
+        engine.close()

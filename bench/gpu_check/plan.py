@@ -1,0 +1,110 @@
+"""What is to be proved, and what is left out with the reason."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from domain.algorithms import Algorithm
+from domain.architectures.registry import read_shape
+from domain.configure import MachineFacts, configure
+from domain.peft_config import PeftConfig
+from domain.unsloth_rules import loaded_length, obstacle
+from gpu_check.shapes import SHAPES, TINY
+
+STEPS, RESUME_AT = 8, 4
+# Every method on the smallest shape; on the others the two that people run there, unless all are asked for.
+EVERYWHERE = (Algorithm.LORA, Algorithm.QLORA)
+SMALLEST = "Llama-3.2-1B"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method on one model by one engine."""
+
+    model: str
+    algorithm: Algorithm
+    engine: str
+    config: PeftConfig
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}-{self.algorithm.value}-{self.engine}"
+
+
+def settings(*, on_cpu: bool, length: int) -> dict[str, Any]:
+    """Return what every run is trained with; each method adds what makes it itself."""
+    return {
+        "rank": 16 if not on_cpu else 4,
+        "dropout": 0.0,  # each engine draws its own: losses could not be compared
+        "precision": "fp32" if on_cpu else "bf16",
+        "learning_rate": 1e-3,
+        "warmup_ratio": 0.0,
+        "scheduler": "constant",
+        "batch_size": 2,
+        "gradient_accumulation": 1,
+        "max_steps": STEPS,
+        "max_seq_length": length,
+        "packing": False,
+        "optimizer": "adamw",
+        "gradient_checkpointing": True,
+        "train_on": "all",
+        "seed": 0,
+        "eval_every_steps": None,
+        "early_stopping_patience": None,
+        "checkpoint_every_steps": RESUME_AT,
+        "checkpoint_every_minutes": None,
+        "keep_checkpoints": 8,
+    }
+
+
+def cases(
+    models: list[str], algorithms: list[Algorithm], *, on_cpu: bool, length: int, everything: bool, config_of: Any
+) -> tuple[list[Case], list[str]]:
+    """Return the cases, and what is left out.
+
+    Args:
+        config_of: Gives a model's config.json by its name.
+    """
+    found, left_out = [], []
+    facts = MachineFacts(has_gpu=not on_cpu, supports_bf16=not on_cpu)
+    for model in models:
+        shape = read_shape(config_of(model))
+        for algorithm in algorithms:
+            if not everything and model not in (SMALLEST, TINY) and algorithm not in EVERYWHERE:
+                left_out.append(f"{algorithm.value} on {model}: run with --all for every method on every model")
+                continue
+            config = configure(
+                algorithm, use_case=None, overrides=settings(on_cpu=on_cpu, length=length), machine=facts, shape=shape
+            ).config
+            found.append(Case(model, algorithm, "transformers", config))
+            why = obstacle(config, shape.model_type if shape else None)
+            if on_cpu:
+                left_out.append(f"{algorithm.value} on {model} through Unsloth: it needs a CUDA GPU")
+            elif why is not None:
+                left_out.append(f"{algorithm.value} on {model} through Unsloth: {why}")
+            else:
+                longest = loaded_length(config, shape.max_positions if shape else None)
+                if longest < config.max_seq_length:
+                    raise ValueError(f"{model} knows {longest} tokens only")
+                found.append(Case(model, algorithm, "unsloth", config))
+    return found, left_out
+
+
+def task(kind: str, case: Case, folder: Path, device: str) -> dict[str, Any]:
+    """Write a case as a task of the worker."""
+    model = folder / "models" / case.model
+    return {
+        "id": f"{kind}:{case.id}",
+        "kind": kind,
+        "engine": case.engine,
+        "config": case.config.model_dump(mode="json"),
+        "model_path": str(model),
+        "rows": str(folder / "rows.jsonl"),
+        "held_out": str(folder / "held_out.jsonl"),
+        "work": str(folder / "work" / case.id),
+        "device": device,
+        "resume_at": RESUME_AT,
+    }
+
+
+DEFAULT_MODELS = list(SHAPES)

@@ -1,0 +1,190 @@
+"""Tasks in a process of their own: `python -m gpu_check.worker TASKS.json`, one line of JSON a result.
+
+A process a task on a GPU, so that one that runs out of memory, or is patched by Unsloth, touches no other.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from engine.guards import hide_broken_torchvision
+
+hide_broken_torchvision()
+
+WARM_UP_STEPS = 2  # what is compiled, and what allocators learn, is not the speed of a long run
+
+
+class Recorder:
+    """The channel of a command that nobody stops."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def emit(self, event: Any) -> None:
+        self.events.append(event)
+
+    def check_stop(self, _request_id: str) -> None:
+        return
+
+    def take_checkpoint_request(self, _request_id: str) -> bool:
+        return False
+
+    def of(self, kind: str) -> list[Any]:
+        return [event for event in self.events if event.kind == kind]
+
+
+def forget_peak() -> None:
+    """Let the next `peak_bytes` count from here."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_bytes() -> int | None:
+    """Most memory reserved on the GPU since `forget_peak`; None on a CPU, where tasks share a process's one peak."""
+    import torch
+
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
+
+
+def speed(step_tokens: list[int], step_s: list[float]) -> float:
+    """Return the median tokens a second of the steps after the warm-up."""
+    pairs = list(zip(step_tokens, step_s, strict=True))
+    return statistics.median(tokens / seconds for tokens, seconds in pairs[WARM_UP_STEPS:] or pairs)
+
+
+def mean_loss(base: Any, path: str, config: Any) -> float:
+    """Return the mean loss a token over stored texts, from the logits of the model as it is now."""
+    import torch
+
+    from engine.batches import RowTokenizer, read_rows
+
+    tokenizer = RowTokenizer(base.tokenizer, config.train_on, config.max_seq_length)
+    total, count = 0.0, 0
+    for number, row in enumerate(read_rows(Path(path))):
+        for piece in tokenizer.rows(number, row):
+            ids = torch.tensor([piece.ids], device=base.device)
+            with torch.no_grad():
+                logits = base.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+            count += len(piece.ids) - 1
+    return total / count
+
+
+def prove(task: dict[str, Any]) -> dict[str, Any]:
+    """Train, go on from the middle as after a crash, merge, and say what the adapter and the merged model lose."""
+    from domain.peft_config import PeftConfig
+    from domain.protocol import Merge
+    from engine.base import Base
+    from engine.merge import merge
+
+    config, work = PeftConfig.model_validate(task["config"]), Path(task["work"])
+    forget_peak()
+    base = Base(Path(task["model_path"]), config, task["device"], task["engine"])
+    before = mean_loss(base, task["held_out"], config)
+    whole, result = _train(base, config, task, "whole", recorded_step=0)
+    found = {
+        "computation": whole.of("computing")[-1].how,
+        "losses": [event.loss for event in whole.of("step")],
+        "tokens_per_s": speed(
+            [event.step_tokens for event in whole.of("step")], [event.step_s for event in whole.of("step")]
+        ),
+        "peak_bytes": peak_bytes(),
+        "before": before,
+        "load_s": base.load_s,
+        "trainable_parameters": result["trainable_parameters"],
+    }
+    with base.using("whole"):
+        found["after"] = mean_loss(base, task["held_out"], config)
+    merge(
+        base,
+        Merge(
+            request_id="m", adapter_id="whole", adapter_path=result["path"], output_path=str(work / "merged"),
+            base_model_id="check/base", about={},
+        ),
+        Recorder(),  # type: ignore[arg-type]
+    )  # fmt: skip
+    base.detach("whole")
+    resumed, _ = _train(base, config, task, "resumed", recorded_step=task["resume_at"])
+    found["resumed_from"] = resumed.of("training_started")[-1].resumed_from_step
+    found["resumed_losses"] = [event.loss for event in resumed.of("step")]
+    return found
+
+
+def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_step: int) -> tuple[Recorder, Any]:
+    from domain.protocol import Train
+    from engine.training import train
+
+    work, recorder = Path(task["work"]), Recorder()
+    command = Train(
+        request_id=name,
+        adapter_id=name,
+        config=config,
+        dataset_path=task["rows"],
+        validation_path=None,
+        validation_fraction=0.0,
+        output_path=str(work / name),
+        base_model_id="check/base",
+        base_revision=None,
+        checkpoints_path=str(work / "checkpoints"),
+        max_checkpoint_bytes=None,
+        recorded_step=recorded_step,
+    )
+    return recorder, train(base, command, recorder)  # type: ignore[arg-type]
+
+
+def merged(task: dict[str, Any]) -> dict[str, Any]:
+    """Load what `prove` merged with plain transformers, and say what it loses on the same rows."""
+    from domain.peft_config import PeftConfig
+    from engine.base import Base
+
+    config = PeftConfig.model_validate(task["config"] | {"quantization": "none", "init_weights": "default"})
+    base = Base(Path(task["work"]) / "merged", config, task["device"], "transformers")
+    return {"after": mean_loss(base, task["held_out"], config)}
+
+
+def peer(task: dict[str, Any]) -> dict[str, Any]:
+    """Do the same work with transformers + PEFT + TRL as a user would write it."""
+    from gpu_check.peer import train_with_trl
+
+    forget_peak()
+    return train_with_trl(task) | {"peak_bytes": peak_bytes()}
+
+
+def write(task: dict[str, Any]) -> dict[str, Any]:
+    """Write the model, in a process whose GPU memory is free again afterwards."""
+    from gpu_check.shapes import write_model
+
+    write_model(task["model"], Path(task["model_path"]))
+    return {}
+
+
+TASKS = {"write": write, "prove": prove, "merged": merged, "peer": peer}
+
+
+def main() -> int:
+    """Do the tasks; each result, or why there is none, is one line of the answer's file."""
+    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if any(task["kind"] == "prove" and task["engine"] == "unsloth" for task in spec["tasks"]):
+        import unsloth  # noqa: F401 - before transformers, which it patches
+    with Path(spec["answers"]).open("a", encoding="utf-8") as answers:
+        for task in spec["tasks"]:
+            try:
+                result = TASKS[task["kind"]](task)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is what the check found
+                traceback.print_exc()
+                result = {"error": f"{type(error).__name__}: {error}"[:500]}
+            answers.write(json.dumps({"id": task["id"], **result}) + "\n")
+            answers.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
