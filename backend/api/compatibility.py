@@ -7,7 +7,7 @@ from pydantic import Field
 
 from api.hub_token import ASKS_THE_HUB
 from api.peft_schemas import ModelId, Request, Response, Revision
-from domain.algorithms import Algorithm
+from domain.algorithms import Algorithm, AlgorithmName
 from services.compatibility_service import CompatibilityService, get_compatibility_service
 
 router = APIRouter(prefix="/api/models", tags=["models"])
@@ -16,7 +16,7 @@ router = APIRouter(prefix="/api/models", tags=["models"])
 class CompatibilityRequest(Request):
     model_id: ModelId
     revision: Revision | None = None
-    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    algorithm: AlgorithmName = Algorithm.LORA
     rank: int | None = Field(default=None, ge=1, le=1024)
     target_modules: Literal["all-linear"] | list[str] | None = None
     max_seq_length: int | None = Field(default=None, ge=8, le=1_048_576)

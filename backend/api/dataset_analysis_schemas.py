@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
-from domain.algorithms import Algorithm
+from domain.algorithms import Algorithm, AlgorithmName
 from domain.peft_config import PeftConfig, PeftOverrides
 from domain.use_cases import UseCaseId
 from services.dataset_analysis import Analysis
@@ -18,7 +18,7 @@ class AnalyzeRequest(Request):
         default=None, ge=8, le=1_048_576, description="As in `overrides`; the configuration's own if left out."
     )
     use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
-    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    algorithm: AlgorithmName = Algorithm.LORA
     overrides: Overrides = Field(default_factory=PeftOverrides)
     example_row: int | None = Field(
         default=None, ge=0, description="The row to show, from 0; the first with something to learn if left out."

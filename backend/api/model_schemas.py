@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints
 
 from api.peft_schemas import Request, Response
-from domain.algorithms import Algorithm
+from domain.algorithms import Algorithm, AlgorithmName
 from domain.memory_verdict import Verdict
 from domain.model_records import DetailsAnswer, Fit, ModelSummary, SearchPage, SearchQuery, SortKey, Source
 from services.local_models import LocalModel
@@ -32,9 +32,7 @@ class SearchRequest(Request):
     cursor: Annotated[str, StringConstraints(min_length=1, max_length=2000)] | None = Field(
         default=None, description="`next_cursor` of the page before, with the same query."
     )
-    algorithm: Annotated[Algorithm, Field(strict=False)] | None = Field(
-        default=None, description="What `fit` is judged for; LoRA if it is null."
-    )
+    algorithm: AlgorithmName | None = Field(default=None, description="What `fit` is judged for; LoRA if it is null.")
     only_fitting: bool = Field(default=False, description="Leave out what does not fit this machine.")
 
     def to_query(self) -> SearchQuery:

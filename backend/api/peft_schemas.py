@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from domain.algorithms import Algorithm
+from domain.algorithms import Algorithm, AlgorithmName
 from domain.peft_config import PeftConfig, PeftOverrides
 from domain.protocol import ChatMessage
 from domain.use_cases import UseCaseId
@@ -50,6 +50,7 @@ class AlgorithmInfo(Response):
     name: str
     summary: str
     paper: str
+    extra: bool = Field(description="Whether it is beyond LoRA, QLoRA, DoRA, PiSSA and rsLoRA.")
     parameters: list[ParameterInfo]
     constraints: list[str]
     memory: str
@@ -74,7 +75,7 @@ class UseCaseList(Response):
 
 
 class ConfigureRequest(Request):
-    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    algorithm: AlgorithmName = Algorithm.LORA
     use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
     model_id: ModelId | None = None
     revision: Revision | None = None
@@ -108,7 +109,7 @@ class ConfigureResponse(Response):
 class LoadModelRequest(Request):
     model_id: ModelId
     revision: Revision | None = None
-    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    algorithm: AlgorithmName = Algorithm.LORA
     use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
     overrides: Overrides = Field(
         default_factory=PeftOverrides, description="They hold for jobs of the same algorithm on the loaded model too."

@@ -25,6 +25,7 @@ def algorithm_view(spec: AlgorithmSpec, peft: PeftService) -> schemas.AlgorithmI
         name=spec.name,
         summary=spec.summary,
         paper=spec.paper,
+        extra=spec.extra,
         parameters=[_parameter(name, schema, configuration) for name, schema in properties.items()],
         constraints=constraints,
         memory=spec.memory,

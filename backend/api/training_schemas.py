@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
-from domain.algorithms import Algorithm
+from domain.algorithms import Algorithm, AlgorithmName
 from domain.job_states import JobState
 from domain.peft_config import PeftConfig, PeftOverrides
 from domain.use_cases import UseCaseId
@@ -31,7 +31,7 @@ class CreateJobRequest(Request):
     validation_dataset_id: Id | None = None
     validation_fraction: float = Field(default=0, ge=0, le=0.9, description="Hold out this part of the rows, 0..0.9.")
     use_case: Annotated[UseCaseId, Field(strict=False)] | None = None
-    algorithm: Annotated[Algorithm, Field(strict=False)] = Algorithm.LORA
+    algorithm: AlgorithmName = Algorithm.LORA
     overrides: Overrides = Field(default_factory=PeftOverrides)
     name: Text | None = None
     priority: int = Field(default=0, ge=-100, le=100, description="Higher runs first.")

@@ -92,6 +92,8 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "early_stopping_patience": (None, "the run goes to its end"),
     "checkpoint_every_steps": (None, "checkpoints go by time"),
     "checkpoint_every_minutes": (5.0, "what is lost to a crash is trained again in five minutes"),
+    "lora_plus_ratio": (None, "A and B learn at one rate"),
+    "loftq_iterations": (None, "only LoftQ corrects a rounding"),
     "keep_checkpoints": (2, "an older one is there if the newest is damaged"),
 }
 
@@ -226,10 +228,11 @@ def _learning_rate(
 ) -> Choice:
     """Take the rate for the model and the scaling as they are, times what the use case wants."""
     alpha, use_rslora = choices["alpha"].value, choices["use_rslora"].value
-    rate, reason = default_learning_rate(shape, algorithm, alpha=alpha, use_rslora=use_rslora)
+    ratio = choices["lora_plus_ratio"].value
+    rate, reason = default_learning_rate(shape, algorithm, alpha=alpha, use_rslora=use_rslora, lora_plus_ratio=ratio)
     case = USE_CASES[use_case] if use_case is not None else None
     if case is None or case.rate_factor == 1.0:
-        return Choice(rate, "algorithm" if algorithm is Algorithm.PISSA else "default", reason)
+        return Choice(rate, "algorithm" if SPECS[algorithm].unscaled else "default", reason)
     return Choice(
         rate * case.rate_factor, "use_case", f"{case.name}: {case.rate_reason}; {case.rate_factor:g} times {reason}"
     )
@@ -238,7 +241,7 @@ def _learning_rate(
 def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> dict[str, Choice]:
     spec = SPECS[algorithm]
     values = {**spec.defaults, **spec.fixed}
-    if algorithm is Algorithm.PISSA:
+    if spec.unscaled:
         values |= {"alpha": choices["rank"].value, "dropout": 0.0}
     return {
         name: Choice(value, "algorithm", f"{spec.name}: {spec.reasons.get(name, choices[name].reason)}")
@@ -247,10 +250,11 @@ def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> d
 
 
 def _follow_overrides(algorithm: Algorithm, overrides: Mapping[str, Any]) -> dict[str, Choice]:
-    """Keep PiSSA's scaling at one when the client sets the rank alone; elsewhere alpha is the same at every rank."""
-    if algorithm is not Algorithm.PISSA or "rank" not in overrides:
+    """Keep a scaling of one where the client sets the rank alone; elsewhere alpha is the same at every rank."""
+    spec = SPECS[algorithm]
+    if not spec.unscaled or "rank" not in overrides:
         return {}
-    return {"alpha": Choice(overrides["rank"], "algorithm", f"PiSSA: {SPECS[algorithm].reasons['alpha']}")}
+    return {"alpha": Choice(overrides["rank"], "algorithm", f"{spec.name}: {spec.reasons['alpha']}")}
 
 
 def _contradictions(
@@ -268,6 +272,8 @@ def _contradictions(
         for refused, reason in spec.refused.get(name, {}).items():
             if value == refused:
                 found.append((name, f"{name}={value!r} cannot be used with {spec.name}: {reason}"))
+    if overrides.get("loftq_iterations") is not None and values["init_weights"] != "loftq":
+        found.append(("loftq_iterations", "without effect but with the algorithm 'loftq'"))
     if not machine.has_gpu:
         found += _cpu_refusals(values)
     if max_positions is not None and values["max_seq_length"] > max_positions:

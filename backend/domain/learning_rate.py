@@ -1,6 +1,8 @@
 """The peak learning rate by model size and by how strongly the adapter's output is scaled."""
 
-from domain.algorithms import Algorithm
+import math
+
+from domain.algorithms import SPECS, Algorithm
 from domain.model_shape import ModelShape
 
 # "LoRA Without Regret" (Thinking Machines Lab, 2025), section on setting the learning rate:
@@ -14,12 +16,12 @@ _ALPHA = 32
 _RSLORA_RANK = 16
 # QLoRA (arXiv 2305.14314), table 9: 2e-4 up to 13 billion parameters.
 _UNKNOWN = 2e-4
-# PiSSA moves the principal directions themselves, for which the law was not fitted.
-_PISSA = 2e-4
+# What starts from parts of the weights moves those themselves, for which the law was not fitted.
+_UNSCALED = 2e-4
 
 
 def default_learning_rate(
-    shape: ModelShape | None, algorithm: Algorithm, *, alpha: int, use_rslora: bool
+    shape: ModelShape | None, algorithm: Algorithm, *, alpha: int, use_rslora: bool, lora_plus_ratio: float | None
 ) -> tuple[float, str]:
     """Return a rate to start from, and why.
 
@@ -32,11 +34,23 @@ def default_learning_rate(
         algorithm: The method.
         alpha: Scaling numerator.
         use_rslora: Whether it is divided by √r.
+        lora_plus_ratio: B's rate over A's, which this is; None where there is one rate. LoRA's best rate lies between
+            LoRA+'s two, so their geometric mean is kept.
 
-    Source: "LoRA Without Regret", thinkingmachines.ai/blog/lora; rsLoRA (arXiv 2312.03732), section 3.
+    Source: "LoRA Without Regret", thinkingmachines.ai/blog/lora; rsLoRA (arXiv 2312.03732), section 3; LoRA+ (arXiv
+    2402.12354), figures 2 and 3.
     """
-    if algorithm is Algorithm.PISSA:
-        return _PISSA, "PiSSA starts from the principal directions: the law for LoRA's rate does not cover it"
+    if SPECS[algorithm].unscaled:
+        name = SPECS[algorithm].name
+        return _UNSCALED, f"{name} starts from parts of the weights: the law for LoRA's rate does not cover it"
+    rate, reason = _of_the_model(shape, alpha, use_rslora=use_rslora)
+    if lora_plus_ratio is not None:
+        rate /= math.sqrt(lora_plus_ratio)
+        reason += f"; A's, the geometric mean with B's being that of LoRA (lora_plus_ratio={lora_plus_ratio:g})"
+    return float(f"{min(1.0, rate):.2g}"), reason
+
+
+def _of_the_model(shape: ModelShape | None, alpha: int, *, use_rslora: bool) -> tuple[float, str]:
     if shape is None:
         return _UNKNOWN, "QLoRA paper, table 9; with a model named, by its hidden size"
     family = next((name for name in _EXPONENTS if shape.model_type.startswith(name)), None)
@@ -47,4 +61,4 @@ def default_learning_rate(
     reason = f"'LoRA Without Regret': 5e-4 · (2000 / {hidden})^{exponent:g}"
     if scaling != 1.0:
         reason += f", times {scaling:.3g} for the scaling by alpha={alpha}{' / √r' if use_rslora else ''}"
-    return float(f"{min(1.0, rate * scaling):.2g}"), reason
+    return rate * scaling, reason

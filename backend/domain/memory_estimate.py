@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from domain.activations import OURS, WIDTH_BYTES, Batch, Stack, kept_by_layers, largest_batch, logits_bytes, targeted
 from domain.model_shape import ModelShape
-from domain.peft_config import PeftConfig
+from domain.peft_config import DECOMPOSED, PeftConfig
 
 # NF4 with double quantisation, bytes a parameter: 4 bits, one 8-bit scale a 64 block, one fp32 a 256 scales
 # (QLoRA, arXiv 2305.14314, section 3).
@@ -28,7 +28,8 @@ class Platform:
             layers, checkpointed or not.
         slack_adapters: The same as a part of adapters, gradients and optimizer.
         slack_dora: The same as a part of the dense fp32 weights that DoRA computes of each target in each pass.
-        slack_pissa: The same as a part of the dense fp32 weights that PiSSA decomposes.
+        slack_pissa: The same as a part of the dense fp32 weights that PiSSA decomposes. OLoRA and LoftQ do alike; their
+            decompositions have not been measured apart.
         low: The range's lower end as a part of the total; what DoRA's dense weights may cost is not in it at all.
         high: Its upper end, in which that is counted twice.
     """
@@ -208,7 +209,7 @@ def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers_bytes:
     """Bytes that the allocator holds and cannot reuse."""
     lost = device.slack_layers * layers_bytes + device.slack_adapters * trained_bytes
     dense = (device.slack_dora if config.use_dora else 0.0) + (
-        device.slack_pissa if config.init_weights == "pissa" else 0.0
+        device.slack_pissa if config.init_weights in DECOMPOSED else 0.0
     )
     if dense:
         lost += dense * dense_bytes(shape, config)
@@ -216,5 +217,5 @@ def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers_bytes:
 
 
 def dense_bytes(shape: ModelShape, config: PeftConfig) -> int:
-    """Bytes of the targets' weights in fp32, of which DoRA and PiSSA compute products target by target."""
+    """Bytes of the targets' weights in fp32, of which DoRA, PiSSA and their like compute products target by target."""
     return sum(4 * linear.weights * count for linear, count in targeted(shape, config))

@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 TargetModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.]+$")]
 
+# Initialisations that decompose each target's weight in fp32.
+DECOMPOSED = ("pissa", "olora", "loftq")
+
 
 class PeftConfig(BaseModel):
     """Every setting of a fine-tune. Instances are complete: nothing is left to a library's default."""
@@ -21,7 +24,7 @@ class PeftConfig(BaseModel):
     bias: Literal["none"] = Field(description="Which biases are trained. Only 'none': see the constraints.")
     use_rslora: bool = Field(description="Scale by alpha / √r (rsLoRA).")
     use_dora: bool = Field(description="Train magnitudes beside directions (DoRA).")
-    init_weights: Literal["default", "gaussian", "pissa"] = Field(description="How A and B start.")
+    init_weights: Literal["default", "gaussian", "pissa", "olora", "loftq"] = Field(description="How A and B start.")
     quantization: Literal["none", "nf4", "int8"] = Field(description="How the base's linear weights are stored.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="Type of the base's weights and of the compute.")
     learning_rate: float = Field(gt=0, le=1, description="Peak learning rate.")
@@ -47,6 +50,13 @@ class PeftConfig(BaseModel):
     )
     checkpoint_every_steps: int | None = Field(ge=1, le=10_000_000, description="Steps between checkpoints.")
     checkpoint_every_minutes: float | None = Field(gt=0, le=10_080, description="Minutes between checkpoints.")
+    # These came later: a record from before has none of them, which means what None means.
+    lora_plus_ratio: float | None = Field(
+        default=None, ge=1, le=256, description="LoRA+: how many times A's learning rate B's is; null for one rate."
+    )
+    loftq_iterations: int | None = Field(
+        default=None, ge=1, le=20, description="LoftQ: how often rounding and its correction alternate."
+    )
     keep_checkpoints: int = Field(ge=1, le=1000, description="How many checkpoints a job keeps; the newest always.")
 
 

@@ -13,10 +13,16 @@ import torch
 from core.manifest import sha256_of
 from core.version import VERSION
 from domain.protocol import StepMetrics, Train
+from engine import methods
 from engine.base import Base
 from engine.trainer import Outcome
 
 _FORMAT = 1
+_NF4 = (
+    ", BitsAndBytesConfig",
+    ', quantization_config=BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True\n)",
+)
 _MAX_LOSSES = 20_000  # of a longer run every second, third, … is kept
 
 
@@ -61,6 +67,8 @@ def make_card(base: Base, command: Train, outcome: Outcome, losses: dict[int, fl
         "validation_rows_sha256": sha256_of(Path(command.validation_path)) if command.validation_path else None,
         "validation_fraction": command.validation_fraction,
         "config": command.config.model_dump(mode="json"),
+        # Whether it corrects the 4-bit weights that it was trained on, rather than the published ones.
+        "belongs_to_nf4": command.config.quantization == "nf4" and not methods.freezes_others(command.config),
         "outcome": asdict(outcome),
         "packages": packages(),
         "machine": {
@@ -90,14 +98,15 @@ def readme(card: dict[str, Any]) -> str:
         else ""
     )
     config = json.dumps(card["config"], indent=2)
+    imported, quantized = ("", "") if not card.get("belongs_to_nf4") else _NF4
     return (
         f"---\nbase_model: {base}\nlibrary_name: peft\ntags:\n- peft-studio\n---\n\n"
         f"# Adapter for {base}\n\n"
         f"- Steps: {outcome['steps']}\n"
         f"- Training loss: {outcome['first_loss']:.4f} first, {outcome['final_loss']:.4f} last\n"
         f"{evaluation}\n## Load it\n\n```python\nfrom peft import PeftModel\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\n'
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{imported}\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{quantized})\n'
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```\n\n'
         f"## How it was made\n\n{_origin(card)}\n"

@@ -4,19 +4,20 @@ Each of them freezes F = W − s·B'A' in place of W and starts at F + s·B₀A�
 
     PiSSA    B'A' = B₀A₀, the r largest singular values of W (arXiv 2404.02948, section 3)
     OLoRA    B'A' = B₀A₀, the first r columns of Q and rows of R in W = QR (arXiv 2406.01775, algorithm 1)
+    LoftQ    on 4 bits alone: B₀A₀ is the best correction of what rounding F lost, and B'A' the one before it, or
+             nothing where there is one iteration (arXiv 2310.08659, algorithm 1)
 
 On a base in 4 bits W is read from the model's files, a layer at a time, decomposed in fp32, and F is rounded as the
 base's own weights were (QPiSSA: arXiv 2404.02948, section 4).
 """
 
-from collections.abc import Callable
-
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import nn
 
-from domain.peft_config import PeftConfig
+from domain.peft_config import DECOMPOSED, PeftConfig
 from engine import methods
 from engine.base import Base
 from engine.errors import BadSetting
@@ -49,28 +50,71 @@ def create_adapter(
         BadSetting: The method cannot start on this model.
     """
     base.create(name, methods.lora_config(config, base_model_id, revision))
-    if config.init_weights not in _DECOMPOSITIONS:
+    if config.init_weights not in DECOMPOSED:
         return {}
     published = PublishedWeights(base.path, base.model.get_base_model().base_model_prefix)
+    taken: Tensors = {}
     with torch.no_grad():
-        for path in methods.changed_layers(base.model, config):
-            layer = adapted_layer(base.model, path)
+        for path in methods.targeted_layers(base.model, config):
+            layer, key = adapted_layer(base.model, path), f"base_model.model.{path}"
             weight = _weight(layer, path, published, config)
-            if config.rank > min(weight.shape):
-                raise BadSetting(
-                    f"rank: {path} is {' × '.join(map(str, weight.shape))}; it has no {config.rank} directions to "
-                    f"start {config.init_weights} from",
-                    [f"rank {min(weight.shape)} or lower", "target_modules without it"],
-                )
-            if again is None:
-                a, b = _DECOMPOSITIONS[config.init_weights](weight, config.rank, layer.scaling[name])
-                layer.lora_A[name].weight.data = a.contiguous()
-                layer.lora_B[name].weight.data = b.contiguous()
-            else:
-                key = f"base_model.model.{path}"
-                a, b = (again[f"{key}.{part}.weight"].to(weight.device) for part in ("lora_A", "lora_B"))
-            _subtract(layer, weight, layer.scaling[name] * b, a)
-    return methods.adapter_state(base.model, name) if again is None else again
+            if again is not None:
+                _subtract(layer, name, weight, *(again[key + part].to(weight.device) for part in _taken_parts(config)))
+                continue
+            _check_rank(path, weight, config)
+            (a, b), before = _start(layer, name, weight, config)
+            layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a.contiguous(), b.contiguous()
+            if config.init_weights == "loftq" and before is not None:
+                taken |= {key + part: factor.cpu() for part, factor in zip(_TAKEN, before, strict=True)}
+    if again is not None:
+        return again
+    return methods.adapter_state(base.model, name) | taken if methods.changed_layers(base.model, config) else {}
+
+
+# What LoftQ had taken out of W when it rounded last. Its own A and B came after that; those of the others are it.
+_TAKEN = (".taken_A.weight", ".taken_B.weight")
+
+
+def _taken_parts(config: PeftConfig) -> tuple[str, str]:
+    return _TAKEN if config.init_weights == "loftq" else (".lora_A.weight", ".lora_B.weight")
+
+
+def _start(layer: LoraLayer, name: str, weight: torch.Tensor, config: PeftConfig) -> tuple[Factors, Factors | None]:
+    """Freeze what the method freezes; return A and B to start from, and those whose product was taken out of W."""
+    scaling = layer.scaling[name]
+    if config.init_weights == "loftq":
+        return _alternate(layer, name, weight, config)
+    decompose = principal_factors if config.init_weights == "pissa" else orthonormal_factors
+    factors = decompose(weight, config.rank, scaling)
+    _subtract(layer, name, weight, *factors)
+    return factors, factors
+
+
+def _alternate(layer: LoraLayer, name: str, weight: torch.Tensor, config: PeftConfig) -> tuple[Factors, Factors | None]:
+    """Round W less the correction, and correct the rounding, in turns; the first rounding is the base's own."""
+    taken: Factors | None = None
+    for _ in range(config.loftq_iterations or 1):
+        if taken is not None:
+            _subtract(layer, name, weight, *taken)
+        lost = weight - dequantize_module_weight(layer.get_base_layer()).to(torch.float32)
+        factors, before = principal_factors(lost, config.rank, layer.scaling[name]), taken
+        taken = factors
+    return factors, before
+
+
+def _check_rank(path: str, weight: torch.Tensor, config: PeftConfig) -> None:
+    """Refuse more directions than a weight has.
+
+    Raises:
+        BadSetting: It says how many there are.
+    """
+    most = min(weight.shape)
+    if config.rank > most:
+        raise BadSetting(
+            f"rank: {path} is {weight.shape[0]} × {weight.shape[1]}; it has no {config.rank} directions to start "
+            f"{config.init_weights} from",
+            [f"rank {most} or lower", "target_modules without it"],
+        )
 
 
 def _weight(layer: LoraLayer, path: str, published: PublishedWeights, config: PeftConfig) -> torch.Tensor:
@@ -81,9 +125,10 @@ def _weight(layer: LoraLayer, path: str, published: PublishedWeights, config: Pe
     return transpose(own.weight.detach().to(torch.float32), getattr(layer, "fan_in_fan_out", False))
 
 
-def _subtract(layer: LoraLayer, weight: torch.Tensor, scaled_b: torch.Tensor, a: torch.Tensor) -> None:
+def _subtract(layer: LoraLayer, name: str, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """Freeze W − s·B·A in place of a layer's weight, in PEFT's order of operations, so that the bits are PEFT's."""
-    freeze(layer.get_base_layer(), transpose(weight - scaled_b @ a, getattr(layer, "fan_in_fan_out", False)))
+    residual = weight - layer.scaling[name] * b @ a
+    freeze(layer.get_base_layer(), transpose(residual, getattr(layer, "fan_in_fan_out", False)))
 
 
 def principal_factors(weight: torch.Tensor, rank: int, scaling: float) -> Factors:
@@ -104,9 +149,3 @@ def orthonormal_factors(weight: torch.Tensor, rank: int, _scaling: float) -> Fac
     """
     q, r = torch.linalg.qr(weight)
     return r[:rank], q[:, :rank]
-
-
-_DECOMPOSITIONS: dict[str, Callable[[torch.Tensor, int, float], Factors]] = {
-    "pissa": principal_factors,
-    "olora": orthonormal_factors,
-}

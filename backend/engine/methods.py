@@ -13,8 +13,7 @@ from engine.errors import BadSetting
 from engine.frozen_weights import unwrapped
 
 # In PEFT's terms. What starts from a decomposition starts as plain LoRA there, and `engine.initialisation` goes on.
-_INIT = {"default": True, "gaussian": "gaussian", "pissa": True, "olora": True}
-_DECOMPOSED = ("pissa", "olora")
+_INIT = {"default": True, "gaussian": "gaussian", "pissa": True, "olora": True, "loftq": True}
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -94,7 +93,12 @@ def lora_config(config: PeftConfig, base_model_id: str, revision: str | None) ->
 
 def changed_layers(model: nn.Module, config: PeftConfig) -> list[str]:
     """Name the layers under whose adapters a run of this configuration freezes other weights than the base's."""
-    return list(targeted_layers(model, config)) if config.init_weights in _DECOMPOSED else []
+    return list(targeted_layers(model, config)) if freezes_others(config) else []
+
+
+def freezes_others(config: PeftConfig) -> bool:
+    """Tell whether there are such layers. LoftQ's first iteration rounds the weights as the base does anyway."""
+    return config.init_weights in ("pissa", "olora") or (config.loftq_iterations or 0) > 1
 
 
 def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """The optimizer, its learning rate over the run, and how many steps there are."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,13 +20,35 @@ def planned_steps(config: PeftConfig, batches_per_epoch: int) -> int:
     return max(1, math.ceil(config.epochs * math.ceil(batches_per_epoch / config.gradient_accumulation)))
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], config: PeftConfig) -> torch.optim.Optimizer:
-    """Make AdamW over the adapter's parameters (betas 0.9 and 0.999, epsilon 1e-8, as in the HF Trainer)."""
+def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: PeftConfig) -> torch.optim.Optimizer:
+    """Make AdamW over the adapter's parameters (betas 0.9 and 0.999, epsilon 1e-8, as in the HF Trainer).
+
+    Args:
+        parameters: By name.
+    """
+    groups = parameter_groups(parameters, config)
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        return AdamW8bit(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], config: PeftConfig) -> list[dict[str, Any]]:
+    """Group the parameters by their learning rate: all at one; with LoRA+, B at a multiple of A's.
+
+    DoRA's magnitudes go with B, as in PEFT's `create_loraplus_optimizer`: they, too, start where the base is.
+
+    Source: LoRA+ (arXiv 2402.12354), section 4: B's rate is λ times A's.
+    """
+    if config.lora_plus_ratio is None:
+        return [{"params": list(parameters.values())}]
+    slow = {name: parameter for name, parameter in parameters.items() if ".lora_A." in name}
+    fast = [parameter for name, parameter in parameters.items() if name not in slow]
+    return [
+        {"params": list(slow.values())},
+        {"params": fast, "lr": config.learning_rate * config.lora_plus_ratio},
+    ]
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: PeftConfig, total_steps: int) -> Any:

@@ -106,7 +106,7 @@ class Trainer:
         own = f".{base.model.active_adapter}."
         self._named = {name.replace(own, "."): p for name, p in base.model.named_parameters() if p.requires_grad}
         self._parameters = list(self._named.values())
-        self._optimizer = make_optimizer(self._parameters, config)
+        self._optimizer = make_optimizer(self._named, config)
         self.total_steps = planned_steps(config, len(self._epoch(0)))
         self._scheduler = make_scheduler(self._optimizer, config, self.total_steps)
         # fp16 gradients underflow without scaling; the other types need none.

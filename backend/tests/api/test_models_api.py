@@ -154,7 +154,7 @@ def test_details_carry_a_fit_for_every_algorithm(bench: Bench) -> None:
 
     assert fit["lora"] == {"verdict": "fits", "estimate_bytes": 5}
     assert fit["qlora"] is None
-    assert set(fit) == {"lora", "qlora", "dora", "pissa", "rslora"}
+    assert set(fit) == {"lora", "qlora", "dora", "pissa", "rslora", "olora", "lora-plus", "loftq"}
 
 
 @pytest.mark.parametrize(

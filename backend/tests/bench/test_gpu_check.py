@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import BACKEND
-
-from domain.algorithms import Algorithm
-from domain.configure import MachineFacts, configure
-
 from gpu_check.plan import RESUME_AT, STEPS, Case, cases, settings
 from gpu_check.report import against_trl, document
 from gpu_check.shapes import SHAPES
 from gpu_check.verdicts import Row, compare, judge
 from gpu_check.worker import speed
+from server import BACKEND
+
+from domain.algorithms import Algorithm
+from domain.configure import MachineFacts, configure
 
 BENCH = BACKEND.parent / "bench"
 CONFIG = configure(

@@ -25,7 +25,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "bias": st.just("none"),
     "use_rslora": st.booleans(),
     "use_dora": st.booleans(),
-    "init_weights": st.sampled_from(["default", "gaussian", "pissa"]),
+    "init_weights": st.sampled_from(["default", "gaussian", "pissa", "olora", "loftq"]),
     "quantization": st.sampled_from(["none", "nf4", "int8"]),
     "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
     "learning_rate": st.floats(1e-7, 1),
@@ -47,6 +47,8 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "early_stopping_patience": st.one_of(st.none(), st.integers(1, 100)),
     "checkpoint_every_steps": st.one_of(st.none(), st.integers(1, 10**6)),
     "checkpoint_every_minutes": st.one_of(st.none(), st.floats(0.01, 10_000)),
+    "lora_plus_ratio": st.one_of(st.none(), st.floats(1, 256)),
+    "loftq_iterations": st.one_of(st.none(), st.integers(1, 20)),
     "keep_checkpoints": st.integers(1, 1000),
 }
 overrides_of_any_kind = st.fixed_dictionaries({}, optional=_VALUES)
@@ -119,6 +121,9 @@ def test_flags_are_exact_and_exclusive(use_case: UseCaseId, machine: MachineFact
         Algorithm.DORA: (False, True, "default", "none"),
         Algorithm.PISSA: (False, False, "pissa", "none"),
         Algorithm.RSLORA: (True, False, "default", "none"),
+        Algorithm.OLORA: (False, False, "olora", "none"),
+        Algorithm.LORA_PLUS: (False, False, "default", "none"),
+        Algorithm.LOFTQ: (False, False, "loftq", "nf4"),
     }
 
 
@@ -132,6 +137,10 @@ def test_flags_are_exact_and_exclusive(use_case: UseCaseId, machine: MachineFact
         (Algorithm.PISSA, {"init_weights": "default"}, {"init_weights"}),
         (Algorithm.PISSA, {"quantization": "int8", "use_dora": True}, {"quantization", "use_dora"}),
         (Algorithm.LORA, {"init_weights": "pissa"}, {"init_weights"}),
+        (Algorithm.OLORA, {"quantization": "int8", "use_dora": True}, {"quantization", "use_dora"}),
+        (Algorithm.LORA_PLUS, {"lora_plus_ratio": None, "init_weights": "loftq"}, {"lora_plus_ratio", "init_weights"}),
+        (Algorithm.LOFTQ, {"loftq_iterations": None, "quantization": "none"}, {"loftq_iterations", "quantization"}),
+        (Algorithm.QLORA, {"loftq_iterations": 2}, {"loftq_iterations"}),
         (Algorithm.LORA, {"precision": "fp16"}, {"precision"}),
         (Algorithm.LORA, {"optimizer": "adamw_8bit"}, {"optimizer"}),
         (Algorithm.LORA, {"early_stopping_patience": 2}, {"early_stopping_patience"}),
@@ -151,11 +160,13 @@ def test_combinations_that_make_sense_are_kept() -> None:
     assert (config.use_dora, config.use_rslora, config.quantization) == (True, True, "nf4")
 
 
-def test_alpha_is_the_same_at_every_rank_but_for_pissa_whose_scaling_is_one() -> None:
+def test_alpha_is_the_same_at_every_rank_but_where_the_scaling_is_one() -> None:
     assert _make(Algorithm.LORA, UseCaseId.CHATBOT, {"rank": 8}, CPU).config.alpha == 32
     assert _make(Algorithm.LORA, UseCaseId.DOMAIN_ADAPTATION, {}, CPU).config.alpha == 32
-    assert _make(Algorithm.PISSA, UseCaseId.CHATBOT, {"rank": 8}, CPU).config.alpha == 8
-    assert _make(Algorithm.PISSA, UseCaseId.DOMAIN_ADAPTATION, {}, CPU).config.alpha == 64
+    for algorithm in (Algorithm.PISSA, Algorithm.OLORA, Algorithm.LOFTQ):
+        config = _make(algorithm, UseCaseId.CHATBOT, {"rank": 8}, CPU).config
+        assert (config.alpha, config.dropout) == (8, 0.0)
+        assert _make(algorithm, UseCaseId.DOMAIN_ADAPTATION, {}, CPU).config.alpha == 64
     assert _make(Algorithm.LORA, None, {"rank": 8, "alpha": 5}, CPU).config.alpha == 5
 
 
@@ -168,6 +179,8 @@ def test_the_sequence_length_is_the_models_at_most() -> None:
 
 
 NULLABLE = {
+    "lora_plus_ratio",
+    "loftq_iterations",
     "max_steps",
     "eval_every_steps",
     "early_stopping_patience",

@@ -21,8 +21,12 @@ def _shape(model_type: str, hidden: int) -> ModelShape:
     return shape
 
 
-def _rate(shape: ModelShape | None, *, alpha: int = 32, use_rslora: bool = False) -> float:
-    return default_learning_rate(shape, Algorithm.LORA, alpha=alpha, use_rslora=use_rslora)[0]
+def _rate(
+    shape: ModelShape | None, *, alpha: int = 32, use_rslora: bool = False, lora_plus_ratio: float | None = None
+) -> float:
+    return default_learning_rate(
+        shape, Algorithm.LORA, alpha=alpha, use_rslora=use_rslora, lora_plus_ratio=lora_plus_ratio
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -69,3 +73,17 @@ def test_the_rate_says_where_it_is_from_and_follows_what_the_client_sets() -> No
     assert choose(alpha=64)[0] == 1.4e-4
     assert choose(UseCaseId.CREATIVE_WRITING)[:2] == (1.45e-4, "use_case")
     assert choose(learning_rate=1e-3)[:2] == (1e-3, "override")
+
+
+def test_lora_plus_keeps_the_geometric_mean_of_its_two_rates() -> None:
+    shape = _shape("llama", 2048)
+    assert _rate(shape, lora_plus_ratio=16.0) == pytest.approx(_rate(shape) / 4, rel=0.03)
+    found = configure(Algorithm.LORA_PLUS, use_case=None, overrides={}, machine=CPU, shape=shape)
+    assert "lora_plus_ratio=16" in found.choices["learning_rate"].reason
+
+
+@pytest.mark.parametrize("algorithm", [Algorithm.PISSA, Algorithm.OLORA, Algorithm.LOFTQ])
+def test_parts_of_the_weights_get_a_rate_of_their_own(algorithm: Algorithm) -> None:
+    found = configure(algorithm, use_case=None, overrides={}, machine=CPU, shape=_shape("llama", 576))
+    choice = found.choices["learning_rate"]
+    assert (choice.value, choice.source) == (2e-4, "algorithm")

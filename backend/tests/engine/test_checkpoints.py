@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_methods import config_for, load
 from training_command import TestChannel, adapter_bytes, command_for, train_tiny
+from variants import VARIANTS
 
 from core.manifest import FolderDamaged
 from domain.algorithms import Algorithm
@@ -78,8 +79,10 @@ def test_a_paused_run_goes_on_as_if_it_had_not_been(
     _goes_on(tiny_path, tmp_path, whole, configs(algorithm).model_copy(update={"packing": packing}))
 
 
-def test_a_run_on_a_rounded_residual_goes_on_too(tiny_path: Path, tmp_path: Path, whole: Any) -> None:
-    _goes_on(tiny_path, tmp_path, whole, configs(Algorithm.PISSA).model_copy(update={"quantization": "nf4"}))
+@pytest.mark.parametrize("name", ["pissa nf4", "loftq 3"])
+def test_a_run_on_a_rounded_residual_goes_on_too(tiny_path: Path, tmp_path: Path, whole: Any, name: str) -> None:
+    algorithm, overrides = VARIANTS[name]
+    _goes_on(tiny_path, tmp_path, whole, config_for(algorithm, **HARD | {"dropout": 0.0} | overrides))
 
 
 def _goes_on(tiny_path: Path, tmp_path: Path, whole: Any, config: PeftConfig) -> None:

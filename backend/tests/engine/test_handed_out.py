@@ -11,10 +11,14 @@ from training_command import TestChannel, command_for
 from variants import VARIANTS
 
 from domain.algorithms import Algorithm
+from engine import methods
 from engine.training import train
 
 # The others differ in nothing that is written or read.
-HANDED_OUT = {name: VARIANTS[name] for name in (*Algorithm, "dora nf4 rslora", "pissa rslora", "pissa nf4 rslora")}
+HANDED_OUT = {
+    name: VARIANTS[name]
+    for name in (*Algorithm, "dora nf4 rslora", "pissa rslora", "pissa nf4 rslora", "olora nf4", "loftq 3")
+}
 
 
 @pytest.mark.parametrize(("algorithm", "overrides"), HANDED_OUT.values(), ids=HANDED_OUT)
@@ -26,9 +30,10 @@ def test_stock_peft_computes_the_engines_logits(
     before = logits(base)
     channel: Any = TestChannel()
     result = train(base, command_for(tmp_path, config), channel)
-    assert any("rounded residual" in warning for warning in channel.started().warnings) == (
-        config.init_weights == "pissa" and config.quantization == "nf4"
-    )
+    rounded = config.quantization == "nf4" and bool(methods.changed_layers(base.model, config))
+    assert any("rounded residual" in warning for warning in channel.started().warnings) == rounded
+    card = (tmp_path / "adp" / "README.md").read_text()
+    assert ("BitsAndBytesConfig" in card) == (config.quantization == "nf4" and not rounded)
     assert result["final_eval_loss"] < result["initial_eval_loss"]
     with base.using("adp"):
         served = logits(base)

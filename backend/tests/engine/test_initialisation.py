@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 from test_methods import PROBE, config_for, create, disturb, kept, load, logits
+from variants import VARIANTS
 
 from domain.algorithms import Algorithm
 from engine import methods
@@ -18,8 +19,9 @@ from engine.errors import BadSetting
 from engine.frozen_weights import adapted_layer, base_layer
 from engine.initialisation import create_adapter
 
-DECOMPOSED = [Algorithm.PISSA]
+DECOMPOSED = [Algorithm.PISSA, Algorithm.OLORA]
 IN_4_BITS = {"quantization": "nf4"}
+CHANGED = {name: VARIANTS[name] for name in ("pissa", "pissa nf4", "olora", "olora nf4", "loftq 3")}
 
 
 def q_proj(base: Base) -> Any:
@@ -50,8 +52,7 @@ def test_on_weights_of_full_precision_every_bit_is_pefts(tiny_path: Path, algori
     assert all(torch.equal(ours[name], pefts[name]) for name in pefts)
 
 
-@pytest.mark.parametrize("overrides", [{}, IN_4_BITS], ids=["full", "nf4"])
-@pytest.mark.parametrize("algorithm", DECOMPOSED)
+@pytest.mark.parametrize(("algorithm", "overrides"), CHANGED.values(), ids=CHANGED)
 def test_the_base_gets_its_own_weights_back_to_the_bit(
     tiny_path: Path, tmp_path: Path, algorithm: Algorithm, overrides: dict[str, Any]
 ) -> None:
@@ -112,8 +113,7 @@ def test_a_4_bit_base_with_another_adapter_and_named_targets_can_be_decomposed(
         assert torch.equal(logits(base), output)
 
 
-@pytest.mark.parametrize("overrides", [{}, IN_4_BITS], ids=["full", "nf4"])
-@pytest.mark.parametrize("algorithm", DECOMPOSED)
+@pytest.mark.parametrize(("algorithm", "overrides"), CHANGED.values(), ids=CHANGED)
 def test_a_run_that_goes_on_freezes_the_same_bits(
     tiny_path: Path, algorithm: Algorithm, overrides: dict[str, Any]
 ) -> None:
@@ -126,16 +126,15 @@ def test_a_run_that_goes_on_freezes_the_same_bits(
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("overrides", [{}, IN_4_BITS], ids=["full", "nf4"])
-@pytest.mark.parametrize("algorithm", DECOMPOSED)
+@pytest.mark.parametrize(("algorithm", "overrides"), CHANGED.values(), ids=CHANGED)
 def test_what_is_handed_out_is_a_plain_lora_on_the_published_weights(
     tiny_path: Path, tmp_path: Path, algorithm: Algorithm, overrides: dict[str, Any], rslora: bool
 ) -> None:
-    config = config_for(algorithm, use_rslora=rslora, alpha=6, **overrides)
+    config = config_for(algorithm, **{"use_rslora": rslora, "alpha": 6} | overrides)
     base = load(tiny_path, config)
     initial = create(base, config)
     disturb(base)
-    if overrides:
+    if config.quantization != "none":
         moved = _undo_rounding(base, tiny_path, initial)
         rounded = (logits(load(tiny_path, config)) - logits(load(tiny_path, config_for(Algorithm.LORA)))).abs().max()
         assert 0 < moved < 2 * rounded  # nothing but rounding, of the size that a 4-bit base has anyway
@@ -185,3 +184,25 @@ def test_a_rank_beyond_the_weights_and_files_without_the_weights_are_refused(tin
         with pytest.raises(BadSetting, match=r"layers\.0\.self_attn\.q_proj"):
             create(base, config)
         base.detach("adp")
+
+
+def test_loftq_corrects_the_rounding_and_more_iterations_correct_more(tiny_path: Path) -> None:
+    published = load_file(tiny_path / "model.safetensors")
+    untouched = load(tiny_path, config_for(Algorithm.QLORA))
+    lost: list[float] = []
+    for iterations in (1, 2, 5):
+        config = config_for(Algorithm.LOFTQ, rank=16, alpha=6, loftq_iterations=iterations)
+        base = load(tiny_path, config)
+        initial = create(base, config)
+        total = 0.0
+        for path in methods.targeted_layers(base.model, config):
+            layer, weight = adapted_layer(base.model, path), published[f"{path}.weight"]
+            frozen, own = dense(layer.get_base_layer()), dense(base_layer(untouched.model, path))
+            assert torch.equal(frozen, own) == (iterations == 1)
+            left, best = weight - frozen - product(layer), torch.linalg.svdvals(weight - frozen)[16:]
+            assert torch.allclose(left.norm(), best.norm(), rtol=1e-4)  # no product of rank r corrects more
+            assert left.norm() < (weight - own).norm()
+            total += float(left.norm() ** 2)
+        assert bool(initial) == (iterations > 1)
+        lost.append(total)
+    assert lost[0] > lost[1] > lost[2]

@@ -80,7 +80,7 @@ def test_the_merged_model_gives_the_adapters_logits_and_the_base_stays_as_it_was
     expected = make_adapter(base, config, tmp_path / "adapter")
     result = run(base, tmp_path, tmp_path / "adapter")
 
-    assert (expected - bare).abs().max() > 0.1  # an adapter that changes nothing would prove nothing
+    assert (expected - bare).abs().max() > 0.05  # an adapter that changes nothing would prove nothing
     found = logits_of(tmp_path / "merged")
     assert (found - expected).abs().max() <= TOLERANCE
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
@@ -88,7 +88,7 @@ def test_the_merged_model_gives_the_adapters_logits_and_the_base_stays_as_it_was
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert base.adapters == [] and torch.equal(logits(base), bare)
     assert (result["dtype"], result["adapted_layers"]) == ("float32", 14)
-    assert any("4-bit NF4" in note for note in result["notes"]) == (algorithm is Algorithm.QLORA)
+    assert any("4-bit NF4" in note for note in result["notes"]) == (config.quantization == "nf4")
 
 
 def test_a_base_in_eight_bits_is_dequantised_and_left_alone(tiny_path: Path, tmp_path: Path) -> None:

@@ -1,13 +1,11 @@
-"""Each method does what its paper says, on a tiny model, in plain torch and PEFT."""
+"""Adapters on a base: gradients, targets, and several of them at once. The numbers are in test_numerics.py."""
 
-import copy
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 
 from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
@@ -55,95 +53,6 @@ def disturb(base: Base, size: float = 0.02) -> None:
         for parameter in base.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(size * torch.randn(parameter.shape, generator=generator))
-
-
-@pytest.mark.parametrize("algorithm", Algorithm)
-def test_training_starts_from_the_bases_output(tiny_path: Path, algorithm: Algorithm) -> None:
-    config = config_for(algorithm)
-    base = load(tiny_path, config)
-    before = logits(base)
-    create(base, config)
-    # PiSSA splits W into residual and product, which rounds; DoRA divides by a norm and multiplies by it.
-    tolerance = {Algorithm.PISSA: 1e-5, Algorithm.DORA: 1e-5}.get(algorithm, 0.0)
-    assert (logits(base) - before).abs().max() <= tolerance
-
-
-@pytest.mark.parametrize("algorithm", Algorithm)
-def test_the_count_of_trainable_parameters_is_pefts(tiny_path: Path, algorithm: Algorithm) -> None:
-    config = config_for(algorithm)
-    base = load(tiny_path, config)
-    create(base, config)
-    counted = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
-    assert counted == base.trainable_parameters == base.model.get_nb_trainable_parameters()[0]
-    trained = [name for name, p in base.model.named_parameters() if p.requires_grad]
-    assert trained and all("lora_" in name and ".adp" in name for name in trained)
-
-
-@pytest.mark.parametrize(("rslora", "scaling"), [(False, 8 / 4), (True, 8 / 2)])
-def test_the_scaling_is_alpha_over_r_or_over_its_root(tiny_path: Path, rslora: bool, scaling: float) -> None:
-    config = config_for(Algorithm.LORA, use_rslora=rslora, alpha=8)
-    base = load(tiny_path, config)
-    create(base, config)
-    layer = base.model.get_base_model().model.layers[0].self_attn.q_proj
-    assert layer.scaling["adp"] == scaling
-
-
-def test_doras_magnitudes_start_as_the_norms_of_the_weights(tiny_path: Path) -> None:
-    config = config_for(Algorithm.DORA)
-    base = load(tiny_path, config)
-    create(base, config)
-    layer = base.model.get_base_model().model.layers[0].self_attn.q_proj
-    norms = layer.get_base_layer().weight.norm(dim=1)
-    assert torch.allclose(layer.lora_magnitude_vector["adp"].weight, norms)
-
-
-def test_pissa_freezes_the_residual_and_gives_the_base_back_to_the_bit(tiny_path: Path, tmp_path: Path) -> None:
-    config = config_for(Algorithm.PISSA)
-    base = load(tiny_path, config)
-    before = copy.deepcopy(base.model.state_dict())
-    output = logits(base)
-    with pytest.raises(RuntimeError, match="cut off"), kept(base, config, tmp_path):
-        create(base, config)
-        layer = base.model.get_base_model().model.layers[0].self_attn.q_proj
-        original = before["model.layers.0.self_attn.q_proj.weight"]
-        assert not torch.equal(layer.get_base_layer().weight, original)
-        product = layer.scaling["adp"] * layer.lora_B["adp"].weight @ layer.lora_A["adp"].weight
-        assert torch.allclose(layer.get_base_layer().weight + product, original, atol=1e-6)
-        # The adapter holds the r largest singular values: the best rank-r part of W (Eckart-Young).
-        rest = torch.linalg.svdvals(original)[4:]
-        assert torch.allclose(torch.linalg.svdvals(layer.get_base_layer().weight)[: len(rest)], rest, atol=1e-4)
-        raise RuntimeError("cut off")
-    base.detach("adp")
-    after = base.model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(logits(base), output)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_a_pissa_adapter_is_the_same_as_plain_lora_on_the_unmodified_base(
-    tiny_path: Path, tmp_path: Path, rslora: bool
-) -> None:
-    config = config_for(Algorithm.PISSA, use_rslora=rslora, alpha=6)
-    base = load(tiny_path, config)
-    with kept(base, config, tmp_path):
-        initial = create(base, config)
-        disturb(base)
-        expected = logits(base)
-        state, lora = methods.as_plain_lora(
-            methods.adapter_state(base.model, "adp"), initial, base.model.peft_config["adp"]
-        )
-    base.detach("adp")
-    assert (lora.r, lora.init_lora_weights, lora.use_rslora) == (8, True, rslora)
-    lora.save_pretrained(str(tmp_path))
-    from safetensors.torch import save_file
-
-    save_file(state, tmp_path / "adapter_model.safetensors")
-    plain = PeftModel.from_pretrained(load(tiny_path, config).model, str(tmp_path)).eval()
-    with torch.no_grad():
-        found = plain(input_ids=PROBE, use_cache=False).logits
-    assert (expected - logits(load(tiny_path, config))).abs().max() > 1e-2  # it did learn something
-    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_gradients_flow_through_four_bit_layers_after_the_model_was_evaluated(tiny_path: Path) -> None:

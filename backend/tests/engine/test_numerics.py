@@ -17,14 +17,13 @@ from variants import VARIANTS
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.memory_estimate import adapter_parameters
-from domain.peft_config import PeftConfig
+from domain.peft_config import DECOMPOSED, PeftConfig
 from engine import methods
 from engine.base import Base
 from engine.frozen_weights import adapted_layer, base_layer, parts
 from engine.merged_weights import MergedWeights
 
 every_variant = pytest.mark.parametrize(("algorithm", "overrides"), VARIANTS.values(), ids=VARIANTS)
-DECOMPOSED = ("pissa",)
 EXACT = 0.0
 # W is taken apart into a residual and a product in fp32, and put together again in every pass.
 SPLIT = 1e-5
@@ -117,7 +116,7 @@ def test_merged_weights_answer_as_base_and_adapter(
     plain.load_state_dict({name: merged.compute(name) for name in merged.tensors}, strict=True)
     with torch.no_grad():
         found = plain(input_ids=PROBE, use_cache=False).logits
-    assert (found - unmerged).abs().max() <= 2e-5 < 0.1 < (unmerged - bare).abs().max()
+    assert (found - unmerged).abs().max() <= 2e-5 < 0.05 < (unmerged - bare).abs().max()
 
 
 @pytest.mark.parametrize("name", [name for name, (_, overrides) in VARIANTS.items() if "dora" in f"{name}{overrides}"])
@@ -133,9 +132,10 @@ def test_doras_magnitudes_start_as_the_norms_of_each_output(tiny_path: Path, nam
         assert torch.allclose(magnitudes, weight.norm(dim=1), rtol=1e-6)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"use_rslora": True}], ids=["", "rslora"])
-def test_the_residual_and_the_adapter_are_the_weight(tiny_path: Path, overrides: dict[str, Any]) -> None:
-    config = config_for(Algorithm.PISSA, **overrides)
+@pytest.mark.parametrize("name", ["pissa", "pissa rslora", "olora", "olora rslora"])
+def test_the_residual_and_the_adapter_are_the_weight(tiny_path: Path, name: str) -> None:
+    algorithm, overrides = VARIANTS[name]
+    config = config_for(algorithm, **overrides)
     base, published = load(tiny_path, config), load(tiny_path, config).model.state_dict()
     create(base, config)
     for path in methods.targeted_layers(base.model, config):
@@ -143,13 +143,17 @@ def test_the_residual_and_the_adapter_are_the_weight(tiny_path: Path, overrides:
         product = layer.scaling["adp"] * layer.lora_B["adp"].weight @ layer.lora_A["adp"].weight
         weight = published[f"{path}.weight"]
         assert torch.allclose(base_layer(base.model, path).weight + product, weight, atol=1e-6)
+        if algorithm is Algorithm.OLORA:
+            columns = layer.lora_B["adp"].weight
+            assert torch.allclose(columns.T @ columns, torch.eye(config.rank), atol=1e-5)
+            continue
         # No product of rank r is nearer to W (Eckart and Young): what is left has the other singular values.
         left = torch.linalg.svdvals(weight)[config.rank :]
         found = torch.linalg.svdvals(base_layer(base.model, path).weight)[: len(left)]
         assert torch.allclose(found, left, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, o) in VARIANTS.items() if "qlora" in name or "nf4" in name])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if any(part in name for part in ("qlora", "nf4", "loftq"))])
 def test_frozen_weights_take_the_bytes_of_nf4_with_double_quantisation(tmp_path: Path, name: str) -> None:
     """Half a byte a weight, a byte for 64 of them, four for 64 × 256 (QLoRA, arXiv 2305.14314, section 3)."""
     make_tiny_model(tmp_path / "model")

@@ -88,7 +88,7 @@ def test_every_load_argument_ends_where_it_is_named(unsloth: dict[str, Any], alg
     assert extra <= _named(unsloth["transformers"])
     assert "VAR_KEYWORD" in unsloth["fast_from_pretrained"].values()
     assert extra == {"local_files_only", "use_safetensors"}
-    assert arguments["load_in_4bit"] == (algorithm is Algorithm.QLORA) != arguments["load_in_16bit"]
+    assert arguments["load_in_4bit"] == (algorithm in (Algorithm.QLORA, Algorithm.LOFTQ)) != arguments["load_in_16bit"]
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)

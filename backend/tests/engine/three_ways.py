@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from peft.optimizers import create_loraplus_optimizer
 from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
@@ -96,7 +97,14 @@ def losses_by_hand(path: Path, config: PeftConfig, rows: list[Row]) -> list[floa
     """Train in a plain loop; the loss is summed over the whole step's tokens and divided once."""
     model = _adapted(path, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    fast = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name]
+    slow = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
+    ratio = config.lora_plus_ratio or 1.0
+    optimizer = torch.optim.AdamW(
+        [{"params": slow}, {"params": fast, "lr": config.learning_rate * ratio}],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
     passes = epochs(config, rows, 0)
     steps = planned_steps(config, len(passes[0]))
     scheduler = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, steps)
@@ -188,7 +196,22 @@ def losses_in_trl(
     data = Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in rows])
     model = _adapted(path, config)
     made = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = Recording(model, args=arguments, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(path))
+    optimizer = None
+    if config.lora_plus_ratio is not None:
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=config.learning_rate,
+            loraplus_lr_ratio=config.lora_plus_ratio,
+            loraplus_weight_decay=config.weight_decay,
+        )
+    trainer = Recording(
+        model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(path),
+        optimizers=(optimizer, None),
+    )
     for name, weight in () if as_it_is else made.items():
         model.get_parameter(name).data = weight
     trainer.found = []

@@ -18,5 +18,10 @@ VARIANTS: dict[str, tuple[Algorithm, dict[str, Any]]] = {
     "pissa rslora": (Algorithm.PISSA, _RS),
     "pissa nf4 rslora": (Algorithm.PISSA, _NF4 | _RS),
     "rslora nf4": (Algorithm.RSLORA, _NF4),
+    "olora rslora": (Algorithm.OLORA, _RS),
+    "olora nf4": (Algorithm.OLORA, _NF4),
+    "lora-plus nf4 dora": (Algorithm.LORA_PLUS, _NF4 | {"use_dora": True}),
+    "loftq rslora": (Algorithm.LOFTQ, _RS),
+    "loftq 3": (Algorithm.LOFTQ, {"loftq_iterations": 3}),
     "rslora dora": (Algorithm.RSLORA, {"use_dora": True}),
 }

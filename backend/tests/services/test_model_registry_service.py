@@ -326,6 +326,9 @@ def test_details_are_judged_for_every_algorithm(bench: Bench) -> None:
         "dora": "does_not_fit",
         "pissa": "does_not_fit",
         "rslora": "does_not_fit",
+        "olora": "does_not_fit",
+        "lora-plus": "does_not_fit",
+        "loftq": "does_not_fit",
     }
 
 
