@@ -37,6 +37,7 @@ class ExportControl:
         self._on_stop: Callable[[], None] | None = None
         self._stage_began_s = clock.monotonic()
         self._stopped = threading.Event()
+        self.cancelled = False
         self.progress = ExportProgress("starting", None, None)
 
     def report(self, stage: str, fraction: float | None) -> None:
@@ -64,6 +65,11 @@ class ExportControl:
             stopped = self._stopped.is_set()
         if stopped:
             tell()
+
+    def cancel(self) -> None:
+        """Stop it for good, and not only because the server ends."""
+        self.cancelled = True
+        self.stop()
 
     def stop(self) -> None:
         """Stop it."""

@@ -9,12 +9,18 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
-
-from sqlalchemy.exc import OperationalError
+from typing import Any, Protocol, TypeVar
 
 from core.clock import Clock, SystemClock
-from core.errors import AdapterNotFound, ExportNotFound, NotFound, StorageFull, StudioError, TransitionNotPermitted
+from core.errors import (
+    AdapterNotFound,
+    DatabaseUnavailable,
+    ExportNotFound,
+    NotFound,
+    StorageFull,
+    StudioError,
+    TransitionNotPermitted,
+)
 from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
@@ -35,6 +41,7 @@ from store.records import AdapterRecord, ExportRecord, to_text
 from store.repositories import Adapters, Exports
 
 _log = get_logger(__name__)
+T = TypeVar("T")
 _SAVE_AGAIN_S = 1.0
 _GRACE_S = 20.0  # for a tensor under way when the server is told to stop
 
@@ -53,6 +60,10 @@ class ExportFileNotFound(NotFound):
     """The export has no such file, or has not made it yet."""
 
     slug, title = "export-file-not-found", "Export file not found"
+
+
+class _ServerEnds(Exception):
+    """The server stops while the database cannot be used."""
 
 
 class _Lane:
@@ -126,6 +137,7 @@ class ExportService:
             settings=settings,
             state=ExportState.QUEUED,
             attempts=0,
+            cancel_wish=False,
             history=[{"state": ExportState.QUEUED.value, "at": now}],
             result=None,
             error=None,
@@ -213,7 +225,9 @@ class ExportService:
             raise TransitionNotPermitted(f"The export is {record.state.value}; it cannot be cancelled any more.")
         control = self._running.get(export_id)
         if control is not None:
-            control.stop()
+            with self._database.begin() as connection:
+                Exports(connection).wish_to_cancel(export_id)
+            control.cancel()
         elif not self._move(record, ExportState.CANCELLED, finished_at=to_text(self._clock.now())):
             return self.cancel(export_id)  # it moved on in between: look again
         return self.get(export_id)
@@ -255,6 +269,9 @@ class ExportService:
         with self._database.begin() as connection:
             left = Exports(connection).all(states=frozenset({ExportState.RUNNING, ExportState.QUEUED}))
         for record in reversed(left):
+            if record.cancel_wish:
+                self._finish(record, ExportState.CANCELLED)
+                continue
             if record.state is ExportState.RUNNING and record.attempts >= MAX_ATTEMPTS:
                 ended = StudioError(f"The server ended {MAX_ATTEMPTS} times while the export ran.")
                 self._finish(record, ExportState.FAILED, error=failure("server_ended", ended))
@@ -264,16 +281,20 @@ class ExportService:
             self._lanes[record.kind].put(record.id)
 
     def _run(self, export_id: str) -> None:
-        with suppress(ExportNotFound):
-            record = self.get(export_id)
+        with suppress(ExportNotFound, _ServerEnds):
+            record = self._patiently(lambda: self.get(export_id))
             if self._closing.is_set() or record.state is not ExportState.QUEUED:
                 return  # cancelled while it waited
             control = ExportControl(self._clock)
             self._running[export_id] = control
             try:
                 started = record.started_at or to_text(self._clock.now())
-                if self._move(record, ExportState.RUNNING, attempts=record.attempts + 1, started_at=started):
-                    self._carry_out(self.get(export_id), control)
+                columns = {"attempts": record.attempts + 1, "started_at": started}
+                self._patiently(lambda: self._move(record, ExportState.RUNNING, **columns))
+                # Read, and not what the move said: a database that went away may have kept one it did not answer.
+                begun = self._patiently(lambda: self.get(export_id))
+                if begun.state is ExportState.RUNNING:
+                    self._carry_out(begun, control)
             finally:
                 del self._running[export_id]
 
@@ -282,7 +303,8 @@ class ExportService:
             result = self._works[record.kind].run(record, self._folder / record.id, control)
         except ExportStopped:
             # The server's end is not the client's wish: the next start takes the export up again.
-            following = ExportState.QUEUED if self._closing.is_set() else ExportState.CANCELLED
+            ends = self._closing.is_set() and not control.cancelled
+            following = ExportState.QUEUED if ends else ExportState.CANCELLED
             self._finish(record, following)
         except StudioError as error:
             error_class = error.extras.get("error_class") or error.slug.replace("-", "_")
@@ -295,16 +317,29 @@ class ExportService:
             self._finish(record, ExportState.SUCCEEDED, result=result)
 
     def _finish(self, record: ExportRecord, following: ExportState, **columns: Any) -> None:
-        """Record the end; while the database cannot be written, try until it can, or the server ends."""
+        """Record the end. What was made of an export that did not succeed goes.
+
+        Raises:
+            _ServerEnds: The database cannot be written: it says `running`, and the next start takes the export up.
+        """
         if following in FINAL_STATES:
             columns["finished_at"] = to_text(self._clock.now())
+        self._patiently(lambda: self._move(record, following, **columns))
+        if following in (ExportState.FAILED, ExportState.CANCELLED):
+            shutil.rmtree(self._folder / record.id, ignore_errors=True)
+
+    def _patiently(self, use: Callable[[], T]) -> T:
+        """Use the database; try until it answers.
+
+        Raises:
+            _ServerEnds: The server is told to stop first.
+        """
         while True:
             try:
-                self._move(record, following, **columns)
-                return
-            except (OperationalError, StorageFull):
+                return use()
+            except (DatabaseUnavailable, StorageFull):
                 if self._closing.wait(_SAVE_AGAIN_S):
-                    return  # the database says `running`: the next start takes it up
+                    raise _ServerEnds from None
 
     def close(self) -> None:
         """Stop working; a running export is queued again for the next start."""

@@ -113,6 +113,7 @@ class ExportRecord:
 
     Attributes:
         attempts: How often it was started.
+        cancel_wish: Whether a running one is to be cancelled; a server that dies in between finds it.
         history: Its states in order, each with its time as `state` and `at`.
         result: What was made, once it has succeeded.
     """
@@ -124,6 +125,7 @@ class ExportRecord:
     settings: dict[str, Any]
     state: ExportState
     attempts: int
+    cancel_wish: bool
     history: list[dict[str, Any]]
     result: dict[str, Any] | None
     error: dict[str, Any] | None

@@ -186,5 +186,8 @@ class Exports:
         result = self._connection.execute(update(exports).where(where).values(state=following, **columns))
         return result.rowcount == 1
 
+    def wish_to_cancel(self, export_id: str) -> None:
+        self._connection.execute(update(exports).where(exports.c.id == export_id).values(cancel_wish=True))
+
     def delete(self, export_id: str) -> None:
         self._connection.execute(delete(exports).where(exports.c.id == export_id))

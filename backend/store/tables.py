@@ -1,6 +1,19 @@
 """The tables, in SQLAlchemy Core. Migrations in `migrations/versions` make them; a test compares the two."""
 
-from sqlalchemy import JSON, BigInteger, Column, ForeignKey, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    false,
+)
 
 metadata = MetaData(
     naming_convention={
@@ -96,6 +109,7 @@ exports = Table(
     Column("settings", JSON, nullable=False),
     Column("state", String(20), nullable=False, index=True),
     Column("attempts", Integer, nullable=False),
+    Column("cancel_wish", Boolean, nullable=False, server_default=false()),
     Column("history", JSON, nullable=False),
     Column("result", JSON),
     Column("error", JSON),

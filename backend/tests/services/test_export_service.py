@@ -14,8 +14,10 @@ from server import wait_until
 from core.errors import (
     AdapterInUse,
     AdapterNotFound,
+    DatabaseUnavailable,
     ExportNotFound,
     ExportRejected,
+    StorageFull,
     StudioError,
     TransitionNotPermitted,
 )
@@ -194,6 +196,67 @@ def test_a_killed_server_takes_its_exports_up_again_in_order(bench: Bench) -> No
     assert done == [first, third] and record.attempts == 2
     assert [change["state"] for change in record.history] == ["queued", "running", "queued", "running", "succeeded"]
     assert bench.service.get(second).state is ExportState.CANCELLED
+
+
+def test_a_cancelled_export_stays_cancelled_though_the_server_is_killed_before_it_obeys(bench: Bench) -> None:
+    told = threading.Event()
+
+    def deaf(_record: ExportRecord, _folder: Path, _control: ExportControl) -> dict[str, Any]:
+        told.wait(60)
+        return {}
+
+    bench.act = deaf
+    export_id = bench.create()
+    bench.wait(export_id, ExportState.RUNNING)
+    assert bench.service.cancel(export_id).state is ExportState.RUNNING
+    bench.service._move = lambda *_, **__: False  # type: ignore[method-assign]  # as a killed server: no more rows
+    told.set()
+    bench.die()
+    (bench.home / "exports" / export_id).mkdir()  # whole, and not recorded
+    bench.act = make_files
+    bench.open()
+    bench.service.start()
+    record = bench.wait(export_id, ExportState.CANCELLED)
+    assert record.attempts == 1 and not (bench.home / "exports" / export_id).exists()
+
+
+def test_a_server_that_is_stopped_lets_a_cancelled_export_be_cancelled(bench: Bench) -> None:
+    bench.act = until_stopped
+    export_id = bench.create()
+    bench.wait(export_id, ExportState.RUNNING)
+    bench.service.cancel(export_id)
+    bench.service.close()
+    assert bench.service.get(export_id).state is ExportState.CANCELLED
+
+
+@pytest.mark.parametrize("error", [DatabaseUnavailable("away"), StorageFull("full")])
+@pytest.mark.parametrize("heard", [False, True])
+def test_a_database_that_is_away_for_a_while_loses_no_export(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: StudioError, heard: bool
+) -> None:
+    monkeypatch.setattr("services.export_service._SAVE_AGAIN_S", 0.01)
+    get, move, moves = bench.service.get, bench.service._move, list[ExportState]()
+
+    def unsure(record: ExportRecord, following: ExportState, **columns: Any) -> bool:
+        moves.append(following)
+        if moves.count(following) == 1:
+            if heard:
+                move(record, following, **columns)
+            raise error
+        return move(record, following, **columns)
+
+    reads = iter([error])
+
+    def away_once(export_id: str) -> ExportRecord:
+        if threading.current_thread().name.startswith("export-") and (first := next(reads, None)) is not None:
+            raise first
+        return get(export_id)
+
+    bench.service._move, bench.service.get = unsure, away_once  # type: ignore[method-assign]
+    record = bench.wait(bench.create(), ExportState.SUCCEEDED)
+    assert [change["state"] for change in record.history] == ["queued", "running", "succeeded"]
+    wait_until(lambda: moves == [ExportState.RUNNING] * 2 + [ExportState.SUCCEEDED] * 2)
+    assert record.attempts == 1
 
 
 def test_a_server_that_is_stopped_leaves_its_export_queued(bench: Bench) -> None:
