@@ -13,6 +13,7 @@ help:
 	@echo "make test        the tests; make test-slow: long fault runs"
 	@echo "make check       linters, types, import contracts"
 	@echo "make bench       benchmarks, as ratios"
+	@echo "make gpu-check   proves every method on a GPU; GPU_CHECK=--cpu for what needs none"
 
 setup: $(VENV)/.installed
 
@@ -43,6 +44,10 @@ check: setup
 
 bench: setup
 	cd backend && for file in ../bench/bench_*.py; do ../$(PY) $$file || exit 1; done
+
+# Needs a CUDA machine, and no network. GPU_CHECK=--cpu runs what a CPU can.
+gpu-check: setup
+	cd backend && PYTHONPATH=../bench ../$(PY) -m gpu_check $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) .cache .studio

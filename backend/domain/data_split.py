@@ -1,14 +1,14 @@
 """Which rows are held out for validation."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 
 class NothingToHoldOut(ValueError):
     """All rows are the same, or there is only one."""
 
 
-def held_out(rows: Sequence[bytes], fraction: float, seed: int) -> frozenset[int]:
+def held_out(rows: Iterable[bytes], fraction: float, seed: int) -> frozenset[int]:
     """Choose rows to hold out. Equal rows stay on one side: what is validated on was never trained on.
 
     The choice depends on what the rows say and not on their order, and a row that is added moves few others.
@@ -24,11 +24,13 @@ def held_out(rows: Sequence[bytes], fraction: float, seed: int) -> frozenset[int
         NothingToHoldOut: There are not two different rows.
     """
     groups: dict[bytes, list[int]] = {}
+    count = 0
     for position, row in enumerate(rows):
+        count = position + 1
         groups.setdefault(hashlib.sha256(b"%d:%b" % (seed, row)).digest(), []).append(position)
     if len(groups) < 2:
         raise NothingToHoldOut("all rows are the same: none can be held out for validation")
-    size = max(1, round(fraction * len(rows)))
+    size = max(1, round(fraction * count))
     chosen: list[int] = []
     for _, positions in sorted(groups.items())[:-1]:  # the last group is always left to train on
         if len(chosen) + len(positions) <= size:

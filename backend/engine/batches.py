@@ -7,45 +7,25 @@ where no loss is computed; the trainer shifts.
 import json
 import random
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 
 from engine.rendering import ChatRenderer, Rendered
+from engine.rows import IGNORED, Row, RowStore
 
-IGNORED = -100
 # For models that ship without a template: the plainest one that keeps the turns apart.
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+_T = TypeVar("_T")
 _MEGABATCH = 50  # batches sorted by length together: enough to group well, few enough to keep the order random
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example, tokenized.
-
-    Attributes:
-        number: Its position in the dataset, from 0.
-        ids: T token ids.
-        labels: T labels.
-    """
-
-    number: int
-    ids: list[int]
-    labels: list[int]
-    truncated: bool
-
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens with a loss; the first token of a row is never predicted."""
-        return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True)
@@ -237,30 +217,46 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def best_fit_bins(rows: list[Row], capacity: int) -> list[list[Row]]:
-    """Lay rows in sequences of `capacity` tokens."""
-    return [[rows[position] for position in bin_] for bin_ in best_fit([len(row.ids) for row in rows], capacity)]
+class Batches(Sequence[Batch]):
+    """An epoch's batches, each made when it is asked for: all at once they would take 24 bytes a token and more."""
+
+    def __init__(self, groups: Sequence[_T], make: Callable[[_T], Batch]) -> None:
+        self._groups, self._make = groups, make
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, position: int) -> Batch: ...
+    @overload
+    def __getitem__(self, position: slice) -> list[Batch]: ...
+    def __getitem__(self, position: int | slice) -> Batch | list[Batch]:
+        if isinstance(position, slice):
+            return [self._make(group) for group in self._groups[position]]
+        return self._make(self._groups[position])
 
 
 def epoch_batches(
-    rows: list[Row], *, batch_size: int, capacity: int, packing: bool, pad_id: int, seed: int, epoch: int
-) -> list[Batch]:
+    rows: RowStore, *, batch_size: int, capacity: int, packing: bool, pad_id: int, seed: int, epoch: int
+) -> Batches:
     """Return one epoch's batches in training order; the same seed and epoch give the same order.
 
     Without packing, rows of like length share a batch (1.46 times the tokens a second on mixed lengths),
     and the batches are shuffled.
     """
     order = random.Random(f"{seed}:{epoch}")  # noqa: S311 - not a secret
-    shuffled = rows[:]
+    lengths = rows.lengths()
+    shuffled = list(range(len(rows)))
     order.shuffle(shuffled)
     if packing:
-        bins = best_fit_bins(shuffled, capacity)
+        bins = [[shuffled[at] for at in bin_] for bin_ in best_fit([lengths[at] for at in shuffled], capacity)]
         order.shuffle(bins)
-        return [pack(bins[at : at + batch_size], pad_id) for at in range(0, len(bins), batch_size)]
+        packs = [bins[at : at + batch_size] for at in range(0, len(bins), batch_size)]
+        return Batches(packs, lambda group: pack([[rows[at] for at in bin_] for bin_ in group], pad_id))
     groups = []
     step = batch_size * _MEGABATCH
     for at in range(0, len(shuffled), step):
-        mega = sorted(shuffled[at : at + step], key=lambda row: -len(row.ids))
+        mega = sorted(shuffled[at : at + step], key=lambda position: -lengths[position])
         groups += [mega[i : i + batch_size] for i in range(0, len(mega), batch_size)]
     order.shuffle(groups)
-    return [pad(group, pad_id) for group in groups]
+    return Batches(groups, lambda group: pad([rows[at] for at in group], pad_id))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from engine.batches import IGNORED, Batch
+from engine.batches import Batch
+from engine.rows import IGNORED
 
 
 class SummedLoss:

@@ -16,7 +16,7 @@ from domain.peft_config import PeftConfig
 from domain.protocol import CheckpointWritten, Computing, Evaluated, StepMetrics
 from engine.account import built
 from engine.base import Base
-from engine.batches import Batch, Row, epoch_batches, pad
+from engine.batches import Batch, Batches, epoch_batches, pad
 from engine.channel import Stopped
 from engine.checkpoints import (
     Checkpoint,
@@ -30,6 +30,7 @@ from engine.checkpoints import (
 )
 from engine.errors import BadData, BadSetting, NotFinite
 from engine.optimizer import make_optimizer, make_scheduler, planned_steps
+from engine.rows import RowStore
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ class Trainer:
         self,
         base: Base,
         config: PeftConfig,
-        rows: list[Row],
-        validation: list[Row],
+        rows: RowStore,
+        validation: RowStore,
         *,
         request_id: str,
         emit: Callable[[Any], None],
@@ -200,7 +201,7 @@ class Trainer:
         every = self._config.eval_every_steps
         return bool(self._validation) and (step == self.total_steps or (every is not None and step % every == 0))
 
-    def _epoch(self, epoch: int) -> list[Batch]:
+    def _epoch(self, epoch: int) -> Batches:
         return epoch_batches(
             self._rows,
             batch_size=self._config.batch_size,
@@ -340,10 +341,12 @@ class Trainer:
         """Measure the loss on the validation rows; draws no random number, so a run goes on as if it had not been."""
         self._base.model.eval()
         total, count = 0.0, 0
-        by_length = sorted(self._validation, key=lambda row: len(row.ids))
+        lengths = self._validation.lengths()
+        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
         for at in range(0, len(by_length), self._config.batch_size):
             self._control.check_stop()
-            batch = pad(by_length[at : at + self._config.batch_size], self._pad_id)
+            rows = [self._validation[position] for position in by_length[at : at + self._config.batch_size]]
+            batch = pad(rows, self._pad_id)
             total += float(self._loss(batch))
             count += batch.trained_tokens
         self._base.model.train()

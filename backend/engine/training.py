@@ -1,7 +1,8 @@
 """The `train` command: data, adapter, checkpoint to go on from, run, and the folder that is handed out."""
 
 import json
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from domain.data_split import NothingToHoldOut, held_out
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base
-from engine.batches import Row, RowTokenizer, read_rows
+from engine.batches import RowTokenizer, read_rows
 from engine.card import LossRecorder, make_card, packages, readme
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData
 from engine.frozen_weights import original_weights_kept
 from engine.initialisation import create_adapter
+from engine.rows import RowStore
 from engine.trainer import Trainer
 
+_MOST_NAMED = 20
 _ROUNDED_RESIDUAL = (
     "the losses of this run are on the rounded residual of the weights; the adapter is handed out for the model as "
     "published, and on it, or on the 4-bit base that serves it here, the rounding is another (docs/methods.md)"
@@ -124,51 +127,62 @@ def _create_adapter(base: Base, command: Train, resume: Checkpoint | None) -> Te
 
 def _load_rows(
     base: Base, command: Train, channel: Channel, check_stop: Callable[[], None]
-) -> tuple[list[Row], list[Row], int]:
+) -> tuple[RowStore, RowStore, int]:
     """Tokenize both sets; rows with nothing to learn are counted and left out."""
-    numbered = list(enumerate(read_rows(Path(command.dataset_path))))
-    held_out_numbered = list(enumerate(read_rows(Path(command.validation_path)))) if command.validation_path else []
-    if command.validation_fraction > 0:
-        numbered, held_out_numbered = _split(numbered, command.validation_fraction, command.config.seed)
-    total = len(numbered) + len(held_out_numbered)
-    done = 0
+    dataset = Path(command.dataset_path)
+    paths = [dataset, Path(command.validation_path)] if command.validation_path else [dataset]
+    held = _held_out(dataset, command.validation_fraction, command.config.seed)
+    total = sum(_count_lines(path) for path in paths)
     tokenizer = RowTokenizer(base.tokenizer, command.config.train_on, command.config.max_seq_length)
-    sets: list[list[Row]] = []
-    for rows in (numbered, held_out_numbered):
-        tokenized: list[Row] = []
-        for number, row in rows:
+    training, validation, idle, done = RowStore(), RowStore(), array("q"), 0
+    for validates, path in enumerate(paths):
+        for number, row in enumerate(read_rows(path)):
             if done % 100 == 0:
                 check_stop()
                 channel.emit(Progress(request_id=command.request_id, stage="tokenizing", fraction=done / total))
-            tokenized += tokenizer.rows(number, row)
             done += 1
-        sets.append(tokenized)
-    learning = [[row for row in rows if row.trained_tokens] for rows in sets]
-    if not learning[0]:
+            trains = not validates and number not in held
+            for piece in tokenizer.rows(number, row):
+                if piece.trained_tokens:
+                    (training if trains else validation).add(piece)
+                elif trains:
+                    idle.append(number)
+    if not training:
         raise BadData(
-            f"none of the {len(sets[0])} rows has a token to learn within {command.config.max_seq_length} tokens",
+            f"none of the rows to train on has a token to learn within {command.config.max_seq_length} tokens: "
+            + _named(idle),
             ["raise max_seq_length", "train_on=all", "check that the rows have assistant answers"],
         )
-    if (command.validation_path or command.validation_fraction > 0) and not learning[1]:
+    if (command.validation_path or held) and not validation:
         raise BadData("no validation row has a token to learn", ["more rows", "a larger validation_fraction"])
-    return learning[0], learning[1], len(sets[0]) - len(learning[0])
+    return training, validation, len(idle)
 
 
-def _split(
-    numbered: list[tuple[int, dict[str, Any]]], fraction: float, seed: int
-) -> tuple[list[tuple[int, dict[str, Any]]], list[tuple[int, dict[str, Any]]]]:
-    """Hold rows out for validation, repeated ones all on one side."""
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _named(numbers: Sequence[int]) -> str:
+    """Name rows, from 1, as far as it helps."""
+    more = f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else ""
+    return f"rows {', '.join(str(number + 1) for number in numbers[:_MOST_NAMED])}{more}"
+
+
+def _held_out(path: Path, fraction: float, seed: int) -> frozenset[int]:
+    """Choose rows to hold out for validation, repeated ones all on one side."""
+    if fraction == 0:
+        return frozenset()
     try:
-        held = held_out([json.dumps(row, sort_keys=True).encode() for _, row in numbered], fraction, seed)
+        return held_out((json.dumps(row, sort_keys=True).encode() for row in read_rows(path)), fraction, seed)
     except NothingToHoldOut as error:
         raise BadData(str(error), ["more rows", "a validation_dataset_id"]) from error
-    return [pair for pair in numbered if pair[0] not in held], [pair for pair in numbered if pair[0] in held]
 
 
 def _started(
-    command: Train, base: Base, rows: list[Row], validation: list[Row], skipped: int, total_steps: int
+    command: Train, base: Base, rows: RowStore, validation: RowStore, skipped: int, total_steps: int
 ) -> dict[str, Any]:
-    truncated = sum(row.truncated for row in rows)
+    truncated = rows.truncated
     warnings = []
     if command.config.quantization != "none" and methods.changed_layers(base.model, command.config):
         warnings.append(_ROUNDED_RESIDUAL)
@@ -183,7 +197,7 @@ def _started(
         "validation_rows": len(validation),
         "skipped_rows": skipped,
         "truncated_rows": truncated,
-        "trained_tokens": sum(row.trained_tokens for row in rows),
+        "trained_tokens": rows.trained_tokens,
         "trainable_parameters": sum(p.numel() for p in base.model.parameters() if p.requires_grad),
         "warnings": warnings,
     }

@@ -16,6 +16,7 @@ from domain.protocol import Analyze, Progress
 from engine.analysis import analyze
 from engine.batches import RowTokenizer, epoch_batches, read_rows
 from engine.errors import BadModel
+from engine.rows import RowStore
 from engine.trainer import planned_steps
 from engine.transformers_backend import load_tokenizer
 
@@ -138,7 +139,7 @@ def test_the_counts_are_those_of_the_trainer(
     ]
     config = config_for(Algorithm.LORA, **settings)
     batches = epoch_batches(
-        tokenized, batch_size=batch_size, capacity=limit, packing=packing, pad_id=0, seed=0, epoch=0
+        RowStore(tokenized), batch_size=batch_size, capacity=limit, packing=packing, pad_id=0, seed=0, epoch=0
     )
     assert found["epoch"]["rows"] == len(tokenized)
     assert found["epoch"]["batches"] == len(batches)

@@ -1,5 +1,6 @@
 """Masking, padding, packing and order."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.batches import IGNORED, Row, RowTokenizer, best_fit_bins, epoch_batches, pack, pad
+from engine.batches import Batch, RowTokenizer, best_fit, epoch_batches, pack, pad
+from engine.rows import IGNORED, Row, RowStore
 
 TURNS = [
     {"role": "system", "content": "be brief"},
@@ -69,6 +71,27 @@ def test_a_text_is_cut_into_rows_and_nothing_of_it_is_lost(tokenizer: AutoTokeni
     assert min(row.trained_tokens for row in rows) >= 1
 
 
+def bins_of(rows: list[Row]) -> list[list[Row]]:
+    return [[rows[at] for at in bin_] for bin_ in best_fit([len(row.ids) for row in rows], 40)]
+
+
+def batches_of_lists(rows: list[Row], batch_size: int, packing: bool, seed: int, epoch: int) -> list[Batch]:
+    """An epoch by lists of rows, all at once: plain, and heavy on memory."""
+    order = random.Random(f"{seed}:{epoch}")
+    shuffled = rows[:]
+    order.shuffle(shuffled)
+    if packing:
+        bins = bins_of(shuffled)
+        order.shuffle(bins)
+        return [pack(bins[at : at + batch_size], 0) for at in range(0, len(bins), batch_size)]
+    groups = []
+    for at in range(0, len(shuffled), batch_size * 50):
+        mega = sorted(shuffled[at : at + batch_size * 50], key=lambda row: -len(row.ids))
+        groups += [mega[i : i + batch_size] for i in range(0, len(mega), batch_size)]
+    order.shuffle(groups)
+    return [pad(group, 0) for group in groups]
+
+
 rows_of_any_length = st.lists(st.integers(2, 40), min_size=1, max_size=60).map(
     lambda lengths: [Row(i, [1] * n, [IGNORED] + [1] * (n - 1), False) for i, n in enumerate(lengths)]
 )
@@ -82,7 +105,7 @@ def test_an_epoch_has_every_row_once_and_the_same_order_for_the_same_seed(
         return [
             batch.rows
             for batch in epoch_batches(
-                rows, batch_size=batch_size, capacity=40, packing=packing, pad_id=0, seed=seed, epoch=0
+                RowStore(rows), batch_size=batch_size, capacity=40, packing=packing, pad_id=0, seed=seed, epoch=0
             )
         ]
 
@@ -91,16 +114,47 @@ def test_an_epoch_has_every_row_once_and_the_same_order_for_the_same_seed(
     assert order() == first
 
 
+rows_of_any_kind = st.lists(
+    st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=40), st.integers(1, 39), st.booleans()),
+    min_size=1,
+    max_size=150,
+).map(
+    lambda rows: [
+        Row(3 * number, ids, [IGNORED] * min(cut, len(ids) - 1) + ids[min(cut, len(ids) - 1) :], truncated)
+        for number, (ids, cut, truncated) in enumerate(rows)
+    ]
+)
+
+
+@given(rows_of_any_kind, st.integers(1, 3), st.booleans(), st.integers(0, 5), st.integers(0, 2))
+def test_rows_in_a_store_make_the_same_batches_to_the_bit(
+    rows: list[Row], batch_size: int, packing: bool, seed: int, epoch: int
+) -> None:
+    store = RowStore(rows)
+    assert list(store) == rows and store[-1] == rows[-1] and store[1:3] == rows[1:3]
+    assert store.lengths() == [len(row.ids) for row in rows]
+    assert store.trained_tokens == sum(row.trained_tokens for row in rows)
+    assert store.truncated == sum(row.truncated for row in rows)
+    plain = batches_of_lists(rows, batch_size, packing, seed, epoch)
+    found = epoch_batches(store, batch_size=batch_size, capacity=40, packing=packing, pad_id=0, seed=seed, epoch=epoch)
+    assert len(found) == len(plain)
+    for one, other in zip(found, plain, strict=True):
+        assert (one.rows, one.tokens, one.trained_tokens) == (other.rows, other.tokens, other.trained_tokens)
+        for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+            first, second = getattr(one, name), getattr(other, name)
+            assert (first is None and second is None) or (first.dtype == second.dtype and torch.equal(first, second))
+
+
 @given(rows_of_any_length)
 def test_bins_never_overflow_and_no_two_could_be_one(rows: list[Row]) -> None:
-    sizes = [sum(len(row.ids) for row in rows) for rows in best_fit_bins(rows, 40)]
+    sizes = [sum(len(row.ids) for row in rows) for rows in bins_of(rows)]
     assert max(sizes) <= 40
     assert sum(size <= 20 for size in sizes) <= 1
 
 
 @given(rows_of_any_length)
 def test_packing_and_padding_train_the_same_tokens(rows: list[Row]) -> None:
-    packed, padded = pack(best_fit_bins(rows, 40), 0), pad(rows, 0)
+    packed, padded = pack(bins_of(rows), 0), pad(rows, 0)
     assert packed.trained_tokens == padded.trained_tokens == int((packed.labels[:, 1:] != IGNORED).sum())
     assert int((padded.labels[:, 1:] != IGNORED).sum()) == padded.trained_tokens
     assert packed.tokens == padded.tokens
@@ -113,7 +167,7 @@ def test_packed_rows_do_not_see_each_other(tiny_path: Path) -> None:
         Row(i, ids := torch.randint(4, 300, (n,), generator=generator).tolist(), ids, False)
         for i, n in enumerate([17, 9, 5, 30])
     ]
-    bins = best_fit_bins(rows, 40)
+    bins = bins_of(rows)
     batch = pack(bins, 0)
     with torch.no_grad():
         together = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits

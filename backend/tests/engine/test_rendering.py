@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from engine.batches import FALLBACK_TEMPLATE, IGNORED, RowTokenizer
+from engine.batches import FALLBACK_TEMPLATE, RowTokenizer
 from engine.errors import BadData
 from engine.rendering import ChatRenderer, _shaped
+from engine.rows import IGNORED
 
 MARKED = trl_templates(with_marks=True)
 # Made for a model that does not learn token by token.

@@ -14,9 +14,10 @@ from domain.peft_config import PeftConfig
 from domain.protocol import Evaluated, StepMetrics
 from engine import methods
 from engine.base import Base
-from engine.batches import Row, epoch_batches
+from engine.batches import epoch_batches
 from engine.errors import NotFinite
 from engine.optimizer import planned_steps
+from engine.rows import Row, RowStore
 from engine.trainer import Outcome, Trainer
 
 
@@ -47,7 +48,9 @@ def run(
     set_seed(config.seed)
     base.create("adp", methods.lora_config(config, "tests/tiny", None))
     events: list[Any] = []
-    trainer = Trainer(base, config, rows, validation or [], request_id="r", emit=events.append, control=GoOn())
+    trainer = Trainer(
+        base, config, RowStore(rows), RowStore(validation or []), request_id="r", emit=events.append, control=GoOn()
+    )
     return base, trainer, events, trainer.run()
 
 
@@ -72,7 +75,9 @@ def test_the_loss_curve_is_that_of_a_plain_loop(tiny_path: Path) -> None:
     model.train()
     expected = []
     for epoch in range(3):
-        batches = epoch_batches(rows, batch_size=4, capacity=64, packing=False, pad_id=0, seed=42, epoch=epoch)
+        batches = epoch_batches(
+            RowStore(rows), batch_size=4, capacity=64, packing=False, pad_id=0, seed=42, epoch=epoch
+        )
         for batch in batches:
             loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
             loss.backward()
@@ -189,6 +194,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(tiny_path: Pa
     base.create("adp", methods.lora_config(config, "tests/tiny", None))
     with torch.no_grad():
         next(p for p in base.model.parameters() if p.requires_grad).fill_(float("nan"))
-    trainer = Trainer(base, config, make_rows(), [], request_id="r", emit=lambda _: None, control=GoOn())
+    trainer = Trainer(
+        base, config, RowStore(make_rows()), RowStore(), request_id="r", emit=lambda _: None, control=GoOn()
+    )
     with pytest.raises(NotFinite, match=r"rows are \[\d+, \d+\]"):
         trainer.run()
