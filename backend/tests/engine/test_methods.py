@@ -132,3 +132,13 @@ def test_several_adapters_share_one_base_and_do_not_disturb_each_other(tiny_path
         assert torch.equal(logits(base), outputs["two"])
     base.detach("two")
     assert base.adapters == [] and torch.equal(logits(base), bare)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_adapters_that_are_there_already_do_not_hide_the_layers(tiny_path: Path, targets: str | list[str]) -> None:
+    config = config_for(Algorithm.LORA, target_modules=targets)
+    base = load(tiny_path, config)
+    bare = methods.targeted_layers(base.model, config)
+    base.create("one", methods.lora_config(config_for(Algorithm.LORA), "tests/tiny", None))
+    base.create("two", methods.lora_config(config, "tests/tiny", None))
+    assert methods.targeted_layers(base.model.get_base_model(), config) == bare
