@@ -8,7 +8,7 @@ from pydantic import Field, StringConstraints
 from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
 from domain.algorithms import Algorithm, AlgorithmName
 from domain.job_states import JobState
-from domain.peft_config import PeftConfig, PeftOverrides
+from domain.peft_config import PeftConfig, PeftOverrides, recorded
 from domain.use_cases import UseCaseId
 from services.checkpoint_store import CheckpointFacts
 from services.training_service import QueuePlace
@@ -191,7 +191,7 @@ def job_view(record: JobRecord, place: QueuePlace | None) -> JobResponse:
     return JobResponse(
         **{name: getattr(record, name) for name in (*names, *rest)},
         algorithm=Algorithm(record.algorithm),
-        config=PeftConfig.model_validate(record.config),
+        config=recorded(record.config),
         progress=JobProgress(
             step=progress.get("step", 0),
             total_steps=progress.get("total_steps"),

@@ -82,8 +82,13 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "max_steps": (None, "epochs decide"),
     "warmup_ratio": (0.03, "QLoRA paper, appendix B"),
     "scheduler": ("linear", "decay to zero beats other schedules at equal compute (arXiv 2502.15938)"),
+    "min_learning_rate_ratio": (0.0, "the decay goes to zero"),
     "weight_decay": (0.0, "adapters are regularised by their rank"),
     "max_grad_norm": (1.0, "the common clip of the Hugging Face Trainer"),
+    "adam_beta1": (0.9, "Adam's paper, arXiv 1412.6980, algorithm 1"),
+    "adam_beta2": (0.999, "Adam's paper, arXiv 1412.6980, algorithm 1"),
+    "adam_epsilon": (1e-8, "Adam's paper, arXiv 1412.6980, algorithm 1"),
+    "neftune_noise_alpha": (0.0, "no noise; NEFTune (arXiv 2310.05914) takes 5 to 15"),
     "max_seq_length": (2048, "several turns"),
     "packing": (False, "rows of like length are batched together instead"),
     "train_on": ("assistant", "loss on answers only"),
@@ -280,6 +285,8 @@ def _contradictions(
         found.append(("max_seq_length", f"the model knows sequences of at most {max_positions} tokens"))
     if overrides.get("max_steps") is not None and "epochs" in overrides:
         found.append(("epochs", "has no effect beside max_steps; send one of them"))
+    if values["scheduler"] == "constant" and values["min_learning_rate_ratio"] > 0:
+        found.append(("min_learning_rate_ratio", "has no effect with scheduler='constant', which does not decay"))
     if values["early_stopping_patience"] is not None and values["eval_every_steps"] is None:
         found.append(("early_stopping_patience", "early stopping needs eval_every_steps"))
     return [{"location": [name], "message": f"{name}: {message}"} for name, message in found]

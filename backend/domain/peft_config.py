@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+
+from domain.foreign_names import instead_of
 
 TargetModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.]+$")]
 
@@ -34,11 +36,20 @@ class PeftConfig(BaseModel):
     max_steps: int | None = Field(ge=1, le=10_000_000, description="Optimizer steps; overrides epochs.")
     warmup_ratio: float = Field(ge=0, le=1, description="Fraction of the steps in which the rate rises, 0..1.")
     scheduler: Literal["linear", "cosine", "constant"] = Field(description="Learning rate after the warm-up.")
+    min_learning_rate_ratio: float = Field(
+        ge=0, lt=1, description="Where the decay ends, as a part of the peak: 0 decays to zero."
+    )
     weight_decay: float = Field(ge=0, le=1, description="Decoupled weight decay of AdamW.")
     max_grad_norm: float = Field(gt=0, le=1e6, description="Gradients are clipped to this global 2-norm.")
     max_seq_length: int = Field(ge=8, le=1_048_576, description="Tokens a row; longer rows are truncated.")
     packing: bool = Field(description="Put several rows in one sequence, kept apart by position ids.")
     optimizer: Literal["adamw", "adamw_8bit"] = Field(description="AdamW in fp32, or bitsandbytes' 8-bit AdamW.")
+    adam_beta1: float = Field(ge=0, lt=1, description="Decay of Adam's mean of the gradients.")
+    adam_beta2: float = Field(ge=0, lt=1, description="Decay of Adam's mean of their squares.")
+    adam_epsilon: float = Field(gt=0, le=1, description="Added to the root of that mean.")
+    neftune_noise_alpha: float = Field(
+        ge=0, le=1000, description="NEFTune: uniform noise of alpha / √(tokens · hidden size) on the embeddings."
+    )
     gradient_checkpointing: bool = Field(description="Recompute activations to save memory.")
     train_on: Literal["assistant", "last_assistant", "all"] = Field(description="Which tokens carry loss.")
     seed: int = Field(ge=0, le=2**31 - 1, description="Seeds initialisation, dropout and the order of rows.")
@@ -50,23 +61,50 @@ class PeftConfig(BaseModel):
     )
     checkpoint_every_steps: int | None = Field(ge=1, le=10_000_000, description="Steps between checkpoints.")
     checkpoint_every_minutes: float | None = Field(gt=0, le=10_080, description="Minutes between checkpoints.")
-    # These came later: a record from before has none of them, which means what None means.
     lora_plus_ratio: float | None = Field(
-        default=None, ge=1, le=256, description="LoRA+: how many times A's learning rate B's is; null for one rate."
+        ge=1, le=256, description="LoRA+: how many times A's learning rate B's is; null for one rate."
     )
     loftq_iterations: int | None = Field(
-        default=None, ge=1, le=20, description="LoftQ: how often rounding and its correction alternate."
+        ge=1, le=20, description="LoftQ: how often rounding and its correction alternate."
     )
     keep_checkpoints: int = Field(ge=1, le=1000, description="How many checkpoints a job keeps; the newest always.")
 
 
 PARAMETER_NAMES: tuple[str, ...] = tuple(PeftConfig.model_fields)
+# What every run did before there was a setting for it.
+_BEFORE: dict[str, Any] = {
+    "min_learning_rate_ratio": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "neftune_noise_alpha": 0.0,
+    "lora_plus_ratio": None,
+    "loftq_iterations": None,
+}
+
+
+def recorded(values: object) -> PeftConfig:
+    """Read a configuration that was stored, maybe before some of the settings existed.
+
+    Raises:
+        ValidationError: It is none.
+    """
+    return PeftConfig.model_validate(_BEFORE | values if isinstance(values, dict) else values)
 
 
 class OverridesBase(BaseModel):
     """A part of a configuration: what the client sets itself. Unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_foreign_names(cls, values: Any) -> Any:
+        """Refuse other programs' names for settings by saying what to send instead."""
+        known = instead_of(values) if isinstance(values, dict) else []
+        if known:
+            raise ValueError("; ".join(known))
+        return values
 
     def sent(self) -> dict[str, Any]:
         """Return only what the client sent, an explicit null included."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from domain.peft_config import PeftConfig
@@ -21,17 +22,19 @@ def planned_steps(config: PeftConfig, batches_per_epoch: int) -> int:
 
 
 def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: PeftConfig) -> torch.optim.Optimizer:
-    """Make AdamW over the adapter's parameters (betas 0.9 and 0.999, epsilon 1e-8, as in the HF Trainer).
+    """Make AdamW over the adapter's parameters.
 
     Args:
         parameters: By name.
     """
     groups = parameter_groups(parameters, config)
+    betas = (config.adam_beta1, config.adam_beta2)
+    settings = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
     if config.optimizer == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        return AdamW8bit(groups, **settings, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, **settings, weight_decay=config.weight_decay)
 
 
 def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], config: PeftConfig) -> list[dict[str, Any]]:
@@ -52,10 +55,16 @@ def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], config: PeftC
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: PeftConfig, total_steps: int) -> Any:
-    """Make the learning rate's schedule: a linear warm-up of whole steps, then the configured decay."""
-    return get_scheduler(
-        SCHEDULERS[config.scheduler],
-        optimizer,
-        num_warmup_steps=math.ceil(config.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
+    """Make the learning rate's schedule: a linear warm-up of whole steps, then the configured decay to its floor."""
+    warmup_steps, floor = math.ceil(config.warmup_ratio * total_steps), config.min_learning_rate_ratio
+    scheduler = get_scheduler(
+        SCHEDULERS[config.scheduler], optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
     )
+    if floor == 0:
+        return scheduler
+    (to_zero,) = scheduler.lr_lambdas
+
+    def to_floor(step: int) -> float:
+        return float(to_zero(step)) if step < warmup_steps else floor + (1 - floor) * float(to_zero(step))
+
+    return LambdaLR(optimizer, to_floor)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import set_seed
 
 from domain.peft_config import PeftConfig
@@ -29,6 +30,7 @@ from engine.checkpoints import (
     split_optimizer,
 )
 from engine.errors import BadData, BadSetting, NotFinite
+from engine.noise import add_noise
 from engine.optimizer import make_optimizer, make_scheduler, planned_steps
 from engine.rows import RowStore
 
@@ -114,6 +116,7 @@ class Trainer:
         self._scaler = torch.amp.GradScaler(base.device.type, enabled=config.precision == "fp16")
         self._loss = base.backend.loss(base.model, base.device)
         self.progress = RunProgress(evaluation_due=bool(validation))
+        self._noise: RemovableHandle | None = None
         self._best: Tensors = {}
         self._resumed_step: int | None = None
         set_seed(config.seed)
@@ -149,10 +152,14 @@ class Trainer:
         how = self._base.backend.begin_training(self._base.model, self._config)
         self._emit(Computing(request_id=self._request_id, how=how))
         self._emit(built(self._request_id, self._base, self._optimizer))
+        if self._config.neftune_noise_alpha > 0:
+            self._noise = add_noise(self._base.model.get_input_embeddings(), self._config.neftune_noise_alpha)
         self._base.model.train()
 
     def _end(self) -> None:
         self._base.model.eval()
+        if self._noise is not None:
+            self._noise.remove()
         self._base.backend.end_training(self._base.model, self._config)
         self._optimizer.zero_grad(set_to_none=True)
 

@@ -14,7 +14,7 @@ from core.logging import get_logger
 from domain.adapter_files import CARD, CONFIG, WEIGHTS, AdapterFacts, read_facts
 from domain.algorithms import Algorithm
 from domain.config_checks import check_asks_for_no_code
-from domain.peft_config import PeftConfig
+from domain.peft_config import recorded
 from domain.safetensors_header import LENGTH_BYTES, SafetensorsHeader, header_length, parse_header
 
 _MAX_CONFIG_BYTES = 2**20
@@ -103,7 +103,7 @@ def read_card(folder: Path, where: str) -> Card:
         said = read_json(path, where, _MAX_CARD_BYTES)
         if not isinstance(said, dict):
             raise AdapterRejected(f"{where}: {CARD} is not a JSON object.")
-        config = PeftConfig.model_validate(said.get("config"))
+        config = recorded(said.get("config"))
     except (AdapterRejected, ValidationError) as error:
         _log.warning("adapter.card_not_read", where=where, reason=str(error)[:500])
         path.unlink()

@@ -11,7 +11,7 @@ from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration
 from domain.hardware_fit import FITTED
 from domain.job_states import JobState
-from domain.peft_config import PeftConfig
+from domain.peft_config import PeftConfig, recorded
 from domain.use_cases import UseCaseId
 from services.checkpoint_store import CheckpointStore
 from services.dataset_analysis import DatasetAnalysisService
@@ -137,7 +137,7 @@ class JobIntake:
                     )
                 overrides[name] = have
         if source is not None:
-            overrides = {name: source.config[name] for name in FITTED} | overrides
+            overrides = {name: getattr(recorded(source.config), name) for name in FITTED} | overrides
         if "train_on" not in overrides and self.datasets.get(request.dataset_id).format == "text":
             overrides["train_on"] = "all"  # a text has no answers
         return self.peft.configure(
@@ -183,9 +183,8 @@ class JobIntake:
         """Give the new job a checkpoint of another."""
         checkpoint_id, about = self.checkpoints.about(source.id, resume_from.partition("/")[2] or None)
         pairs = {name: (getattr(source, name), getattr(record, name)) for name in _MUST_MATCH}
-        pairs |= {
-            name: (source.config[name], value) for name, value in record.config.items() if name not in _MAY_DIFFER
-        }
+        earlier = recorded(source.config).model_dump(mode="json")
+        pairs |= {name: (earlier[name], value) for name, value in record.config.items() if name not in _MAY_DIFFER}
         different = [f"{name} was {old!r}, not {new!r}" for name, (old, new) in sorted(pairs.items()) if old != new]
         if different:
             raise CheckpointUnusable(f"{resume_from} belongs to another kind of run: {'; '.join(different)}.")

@@ -17,7 +17,7 @@ from core.logging import get_logger
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.job_states import ACTIVE_STATES, JobState, may_change
-from domain.peft_config import PeftConfig
+from domain.peft_config import recorded
 from domain.retries import MAX_STALLS, TRANSIENT, wait_s
 from services import telemetry
 from services.engine_process import CommandFailed, EngineDied, EngineProcess, death_class
@@ -137,7 +137,7 @@ class TrainingRun:
             raise model.base.error
 
     def _find_or_load(self) -> LoadedModel:
-        config = PeftConfig.model_validate(self.job.config)
+        config = recorded(self.job.config)
         if self.job.loaded_model_id is not None:
             named = [model for model in self._service.peft.models() if model.id == self.job.loaded_model_id]
             # Another precision, an unloaded model or a dead engine: the base is loaded (again).
@@ -191,7 +191,7 @@ class TrainingRun:
             return protocol.Train(
                 request_id=request_id,
                 adapter_id=adapter_id,
-                config=PeftConfig.model_validate(job.config),
+                config=recorded(job.config),
                 dataset_path=rows,
                 validation_path=held_out,
                 validation_fraction=job.validation_fraction,
@@ -328,7 +328,7 @@ class TrainingRun:
         telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
         if error_class in ("out_of_memory", "out_of_host_memory"):
-            config = PeftConfig.model_validate(self.job.config)
+            config = recorded(self.job.config)
             on_gpu = self._device != "cpu"
             saving = self._service.peft.savings(self.job.model_id, self.job.revision, config, on_gpu=on_gpu)
             details["suggestions"] = saving or details["suggestions"]

@@ -21,7 +21,12 @@ PRACTICAL: dict[str, tuple[float, float]] = {
     "gradient_accumulation": (1, 4),
     "epochs": (0.2, 2.0),
     "max_steps": (2, 8),
+    "min_learning_rate_ratio": (0.0, 0.9),
     "max_grad_norm": (1e-3, 10.0),
+    "adam_beta1": (0.5, 0.95),
+    "adam_beta2": (0.9, 0.9999),
+    "adam_epsilon": (1e-9, 1e-5),
+    "neftune_noise_alpha": (0.0, 15.0),
     "max_seq_length": (20, 96),
     "eval_every_steps": (1, 4),
     "early_stopping_patience": (1, 3),
@@ -86,6 +91,8 @@ def requests(draw: st.DrawFn, **given: Any) -> tuple[Algorithm, dict[str, Any]]:
     } | given
     if overrides["eval_every_steps"] is None:
         overrides["early_stopping_patience"] = None
+    if overrides["scheduler"] == "constant":
+        overrides["min_learning_rate_ratio"] = 0.0
     if overrides["max_steps"] is not None:
         del overrides["epochs"]
     return algorithm, overrides

@@ -109,6 +109,7 @@ def rate(config: dict[str, Any], step: int, total: int) -> float:
     else:
         done = (step - warm) / max(1, total - warm)
         part = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[config["scheduler"]]
+        part = part * (1 - config["min_learning_rate_ratio"]) + config["min_learning_rate_ratio"]
     return float(config["learning_rate"] * part)
 
 
@@ -178,7 +179,14 @@ def run(
     pad = int(model.config.pad_token_id)
     named = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
     found = Replay(start={name: p.detach().clone() for name, p in named.items()})
-    optimizer = torch.optim.AdamW(named.values(), betas=(0.9, 0.999), eps=1e-8, weight_decay=config["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        named.values(),
+        betas=(config["adam_beta1"], config["adam_beta2"]),
+        eps=config["adam_epsilon"],
+        weight_decay=config["weight_decay"],
+    )
+    if config["neftune_noise_alpha"]:
+        model.get_input_embeddings().register_forward_hook(_noise(config["neftune_noise_alpha"]))
 
     def evaluate_if_due(step: int) -> None:
         if step in evaluate:
@@ -224,6 +232,18 @@ def run(
             evaluate_if_due(step + 1)
         epoch += 1
     return found
+
+
+def _noise(alpha: float) -> Any:
+    """NEFTune's noise: uniform within ± alpha / √(L · d), on every token, padding included, and only in training."""
+
+    def hook(module: torch.nn.Module, _: Any, embedded: torch.Tensor) -> torch.Tensor | None:
+        if not module.training:
+            return None
+        length, width = embedded.shape[-2:]
+        return embedded + torch.empty_like(embedded).uniform_(-1, 1) * alpha / math.sqrt(length * width)
+
+    return hook
 
 
 def _whole(model: PeftModelForCausalLM, batch: list[list[Tokens]], pad: int) -> float:

@@ -225,8 +225,13 @@ def check_precision(run: Run) -> None:
 def check_learning_rate(run: Run) -> None:
     (group,) = run.built["groups"]
     assert group["learning_rate"] == run.config["learning_rate"]
-    assert (group["betas"], group["epsilon"]) == ([0.9, 0.999], 1e-8)
     assert group["parameters"] == run.started["trainable_parameters"] == sum(run.built["adapter_types"].values())
+
+
+def check_adam(run: Run) -> None:
+    (group,) = run.built["groups"]
+    assert group["betas"] == [run.config["adam_beta1"], run.config["adam_beta2"]]
+    assert group["epsilon"] == run.config["adam_epsilon"]
 
 
 def check_schedule(run: Run) -> None:
@@ -260,7 +265,7 @@ def check_max_grad_norm(run: Run) -> None:
         state = load_file(folder / "optimizer.safetensors")
         found = float(torch.stack([t.norm() for name, t in state.items() if name.endswith(".exp_avg")]).norm())
         step = int(folder.name.removeprefix("step-"))
-        assert found <= run.config["max_grad_norm"] * (1 - 0.9**step) * 1.001
+        assert found <= run.config["max_grad_norm"] * (1 - run.config["adam_beta1"] ** step) * 1.001
         assert found == pytest.approx(run.replayed.momentum[step - 1], rel=20 * run.tolerance, abs=1e-5)
 
 
@@ -325,6 +330,11 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "max_steps": check_steps,
     "warmup_ratio": check_schedule,
     "scheduler": check_schedule,
+    "min_learning_rate_ratio": check_schedule,
+    "adam_beta1": check_adam,
+    "adam_beta2": check_adam,
+    "adam_epsilon": check_adam,
+    "neftune_noise_alpha": check_order,
     "weight_decay": check_weight_decay,
     "max_grad_norm": check_max_grad_norm,
     "max_seq_length": check_max_seq_length,

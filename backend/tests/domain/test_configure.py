@@ -35,6 +35,11 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "max_steps": st.one_of(st.none(), st.integers(1, 10**6)),
     "warmup_ratio": st.floats(0, 1),
     "scheduler": st.sampled_from(["linear", "cosine", "constant"]),
+    "min_learning_rate_ratio": st.floats(0, 0.99),
+    "adam_beta1": st.floats(0, 0.99),
+    "adam_beta2": st.floats(0, 0.9999),
+    "adam_epsilon": st.floats(1e-10, 1),
+    "neftune_noise_alpha": st.floats(0, 100),
     "weight_decay": st.floats(0, 1),
     "max_grad_norm": st.floats(0.01, 100),
     "max_seq_length": st.integers(8, 8192),
@@ -145,6 +150,7 @@ def test_flags_are_exact_and_exclusive(use_case: UseCaseId, machine: MachineFact
         (Algorithm.LORA, {"optimizer": "adamw_8bit"}, {"optimizer"}),
         (Algorithm.LORA, {"early_stopping_patience": 2}, {"early_stopping_patience"}),
         (Algorithm.LORA, {"epochs": 2.0, "max_steps": 10}, {"epochs"}),
+        (Algorithm.LORA, {"scheduler": "constant", "min_learning_rate_ratio": 0.1}, {"min_learning_rate_ratio"}),
     ],
 )
 def test_what_cannot_take_effect_on_a_cpu_is_refused_all_at_once(
