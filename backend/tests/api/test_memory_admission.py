@@ -76,6 +76,7 @@ def test_suggestions_hold_when_they_are_sent_back(studio: StudioServer) -> None:
         "memory_bytes": 620 * 2**20,
         "batch_size": 8,
         "gradient_checkpointing": False,
+        "precision": "fp32",
         "max_seq_length": 256,
         "rank": 64,
     }

@@ -93,7 +93,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop(tiny_path: Path) -> None:
 
 def test_accumulation_equals_the_large_batch(tiny_path: Path) -> None:
     rows = make_rows(8)
-    common = {"max_steps": 3, "learning_rate": 1e-2, "epochs": 3.0}
+    common = {"max_steps": 3, "learning_rate": 1e-2}
     *_, large, _ = run(tiny_path, config_for(Algorithm.LORA, batch_size=8, **common), rows)
     *_, small, _ = run(tiny_path, config_for(Algorithm.LORA, batch_size=2, gradient_accumulation=4, **common), rows)
     assert losses(small) == pytest.approx(losses(large), rel=1e-4)
@@ -164,7 +164,7 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tiny_path: Path, m
         ({"epochs": 3.0}, 5, 15),
         ({"epochs": 3.0, "gradient_accumulation": 2}, 5, 9),
         ({"epochs": 0.5}, 5, 3),
-        ({"epochs": 3.0, "max_steps": 2}, 5, 2),
+        ({"max_steps": 2}, 5, 2),
     ],
 )
 def test_planned_steps(settings: dict[str, Any], batches: int, steps: int) -> None:
