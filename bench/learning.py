@@ -4,7 +4,7 @@
     python bench/learning.py --data rows.json --algorithms lora --rates 2e-4 default 1.3e-3
 
 Needs a running server. Prints a table; exits 1 if the loss of any run does not fall, or if the default learning rate
-leaves a loss more than a hundredth above the best of the given ones.
+leaves a higher loss than the first of the given ones.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def compare(http: httpx.Client, dataset_id: str, algorithm: str, steps: int, len
         fell = fell and after[rate] < before
     for model in http.get("/api/peft/loaded-models").json()["models"]:
         http.delete(f"/api/peft/loaded-models/{model['id']}")
-    return fell and ("default" not in after or after["default"] <= 1.01 * min(after.values()))
+    return fell and ("default" not in after or after["default"] <= next(iter(after.values())))
 
 
 if __name__ == "__main__":
