@@ -18,6 +18,7 @@ EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ALGORITHMS = ["lora", "qlora", "dora", "pissa", "rslora"]
 OVERRIDES = {
     "rank": 4,
+    "alpha": 8,
     "max_seq_length": 64,
     "learning_rate": 0.01,
     "epochs": 2.0,
@@ -72,7 +73,7 @@ def test_every_algorithm_loads_trains_and_hands_out_an_adapter_that_stock_peft_l
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     pissa = algorithm == "pissa"
     assert config["r"] == (8 if pissa else 4)
-    assert config["lora_alpha"] == 8  # twice the rank asked for; PiSSA: the rank asked for, doubled by the conversion
+    assert config["lora_alpha"] == (16 if pissa else 8)  # PiSSA: doubled with the rank by the conversion
     assert config["use_rslora"] == (algorithm == "rslora")
     assert config["use_dora"] == (algorithm == "dora")
     assert config["init_lora_weights"] is True
