@@ -26,8 +26,8 @@ NOT_OFFERED: MappingProxyType[str, str] = MappingProxyType(
     {
         "corda": "CorDA decomposes each weight by the covariance of its inputs, in × in numbers a layer, which the "
         "memory estimate does not know; 'pissa' and 'olora' start from the weights alone",
-        "eva": "EVA starts from the singular vectors of each layer's inputs, for which the training rows would pass "
-        "through the model once before the run; that pass is not there; 'pissa' and 'olora' start from the weights",
+        "eva": "EVA passes the rows through the model until every layer's singular vectors have converged, for which "
+        "there is no bound: few or short rows never get there; 'pissa' and 'olora' start from the weights",
         "vera": "VeRA trains vectors over random matrices that all layers share, which is no LoRA: merging, GGUF and "
         "the checks of an adapter's files read A and B of each layer; 'lora' with rank 1 or 2 is as small",
         "adalora": "AdaLoRA moves rank between layers by a budget over the run, which checkpoints and the plain LoRA "

@@ -148,4 +148,4 @@ def orthonormal_factors(weight: torch.Tensor, rank: int, _scaling: float) -> Fac
     what is subtracted and not the factors.
     """
     q, r = torch.linalg.qr(weight)
-    return r[:rank], q[:, :rank]
+    return r[:rank].clone(), q[:, :rank]  # a view of its first rows would keep all of R in memory

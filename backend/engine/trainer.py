@@ -83,7 +83,7 @@ class Trainer:
         control: Asked between forward passes whether to go on.
         checkpoints: Where checkpoints go; None for a run without.
         resume: The checkpoint to go on from.
-        initial: Tensors to keep in every checkpoint (PiSSA's A and B as initialised).
+        initial: Tensors to keep in every checkpoint (A and B as initialised, where they are converted afterwards).
     """
 
     def __init__(

@@ -15,7 +15,8 @@ from tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ALGORITHMS = ["lora", "qlora", "dora", "pissa", "rslora"]
+ALGORITHMS = ["lora", "qlora", "dora", "pissa", "rslora", "olora", "lora-plus", "loftq"]
+IN_4_BITS = {"quantization": "nf4"}
 OVERRIDES = {
     "rank": 4,
     "alpha": 8,
@@ -45,11 +46,15 @@ def dataset(studio: StudioServer) -> dict[str, Any]:
     return studio.upload(messages_jsonl(), name="twice")
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algorithm", "more"), [*((name, {}) for name in ALGORITHMS), ("pissa", IN_4_BITS)], ids=[*ALGORITHMS, "pissa nf4"]
+)
 def test_every_algorithm_loads_trains_and_hands_out_an_adapter_that_stock_peft_loads(
-    studio: StudioServer, dataset: dict[str, Any], tiny_path: Path, tmp_path: Path, algorithm: str
+    studio: StudioServer, dataset: dict[str, Any], tiny_path: Path, tmp_path: Path, algorithm: str, more: dict[str, Any]
 ) -> None:
-    loaded = studio.load(TINY_ID, algorithm=algorithm, overrides=OVERRIDES)
+    # B's rate is then 0.016, as fast as the others learn.
+    overrides = OVERRIDES | more | ({"learning_rate": 0.001} if algorithm == "lora-plus" else {})
+    loaded = studio.load(TINY_ID, algorithm=algorithm, overrides=overrides)
     assert (loaded["state"], loaded["engine"], loaded["device"]) == ("ready", "transformers", "cpu")
     question = "say 3 twice"
     before = studio.generate(loaded["id"], question, max_new_tokens=12)["text"]
@@ -58,7 +63,7 @@ def test_every_algorithm_loads_trains_and_hands_out_an_adapter_that_stock_peft_l
         dataset_id=dataset["id"],
         validation_fraction=0.25,
         algorithm=algorithm,
-        overrides=OVERRIDES,
+        overrides=overrides,
     )
     events = studio.events(job["id"])
     assert [sequence for sequence, _ in events] == list(range(1, len(events) + 1))
@@ -71,9 +76,9 @@ def test_every_algorithm_loads_trains_and_hands_out_an_adapter_that_stock_peft_l
     with zipfile.ZipFile(io.BytesIO(zipped)) as archive:
         archive.extractall(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    pissa = algorithm == "pissa"
-    assert config["r"] == (8 if pissa else 4)
-    assert config["lora_alpha"] == (16 if pissa else 8)  # PiSSA: doubled with the rank by the conversion
+    doubled = algorithm in ("pissa", "olora")
+    assert config["r"] == (8 if doubled else 4)
+    assert config["lora_alpha"] == (16 if doubled else 8)  # doubled with the rank by the conversion
     assert config["use_rslora"] == (algorithm == "rslora")
     assert config["use_dora"] == (algorithm == "dora")
     assert config["init_lora_weights"] is True
@@ -83,7 +88,9 @@ def test_every_algorithm_loads_trains_and_hands_out_an_adapter_that_stock_peft_l
 
     # The served answer and stock PEFT's are the same text, token by token; the bare base still answers as before.
     served = studio.generate(loaded["id"], question, job["adapter_id"], max_new_tokens=12)["text"]
-    stock = in_stock_peft(tiny_path, tmp_path, ANSWER.format(question=question), four_bit=algorithm == "qlora")
+    stock = in_stock_peft(
+        tiny_path, tmp_path, ANSWER.format(question=question), four_bit=job["config"]["quantization"] == "nf4"
+    )
     assert stock == served
     assert served != before
     assert studio.generate(loaded["id"], question, max_new_tokens=12)["text"] == before
