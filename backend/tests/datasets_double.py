@@ -110,7 +110,7 @@ def _parquet_cell(value: Any) -> Any:
 
 
 def gzipped(content: bytes) -> bytes:
-    return gzip.compress(content)
+    return gzip.compress(content, mtime=0)
 
 
 def zipped(content: bytes, name: str) -> bytes:
