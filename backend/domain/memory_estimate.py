@@ -26,17 +26,20 @@ class Platform:
         overhead_bytes: Interpreter, libraries and context before any weight.
         slack_layers: What the allocator holds and cannot reuse, as a part of all that a forward pass allocates in the
             layers, checkpointed or not.
+        slack_quantized: The same where each pass turns the weights back from 4 or 8 bits in between.
         slack_adapters: The same as a part of adapters, gradients and optimizer.
-        slack_dora: The same as a part of the dense fp32 weights that DoRA computes of each target in each pass.
+        slack_dora: How much the heap has grown once DoRA has taken the norm of each target, as a part of the targets'
+            dense fp32 weights; what a forward pass allocates then fills it.
         slack_pissa: The same as a part of the dense fp32 weights that PiSSA decomposes. OLoRA and LoftQ do alike; their
             decompositions have not been measured apart.
-        low: The range's lower end as a part of the total; what DoRA's dense weights may cost is not in it at all.
-        high: Its upper end, in which that is counted twice.
+        low: The range's lower end as a part of the total, without what DoRA's norms leave behind: that is chance.
+        high: Its upper end.
     """
 
     on_gpu: bool
     overhead_bytes: int
     slack_layers: float
+    slack_quantized: float
     slack_adapters: float
     slack_dora: float
     slack_pissa: float
@@ -51,8 +54,9 @@ CPU = Platform(
     on_gpu=False,
     overhead_bytes=550 * 2**20,
     slack_layers=0.65,
+    slack_quantized=0.85,
     slack_adapters=0.3,
-    slack_dora=1.0,
+    slack_dora=3.1,
     slack_pissa=1.3,
     low=0.88,
     high=1.08,
@@ -63,6 +67,7 @@ GPU = Platform(
     on_gpu=True,
     overhead_bytes=1536 * 2**20,
     slack_layers=0.03,
+    slack_quantized=0.03,
     slack_adapters=0.0,
     slack_dora=0.0,
     slack_pissa=0.0,
@@ -181,12 +186,14 @@ def estimate(
     # Gradients take the place of activations as these are freed, unless several passes add up to one step.
     gradients = adapter if config.gradient_accumulation > 1 else max(0, adapter - activations - logits)
     training = weights + adapter + gradients + optimizer + activations + logits
-    fixed = device.overhead_bytes + _lost(shape, config, device, layers.all_bytes, adapter + optimizer)
+    lost = _lost(shape, config, device, layers.all_bytes, adapter + optimizer)
+    # What DoRA's norms leave free in the heap, the passes take first.
+    left = math.ceil(device.slack_dora * dense_bytes(shape, config)) if config.use_dora else 0
+    left = max(0, left - activations - logits - lost)
+    fixed = device.overhead_bytes + lost + left
     # Loading may need more than a small training run.
     overhead = max(fixed, loading_bytes(shape, config, on_gpu=on_gpu) - training)
     total = training + overhead
-    # How much of DoRA's dense weights a heap loses is a matter of chance: none, or twice the mean.
-    chance = math.ceil(device.slack_dora * dense_bytes(shape, config)) if config.use_dora else 0
     return MemoryEstimate(
         total_bytes=total,
         weights_bytes=weights,
@@ -196,8 +203,8 @@ def estimate(
         activations_bytes=activations,
         logits_bytes=logits,
         overhead_bytes=overhead,
-        low_bytes=math.floor((total - chance) * device.low),
-        high_bytes=math.ceil((total + chance) * device.high * (_ROUGH if shape.rough else 1)),
+        low_bytes=math.floor((total - left) * device.low),
+        high_bytes=math.ceil(total * device.high * (_ROUGH if shape.rough else 1)),
     )
 
 
@@ -207,12 +214,10 @@ _ROUGH = 1.8
 
 def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers_bytes: int, trained_bytes: int) -> int:
     """Bytes that the allocator holds and cannot reuse."""
-    lost = device.slack_layers * layers_bytes + device.slack_adapters * trained_bytes
-    dense = (device.slack_dora if config.use_dora else 0.0) + (
-        device.slack_pissa if config.init_weights in DECOMPOSED else 0.0
-    )
-    if dense:
-        lost += dense * dense_bytes(shape, config)
+    slack = device.slack_layers if config.quantization == "none" else device.slack_quantized
+    lost = slack * layers_bytes + device.slack_adapters * trained_bytes
+    if config.init_weights in DECOMPOSED:
+        lost += device.slack_pissa * dense_bytes(shape, config)
     return math.ceil(lost)
 
 
