@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from services.engine_process import CommandFailed, EngineProcess
 from services.model_files import ModelFiles, get_model_files
 from services.peft_service import PeftService, get_peft_service
 from store.database import Database
+from store.records import JobRecord
 from store.repositories import Jobs
 
 _VERSION = 1  # of what is computed; a kept analysis of another one is not used
@@ -34,6 +36,14 @@ _SETTINGS = (
     *("train_on", "max_seq_length", "packing", "batch_size", "gradient_accumulation"),
     *("epochs", "max_steps"),
 )
+# Findings that leave a row with nothing to learn.
+_WHY_NOTHING = {
+    "answer_lost": "the answer begins beyond it",
+    "nothing_to_learn": "no token is learned",
+    "refused": "the model's chat template refuses the conversation",
+}
+_LOOKED_AT = 1000  # rows; one that fits is enough, and mostly it is the first
+_TEMPLATE_TOKENS = 8  # of a turn: its marks and its role
 _log = get_logger(__name__)
 
 
@@ -106,6 +116,24 @@ class DatasetAnalysisService:
         """
         config = self._config(request)
         self._datasets.check_trainable(request.dataset_id, config.train_on)
+        return self._begin(request, config)
+
+    def begin_in_doubt(self, job: JobRecord) -> Running | None:
+        """Begin an analysis of a job's data where it is in doubt that anything can be learned; None where it is not.
+
+        Without one, that would come out once the base is downloaded and loaded.
+
+        Raises:
+            DatasetNotFound, ModelNotFound: There is none of that id.
+        """
+        config = PeftConfig.model_validate(job.config)
+        if some_answer_fits(self._datasets.rows_path(job.dataset_id), config.train_on, config.max_seq_length):
+            return None
+        algorithm = Algorithm(job.algorithm)
+        request = AnalysisRequest(job.dataset_id, job.model_id, job.revision, algorithm, None, {}, None)
+        return self._begin(request, config)
+
+    def _begin(self, request: AnalysisRequest, config: PeftConfig) -> Running:
         path = self._files.ensure_tokenizer(request.model_id, request.revision)
         kept = self._place(request, config, path)
         figures = self._figures(kept)
@@ -132,13 +160,12 @@ class DatasetAnalysisService:
         Raises:
             DatasetNotTrainable: An analysis with the same settings found no token to learn.
         """
-        wanted = {"model_id": model_id, "revision": revision, **_read_settings(config, ("train_on", "max_seq_length"))}
+        wanted = {"model_id": model_id, "revision": revision, "train_on": config.train_on}
         for about, figures in self._kept(dataset_id):
-            if all(about.get(name) == value for name, value in wanted.items()) and not figures["epoch"]["rows"]:
-                raise DatasetNotTrainable(
-                    f"Nothing would be learned from {dataset_id} with max_seq_length={config.max_seq_length}: "
-                    f"POST /api/datasets/{dataset_id}/analyze says why.",
-                )
+            same = all(about.get(name) == value for name, value in wanted.items())
+            # What is beyond the end of a row is beyond that of a shorter one.
+            if same and about["max_seq_length"] >= config.max_seq_length:
+                require_learnable(dataset_id, config.max_seq_length, figures)
 
     def longest_row(self, dataset_id: str, model_id: str, revision: str | None) -> int | None:
         """Return the tokens of the longest row for a model's tokenizer, if an analysis has counted them."""
@@ -250,6 +277,49 @@ class DatasetAnalysisService:
         process = self._process
         if process is not None:
             process.kill()
+
+
+def require_learnable(dataset_id: str, max_seq_length: int, figures: dict[str, Any]) -> None:
+    """Refuse a dataset whose analysis found nothing to learn.
+
+    Raises:
+        DatasetNotTrainable: With the rows of each finding that says why.
+    """
+    if figures["epoch"]["rows"]:
+        return
+    reasons = [
+        f"{_WHY_NOTHING[name]} (rows {', '.join(str(number + 1) for number in found['examples'])}"
+        f"{', …' if found['rows'] > len(found['examples']) else ''})"
+        for name, found in figures["findings"].items()
+        if name in _WHY_NOTHING and found["rows"]
+    ]
+    raise DatasetNotTrainable(
+        f"Nothing would be learned from {dataset_id} with max_seq_length={max_seq_length}: {'; '.join(reasons)}. "
+        f"POST /api/datasets/{dataset_id}/analyze says more.",
+    )
+
+
+def some_answer_fits(rows: Path, train_on: str, max_seq_length: int) -> bool:
+    """Tell whether one of the first rows surely has an answer that begins within a number of tokens.
+
+    A token is a byte at least, and a turn has some of the template's own: what is long by this count may still fit.
+    """
+    with rows.open("rb") as file:
+        for line in islice(file, _LOOKED_AT):
+            row = json.loads(line)
+            if "text" in row or train_on == "all":
+                return True
+            turns = row["messages"]
+            answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+            wanted = answers[-1:] if train_on == "last_assistant" else answers
+            learned = next((at for at in wanted if turns[at].get("weight", 1) != 0), None)
+            if learned is None:
+                continue
+            before = sum(len(turn["content"].encode()) + _TEMPLATE_TOKENS for turn in turns[: learned + 1])
+            before += len(json.dumps(row["tools"])) if row.get("tools") else 0
+            if before - len(turns[learned]["content"].encode()) < max_seq_length:
+                return True
+    return False
 
 
 def _read_settings(config: PeftConfig, names: tuple[str, ...]) -> dict[str, Any]:

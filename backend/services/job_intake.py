@@ -78,7 +78,8 @@ class JobIntake:
         model_id, revision = self._model_of(request)
         config = self._configure(request, model_id, revision, source).config
         self._check_data(request, config)
-        self.analyses.check_learnable(request.dataset_id, model_id, revision, config)
+        for dataset_id in filter(None, (request.dataset_id, request.validation_dataset_id)):
+            self.analyses.check_learnable(dataset_id, model_id, revision, config)
         if not request.force:
             self._check_memory(request, model_id, revision, config)
         record = JobRecord(
@@ -160,7 +161,10 @@ class JobIntake:
         return asdict(self.peft.get(request.loaded_model_id).base.options)
 
     def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
-        self.datasets.check_trainable(request.dataset_id, config.train_on)
+        record = self.datasets.check_trainable(request.dataset_id, config.train_on)
+        repeated = self.datasets.manifest(request.dataset_id).duplicates or 0
+        if request.validation_fraction > 0 and record.rows - repeated < 2:
+            raise _rejected("validation_fraction", "all rows are the same: none can be held out for validation")
         if request.validation_dataset_id is not None:
             self.datasets.check_trainable(request.validation_dataset_id, config.train_on)
             if request.validation_fraction > 0:

@@ -20,6 +20,7 @@ from domain.job_states import ACTIVE_STATES, JobState, may_change
 from domain.peft_config import recorded
 from domain.retries import MAX_STALLS, TRANSIENT, wait_s
 from services import telemetry
+from services.dataset_analysis import require_learnable
 from services.engine_process import CommandFailed, EngineDied, EngineProcess, death_class
 from services.loaded_base import LoadState
 from services.peft_service import LoadedModel, LoadRequest
@@ -116,6 +117,7 @@ class TrainingRun:
             self._fail(error.slug.replace("-", "_"), error)
 
     def _work(self) -> tuple[LoadedModel, dict[str, Any]]:
+        self._check_data()
         known = {model.id for model in self._service.peft.models()}
         model = self._find_or_load()
         try:
@@ -128,6 +130,18 @@ class TrainingRun:
                 with suppress(LoadedModelNotFound):
                     self._service.peft.unload(model.id)
             raise
+
+    def _check_data(self) -> None:
+        """End a job that would learn nothing before its base is downloaded and loaded."""
+        if self._progress.get("step"):
+            return  # it has learned something
+        running = self._patiently(lambda: self._service.analyses.begin_in_doubt(self.job))
+        if running is None:
+            return
+        while not running.future.done():
+            if self._stop.wait(_POLL_S):
+                self._end_early()
+        require_learnable(self.job.dataset_id, self.job.config["max_seq_length"], running.future.result())
 
     def _wait_for(self, model: LoadedModel) -> None:
         while not model.base.settled:

@@ -79,6 +79,7 @@ class TrainingService:
     ) -> None:
         self._database, self.datasets, self.adapters, self.peft = database, datasets, adapters, peft
         self._clock, self._devices, self.checkpoints = clock, devices, checkpoints
+        self.analyses = analyses
         self._intake = JobIntake(datasets, peft, analyses, checkpoints)
         self.max_checkpoint_bytes, self.oom_kills = max_checkpoint_bytes, oom_kills
         self.broadcast = Broadcast()

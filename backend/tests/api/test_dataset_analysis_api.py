@@ -70,6 +70,12 @@ def test_a_job_that_would_learn_nothing_is_refused_once_that_is_known(studio: St
     body = {"model_id": TINY_ID, "dataset_id": dataset["id"], "overrides": {"max_seq_length": 64}}
     refused = studio.http.post("/api/training/jobs", json=body)
     assert (refused.status_code, refused.json()["type"]) == (422, "/problems/dataset-not-trainable")
+    assert "the answer begins beyond it (rows 1)" in refused.json()["detail"]
+    shorter = body | {"overrides": {"max_seq_length": 32}}
+    assert studio.http.post("/api/training/jobs", json=shorter).status_code == 422
+    good = studio.upload(messages_jsonl(3))
+    validated = body | {"dataset_id": good["id"], "validation_dataset_id": dataset["id"]}
+    assert studio.http.post("/api/training/jobs", json=validated).status_code == 422
     body["overrides"] = {"max_seq_length": 256, "max_steps": 1}
     assert studio.http.post("/api/training/jobs", json=body).status_code == 202
 

@@ -32,6 +32,20 @@ def test_plain_text_is_trained_on_whole_and_long_texts_are_cut_into_rows(studio:
     assert (refused.status_code, refused.json()["type"]) == (422, "/problems/dataset-not-trainable")
 
 
+def test_a_job_that_would_learn_nothing_ends_before_its_base_is_loaded_and_names_the_rows(studio: StudioServer) -> None:
+    rows = [{"prompt": f"{number} " + "x " * 400, "completion": "y"} for number in range(3)]
+    dataset = studio.upload("\n".join(json.dumps(row) for row in rows))
+    loaded = len(studio.http.get("/api/peft/loaded-models").json()["models"])
+    job, started = run(studio, dataset)
+    assert (job["state"], job["error"]["class"], job["attempts"]) == ("failed", "dataset_not_trainable", 1), job
+    assert "the answer begins beyond it (rows 1, 2, 3)" in job["error"]["message"] and started == {}
+    assert len(studio.http.get("/api/peft/loaded-models").json()["models"]) == loaded
+    # In doubt and yet to be learned from: one row's answer is within reach.
+    rows.append({"prompt": "x" * 50, "completion": "y"})
+    job, started = run(studio, studio.upload("\n".join(json.dumps(row) for row in rows)))
+    assert (job["state"], started["rows"], started["skipped_rows"]) == ("succeeded", 1, 3), job
+
+
 def test_repeated_rows_are_not_validated_on_after_being_trained_on(studio: StudioServer) -> None:
     lines = messages_jsonl(12).splitlines()
     dataset = studio.upload("\n".join(lines * 4))
@@ -39,9 +53,10 @@ def test_repeated_rows_are_not_validated_on_after_being_trained_on(studio: Studi
     assert job["state"] == "succeeded"
     assert (started["rows"], started["validation_rows"]) == (36, 12)
     same = studio.upload("\n".join(lines[:1] * 8))
-    job, _ = run(studio, same, validation_fraction=0.25)
-    assert (job["state"], job["error"]["class"]) == ("failed", "bad_data")
-    assert "all rows are the same" in job["error"]["message"]
+    body = {"model_id": TINY_ID, "dataset_id": same["id"], "overrides": SHORT, "validation_fraction": 0.25}
+    refused = studio.http.post("/api/training/jobs", json=body)
+    assert (refused.status_code, refused.json()["type"]) == (422, "/problems/setting-rejected")
+    assert "all rows are the same" in refused.json()["detail"]
 
 
 def test_answers_of_weight_0_are_not_trained_on(studio: StudioServer) -> None:
