@@ -229,11 +229,14 @@ class Server:
         Raises:
             CannotReproduce: The job does not succeed.
         """
+        overrides = dict(card["config"])
+        if overrides.get("max_steps") is not None:
+            overrides.pop("epochs", None)  # without effect beside it, and what has none is refused
         request = {
             "model_id": card["base_model_id"],
             "revision": card["base_commit"] or card["base_revision"],
             "algorithm": card["algorithm"],
-            "overrides": card["config"],
+            "overrides": overrides,
             "dataset_id": dataset_id,
             "validation_dataset_id": validation_id,
             "validation_fraction": 0 if validation_id else card["validation_fraction"],
