@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from commit_cutter import CommitCutter
+from postgres import postgres
 from server import wait_until
 
 from core.clock import SystemClock
@@ -31,8 +33,10 @@ MOMENT = "2026-01-01T00:00:00.000000Z"
 class Studio:
     """A training service whose models come to nothing, in the way that the test says."""
 
-    def __init__(self, folder: Path, load: Callable[[Any], Any], devices: tuple[str, ...] = ("cpu",)) -> None:
-        self.database = Database(f"sqlite:///{folder / 'studio.db'}")
+    def __init__(
+        self, folder: Path, load: Callable[[Any], Any], devices: tuple[str, ...] = ("cpu",), url: str | None = None
+    ) -> None:
+        self.database = Database(url or f"sqlite:///{folder / 'studio.db'}")
         self.database.migrate()
         with self.database.begin() as connection:
             Datasets(connection).add(DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], MOMENT))
@@ -261,6 +265,29 @@ def test_an_event_that_was_written_unheard_is_not_written_twice(tmp_path: Path) 
     assert kinds == [(1, "metrics", 1), (2, "state", None), (3, "metrics", 2), (4, "metrics", 2)]
     assert (second, third) == (3, 4)
     studio.close()
+
+
+def test_an_event_whose_commit_nobody_answered_is_there_once_when_postgresql_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("store.database._CONNECT_WAITS_S", (0.0,))
+    with postgres() as server, CommitCutter(server.port) as cutter:
+        url = server.url.replace(str(server.port), str(cutter.port))
+        studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=(), url=url)
+        job_id = studio.add(1)
+
+        def record() -> int:
+            return studio.service.record_event(job_id, "metrics", {"step": 1, "loss": 0.3}, {"step": 1}, 0, after=0)
+
+        cutter.cut_next("after", then_away=True)
+        for _ in range(2):  # nobody can say what became of the first; the second does not get through
+            with pytest.raises(DatabaseUnavailable):
+                record()
+        cutter.back()
+        assert record() == record() == 1
+        assert [event.data["step"] for event in studio.service.events(job_id, 0, 10)] == [1]
+        assert studio.service.get(job_id).progress == {"step": 1}
+        studio.close()
 
 
 @pytest.mark.parametrize(
