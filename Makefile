@@ -39,7 +39,7 @@ test-slow: setup
 check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy backend/main.py backend/core backend/domain backend/store backend/services backend/api backend/engine
+	$(VENV)/bin/mypy backend/main.py backend/reproduce.py backend/core backend/domain backend/store backend/services backend/api backend/engine
 	cd backend && ../$(VENV)/bin/lint-imports --config ../pyproject.toml
 
 bench: setup
