@@ -145,6 +145,7 @@ def measure(point: Point, model_path: Path) -> dict[str, Any]:
                     checkpoints_path=str(Path(folder) / "checkpoints"),
                     max_checkpoint_bytes=None,
                     recorded_step=0,
+                    about={},
                 )
             )
             training.result()

@@ -136,6 +136,7 @@ def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_
         checkpoints_path=str(work / "checkpoints"),
         max_checkpoint_bytes=None,
         recorded_step=recorded_step,
+        about={},
     )
     return recorder, train(base, command, recorder)  # type: ignore[arg-type]
 
