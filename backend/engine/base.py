@@ -9,9 +9,11 @@ from typing import Any
 import psutil
 import torch
 from peft import PeftModel, PeftModelForCausalLM
+from safetensors import SafetensorError
 
 from domain.peft_config import PeftConfig
 from engine import methods
+from engine.attach import attach_by_peft, attach_plain
 from engine.backend import backend_of
 from engine.batches import FALLBACK_TEMPLATE
 from engine.errors import BadModel, BadSetting
@@ -65,17 +67,17 @@ class Base:
         """Load an adapter's folder onto the base.
 
         Raises:
-            BadSetting: The adapter does not belong to this base.
+            BadSetting: The adapter does not belong to this base, which stays as it was.
         """
         if name in self.adapters:
             return
-        device = str(self.device)  # PEFT would read the weights onto the first GPU
         try:
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(path), adapter_name=name, is_trainable=False, torch_device=device)
-            else:
-                self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name, torch_device=device)
-        except (ValueError, RuntimeError, OSError) as error:
+            plain = attach_plain(self.model, name, path)
+            if plain is not None:
+                self.model = plain
+                return
+            self.model = attach_by_peft(self.model, name, path, str(self.device))
+        except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise BadSetting(f"the adapter does not fit this base: {error}") from error
         self.model.eval()
 

@@ -1,0 +1,223 @@
+"""Adapters from their files onto a base: a plain LoRA straight into the layers, all else by PEFT's own loader.
+
+PEFT's loader walks every module of the model a dozen times and initialises weights that the file's then replace. A
+plain LoRA needs none of it. What is not known to be plain is left to PEFT, which either loads it or says what is wrong.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.initialization import no_init_weights
+
+from engine.frozen_weights import unwrapped
+
+# Settings of PEFT's under which an adapter is still plain: update_layer reads the first five, and the others change
+# nothing in one that is loaded to answer. Any other setting that is not at its default goes to PEFT's loader.
+_UNDERSTOOD = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
+    "base_model_name_or_path", "revision", "peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode",
+    "init_lora_weights", "fan_in_fan_out",
+}  # fmt: skip
+# Ways to initialise A and B that leave the base's weights and the forward pass alone.
+_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# The last steps of update_layer: there is nothing yet to move to a device, and activating the active adapters anew
+# would freeze one in training. Both go through every adapter on the layer.
+_LEFT_OUT = ("_move_adapter_to_device_of_base_layer", "set_adapter")
+_PREFIX = "base_model.model."
+
+
+def attach_plain(model: Any, name: str, path: Path) -> PeftModel | None:
+    """Put a plain LoRA's tensors in place, in fp32, frozen; nothing else of the model changes.
+
+    Args:
+        model: The base, with adapters or without.
+        name: What the adapter is to be called on it.
+        path: The adapter's folder.
+
+    Returns:
+        The model with the adapter; None, and nothing changed, if this is not a plain LoRA that fits to the letter.
+
+    Source: PEFT 0.21, `PeftModel.load_adapter` and `BaseTuner.inject_adapter`, of which this does what is left for a
+        plain LoRA.
+    """
+    file = path / "adapter_model.safetensors"
+    config = PeftConfig.from_pretrained(str(path))
+    if not (file.is_file() and _plain(config) and _fits(model, config)):
+        return None
+    layers = _targeted(model, config)
+    tensors = load_file(file)
+    if layers is None or not _match(layers, tensors, config.r):
+        return None
+    config.inference_mode = True
+    if isinstance(model, PeftModel):
+        _make_places(model, name, config, layers)
+        _fill(layers, name, tensors)
+        return model
+    was_training = model.training
+    with _all_or_nothing(model, name):
+        with no_init_weights():
+            found = PeftModelForCausalLM(model, config, adapter_name=name, low_cpu_mem_usage=True)
+        _fill({key: model.get_submodule(key) for key in layers}, name, tensors)
+    found.train(was_training)
+    return found
+
+
+def _plain(config: PeftConfig) -> bool:
+    plain = LoraConfig()
+    return (
+        type(config) is LoraConfig
+        and all(getattr(config, f.name) == getattr(plain, f.name) for f in fields(plain) if f.name not in _UNDERSTOOD)
+        and isinstance(config.target_modules, set)
+        and config.init_lora_weights in _HARMLESS_INITS
+        and isinstance(config.r, int)
+        and config.r > 0
+    )
+
+
+def _fits(model: Any, config: LoraConfig) -> bool:
+    """Tell whether the model is one on which names in the file are names in the model."""
+    bare = unwrapped(model)
+    if isinstance(model, PeftModel):
+        known = type(model) in (PeftModel, PeftModelForCausalLM) and type(model.base_model) is LoraModel
+    else:
+        known = config.task_type == "CAUSAL_LM"
+    converted = get_checkpoint_conversion_mapping(getattr(bare.config, "model_type", None))
+    return known and converted is None and not getattr(bare, "_checkpoint_conversion_mapping", None)
+
+
+def _targeted(model: Any, config: LoraConfig) -> dict[str, Any] | None:
+    """Find the layers that PEFT would adapt, by their paths in the base.
+
+    Returns:
+        None if there are none, if one is not a plain linear layer, or if one has no place for adapters and others have.
+    """
+    bare, adapted = unwrapped(model), isinstance(model, PeftModel)
+    head = bare.get_output_embeddings()
+    found = {}
+    waiting = list(bare.named_children())[::-1]
+    while waiting:
+        key, module = waiting.pop()
+        if not isinstance(module, BaseTunerLayer):
+            waiting += [(f"{key}.{name}", child) for name, child in module.named_children()][::-1]
+        if not check_target_module_exists(config, key):
+            continue
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        ready = isinstance(module, LoraLayer) and type(module).update_layer is LoraLayer.update_layer
+        if layer is head or not isinstance(layer, nn.Linear) or ready != adapted:
+            return None
+        weight = layer.weight
+        if weight.dtype.is_floating_point and weight.dtype not in _FLOATS:
+            return None  # PEFT gives A and B other types than fp32 there
+        found[key] = module
+    return found or None
+
+
+def _match(layers: dict[str, Any], tensors: dict[str, torch.Tensor], rank: int) -> bool:
+    """Tell whether the file holds A and B of each layer in its shape, and nothing else."""
+    wanted = {}
+    for key, layer in layers.items():
+        wanted[f"{_PREFIX}{key}.lora_A.weight"] = (rank, layer.in_features)
+        wanted[f"{_PREFIX}{key}.lora_B.weight"] = (layer.out_features, rank)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return shapes == wanted and all(tensor.dtype in _FLOATS for tensor in tensors.values())
+
+
+def _make_places(model: PeftModel, name: str, config: LoraConfig, layers: dict[str, Any]) -> None:
+    """Enter the adapter in the model's books and give each layer a place for A and B, without memory."""
+    empty = LoraConfig(**{key: getattr(config, key) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")})
+    empty.init_lora_weights, empty.inference_mode = False, True
+    with _all_or_nothing(model, name), no_init_weights(), torch.device("meta"):
+        model.peft_config[name] = config
+        for key, layer in layers.items():
+            layer.__dict__ |= dict.fromkeys(_LEFT_OUT, _nothing)
+            try:
+                layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=empty, target_name=key)
+            finally:
+                for step in _LEFT_OUT:
+                    del layer.__dict__[step]
+    known = model.base_model.targeted_module_names
+    known += [key for key in layers if key not in set(known)]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Stand in for a step that is left out."""
+
+
+def _fill(layers: dict[str, Any], name: str, tensors: dict[str, torch.Tensor]) -> None:
+    for key, layer in layers.items():
+        device = layer.get_base_layer().weight.device
+        for part, places in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            # A copy: the file is mapped into memory, and may be written over while the adapter answers; and products
+            # round as with PEFT's tensors only where those start at the same multiples of bytes.
+            weight = tensors[f"{_PREFIX}{key}.{part}.weight"].to(device, torch.float32, copy=True)
+            places[name].weight = nn.Parameter(weight, requires_grad=False)
+        for places in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+            places[name].train(layer.training)
+
+
+def attach_by_peft(model: Any, name: str, path: Path, device: str) -> PeftModel:
+    """Load an adapter as PEFT does, and refuse what it would pass over: tensors that are missing or left over.
+
+    Args:
+        model: The base, with adapters or without; as it was if this fails.
+        name: What the adapter is to be called on it.
+        path: The adapter's folder.
+        device: Where PEFT is to read the tensors to; it would take the first GPU.
+
+    Raises:
+        ValueError: The adapter does not fit, as any other error says that comes from PEFT.
+    """
+    with _all_or_nothing(model, name):
+        if isinstance(model, PeftModel):
+            found, renamed = model, None
+        else:
+            config = PeftConfig.from_pretrained(str(path))
+            config.inference_mode = True
+            renamed = getattr(model, "_checkpoint_conversion_mapping", {})
+            kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+            found = kind(model, config, adapter_name=name)
+        loaded = found.load_adapter(str(path), name, torch_device=device, key_mapping=renamed)
+        for fault, keys in (("lacks", loaded.missing_keys), ("has no place for", loaded.unexpected_keys)):
+            if keys:
+                subject = "the file" if fault == "lacks" else "the base"
+                raise ValueError(f"{subject} {fault} {len(keys)} tensors, the first of them {sorted(keys)[0]}")
+    return found
+
+
+@contextmanager
+def _all_or_nothing(model: Any, name: str) -> Iterator[None]:
+    """Take off what a load that fails has put on the model; PEFT leaves it there."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(model, PeftModel):
+            model.peft_config.setdefault(name, LoraConfig())  # PEFT crosses it out, and leaves the layers as they are
+            model.delete_adapter(name)
+        else:
+            _strip(model)
+        raise
+
+
+def _strip(model: nn.Module) -> None:
+    """Put a base's own layers back."""
+    for key, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            parent, _, leaf = key.rpartition(".")
+            own = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+            setattr(model.get_submodule(parent), leaf, own)
+    model.__dict__.pop("peft_config", None)
+    model.requires_grad_(False)
