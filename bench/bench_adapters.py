@@ -1,4 +1,7 @@
-"""One base with 1, 2, 4 and 8 adapters in one engine: resident memory, read from outside, and the time to load each."""
+"""One base with 1, 2, 4 and 8 adapters in one engine: resident memory, read from outside, and the time to load each.
+
+Then the load alone, without HTTP and the engine's channel, beside that of PEFT's own loader in the same run.
+"""
 
 import json
 import os
@@ -34,6 +37,37 @@ def first_token_s(studio: StudioServer, loaded_id: str, adapter_id: str | None) 
     began = time.perf_counter()
     studio.generate(loaded_id, "Hi", adapter_id, max_new_tokens=1)
     return time.perf_counter() - began
+
+
+def load_beside_peft(path: Path, folders: list[Path]) -> None:
+    """Put adapters on two bases in turn, one by the engine's way and one by PEFT's, and print how long each took."""
+    from peft import PeftModel
+
+    from domain.algorithms import Algorithm
+    from domain.configure import MachineFacts, configure
+    from engine.base import Base
+
+    machine = MachineFacts(has_gpu=False, supports_bf16=False)
+    config = configure(Algorithm.LORA, use_case=None, overrides={}, machine=machine).config
+    ours, stock = (Base(path, config, "cpu", "transformers") for _ in range(2))
+    ratios, times_s = [], []
+    for number, folder in enumerate(folders):
+        began = time.perf_counter()
+        ours.attach(str(number), folder)
+        between = time.perf_counter()
+        if number == 0:
+            stock.model = PeftModel.from_pretrained(stock.model, str(folder), adapter_name="0", torch_device="cpu")
+        else:
+            stock.model.load_adapter(str(folder), adapter_name=str(number), torch_device="cpu")
+        pair = between - began, time.perf_counter() - between
+        print(f"adapter {number + 1}: {pair[0] * 1000:.0f} ms, PEFT's loader {pair[1] * 1000:.0f} ms")
+        ratios.append(pair[1] / pair[0])
+        times_s.append(pair[0])
+    print(
+        f"inside the engine: the first adapter in {times_s[0] * 1000:.0f} ms, {ratios[0]:.1f} times as fast as PEFT's"
+        f" loader; a further one in {statistics.median(times_s[1:]) * 1000:.0f} ms,"
+        f" {statistics.median(ratios[1:]):.1f} times as fast (median of {len(folders) - 1})"
+    )
 
 
 def main() -> None:
@@ -78,6 +112,7 @@ def main() -> None:
         print(f"a first token: same adapter {same * 1000:.0f} ms, another each time {switching * 1000:.0f} ms")
         found = studio.http.get(f"/api/peft/loaded-models/{loaded_id}").json()
         studio.http.delete(f"/api/peft/loaded-models/{loaded_id}").raise_for_status()
+        load_beside_peft(Path(path), [Path(home) / "inbox" / str(number) for number in range(ADAPTERS)])
         print(json.dumps({"adapters": len(found["adapters"]), "engine_gone": not psutil.pid_exists(pid)}))
 
 

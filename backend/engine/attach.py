@@ -32,7 +32,7 @@ _UNDERSTOOD = {
     "init_lora_weights", "fan_in_fan_out",
 }  # fmt: skip
 # Ways to initialise A and B that leave the base's weights and the forward pass alone.
-_HARMLESS_INITS = (True, False, None, "gaussian", "orthogonal")
+_HARMLESS_INITS = (True, False, None, "gaussian")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # The last steps of update_layer: there is nothing yet to move to a device, and activating the active adapters anew
 # would freeze one in training. Both go through every adapter on the layer.
@@ -63,17 +63,30 @@ def attach_plain(model: Any, name: str, path: Path) -> PeftModel | None:
     if layers is None or not _match(layers, tensors, config.r):
         return None
     config.inference_mode = True
-    if isinstance(model, PeftModel):
-        _make_places(model, name, config, layers)
-        _fill(layers, name, tensors)
-        return model
-    was_training = model.training
-    with _all_or_nothing(model, name):
-        with no_init_weights():
-            found = PeftModelForCausalLM(model, config, adapter_name=name, low_cpu_mem_usage=True)
-        _fill({key: model.get_submodule(key) for key in layers}, name, tensors)
-    found.train(was_training)
+    with _all_or_nothing(model, name), no_init_weights():  # memory that is not written to is not taken
+        if isinstance(model, PeftModel):
+            _make_places(model, name, config, layers)
+            found = model
+        else:
+            was_training = model.training
+            found = PeftModelForCausalLM(model, config, adapter_name=name, low_cpu_mem_usage=True).train(was_training)
+        _fill({key: unwrapped(found).get_submodule(key) for key in layers}, name, tensors)
     return found
+
+
+def detach_plain(model: PeftModel, name: str) -> bool:
+    """Take a plain LoRA that is not active off a model that has others; nothing else of the model changes.
+
+    Returns:
+        Whether it was one. If not, nothing has changed, and it is for PEFT to take it off.
+    """
+    if not _plain(model.peft_config[name]) or name in model.active_adapters:
+        return False
+    for _, module in _own_modules(unwrapped(model)):
+        if isinstance(module, LoraLayer):
+            module.delete_adapter(name)
+    del model.peft_config[name]
+    return True
 
 
 def _plain(config: PeftConfig) -> bool:
@@ -108,11 +121,7 @@ def _targeted(model: Any, config: LoraConfig) -> dict[str, Any] | None:
     bare, adapted = unwrapped(model), isinstance(model, PeftModel)
     head = bare.get_output_embeddings()
     found = {}
-    waiting = list(bare.named_children())[::-1]
-    while waiting:
-        key, module = waiting.pop()
-        if not isinstance(module, BaseTunerLayer):
-            waiting += [(f"{key}.{name}", child) for name, child in module.named_children()][::-1]
+    for key, module in _own_modules(bare):
         if not check_target_module_exists(config, key):
             continue
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -126,6 +135,16 @@ def _targeted(model: Any, config: LoraConfig) -> dict[str, Any] | None:
     return found or None
 
 
+def _own_modules(bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Go through a base's modules in their order, adapted layers among them, but not through the parts of those."""
+    waiting = list(bare.named_children())[::-1]
+    while waiting:
+        key, module = waiting.pop()
+        yield key, module
+        if not isinstance(module, BaseTunerLayer):
+            waiting += [(f"{key}.{name}", child) for name, child in module.named_children()][::-1]
+
+
 def _match(layers: dict[str, Any], tensors: dict[str, torch.Tensor], rank: int) -> bool:
     """Tell whether the file holds A and B of each layer in its shape, and nothing else."""
     wanted = {}
@@ -137,20 +156,17 @@ def _match(layers: dict[str, Any], tensors: dict[str, torch.Tensor], rank: int) 
 
 
 def _make_places(model: PeftModel, name: str, config: LoraConfig, layers: dict[str, Any]) -> None:
-    """Enter the adapter in the model's books and give each layer a place for A and B, without memory."""
+    """Enter the adapter in the model's books and give each layer a place for A and B."""
     empty = LoraConfig(**{key: getattr(config, key) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")})
     empty.init_lora_weights, empty.inference_mode = False, True
-    with _all_or_nothing(model, name), no_init_weights(), torch.device("meta"):
-        model.peft_config[name] = config
-        for key, layer in layers.items():
-            layer.__dict__ |= dict.fromkeys(_LEFT_OUT, _nothing)
-            try:
-                layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=empty, target_name=key)
-            finally:
-                for step in _LEFT_OUT:
-                    del layer.__dict__[step]
-    known = model.base_model.targeted_module_names
-    known += [key for key in layers if key not in set(known)]
+    model.peft_config[name] = config
+    for key, layer in layers.items():
+        layer.__dict__ |= dict.fromkeys(_LEFT_OUT, _nothing)
+        try:
+            layer.update_layer(name, config.r, lora_alpha=config.lora_alpha, config=empty, target_name=key)
+        finally:
+            for step in _LEFT_OUT:
+                del layer.__dict__[step]
 
 
 def _nothing(*_: Any, **__: Any) -> None:

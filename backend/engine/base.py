@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from domain.peft_config import PeftConfig
 from engine import methods
-from engine.attach import attach_by_peft, attach_plain
+from engine.attach import attach_by_peft, attach_plain, detach_plain
 from engine.backend import backend_of
 from engine.batches import FALLBACK_TEMPLATE
 from engine.errors import BadModel, BadSetting
@@ -98,6 +98,8 @@ class Base:
         if others:
             if name in self.model.active_adapters:
                 self.model.set_adapter(others[0], inference_mode=True)  # PEFT would warn that it chooses one
+            if detach_plain(self.model, name):
+                return  # it left nothing trainable
             self.model.delete_adapter(name)
         else:
             self.model = self.model.unload()

@@ -13,6 +13,7 @@ from test_methods import PROBE, config_for, create, disturb, kept, load, logits
 
 from domain.algorithms import Algorithm
 from domain.peft_config import PeftConfig
+from engine import attach as module
 from engine import methods
 from engine.attach import attach_plain
 from engine.base import Base
@@ -120,6 +121,43 @@ def test_adapters_beside_each_other_answer_generate_and_come_off_as_if_alone(tin
     assert torch.equal(answers(base, "c"), alone["c"][0]) and torch.equal(answers(base, "b"), alone["b"][0])
 
 
+@pytest.mark.parametrize("algorithm", [Algorithm.LORA, Algorithm.DORA])
+@pytest.mark.parametrize("active", [True, False])
+def test_detaching_leaves_what_pefts_own_deletion_leaves(
+    tiny_path: Path, tmp_path: Path, algorithm: Algorithm, active: bool
+) -> None:
+    config = config_for(Algorithm.LORA)
+    kept_one = write_adapter(tiny_path, config, tmp_path / "kept" / "adp")
+    gone = write_adapter(tiny_path, config_for(algorithm, rank=2), tmp_path / "gone" / "adp")
+    base, stock = load(tiny_path, config), load(tiny_path, config)
+    for one in (base, stock):
+        one.attach("kept", kept_one)
+        one.attach("gone", gone)
+        logits(one)
+        one.using("gone" if active else "kept")
+    base.detach("gone")
+    stock.model.set_adapter("kept", inference_mode=True)
+    stock.model.delete_adapter("gone")
+    assert everything(base) == everything(stock)
+    found, expected = base.model.state_dict(), stock.model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert torch.equal(logits(base), logits(stock))
+
+
+def test_detaching_an_adapter_in_training_leaves_nothing_trainable(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.LORA)
+    base = load(tiny_path, config)
+    base.attach("adp", write_adapter(tiny_path, config, tmp_path / "adp"))
+    expected = answers(base, "adp")
+    for trained in (config, config_for(Algorithm.DORA)):
+        base.create("trained", methods.lora_config(trained, "tests/tiny", None))
+        assert any(parameter.requires_grad for parameter in base.model.parameters())
+        base.detach("trained")
+        assert not any(parameter.requires_grad for parameter in base.model.parameters())
+        base.model.eval()
+        assert torch.equal(answers(base, "adp"), expected)
+
+
 def written(base: Base) -> torch.Tensor:
     ids = PROBE[:1]
     found: torch.Tensor = base.model.generate(
@@ -170,6 +208,28 @@ def test_a_half_precision_file_is_widened(tiny_path: Path, tmp_path: Path) -> No
     assert model is not None
     found = methods.adapter_state(model, "adp")
     assert all(torch.equal(found[key], value.to(torch.bfloat16).float()) for key, value in state.items())
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["on the bare base", "beside another"])
+def test_a_device_without_room_for_the_tensors_leaves_no_trace(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    config = config_for(Algorithm.LORA)
+    folder = write_adapter(tiny_path, config, tmp_path / "adp")
+    base = load(tiny_path, config)
+    if not alone:
+        base.attach("other", folder)
+    before, expected = everything(base), logits(base)
+    with monkeypatch.context() as patch, pytest.raises(BadSetting, match="out of memory"):
+        patch.setattr(module, "_fill", full)
+        base.attach("adp", folder)
+    assert everything(base) == before and torch.equal(logits(base), expected)
+    base.attach("adp", folder)
+    base.detach("other")
+    assert torch.equal(answers(base, "adp"), expected) != alone
 
 
 def _dora(tiny_path: Path, folder: Path) -> None:
