@@ -3,6 +3,7 @@
 Then the load alone, without HTTP and the engine's channel, beside that of PEFT's own loader in the same run.
 """
 
+import gc
 import json
 import os
 import statistics
@@ -47,6 +48,7 @@ def load_beside_peft(path: Path, folders: list[Path]) -> None:
     from domain.configure import MachineFacts, configure
     from engine.base import Base
 
+    gc.freeze()  # as the engine's process does
     machine = MachineFacts(has_gpu=False, supports_bf16=False)
     config = configure(Algorithm.LORA, use_case=None, overrides={}, machine=machine).config
     ours, stock = (Base(path, config, "cpu", "transformers") for _ in range(2))
