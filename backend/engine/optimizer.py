@@ -62,7 +62,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: PeftConfig, total_s
     )
     if floor == 0:
         return scheduler
-    (to_zero,) = scheduler.lr_lambdas
+    to_zero = scheduler.lr_lambdas[0]  # the same for every group
 
     def to_floor(step: int) -> float:
         return float(to_zero(step)) if step < warmup_steps else floor + (1 - floor) * float(to_zero(step))

@@ -17,6 +17,7 @@ settings.register_profile("studio", deadline=None, suppress_health_check=[Health
 settings.load_profile("studio")
 
 hide_broken_torchvision()
+pytest.register_assert_rewrite("setting_checks")  # so that what failed is shown with its values
 
 
 @pytest.fixture(scope="session")

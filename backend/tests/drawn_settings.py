@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from domain.algorithms import SPECS, Algorithm
 from domain.peft_config import PARAMETER_NAMES, PeftConfig
 
-ALGORITHMS = [Algorithm.LORA, Algorithm.QLORA, Algorithm.DORA, Algorithm.PISSA, Algorithm.RSLORA]
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NEEDS_A_GPU = {"precision": "fp16", "quantization": "int8", "optimizer": "adamw_8bit"}
 # What a run of some steps on the tiny model can show; always within the field's own bounds.
@@ -31,6 +30,8 @@ PRACTICAL: dict[str, tuple[float, float]] = {
     "eval_every_steps": (1, 4),
     "early_stopping_patience": (1, 3),
     "checkpoint_every_steps": (1, 3),
+    "lora_plus_ratio": (1.0, 16.0),
+    "loftq_iterations": (1, 4),
     "keep_checkpoints": (1, 3),
 }
 MANY_STEPS_MINUTES = 1e-7  # due after every step
@@ -73,28 +74,33 @@ def _of(annotation: Any, name: str) -> st.SearchStrategy[Any]:
     return st.floats(least, greatest, allow_subnormal=False)
 
 
-@st.composite
-def requests(draw: st.DrawFn, **given: Any) -> tuple[Algorithm, dict[str, Any]]:
-    """Draw an algorithm and a value for each setting that it leaves open.
+def ways() -> list[tuple[Algorithm, str]]:
+    """Every method with every storage of the base that it allows and a CPU can do."""
+    stored = get_args(PeftConfig.model_fields["quantization"].annotation)
+    return [
+        (algorithm, quantization)
+        for algorithm in Algorithm
+        for quantization in stored
+        if quantization != NEEDS_A_GPU["quantization"] and _allowed(algorithm, "quantization", quantization)
+    ]
 
-    Args:
-        draw: Hypothesis's.
-        given: Settings that are not drawn; algorithms that refuse one of them are not drawn either.
-    """
-    open_to = [item for item in ALGORITHMS if all(_allowed(item, name, value) for name, value in given.items())]
-    algorithm = draw(st.sampled_from(open_to))
-    spec = SPECS[algorithm]
+
+@st.composite
+def requests(draw: st.DrawFn, algorithm: Algorithm, quantization: str) -> tuple[Algorithm, dict[str, Any]]:
+    """Draw a value for each setting that the algorithm leaves open."""
     overrides = {
         name: draw(values(name).filter(lambda value, name=name: _allowed(algorithm, name, value)))
         for name in PARAMETER_NAMES
-        if name not in given and name not in spec.fixed
-    } | given
+        if name != "quantization" and name not in SPECS[algorithm].fixed
+    } | {"quantization": quantization}
     if overrides["eval_every_steps"] is None:
         overrides["early_stopping_patience"] = None
     if overrides["scheduler"] == "constant":
         overrides["min_learning_rate_ratio"] = 0.0
     if overrides["max_steps"] is not None:
         del overrides["epochs"]
+    if overrides["lora_plus_ratio"] is not None:
+        overrides["learning_rate"] /= overrides["lora_plus_ratio"]  # what is practical is so for the greater rate
     return algorithm, overrides
 
 
@@ -102,4 +108,6 @@ def _allowed(algorithm: Algorithm, name: str, value: Any) -> bool:
     spec = SPECS[algorithm]
     if name in spec.fixed:
         return bool(value == spec.fixed[name])
-    return not (isinstance(value, str) and value in spec.refused.get(name, {}))
+    if name == "loftq_iterations" and spec.fixed.get("init_weights") != "loftq":
+        return value is None  # refused: tests/api/test_settings_refused.py
+    return not any(value == refused for refused in spec.refused.get(name, {}))

@@ -1,6 +1,7 @@
 """A fine-tune written by hand from what the settings are documented to mean, to compare a real run with.
 
-Nothing of the engine is used: rows are tokenized turn by turn, batches are made, masked and scheduled here.
+Nothing of the engine is used: rows are tokenized turn by turn, batches are made, masked and scheduled here, and
+tests/replay_model.py builds what is trained.
 """
 
 import math
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import PeftModelForCausalLM
+from replay_model import build
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoTokenizer, set_seed
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IGNORED = -100
 
 
@@ -113,35 +114,6 @@ def rate(config: dict[str, Any], step: int, total: int) -> float:
     return float(config["learning_rate"] * part)
 
 
-def build(path: Path, config: dict[str, Any]) -> PeftModelForCausalLM:
-    """Load the base as it is to be stored and put the adapter on it."""
-    dtype = DTYPES[config["precision"]]
-    storage = None
-    if config["quantization"] == "nf4":
-        storage = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    base = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=storage)
-    for module in base.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # docs/decisions/0004-four-bit-on-cpu.md
-            module.support_avx512bf16_for_cpu = False
-    set_seed(config["seed"])
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=config["rank"],
-        lora_alpha=config["alpha"],
-        lora_dropout=config["dropout"],
-        target_modules=config["target_modules"],
-        use_rslora=config["use_rslora"],
-        use_dora=config["use_dora"],
-        init_lora_weights={"default": True}.get(config["init_weights"], config["init_weights"]),
-    )
-    return PeftModelForCausalLM(base, lora)
-
-
 def _loss(model: PeftModelForCausalLM, sequences: list[list[Tokens]], pad: int) -> torch.Tensor:
     """Return the summed loss of a batch. Rows in one sequence do not see each other: the mask is written out."""
     width = max(sum(len(row.ids) for row in rows) for rows in sequences)
@@ -179,8 +151,10 @@ def run(
     pad = int(model.config.pad_token_id)
     named = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
     found = Replay(start={name: p.detach().clone() for name, p in named.items()})
+    # LoRA+: all but A learn at a multiple of the rate.
+    ratios = {name: 1.0 if "lora_A" in name else config["lora_plus_ratio"] or 1.0 for name in named}
     optimizer = torch.optim.AdamW(
-        named.values(),
+        [{"params": [p], "ratio": ratios[name]} for name, p in named.items()],
         betas=(config["adam_beta1"], config["adam_beta2"]),
         eps=config["adam_epsilon"],
         weight_decay=config["weight_decay"],
@@ -219,7 +193,7 @@ def run(
                 if parameter.grad is not None:
                     parameter.grad *= scale
             for group in optimizer.param_groups:
-                group["lr"] = rate(config, step, total)
+                group["lr"] = rate(config, step, total) * group["ratio"]
             optimizer.step()
             optimizer.zero_grad()
             found.losses.append(loss / count)

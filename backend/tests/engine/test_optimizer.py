@@ -9,13 +9,13 @@ from domain.algorithms import Algorithm
 from engine.optimizer import make_optimizer, make_scheduler
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(("use_dora", "floor"), [(False, 0.0), (True, 0.0), (False, 0.25)])
 def test_b_and_magnitudes_learn_at_a_multiple_of_as_rate_through_the_whole_schedule(
-    tiny_path: Path, use_dora: bool
+    tiny_path: Path, use_dora: bool, floor: float
 ) -> None:
     config = config_for(
         Algorithm.LORA_PLUS, lora_plus_ratio=8.0, learning_rate=1e-3, weight_decay=0.1, warmup_ratio=0.2,
-        scheduler="cosine", use_dora=use_dora,
+        scheduler="cosine", use_dora=use_dora, min_learning_rate_ratio=floor,
     )  # fmt: skip
     base = load(tiny_path, config)
     create(base, config)
@@ -30,6 +30,7 @@ def test_b_and_magnitudes_learn_at_a_multiple_of_as_rate_through_the_whole_sched
         assert dict(rates) == pytest.approx({True: slow, False: 8 * slow}) and len(rates) == 2
         optimizer.step()
         scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([floor * 1e-3, floor * 8e-3], abs=1e-15)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
 
 
