@@ -37,6 +37,18 @@ def _refusal(studio: StudioServer, path: str, name: str, body: dict[str, Any]) -
     return messages[0]
 
 
+def _refusal_by_every_route(studio: StudioServer, name: str, body: dict[str, Any]) -> str:
+    """Send it wherever settings are taken; return the message, which is the same everywhere."""
+    dataset = studio.upload(messages_jsonl())
+    messages = {
+        _refusal(studio, "/api/peft/configure", name, body),
+        _refusal(studio, "/api/peft/load-model", name, body),
+        _refusal(studio, "/api/training/jobs", name, body | {"dataset_id": dataset["id"]}),
+    }
+    (message,) = messages
+    return message
+
+
 @pytest.mark.parametrize(("algorithm", "name", "value"), _contradictions())
 def test_what_contradicts_the_algorithm_is_refused(
     studio: StudioServer, algorithm: Algorithm, name: str, value: Any
@@ -49,14 +61,34 @@ def test_what_contradicts_the_algorithm_is_refused(
 def test_what_this_machine_or_model_cannot_do_is_refused_by_every_route(
     studio: StudioServer, name: str, value: Any
 ) -> None:
-    dataset = studio.upload(messages_jsonl())
-    body: dict[str, Any] = {"model_id": TINY_ID, "overrides": {name: value}}
-    messages = {
-        _refusal(studio, "/api/peft/configure", name, body),
-        _refusal(studio, "/api/peft/load-model", name, body),
-        _refusal(studio, "/api/training/jobs", name, body | {"dataset_id": dataset["id"]}),
-    }
-    assert len(messages) == 1
+    _refusal_by_every_route(studio, name, {"model_id": TINY_ID, "overrides": {name: value}})
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize("algorithm", [algorithm for algorithm in Algorithm if algorithm is not Algorithm.LOFTQ])
+def test_loftqs_iterations_are_refused_with_every_other_method(
+    studio: StudioServer, algorithm: Algorithm, iterations: int
+) -> None:
+    body = {"model_id": TINY_ID, "algorithm": algorithm.value, "overrides": {"loftq_iterations": iterations}}
+    assert "without effect but with the algorithm 'loftq'" in _refusal_by_every_route(studio, "loftq_iterations", body)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name", "value", "reason"),
+    [
+        (Algorithm.LORA_PLUS, "lora_plus_ratio", None, "the ratio of the two rates is the method"),
+        (Algorithm.LOFTQ, "loftq_iterations", None, "alternates at least once"),
+        (Algorithm.LOFTQ, "quantization", "none", "nothing to correct in weights that are not rounded"),
+        (Algorithm.LORA, "init_weights", "olora", "choose the algorithm 'olora'"),
+        (Algorithm.QLORA, "init_weights", "loftq", "choose the algorithm 'loftq'"),
+        (Algorithm.LORA_PLUS, "init_weights", "pissa", "choose the algorithm 'pissa'"),
+    ],
+)
+def test_what_an_extra_method_is_cannot_be_taken_from_it_or_had_without_it(
+    studio: StudioServer, algorithm: Algorithm, name: str, value: Any, reason: str
+) -> None:
+    body = {"model_id": TINY_ID, "algorithm": algorithm.value, "overrides": {name: value}}
+    assert reason in _refusal_by_every_route(studio, name, body)
 
 
 @pytest.mark.parametrize(
