@@ -32,9 +32,10 @@ def check_all(studio: StudioServer, path: Path, algorithm: Algorithm, overrides:
     assert not failures, "\n".join(failures)
 
 
-# Every example is a run: none is shrunk, and the first of them is the simplest there is.
-few = settings(
-    max_examples=2,
+RUNS = 4  # of each method
+
+# Every example is a run: none is shrunk.
+runs = settings(
     database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
@@ -45,7 +46,7 @@ few = settings(
 @pytest.mark.parametrize(("algorithm", "quantization"), ways())
 def test_every_setting_arrives(studio: StudioServer, tiny_path: Path, algorithm: Algorithm, quantization: str) -> None:
     @seed(f"{algorithm} {quantization}")  # the same ones each time, others for each method
-    @few
+    @settings(runs, max_examples=RUNS // [method for method, _ in ways()].count(algorithm))
     @given(requests(algorithm, quantization))
     def arrives(request: tuple[Algorithm, dict[str, Any]]) -> None:
         check_all(studio, tiny_path, *request)
@@ -55,7 +56,7 @@ def test_every_setting_arrives(studio: StudioServer, tiny_path: Path, algorithm:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(few, max_examples=100)
+@settings(runs, max_examples=100)
 @given(st.sampled_from(ways()).flatmap(lambda way: requests(*way)))
 def test_whatever_is_drawn_arrives(
     studio: StudioServer, tiny_path: Path, request_: tuple[Algorithm, dict[str, Any]]
