@@ -18,6 +18,7 @@ from domain.repo_tree import RepoFile, Selection
 from domain.safetensors_header import SafetensorsHeader
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "training.json"
+ORIGINALS = "originals-"  # begins the names of folders with a base's own weights, beside the adapter in the making
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),

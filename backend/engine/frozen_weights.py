@@ -1,8 +1,8 @@
 """The weights under an adapter: kept while a method freezes others in their place, and read from the files again."""
 
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from core.files import storage_errors
+from domain.adapter_files import ORIGINALS
 from engine.errors import BadSetting
 
 # NF4 rounds normally distributed weights by 9 % of their norm, and a heavy tail by some more (measured); weights of
@@ -54,6 +57,8 @@ class PublishedWeights:
         if found is not None:
             with safe_open(self._files[found], framework="pt") as tensors:
                 weight = tensors.get_tensor(found)
+            if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D):
+                weight = weight.T  # transformers turned it round as it took a quantised linear layer in its place
             if weight.is_floating_point() and weight.shape == held.shape:
                 weight = weight.to(held.device, torch.float32)
                 if (weight - held).norm() <= _MOST_ROUNDING * held.norm():
@@ -120,23 +125,36 @@ def original_weights_kept(model: nn.Module, paths: list[str], scratch: Path) -> 
         model: With or without adapters.
         paths: The layers whose weights will change, in the model without adapters; none is nothing to do.
         scratch: Folder for the files.
+
+    Raises:
+        StorageFull: They do not fit there; nothing has changed.
+        SystemExit: They cannot be read again. No one may go on computing with what the base is then.
     """
     if not paths:
         yield
         return
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="originals-") as folder:
-        files = {path: Path(folder) / f"{number}.safetensors" for number, path in enumerate(paths)}
-        for path, file in files.items():
-            own = parts(base_layer(model, path).weight)
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, file)
+    with ExitStack() as stack:
+        with storage_errors(scratch / ORIGINALS):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=scratch, prefix=ORIGINALS))
+            files = {path: Path(folder) / f"{number}.safetensors" for number, path in enumerate(paths)}
+            for path, file in files.items():
+                own = parts(base_layer(model, path).weight)
+                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, file)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for path, file in files.items():
-                    kept = load_file(file)
-                    for name, tensor in parts(base_layer(model, path).weight).items():
-                        tensor.copy_(kept[name])
+            _give_back(model, files)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _give_back(model: nn.Module, files: Mapping[str, Path]) -> None:
+    try:
+        for path, file in files.items():
+            kept = load_file(file)
+            for name, tensor in parts(base_layer(model, path).weight).items():
+                tensor.copy_(kept[name])
+    except Exception as error:
+        raise SystemExit(f"the base's own weights cannot be put back: {error}") from error
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from core.errors import AdapterDamaged, AdapterInUse, AdapterNotFound
 from core.manifest import NAME, FolderDamaged, verify
 from core.settings import get_settings
 from core.singleton import singleton
-from domain.adapter_files import CARD
+from domain.adapter_files import CARD, ORIGINALS
 from domain.export_states import FINAL_STATES, ExportState
 from services.database import get_database
 from services.peft_service import PeftService, get_peft_service
@@ -34,8 +34,8 @@ class AdapterService:
         folder.mkdir(parents=True, exist_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Delete what was cut off: adapters in the making, uploads, and PiSSA's copies of original weights."""
-        for pattern in (".adp_*.tmp", "pissa-*"):
+        """Delete what was cut off: adapters in the making, uploads, and copies of bases' original weights."""
+        for pattern in (".adp_*.tmp", f"{ORIGINALS}*", "pissa-*"):  # the last is an earlier version's
             for path in self._folder.glob(pattern):
                 if path.is_dir():
                     shutil.rmtree(path)

@@ -1,23 +1,27 @@
 """Methods that start from a decomposition: what they freeze, where they start, and that the base gets its own back."""
 
 import copy
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
+from small_disk import fill, mounted
 from test_methods import PROBE, config_for, create, disturb, kept, load, logits
 from variants import VARIANTS
 
+from core.errors import StorageFull
 from domain.algorithms import Algorithm
 from engine import methods
 from engine.base import Base
 from engine.errors import BadSetting
 from engine.frozen_weights import adapted_layer, base_layer
 from engine.initialisation import create_adapter
+from services.adapter_service import AdapterService
 
 DECOMPOSED = [Algorithm.PISSA, Algorithm.OLORA]
 IN_4_BITS = {"quantization": "nf4"}
@@ -68,6 +72,40 @@ def test_the_base_gets_its_own_weights_back_to_the_bit(
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(logits(base), output)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_before_any_weight_is_changed(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.PISSA)
+    base = load(tiny_path, config)
+    with mounted(tmp_path / "small", "64k") as scratch:
+        with pytest.raises(StorageFull, match="small"), kept(base, config, scratch):
+            pytest.fail("the weights were not kept")
+        assert not list(scratch.iterdir())
+        fill(scratch)
+        with pytest.raises(StorageFull, match="small"), kept(base, config, scratch):
+            pytest.fail("the weights were not kept")
+
+
+def test_an_engine_whose_base_cannot_have_its_weights_back_ends(tiny_path: Path, tmp_path: Path) -> None:
+    config = config_for(Algorithm.PISSA)
+    base = load(tiny_path, config)
+    with pytest.raises(SystemExit, match="own weights cannot be put back"), kept(base, config, tmp_path):
+        create(base, config)
+        (folder,) = tmp_path.iterdir()
+        (folder / "5.safetensors").unlink()
+
+
+def test_what_a_killed_run_leaves_of_the_originals_is_deleted_at_the_next_start(
+    tiny_path: Path, tmp_path: Path
+) -> None:
+    config, folder = config_for(Algorithm.PISSA), tmp_path / "adapters"
+    base = load(tiny_path, config)
+    (tmp_path / "scratch").mkdir()
+    with kept(base, config, tmp_path / "scratch"):
+        shutil.copytree(tmp_path / "scratch", folder)
+    (folder / "adp_1").mkdir()
+    AdapterService(cast(Any, None), folder, cast(Any, None)).remove_leftovers()
+    assert [path.name for path in folder.iterdir()] == ["adp_1"]
 
 
 def test_pissa_in_4_bits_takes_the_factors_from_full_precision_and_rounds_the_residual(tiny_path: Path) -> None:
