@@ -13,6 +13,7 @@ from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from core.files import storage_errors
@@ -29,11 +30,11 @@ class PublishedWeights:
 
     Args:
         folder: Holds the model's safetensors files.
-        prefix: The name of the model's inner part (`base_model_prefix`), which files may leave out.
+        model: As transformers made it of them, without adapters around it.
     """
 
-    def __init__(self, folder: Path, prefix: str) -> None:
-        self._prefix = f"{prefix}."
+    def __init__(self, folder: Path, model: Any) -> None:
+        self._model, self._prefix = model, f"{model.base_model_prefix}."
         self._files: dict[str, Path] = {}
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as tensors:
@@ -49,10 +50,7 @@ class PublishedWeights:
         Raises:
             BadSetting: The files do not hold the weight, or hold another one under its name.
         """
-        name = f"{path}.weight"
-        found = next(
-            (n for n in (name, name.removeprefix(self._prefix), self._prefix + name) if n in self._files), None
-        )
+        found = next((name for name in self._names(f"{path}.weight") if name in self._files), None)
         held = dequantize_module_weight(layer).detach().to(torch.float32)
         if found is not None:
             with safe_open(self._files[found], framework="pt") as tensors:
@@ -65,8 +63,13 @@ class PublishedWeights:
                     return weight
         raise BadSetting(
             f"the model's files do not hold the full-precision weight of {path}, which this initialisation decomposes",
-            ["quantization none", "init_weights default"],
+            ["algorithm qlora", "algorithm pissa with quantization none"],
         )
+
+    def _names(self, name: str) -> Iterator[str]:
+        """Yield what a tensor may be called in the files: with or without the inner part's name, or renamed on load."""
+        yield from (name, name.removeprefix(self._prefix), self._prefix + name)
+        yield from revert_weight_conversion(self._model, {name: torch.empty(0)})
 
 
 def parts(weight: Any) -> dict[str, torch.Tensor]:

@@ -11,6 +11,8 @@ On a base in 4 bits W is read from the model's files, a layer at a time, decompo
 base's own weights were (QPiSSA: arXiv 2404.02948, section 4).
 """
 
+from collections.abc import Callable
+
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
@@ -28,7 +30,14 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # A as (r, in) and B as (out, r)
 
 
 def create_adapter(
-    base: Base, name: str, config: PeftConfig, base_model_id: str, revision: str | None, again: Tensors | None = None
+    base: Base,
+    name: str,
+    config: PeftConfig,
+    base_model_id: str,
+    revision: str | None,
+    again: Tensors | None = None,
+    *,
+    before_layer: Callable[[float], None] = lambda _done: None,
 ) -> Tensors:
     """Put a new adapter on the base, in the state that the method trains from.
 
@@ -42,6 +51,7 @@ def create_adapter(
         revision: For the adapter's config.
         again: What an earlier call returned for the same run. A and B are taken from there: a second decomposition of
             the same weights need not give the same bits, and takes minutes on a large model.
+        before_layer: Told the fraction that is done before each decomposition; may end it by raising.
 
     Returns:
         A and B as initialised where the adapter is trained on other weights than the base's; else nothing.
@@ -52,10 +62,13 @@ def create_adapter(
     base.create(name, methods.lora_config(config, base_model_id, revision))
     if config.init_weights not in DECOMPOSED:
         return {}
-    published = PublishedWeights(base.path, base.model.get_base_model().base_model_prefix)
+    paths = list(methods.targeted_layers(base.model, config))
+    _check_all_are_linear(base, name, paths, config)
+    published = PublishedWeights(base.path, base.model.get_base_model())
     taken: Tensors = {}
     with torch.no_grad():
-        for path in methods.targeted_layers(base.model, config):
+        for number, path in enumerate(paths):
+            before_layer(number / len(paths))
             layer, key = adapted_layer(base.model, path), f"base_model.model.{path}"
             weight = _weight(layer, path, published, config)
             if again is not None:
@@ -100,6 +113,25 @@ def _alternate(layer: LoraLayer, name: str, weight: torch.Tensor, config: PeftCo
         factors, before = principal_factors(lost, config.rank, layer.scaling[name]), taken
         taken = factors
     return factors, before
+
+
+def _check_all_are_linear(base: Base, name: str, paths: list[str], config: PeftConfig) -> None:
+    """Refuse adapters on stacked experts: they would start as plain LoRA, and have no plain LoRA of twice the rank.
+
+    LoftQ's first iteration changes no weight, and experts are not rounded: there is nothing to correct in them.
+
+    Raises:
+        BadSetting: It names one.
+    """
+    if not methods.freezes_others(config):
+        return
+    for path, module in base.model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and name in module.lora_A and path not in paths:
+            raise BadSetting(
+                f"{path.removesuffix('.base_layer')} is no linear layer but holds stacked experts, which "
+                f"{config.init_weights} does not decompose",
+                ["target_modules without it, as the attention's", "algorithm lora"],
+            )
 
 
 def _check_rank(path: str, weight: torch.Tensor, config: PeftConfig) -> None:
@@ -148,4 +180,5 @@ def orthonormal_factors(weight: torch.Tensor, rank: int, _scaling: float) -> Fac
     what is subtracted and not the factors.
     """
     q, r = torch.linalg.qr(weight)
-    return r[:rank].clone(), q[:, :rank]  # a view of its first rows would keep all of R in memory
+    # Views would keep all of Q and R; and a product's bits may depend on how its factors lie in memory.
+    return r[:rank].clone(), q[:, :rank].clone(memory_format=torch.contiguous_format)

@@ -69,7 +69,7 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
         changed = methods.changed_layers(base.model, command.config)
         with original_weights_kept(base.model, changed, output.parent):
             channel.emit(Progress(request_id=command.request_id, stage="adapter", fraction=None))
-            initial = _create_adapter(base, command, resume)
+            initial = _create_adapter(base, command, resume, channel)
             trainer = Trainer(
                 base,
                 command.config,
@@ -117,12 +117,25 @@ def _checkpoint_folder(command: Train) -> CheckpointFolder:
     )
 
 
-def _create_adapter(base: Base, command: Train, resume: Checkpoint | None) -> Tensors:
+def _create_adapter(base: Base, command: Train, resume: Checkpoint | None, channel: Channel) -> Tensors:
     """Put the adapter on the base; return A and B as initialised where they are needed to convert it afterwards."""
     config = command.config
     set_seed(config.seed)
     again = resume.initial if resume is not None and resume.initial else None
-    return create_adapter(base, command.adapter_id, config, command.base_model_id, command.base_revision, again)
+
+    def before_layer(done: float) -> None:
+        channel.check_stop(command.request_id)
+        channel.emit(Progress(request_id=command.request_id, stage="adapter", fraction=done))
+
+    return create_adapter(
+        base,
+        command.adapter_id,
+        config,
+        command.base_model_id,
+        command.base_revision,
+        again,
+        before_layer=before_layer,
+    )
 
 
 def _load_rows(
