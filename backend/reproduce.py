@@ -8,10 +8,12 @@ import argparse
 import hashlib
 import io
 import json
+import lzma
 import os
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,11 @@ _RELATIVE_TOLERANCE = 0.05
 _POLL_S = 1.0
 _AWAY_S = 120.0  # a server that restarts takes its jobs up again
 _MAX_CARD_BYTES = 16 * 2**20
+# What a folder or a zip that is none, or is damaged, raises where it is read.
+_NOT_READ = (
+    *(OSError, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
 _CHUNK_BYTES = 2**20
 
 
@@ -112,7 +119,7 @@ def read_adapter(path: Path | IO[bytes]) -> Adapter:
                 return _read(card, weights)
         with zipfile.ZipFile(path) as archive, archive.open(_CARD_NAME) as card, archive.open(_WEIGHTS) as weights:
             return _read(card, weights)
-    except (OSError, KeyError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile) as error:
+    except _NOT_READ as error:
         raise CannotReproduce(f"{path} is no adapter with a card to train it from: {error}") from error
 
 
@@ -125,6 +132,7 @@ def _read(card: IO[bytes], weights: IO[bytes]) -> Adapter:
     except ValidationError as error:  # its own text quotes what it refuses
         why = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ValueError(f"{_CARD_NAME}: {why[:1000]}") from None
+    json.dumps([found["config"], found["validation_fraction"]], allow_nan=False)  # they are sent
     if found["resumed_from"] is not None:
         raise CannotReproduce(
             f"The run began with the checkpoint {found['resumed_from']} of another job, which is not in the card."
@@ -323,7 +331,12 @@ def _close(one: Figure, other: Figure, relative: float) -> bool:
 
 def say(line: str) -> None:
     """Print a line at once."""
-    print(line, flush=True)  # noqa: T201 - it is what the command is for
+    print(_shown(line), flush=True)  # noqa: T201 - it is what the command is for
+
+
+def _shown(line: str) -> str:
+    """Write what would steer a terminal as escapes: a refusal quotes names that a card gives."""
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -349,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"{card['algorithm']} on {card['base_model_id']}, dataset {dataset_id}.")
         again = server.adapter(server.train(card, dataset_id, validation_id))
     except CannotReproduce as error:
-        print(f"reproduce: {error}", file=sys.stderr)  # noqa: T201
+        print(_shown(f"reproduce: {error}"), file=sys.stderr)  # noqa: T201
         return 2
     return 0 if compare(first, again, given.tolerance) else 1
 

@@ -1,9 +1,11 @@
 """`python -m reproduce` trains an adapter again from its card, over HTTP, and says whether it is the same."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +16,7 @@ from server import BACKEND, StudioServer, start_server
 from tiny_model import TINY_ID
 
 from core.manifest import verify
-from reproduce import Adapter, RunCard, compare, read_adapter
+from reproduce import Adapter, CannotReproduce, RunCard, compare, main, read_adapter
 
 pytestmark = pytest.mark.engine
 # All that could make two runs differ: dropout, shuffling, accumulation, warm-up, evaluation, a PiSSA decomposition.
@@ -187,3 +189,36 @@ def test_another_machine_may_round_otherwise_and_the_same_may_not(
     assert compare(first, Adapter(elsewhere, "0" * 64), None)
     assert "threads" in capsys.readouterr().out
     assert not compare(first, Adapter(elsewhere, "0" * 64), 1e-6)
+
+
+def _zip_of(card: str, how: int = zipfile.ZIP_STORED) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", how) as archive:
+        archive.writestr("training.json", card)
+        archive.writestr("adapter_model.safetensors", b"weights" * 100)
+    return packed.getvalue()
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_zip_with_damaged_data_is_no_adapter(how: int) -> None:
+    whole = _zip_of(json.dumps({"losses": list(range(500))}), how)
+    begin = len("training.json") + 30  # of its data, after the local header
+    with pytest.raises(CannotReproduce, match="is no adapter"):
+        read_adapter(io.BytesIO(whole[:begin] + b"\xff" * 60 + whole[begin + 60 :]))
+
+
+def test_a_card_cannot_steer_the_terminal_by_its_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.zip").write_bytes(_zip_of(json.dumps({"packages": {"\x1b[2J\u202e": 5}})))
+    assert main([str(tmp_path / "x.zip")]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b[2J\\u202e" in said and said.rstrip("\n").isprintable()
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999"])
+def test_a_card_with_numbers_that_cannot_be_sent_is_refused(
+    trained: dict[str, Any], tmp_path: Path, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (trained["folder"] / "adapter" / "training.json").read_text()
+    (tmp_path / "x.zip").write_bytes(_zip_of(text.replace('"learning_rate": 0.01', f'"learning_rate": {number}')))
+    assert main([str(tmp_path / "x.zip"), "--server", "http://127.0.0.1:9"]) == 2
+    assert "no adapter with a card" in capsys.readouterr().err
