@@ -52,9 +52,7 @@ def next_to_give_way(
     idle = [
         base
         for base in bases
-        if base is not own
-        and base.key.device == device.torch_name
-        and base.idle_for(idle_s if base.kept_for_client else 0.0)
+        if base is not own and base.key.device == device.torch_name and base.idle_for(idle_s, unkept_s=0.0)
     ]
     freed = sum(base.resident_bytes for base in idle)
     roomy = replace(device, available_bytes=device.available_bytes + freed)

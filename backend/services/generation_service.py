@@ -92,8 +92,7 @@ class GenerationService:
             ModelNotReady, ModelBusy: The model cannot answer now.
         """
         model = self._peft.get(model_id)
-        process = model.base.engine()
-        model.base.kept_for_client = True
+        process = model.base.engine(for_client=True)
         if request.adapter_id is not None:
             self.attach(model, request.adapter_id)
 

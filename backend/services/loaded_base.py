@@ -2,7 +2,9 @@
 
 import threading
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
@@ -107,6 +109,7 @@ class LoadedBase:
         self.last_used_at: datetime | None = None
         self.last_used = clock.monotonic()
         self.kept_for_client = False  # a client asked for it, or used it; what a job loads for itself is nobody's
+        self._awaited = 0
         self._stage_started = clock.monotonic()
 
     @property
@@ -188,8 +191,35 @@ class LoadedBase:
         """Whether it is loaded and its engine lives."""
         return self.state in (LoadState.READY, LoadState.BUSY)
 
-    def engine(self) -> EngineProcess:
+    def join(self, *, for_client: bool) -> bool:
+        """Take part in a base that is there, which is a use of it; False if there is none any more.
+
+        Args:
+            for_client: Whether a client asks for it, and not a job.
+        """
+        with self._lock:
+            if self.state in (LoadState.FAILED, LoadState.UNLOADING):
+                return False
+            self.kept_for_client = self.kept_for_client or for_client
+            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
+            return True
+
+    @contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Keep it from giving way to others while a job waits for it to load, or for another to leave it."""
+        with self._lock:
+            self._awaited += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._awaited -= 1
+
+    def engine(self, *, for_client: bool = False) -> EngineProcess:
         """Return the engine for a short command.
+
+        Args:
+            for_client: Whether a client uses it, and not a job: it is kept for the client from now on.
 
         Raises:
             ModelNotReady: There is no base yet, or no more.
@@ -201,6 +231,7 @@ class LoadedBase:
             if self.state is not LoadState.READY or self.process is None:
                 why = f": {self.error.detail}" if self.error is not None else ""
                 raise ModelNotReady(f"The model is {self.state.value}{why}")
+            self.kept_for_client = self.kept_for_client or for_client
             self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
             return self.process
 
@@ -226,24 +257,30 @@ class LoadedBase:
         with self._lock:
             self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
 
-    def idle_for(self, idle_s: float) -> bool:
-        """Whether it is loaded, nothing runs on it, and nothing has for `idle_s` seconds."""
+    def idle_for(self, idle_s: float, unkept_s: float | None = None) -> bool:
+        """Whether it is loaded, nobody waits for it, nothing runs on it, and nothing has for a while.
+
+        Args:
+            idle_s: How long.
+            unkept_s: How long if no client asked for it or used it; `idle_s` if None.
+        """
         with self._lock:
-            return self._idle_for(idle_s)
+            return self._idle_for(idle_s, unkept_s)
 
-    def _idle_for(self, idle_s: float) -> bool:
-        if self.state is not LoadState.READY or self.process is None or self.process.has_pending:
+    def _idle_for(self, idle_s: float, unkept_s: float | None) -> bool:
+        if self.state is not LoadState.READY or self._awaited or self.process is None or self.process.has_pending:
             return False
-        return self._clock.monotonic() - self.last_used >= idle_s
+        wanted_s = idle_s if unkept_s is None or self.kept_for_client else unkept_s
+        return self._clock.monotonic() - self.last_used >= wanted_s
 
-    def retire(self, idle_s: float) -> bool:
+    def retire(self, idle_s: float, unkept_s: float | None = None) -> bool:
         """Begin to unload it if it has been idle for so long; whoever asks for its engine from now on is refused.
 
         Returns:
             Whether it is to be unloaded. In one step with the look: no command can come in between.
         """
         with self._lock:
-            if not self._idle_for(idle_s):
+            if not self._idle_for(idle_s, unkept_s):
                 return False
             self.state = LoadState.UNLOADING
         self._done.set()

@@ -56,9 +56,10 @@ class ModelExport:
         """
         adapter = self._adapters.verified(record.adapter_id)
         model = self._load(adapter)
-        self._wait_for(model, control)
-        with self._borrowed(model, record, control) as process:
-            return self._request(process, control, lambda request_id: _command(request_id, adapter, record, folder))
+        with model.base.awaited():
+            self._wait_for(model, control)
+            with self._borrowed(model, record, control) as process:
+                return self._request(process, control, lambda request_id: _command(request_id, adapter, record, folder))
 
     def _load(self, adapter: AdapterRecord) -> LoadedModel:
         """Load the base as it was held in the training; how precisely it computes is this machine's to choose."""

@@ -113,6 +113,9 @@ class PeftService:
         self._models: dict[str, LoadedModel] = {}
         self._bases: dict[BaseKey, LoadedBase] = {}
         self._lock = threading.RLock()
+        # What is admitted is admitted one by one, so that two cannot both take the last. Beside the lock above, which
+        # every request needs: room is made by ending engines, and that takes seconds.
+        self._admission = threading.Lock()
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
         self._closed = threading.Event()
         threading.Thread(target=self._unload_idle, name="idle-unload", daemon=True).start()
@@ -210,10 +213,11 @@ class PeftService:
             return assess(shape, config, available, on_gpu=device.on_gpu, batch=batch, siblings=self._facts.siblings)
 
         device = self._machine.device("auto" if loaded is None else device_name(loaded.base.key.device))
-        with self._lock:
+        with self._admission:
             if loaded is None:
                 key, _ = place(self._machine, "auto", model_id, revision, config, shape, device)
-                own = self._bases.get(key)
+                with self._lock:
+                    own = self._bases.get(key)
             else:
                 own = loaded.base
             self._admit(f"Training {model_id}", judge, device, own)
@@ -254,37 +258,48 @@ class PeftService:
         )
         config = configuration.config
         key, engine = place(self._machine, request.engine, request.model_id, request.revision, config, shape, device)
-        with self._lock:
-            base = self._bases.get(key)
-            if base is not None and base.state in (LoadState.FAILED, LoadState.UNLOADING):
-                base = None
-            if base is not None and not request.for_job:
-                base.kept_for_client = True
-            for model in self._models.values():
-                same = model.base is base and model.algorithm == request.algorithm
-                asked_alike = request.for_job or model.asked == request.overrides
-                if same and asked_alike and model.configuration.config == config:
-                    return model
-            needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
-            if base is None:
-                if not request.force:
-                    self._admit_load(request.model_id, shape, config, device)
+        needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
+        trainable = _trainable(shape, configuration)
+        with self._admission:
+            with self._lock:
+                base = self._bases.get(key)
+                if base is not None and base.join(for_client=not request.for_job):
+                    return self._on_base(base, request, configuration, needed, trainable)
+            if not request.force:
+                self._admit_load(request.model_id, shape, config, device)
+            with self._lock:
                 base = self._start(key, configuration, engine, device, request)
                 base.kept_for_client = not request.for_job
                 base.needed_bytes = needed
-            model = LoadedModel(
-                f"mdl_{uuid.uuid4().hex[:12]}",
-                request.model_id,
-                request.revision,
-                request.algorithm,
-                configuration,
-                base,
-                needed,
-                _trainable(shape, configuration),
-                {} if request.for_job else request.overrides,
-            )
-            self._models[model.id] = model
-            return model
+                return self._on_base(base, request, configuration, needed, trainable)
+
+    def _on_base(
+        self,
+        base: LoadedBase,
+        request: LoadRequest,
+        configuration: Configuration,
+        needed: int | None,
+        trainable: int | None,
+    ) -> LoadedModel:
+        """Return the loaded model of a request: one that is there, or a new one. The caller holds the lock."""
+        for model in self._models.values():
+            same = model.base is base and model.algorithm == request.algorithm
+            asked_alike = request.for_job or model.asked == request.overrides
+            if same and asked_alike and model.configuration.config == configuration.config:
+                return model
+        model = LoadedModel(
+            f"mdl_{uuid.uuid4().hex[:12]}",
+            request.model_id,
+            request.revision,
+            request.algorithm,
+            configuration,
+            base,
+            needed,
+            trainable,
+            {} if request.for_job else request.overrides,
+        )
+        self._models[model.id] = model
+        return model
 
     def _admit_load(self, model_id: str, shape: ModelShape | None, config: PeftConfig, device: Device) -> None:
         def judge(device: Device) -> Assessment:
@@ -296,19 +311,20 @@ class PeftService:
     def _admit(self, what: str, judge: Callable[[Device], Assessment], device: Device, own: LoadedBase | None) -> None:
         """Refuse what does not fit, after unloading idle models where that makes it fit.
 
-        The caller holds the lock, so that two loads cannot both take the last. What an unloaded model gave back is
-        measured, not computed.
+        The caller admits nothing else meanwhile. What an unloaded model gave back is measured, not computed.
         """
         while True:
-            device = with_room(self._machine.device(device_name(device.torch_name)), self._bases.values(), own)
+            with self._lock:
+                bases = list(self._bases.values())
+            device = with_room(self._machine.device(device_name(device.torch_name)), bases, own)
             found = judge(device)
             if found.verdict != "does_not_fit":
                 return
-            idle = next_to_give_way(device, self._bases.values(), judge, own, self._make_room_after_s)
+            idle = next_to_give_way(device, bases, judge, own, self._make_room_after_s)
             if idle is None:
                 refuse_what_does_not_fit(found, what, device)
                 return
-            self._retire(idle, self._make_room_after_s if idle.kept_for_client else 0.0, f"room for: {what}")
+            self._retire(idle, self._make_room_after_s, f"room for: {what}", unkept_s=0.0)
 
     def _start(
         self, key: BaseKey, configuration: Configuration, engine: EngineChoice, device: Device, request: LoadRequest
@@ -463,9 +479,9 @@ class PeftService:
             for base in bases:
                 self._retire(base, self._idle_unload_s, "idle")
 
-    def _retire(self, base: LoadedBase, idle_s: float, why: str) -> None:
+    def _retire(self, base: LoadedBase, idle_s: float, why: str, unkept_s: float | None = None) -> None:
         """Unload a base, with every loaded model on it, if it has been idle for so long; its memory is free then."""
-        if not base.retire(idle_s):
+        if not base.retire(idle_s, unkept_s):
             return  # it was put to use, or unloaded, at this very moment
         with self._lock:
             self._models = {name: model for name, model in self._models.items() if model.base is not base}

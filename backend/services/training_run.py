@@ -121,9 +121,10 @@ class TrainingRun:
         known = {model.id for model in self._service.peft.models()}
         model = self._find_or_load()
         try:
-            self._wait_for(model)
-            with self._borrowed(model) as process:
-                return model, self._train(model, process)
+            with model.base.awaited():
+                self._wait_for(model)
+                with self._borrowed(model) as process:
+                    return model, self._train(model, process)
         except EngineDied:
             # What this job loaded and lost is of no use to anybody; what a client loaded stays listed as failed.
             if model.id not in known:

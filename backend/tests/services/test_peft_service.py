@@ -1,0 +1,166 @@
+"""Loading, joining and giving way, with engines that take no time."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_double import ManualClock
+
+import services.peft_service as module
+from core.errors import DoesNotFit
+from domain.algorithms import Algorithm
+from domain.architectures.registry import read_shape
+from domain.configure import MachineFacts
+from domain.memory_estimate import loading_bytes
+from services.devices import Device, EngineChoice
+from services.embedded_model import CONFIG
+from services.loaded_base import LoadState
+from services.peft_service import LoadedModel, LoadRequest, PeftService
+
+GRACE_S, IDLE_S = 60.0, 1800.0
+SHAPE = read_shape(CONFIG)
+
+
+class InstantEngine:
+    """Has loaded whatever it is told to; holds what one base is estimated to need."""
+
+    pid, has_pending = 1, False
+    held_bytes = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def request(self, *_: Any) -> tuple[str, "Future[dict[str, Any]]"]:
+        future: Future[dict[str, Any]] = Future()
+        future.set_result({"total_parameters": 1, "memory_bytes": self.held_bytes, "load_s": 0.1})
+        return "request", future
+
+    def resident_bytes(self) -> int:
+        return self.held_bytes
+
+    def close(self) -> None:
+        pass
+
+
+class Machine:
+    """A CPU with room for one load and a half."""
+
+    def __init__(self) -> None:
+        self.service: PeftService | None = None
+
+    def device(self, _: str | int) -> Device:
+        models = self.service.models() if self.service is not None else []
+        held = InstantEngine.held_bytes * sum(model.base.usable for model in models)
+        total = int(1.5 * InstantEngine.held_bytes)
+        return Device("cpu", MachineFacts(has_gpu=False, supports_bf16=False), total - held)
+
+    def engine(self, *_: Any) -> EngineChoice:
+        return EngineChoice("transformers", "the only one")
+
+
+class Files:
+    """Every model is here."""
+
+    def check(self, *_: Any, **__: Any) -> None:
+        return
+
+    def ensure(self, *_: Any, **__: Any) -> Path:
+        return Path("model")
+
+
+class Facts:
+    """Every model has the embedded one's shape."""
+
+    def shape(self, *_: Any) -> Any:
+        return SHAPE
+
+    def siblings(self, _: Any) -> list[Any]:
+        return []
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def peft(clock: ManualClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PeftService]:
+    monkeypatch.setattr(module, "EngineProcess", InstantEngine)
+    machine, files, facts = Machine(), Files(), Facts()
+    service = PeftService(
+        clock, *_any(machine, files, facts),
+        log_dir=tmp_path, idle_unload_s=IDLE_S, make_room_after_s=GRACE_S, engine_silence_s=60.0,
+    )  # fmt: skip
+    # In bf16, as it is configured where memory is this short.
+    config = service.configure(Algorithm.LORA, None, {"precision": "bf16"}).config
+    assert SHAPE is not None
+    monkeypatch.setattr(InstantEngine, "held_bytes", loading_bytes(SHAPE, config, on_gpu=False))
+    machine.service = service
+    yield service
+    service.close()
+
+
+def _any(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def _load(peft: PeftService, name: str, *, for_job: bool = False) -> LoadedModel:
+    request = LoadRequest(name, None, Algorithm.LORA, None, {}, "auto", "auto", force=False, for_job=for_job)
+    model = peft.load(request)
+    assert model.base.loading is not None
+    model.base.loading.result(30)
+    assert model.state is LoadState.READY, model.base.error
+    return model
+
+
+def test_while_an_engine_that_gives_way_takes_long_to_end_everything_else_answers(
+    peft: PeftService, clock: ManualClock
+) -> None:
+    first = _load(peft, "a/first")
+    process: Any = first.base.process
+    ending, may_end = threading.Event(), threading.Event()
+
+    def end_late() -> None:
+        ending.set()
+        assert may_end.wait(30)
+
+    process.close = end_late
+    clock.advance(GRACE_S)
+    with ThreadPoolExecutor(2) as threads:
+        second = threads.submit(_load, peft, "a/second")
+        assert ending.wait(30)
+        try:
+            assert threads.submit(peft.models).result(10) == []
+        finally:
+            may_end.set()
+        loaded = second.result(30)
+        assert peft.models() == [loaded]
+
+
+def test_what_a_client_asks_for_again_was_used_just_now(peft: PeftService, clock: ManualClock) -> None:
+    first = _load(peft, "a/first")
+    clock.advance(10 * GRACE_S)
+    assert _load(peft, "a/first") is first
+    with pytest.raises(DoesNotFit):
+        _load(peft, "a/second")
+    assert not first.base.retire(IDLE_S)
+
+
+def test_what_a_job_loaded_does_not_give_way_before_the_job_takes_it(peft: PeftService, clock: ManualClock) -> None:
+    first = _load(peft, "a/first", for_job=True)
+    with first.base.awaited():
+        clock.advance(10 * IDLE_S)
+        with pytest.raises(DoesNotFit):
+            _load(peft, "a/second")
+        assert not first.base.retire(IDLE_S)
+    _load(peft, "a/second")
+
+
+def test_what_a_client_begins_to_use_does_not_give_way_as_a_jobs(peft: PeftService) -> None:
+    first = _load(peft, "a/first", for_job=True)
+    assert first.base.idle_for(GRACE_S, unkept_s=0.0)
+    first.base.engine(for_client=True)
+    assert not first.base.retire(GRACE_S, unkept_s=0.0)
