@@ -23,9 +23,10 @@ from transformers import (
 from domain.peft_config import PeftConfig
 from domain.protocol import StepMetrics
 from engine.base import Base
-from engine.batches import Batch, Row, epoch_batches
+from engine.batches import Batch, epoch_batches
 from engine.initialisation import create_adapter
 from engine.optimizer import planned_steps
+from engine.rows import Row, RowStore
 from engine.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -43,7 +44,7 @@ def epochs(config: PeftConfig, rows: list[Row], pad_id: int) -> list[list[Batch]
     """Return the batches of every epoch, in order."""
     return [
         epoch_batches(
-            rows,
+            RowStore(rows),
             batch_size=config.batch_size,
             capacity=config.max_seq_length,
             packing=False,
@@ -62,7 +63,7 @@ def engine_losses(path: Path, config: PeftConfig, rows: list[Row]) -> list[float
     initial = create_adapter(base, "adp", config, "tests/tiny", None)
     events: list[Any] = []
     Trainer(
-        base, config, rows, [], request_id="r", emit=events.append, control=_GoOn(), initial=initial
+        base, config, RowStore(rows), RowStore(), request_id="r", emit=events.append, control=_GoOn(), initial=initial
     ).run()  # fmt: skip
     return [event.loss for event in events if isinstance(event, StepMetrics)]
 
