@@ -1,5 +1,6 @@
 """Whether an adapter's folder is safe to load, read without loading it."""
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -115,5 +116,10 @@ def read_card(folder: Path, where: str) -> Card:
         algorithm=algorithm if algorithm in list(Algorithm) else None,
         config=config.model_dump(mode="json"),
         dataset_sha256=sha256 if isinstance(sha256, str) and _SHA256.fullmatch(sha256) else None,
-        metrics={name: value for name, value in figures if isinstance(value, int | float | None) and len(name) < 60},
+        metrics={name: value for name, value in figures if _is_figure(value) and len(name) < 60},
     )
+
+
+def _is_figure(value: object) -> bool:
+    # JSON has no infinity, and PostgreSQL keeps none; 1e999 is read as one.
+    return value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))

@@ -18,7 +18,7 @@ from core.singleton import singleton
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.job_states import JobState
-from domain.peft_config import PeftConfig
+from domain.peft_config import PeftConfig, recorded
 from domain.use_cases import UseCaseId
 from services.database import get_database
 from services.dataset_service import DatasetService, get_dataset_service
@@ -126,7 +126,7 @@ class DatasetAnalysisService:
         Raises:
             DatasetNotFound, ModelNotFound: There is none of that id.
         """
-        config = PeftConfig.model_validate(job.config)
+        config = recorded(job.config)
         if some_answer_fits(self._datasets.rows_path(job.dataset_id), config.train_on, config.max_seq_length):
             return None
         algorithm = Algorithm(job.algorithm)

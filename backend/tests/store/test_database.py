@@ -22,7 +22,7 @@ from domain.job_states import JobState
 from store import database as module
 from store.database import HEAD, Database
 from store.records import DatasetRecord, JobRecord
-from store.repositories import Adapters, Datasets, Jobs
+from store.repositories import Adapters, Datasets, Exports, Jobs
 from store.tables import metadata
 
 
@@ -258,6 +258,22 @@ def test_adapters_of_the_second_version_become_numbered_versions(tmp_path: Path)
     assert found["adp_2"].source == {"kind": "training", "job_id": "job_2"}
     assert found["adp_1"].config == {"rank": 4}
     database.close()
+
+
+def test_exports_of_the_third_version_keep_what_they_say(empty: Database) -> None:
+    _upgrade(empty, "0003")
+    with empty.begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO exports (id, sequence, adapter_id, kind, settings, state, attempts, history, created_at) "
+                "VALUES ('exp_1', 1, 'adp_1', 'gguf', '{\"quantization\": \"q8_0\"}', 'running', 2, '[]', 't')"
+            )
+        )
+    empty.migrate()
+    with empty.begin() as connection:
+        (found,) = Exports(connection).all()
+    assert (found.id, found.attempts, found.settings) == ("exp_1", 2, {"quantization": "q8_0"})
+    assert found.cancel_wish is False
 
 
 def _upgrade(database: Database, revision: str) -> None:
