@@ -80,8 +80,6 @@ class JobIntake:
         self._check_data(request, config)
         for dataset_id in filter(None, (request.dataset_id, request.validation_dataset_id)):
             self.analyses.check_learnable(dataset_id, model_id, revision, config)
-        if not request.force:
-            self._check_memory(request, model_id, revision, config)
         record = JobRecord(
             id=job_id,
             sequence=0,
@@ -111,9 +109,11 @@ class JobIntake:
             started_at=None,
             finished_at=None,
         )
-        if source is None or request.resume_from is None:
-            return record
-        return self._begin_with(source, request.resume_from, record)
+        found = self._checkpoint_for(record, source, request.resume_from)
+        if not request.force:
+            # The last of what may refuse it: idle models are unloaded for this.
+            self._check_memory(request, model_id, revision, config)
+        return self._begin_with(*found, record) if found is not None else record
 
     def _configure(
         self, request: JobRequest, model_id: str, revision: str | None, source: JobRecord | None
@@ -183,8 +183,12 @@ class JobIntake:
         batch = Batch(rows, min(longest, config.max_seq_length), config.packing or rows > 1)
         self.peft.admit_run(model_id, revision, config, loaded=loaded, batch=batch)
 
-    def _begin_with(self, source: JobRecord, resume_from: str, record: JobRecord) -> JobRecord:
-        """Give the new job a checkpoint of another."""
+    def _checkpoint_for(
+        self, record: JobRecord, source: JobRecord | None, resume_from: str | None
+    ) -> tuple[str, str, int] | None:
+        """Return the job, the id and the step of the checkpoint that a new job begins with, if it is to have one."""
+        if source is None or resume_from is None:
+            return None
         checkpoint_id, about = self.checkpoints.about(source.id, resume_from.partition("/")[2] or None)
         pairs = {name: (getattr(source, name), getattr(record, name)) for name in _MUST_MATCH}
         earlier = recorded(source.config).model_dump(mode="json")
@@ -195,9 +199,13 @@ class JobIntake:
         last = record.config["max_steps"]
         if last is not None and last <= about["step"]:
             raise CheckpointUnusable(f"{resume_from} is at step {about['step']} already; max_steps={last} adds none.")
-        self.checkpoints.copy(source.id, checkpoint_id, record.id)
-        progress = {"step": about["step"], "recorded_step": about["step"]}
-        return replace(record, progress=record.progress | progress, resumed_from=f"{source.id}/{checkpoint_id}")
+        return source.id, checkpoint_id, about["step"]
+
+    def _begin_with(self, source_id: str, checkpoint_id: str, step: int, record: JobRecord) -> JobRecord:
+        """Give the new job a checkpoint of another."""
+        self.checkpoints.copy(source_id, checkpoint_id, record.id)
+        progress = record.progress | {"step": step, "recorded_step": step}
+        return replace(record, progress=progress, resumed_from=f"{source_id}/{checkpoint_id}")
 
 
 def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:
