@@ -268,9 +268,7 @@ class PeftService:
             if not request.force:
                 self._admit_load(request.model_id, shape, config, device)
             with self._lock:
-                base = self._start(key, configuration, engine, device, request)
-                base.kept_for_client = not request.for_job
-                base.needed_bytes = needed
+                base = self._start(key, configuration, engine, device, request, needed)
                 return self._on_base(base, request, configuration, needed, trainable)
 
     def _on_base(
@@ -327,9 +325,16 @@ class PeftService:
             self._retire(idle, self._make_room_after_s, f"room for: {what}", unkept_s=0.0)
 
     def _start(
-        self, key: BaseKey, configuration: Configuration, engine: EngineChoice, device: Device, request: LoadRequest
+        self,
+        key: BaseKey,
+        configuration: Configuration,
+        engine: EngineChoice,
+        device: Device,
+        request: LoadRequest,
+        needed: int | None,
     ) -> LoadedBase:
         base = LoadedBase(key, self._clock, engine.reason, force=request.force, allow_pickle=request.allow_pickle)
+        base.kept_for_client, base.needed_bytes = not request.for_job, needed  # before the load can fail
         self._bases[key] = base
         # The context carries the request's Hub token to the download, and nowhere else.
         run = contextvars.copy_context().run
@@ -368,12 +373,17 @@ class PeftService:
             _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=base.load_s)
         except StudioError as error:
             _log.warning("model.load_failed", model_id=base.key.model_id, error=error.detail)
-            base.fail(error)
-            base.end_process()
+            self._fail(base, error)
         except Exception as error:  # noqa: BLE001 - a loader thread must end in a state; the log has the traceback
             _log.exception("model.load_crashed", model_id=base.key.model_id)
-            base.fail(StudioError(f"The model could not be loaded: {type(error).__name__}."))
-            base.end_process()
+            self._fail(base, StudioError(f"The model could not be loaded: {type(error).__name__}."))
+
+    def _fail(self, base: LoadedBase, error: StudioError) -> None:
+        """Record why a load failed: with the base for the client to see, or else with the job alone that wanted it."""
+        base.fail(error)
+        base.end_process()
+        if not base.kept_for_client:
+            self._forget(base)
 
     def _on_exit(self, base: LoadedBase) -> None:
         if base.usable:
@@ -483,12 +493,15 @@ class PeftService:
         """Unload a base, with every loaded model on it, if it has been idle for so long; its memory is free then."""
         if not base.retire(idle_s, unkept_s):
             return  # it was put to use, or unloaded, at this very moment
+        self._forget(base)
+        base.end_process()
+        _log.info("model.unloaded", model_id=base.key.model_id, why=why)
+
+    def _forget(self, base: LoadedBase) -> None:
         with self._lock:
             self._models = {name: model for name, model in self._models.items() if model.base is not base}
             if self._bases.get(base.key) is base:
                 del self._bases[base.key]
-        base.end_process()
-        _log.info("model.unloaded", model_id=base.key.model_id, why=why)
 
     def close(self) -> None:
         """End every engine."""

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hub_double import ManualClock
 
 import services.peft_service as module
-from core.errors import DoesNotFit
+from core.errors import DoesNotFit, HubUnavailable
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts
@@ -62,12 +63,14 @@ class Machine:
 
 
 class Files:
-    """Every model is here."""
+    """Every model is here, but for one that the Hub would have to give."""
 
     def check(self, *_: Any, **__: Any) -> None:
         return
 
-    def ensure(self, *_: Any, **__: Any) -> Path:
+    def ensure(self, model_id: str, *_: Any, **__: Any) -> Path:
+        if model_id == "a/far":
+            raise HubUnavailable("The Hub is away.")
         return Path("model")
 
 
@@ -164,3 +167,17 @@ def test_what_a_client_begins_to_use_does_not_give_way_as_a_jobs(peft: PeftServi
     assert first.base.idle_for(GRACE_S, unkept_s=0.0)
     first.base.engine(for_client=True)
     assert not first.base.retire(GRACE_S, unkept_s=0.0)
+
+
+def test_a_load_that_failed_is_shown_to_the_client_who_asked_and_not_kept_for_a_job(peft: PeftService) -> None:
+    request = LoadRequest("a/far", None, Algorithm.LORA, None, {}, "auto", "auto", force=False, for_job=True)
+    for _ in range(3):  # as often as the job is tried again
+        model = peft.load(request)
+        assert model.base.loading is not None
+        model.base.loading.result(30)
+        assert model.state is LoadState.FAILED and isinstance(model.base.error, HubUnavailable)
+    assert peft.models() == []
+    model = peft.load(replace(request, for_job=False))
+    assert model.base.loading is not None
+    model.base.loading.result(30)
+    assert peft.models() == [model] and model.state is LoadState.FAILED
