@@ -456,7 +456,11 @@ class PeftService:
                 continue
             if base.busy_with is not None:
                 raise ModelBusy(f"The base of the adapter is {base.busy_with}.")
-            _, future = base.engine().request(
+            try:
+                process = base.engine()
+            except ModelNotReady:
+                continue  # it is being unloaded, and the adapter with it
+            _, future = process.request(
                 lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id=adapter_id)
             )
             base.detached(adapter_id, future.result()["memory_bytes"])

@@ -181,3 +181,11 @@ def test_a_load_that_failed_is_shown_to_the_client_who_asked_and_not_kept_for_a_
     assert model.base.loading is not None
     model.base.loading.result(30)
     assert peft.models() == [model] and model.state is LoadState.FAILED
+
+
+def test_an_adapter_on_a_base_that_is_being_unloaded_is_off_it(peft: PeftService, clock: ManualClock) -> None:
+    first = _load(peft, "a/first")
+    first.base.attached("adp_1", 1)
+    clock.advance(IDLE_S)
+    assert first.base.retire(IDLE_S)
+    peft.detach_everywhere("adp_1")
