@@ -92,17 +92,18 @@ class GenerationService:
             ModelNotReady, ModelBusy: The model cannot answer now.
         """
         model = self._peft.get(model_id)
-        process = model.base.engine(for_client=True)
-        if request.adapter_id is not None:
-            self.attach(model, request.adapter_id)
 
         def on_event(event: Any) -> None:
             if on_text is not None and isinstance(event, protocol.Token):
                 on_text(event.text)
 
-        request_id, future = process.request(
-            lambda request_id: protocol.Generate(request_id=request_id, **request.__dict__), on_event
-        )
+        with model.base.awaited():  # between the commands, too, it is in use
+            process = model.base.engine(for_client=True)
+            if request.adapter_id is not None:
+                self.attach(model, request.adapter_id)
+            request_id, future = process.request(
+                lambda request_id: protocol.Generate(request_id=request_id, **request.__dict__), on_event
+            )
         future.add_done_callback(lambda _: model.base.touch())  # a long answer is no idle time
         return Generation(process, request_id, future)
 

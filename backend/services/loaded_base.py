@@ -206,7 +206,7 @@ class LoadedBase:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Keep it from giving way to others while a job waits for it to load, or for another to leave it."""
+        """Keep it from giving way while somebody waits for it to load, for another to leave it, or between commands."""
         with self._lock:
             self._awaited += 1
         try:

@@ -18,6 +18,7 @@ from domain.configure import MachineFacts
 from domain.memory_estimate import loading_bytes
 from services.devices import Device, EngineChoice
 from services.embedded_model import CONFIG
+from services.generation_service import GenerationRequest, GenerationService
 from services.loaded_base import LoadState
 from services.peft_service import LoadedModel, LoadRequest, PeftService
 
@@ -189,3 +190,18 @@ def test_an_adapter_on_a_base_that_is_being_unloaded_is_off_it(peft: PeftService
     clock.advance(IDLE_S)
     assert first.base.retire(IDLE_S)
     peft.detach_everywhere("adp_1")
+
+
+def test_a_model_does_not_give_way_between_the_look_and_the_command(peft: PeftService) -> None:
+    first = _load(peft, "a/first", for_job=True)
+    process: Any = first.base.process
+    gave_way: list[bool] = []
+
+    def request(*arguments: Any) -> Any:
+        gave_way.append(first.base.retire(0.0, unkept_s=0.0))
+        return InstantEngine.request(process, *arguments)
+
+    process.request = request
+    adapters: Any = None
+    GenerationService(peft, adapters).start(first.id, GenerationRequest(None, "a", None, 1, 0.0, 1.0, None, []))
+    assert gave_way == [False] and first.base.retire(0.0)
