@@ -315,11 +315,17 @@ def some_answer_fits(rows: Path, train_on: str, max_seq_length: int) -> bool:
             learned = next((at for at in wanted if turns[at].get("weight", 1) != 0), None)
             if learned is None:
                 continue
-            before = sum(len(turn["content"].encode()) + _TEMPLATE_TOKENS for turn in turns[: learned + 1])
+            before = sum(map(_most_tokens, turns[:learned])) + _TEMPLATE_TOKENS
             before += len(json.dumps(row["tools"])) if row.get("tools") else 0
-            if before - len(turns[learned]["content"].encode()) < max_seq_length:
+            if before < max_seq_length:
                 return True
     return False
+
+
+def _most_tokens(turn: dict[str, Any]) -> int:
+    """Return what a turn may take: its text, its reasoning and the calls it makes."""
+    said = [value for name, value in turn.items() if name not in ("role", "weight")]
+    return sum(len(part.encode() if isinstance(part, str) else json.dumps(part)) for part in said) + _TEMPLATE_TOKENS
 
 
 def _read_settings(config: PeftConfig, names: tuple[str, ...]) -> dict[str, Any]:

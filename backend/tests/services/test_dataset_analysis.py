@@ -7,7 +7,7 @@ from typing import Any
 
 from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
-from services.dataset_analysis import DatasetAnalysisService
+from services.dataset_analysis import DatasetAnalysisService, some_answer_fits
 
 
 def test_a_job_queued_before_some_settings_existed_is_looked_at(tmp_path: Path) -> None:
@@ -22,3 +22,18 @@ def test_a_job_queued_before_some_settings_existed_is_looked_at(tmp_path: Path) 
     job: Any = SimpleNamespace(config=config, dataset_id="ds")
     assert service.begin_in_doubt(job) is None
     service.close()
+
+
+def test_the_calls_of_earlier_turns_count_too(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x" * 200}}}
+    turns: list[dict[str, Any]] = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "Nothing."},
+        {"role": "assistant", "content": "There is nothing."},
+    ]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns}) + "\n")
+    assert some_answer_fits(rows, "assistant", 64)
+    assert not some_answer_fits(rows, "last_assistant", 64)
+    assert some_answer_fits(rows, "last_assistant", 512)
