@@ -26,8 +26,9 @@ from three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_tr
 from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
 from domain.peft_config import PeftConfig
-from engine.base import load_tokenizer
-from engine.batches import Row, RowTokenizer
+from engine.batches import RowTokenizer
+from engine.rows import RowStore
+from engine.transformers_backend import load_tokenizer
 from services.embedded_model import EmbeddedModel
 
 # Relative. Sums of fp32 in another order: one or two units in the last place (1.4e-7) were measured.
@@ -36,7 +37,7 @@ STEPS = 6
 ALGORITHMS = (Algorithm.LORA, Algorithm.QLORA, Algorithm.DORA, Algorithm.RSLORA, Algorithm.PISSA)
 
 
-def rows_for(path: Path) -> list[Row]:
+def rows_for(path: Path) -> RowStore:
     """Tokenize questions with an answer that the model does not give by itself."""
     tokenizer = RowTokenizer(load_tokenizer(path), "assistant", 64)
     made = [
@@ -46,7 +47,7 @@ def rows_for(path: Path) -> list[Row]:
         ]}
         for number in range(8)
     ]  # fmt: skip
-    return [row for number, one in enumerate(made) for row in tokenizer.rows(number, one)]
+    return RowStore(row for number, one in enumerate(made) for row in tokenizer.rows(number, one))
 
 
 def config_for(algorithm: Algorithm) -> PeftConfig:

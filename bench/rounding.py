@@ -28,12 +28,14 @@ from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
 from domain.peft_config import PeftConfig
 from engine import methods
-from engine.base import Base, load_tokenizer
-from engine.batches import Row, RowTokenizer, pad
+from engine.base import Base
+from engine.batches import RowTokenizer, pad
 from engine.frozen_weights import original_weights_kept
 from engine.initialisation import create_adapter
 from engine.loss import SummedLoss
+from engine.rows import Row, RowStore
 from engine.trainer import Trainer
+from engine.transformers_backend import load_tokenizer
 from services.embedded_model import MODEL_ID, EmbeddedModel
 
 RUNS: tuple[tuple[str, Algorithm, dict[str, Any]], ...] = (
@@ -81,7 +83,10 @@ def train(path: Path, config: PeftConfig, rows: list[Row], held: list[Row], adap
     with original_weights_kept(base.model, methods.changed_layers(base.model, config), adapter.parent):
         set_seed(config.seed)
         initial = create_adapter(base, "adp", config, MODEL_ID, None)
-        Trainer(base, config, rows, [], request_id="r", emit=lambda event: None, control=GoOn(), initial=initial).run()
+        Trainer(
+            base, config, RowStore(rows), RowStore(), request_id="r", emit=lambda event: None, control=GoOn(),
+            initial=initial,
+        ).run()  # fmt: skip
         trained = loss_of(base, held)
         state, lora = methods.adapter_state(base.model, "adp"), base.model.peft_config["adp"]
         if initial:

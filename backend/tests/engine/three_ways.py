@@ -26,7 +26,7 @@ from engine.base import Base
 from engine.batches import Batch, epoch_batches
 from engine.initialisation import create_adapter
 from engine.optimizer import planned_steps
-from engine.rows import Row, RowStore
+from engine.rows import RowStore
 from engine.trainer import Trainer
 
 WARMUP_STEPS = 2
@@ -40,11 +40,11 @@ class _GoOn:
         return False
 
 
-def epochs(config: PeftConfig, rows: list[Row], pad_id: int) -> list[list[Batch]]:
+def epochs(config: PeftConfig, rows: RowStore, pad_id: int) -> list[list[Batch]]:
     """Return the batches of every epoch, in order."""
     return [
         epoch_batches(
-            RowStore(rows),
+            rows,
             batch_size=config.batch_size,
             capacity=config.max_seq_length,
             packing=False,
@@ -56,14 +56,14 @@ def epochs(config: PeftConfig, rows: list[Row], pad_id: int) -> list[list[Batch]
     ]
 
 
-def engine_losses(path: Path, config: PeftConfig, rows: list[Row]) -> list[float]:
+def engine_losses(path: Path, config: PeftConfig, rows: RowStore) -> list[float]:
     """Train as the service does; return the loss of each step."""
     base = Base(path, config, "cpu", "transformers")
     set_seed(config.seed)
     initial = create_adapter(base, "adp", config, "tests/tiny", None)
     events: list[Any] = []
     Trainer(
-        base, config, RowStore(rows), RowStore(), request_id="r", emit=events.append, control=_GoOn(), initial=initial
+        base, config, rows, RowStore(), request_id="r", emit=events.append, control=_GoOn(), initial=initial
     ).run()  # fmt: skip
     return [event.loss for event in events if isinstance(event, StepMetrics)]
 
@@ -94,7 +94,7 @@ def _adapted(path: Path, config: PeftConfig) -> PeftModel:
     return PeftModelForCausalLM(model, lora)
 
 
-def losses_by_hand(path: Path, config: PeftConfig, rows: list[Row]) -> list[float]:
+def losses_by_hand(path: Path, config: PeftConfig, rows: RowStore) -> list[float]:
     """Train in a plain loop; the loss is summed over the whole step's tokens and divided once."""
     model = _adapted(path, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -147,7 +147,7 @@ class _GivenOrder(Sampler[int]):
 
 
 def losses_in_trl(
-    path: Path, config: PeftConfig, rows: list[Row], scratch: Path, *, as_it_is: bool = False
+    path: Path, config: PeftConfig, rows: RowStore, scratch: Path, *, as_it_is: bool = False
 ) -> list[float]:
     """Train with TRL's SFTTrainer, whose loss, optimizer, schedule, clipping and accumulation are its own.
 
