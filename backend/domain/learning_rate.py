@@ -35,7 +35,7 @@ def default_learning_rate(
         algorithm: The method.
         alpha: Scaling numerator.
         use_rslora: Whether it is divided by √r.
-        lora_plus_ratio: B's rate over A's, which this is; None where there is one rate. LoRA's best rate lies between
+        lora_plus_ratio: B's rate over A's, which this is; None where there is one rate. The best one rate lies between
             LoRA+'s two, so their geometric mean is kept.
 
     Source: "LoRA Without Regret", thinkingmachines.ai/blog/lora; rsLoRA (arXiv 2312.03732), section 3; LoRA+ (arXiv
@@ -43,11 +43,12 @@ def default_learning_rate(
     """
     if SPECS[algorithm].unscaled:
         name = SPECS[algorithm].name
-        return _UNSCALED, f"{name} starts from parts of the weights: the law for LoRA's rate does not cover it"
-    rate, reason = _of_the_model(shape, alpha, use_rslora=use_rslora)
+        rate, reason = _UNSCALED, f"{name} starts from parts of the weights: the law for LoRA's rate does not cover it"
+    else:
+        rate, reason = _of_the_model(shape, alpha, use_rslora=use_rslora)
     if lora_plus_ratio is not None:
         rate /= math.sqrt(lora_plus_ratio)
-        reason += f"; A's, the geometric mean with B's being that of LoRA (lora_plus_ratio={lora_plus_ratio:g})"
+        reason += f"; A's, the geometric mean with B's being that (lora_plus_ratio={lora_plus_ratio:g})"
     return float(f"{min(1.0, rate):.2g}"), reason
 
 

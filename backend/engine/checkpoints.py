@@ -5,7 +5,7 @@ checkpoints/<job>/step-00000040/
     optimizer.safetensors    the optimizer's tensors, as `<parameter>.<name>`
     rng.safetensors          torch's random number generators (nothing else in the loop draws numbers: the
                              order of rows comes from the seed and the epoch alone)
-    initial.safetensors      PiSSA and OLoRA only: A and B as initialised
+    initial.safetensors      PiSSA, OLoRA and LoftQ of several iterations only: A and B as initialised
     best.safetensors         early stopping only: the parameters of the best evaluation, if those are others
     state.json               progress, sampler position, scheduler, scaler, the optimizer's groups
     manifest.json            sha256 of each file

@@ -87,3 +87,5 @@ def test_parts_of_the_weights_get_a_rate_of_their_own(algorithm: Algorithm) -> N
     found = configure(algorithm, use_case=None, overrides={}, machine=CPU, shape=_shape("llama", 576))
     choice = found.choices["learning_rate"]
     assert (choice.value, choice.source) == (2e-4, "algorithm")
+    two = configure(algorithm, use_case=None, overrides={"lora_plus_ratio": 16.0}, machine=CPU).choices["learning_rate"]
+    assert (two.value, two.source) == (5e-5, "algorithm") and "lora_plus_ratio=16" in two.reason
