@@ -9,6 +9,7 @@ from test_trainer import make_rows
 from three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
 
 from domain.algorithms import Algorithm
+from engine.rows import RowStore
 
 # Relative. Of fp32: the engine's head runs only where there is a loss, so that sums are made in another order; one or
 # two units in the last place (2e-7) were measured, after 15 steps.
@@ -36,7 +37,7 @@ def test_the_engine_trl_and_a_loop_by_hand_have_one_loss_curve(
 ) -> None:
     slower = {"learning_rate": 2e-3} if algorithm is Algorithm.LORA_PLUS else {}  # B learns 16 times as fast
     config = config_for(algorithm, **SETTINGS | slower)
-    rows = make_rows(24)
+    rows = RowStore(make_rows(24))
     ours = engine_losses(tiny_path, config, rows)
     by_hand = losses_by_hand(tiny_path, config, rows)
     in_trl = losses_in_trl(tiny_path, config, rows, tmp_path)
@@ -50,7 +51,7 @@ def test_the_engine_trl_and_a_loop_by_hand_have_one_loss_curve(
 def test_trl_alone_rounds_the_adapter_on_a_4_bit_base(tiny_path: Path, tmp_path: Path) -> None:
     """Why the test above puts TRL's adapter back in fp32, and how far apart the curves are if it does not."""
     config = config_for(Algorithm.QLORA, **SETTINGS)
-    rows = make_rows(24)
+    rows = RowStore(make_rows(24))
     in_trl = losses_in_trl(tiny_path, config, rows, tmp_path, as_it_is=True)
     ours = engine_losses(tiny_path, config, rows)
     apart = max(abs(one / other - 1) for one, other in zip(ours, in_trl, strict=True))
