@@ -69,7 +69,8 @@ def check_init_weights(run: Run) -> None:
         moved += float((there - start).norm() ** 2)
         if "lora_A" in name:
             assert float((found - there).norm()) < 0.2 * float(start.norm())
-    assert math.sqrt(off) <= (0.1 if run.config["precision"] == "fp32" else 0.5) * math.sqrt(moved)
+    # A warm-up can leave a run of one step where it began: what is left then is rounding.
+    assert math.sqrt(off) <= (0.1 if run.config["precision"] == "fp32" else 0.5) * math.sqrt(moved) + 1e-6
 
 
 def check_loftq_iterations(run: Run) -> None:

@@ -235,9 +235,10 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(
     ran = tmp_path / "ran"
     files = {name: data for name, data in tiny_files.items() if name != "model.safetensors"}
     hub.add_model("evil/pickled", files | {"pytorch_model.bin": pickled({"w": Evil(ran)})})
+    before = {engine.pid for engine in studio.engines()}
     model = start_load(studio, "evil/pickled", wait_s=60, allow_pickle=True)
 
     assert (model["state"], model["error"]["type"]) == ("failed", "model-rejected"), model
     assert not ran.exists()
     assert "posix.system" in model["error"]["message"]
-    wait_until(lambda: not studio.engines())
+    wait_until(lambda: {engine.pid for engine in studio.engines()} <= before)

@@ -243,7 +243,7 @@ def test_nothing_to_learn_is_a_failed_job_that_says_so(studio: StudioServer) -> 
     job = studio.submit(model_id=TINY_ID, dataset_id=dataset["id"], overrides={"max_seq_length": 64})
     studio.events(job["id"])
     error = studio.job(job["id"])["error"]
-    assert error["class"] == "bad_data" and "max_seq_length" in " ".join(error["suggestions"])
+    assert error["class"] == "dataset_not_trainable" and "max_seq_length" in error["message"]
 
 
 def test_an_adapter_asked_for_with_the_load_is_on_the_base_once_it_is_loaded(
