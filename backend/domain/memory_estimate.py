@@ -57,7 +57,7 @@ CPU = Platform(
     slack_quantized=0.85,
     slack_adapters=0.3,
     slack_dora=3.1,
-    slack_pissa=1.3,
+    slack_pissa=0.3,
     low=0.88,
     high=1.08,
 )
