@@ -1,10 +1,8 @@
 """What keeps a model of the Hub from being loaded here, however much memory there is."""
 
-from collections.abc import Sequence
-
-from core.errors import ModelRejected, NeedsRemoteCode
+from core.errors import ModelGated, ModelRejected, NeedsRemoteCode
 from domain.config_checks import check_asks_for_no_code, check_dimensions
-from domain.model_records import ModelDetails, weight_files
+from domain.model_records import ModelDetails, needs_remote_code, weight_files
 from services.model_safety import no_safe_weights
 
 
@@ -19,26 +17,28 @@ def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
         A sentence each; empty where nothing is known to be in the way.
     """
     model_id, paths = details.summary.model_id, [file.path for file in details.files]
-    found = [*_config_blockers(details, paths, has_token=has_token)]
-    if details.requires_remote_code and not any("never run here" in reason for reason in found):
+    found = []
+    if details.config is None:
+        found.append(no_config(details, has_token=has_token).detail)
+    else:
+        try:
+            check_asks_for_no_code(model_id, "config.json", details.config)
+            check_dimensions(model_id, details.config)
+        except (NeedsRemoteCode, ModelRejected) as error:
+            found.append(error.detail)
+    if details.requires_remote_code and not needs_remote_code(details.config):  # its tokenizer does
         found.append(f"{model_id} asks to run its own Python; it is never run here.")
     if not weight_files(paths):
         found.append(no_safe_weights(model_id, paths).detail)
     return found
 
 
-def _config_blockers(details: ModelDetails, paths: Sequence[str], *, has_token: bool) -> list[str]:
+def no_config(details: ModelDetails, *, has_token: bool) -> ModelGated | ModelRejected:
+    """Make the error of a model whose config.json is not to be had, which says why."""
     model_id = details.summary.model_id
-    if details.config is not None:
-        try:
-            check_asks_for_no_code(model_id, "config.json", details.config)
-            check_dimensions(model_id, details.config)
-        except (NeedsRemoteCode, ModelRejected) as error:
-            return [error.detail]
-        return []
-    if "config.json" not in paths:
-        return [f"{model_id} has no config.json: it is not a transformers model."]
+    if all(file.path != "config.json" for file in details.files):
+        return ModelRejected(f"{model_id} has no config.json: it is not a transformers model.")
     if details.summary.gated:
         whose = "that is the token's" if has_token else "and set HF_TOKEN, or send X-HF-Token, with a token of it"
-        return [f"{model_id} is gated: accept its licence with an account {whose}."]
-    return [f"{model_id}: config.json is not a JSON object, or the Hub does not hand it out."]
+        return ModelGated(f"{model_id} is gated: accept its licence with an account {whose}.", model_id=model_id)
+    return ModelRejected(f"{model_id}: config.json is not a JSON object, or the Hub does not hand it out.")

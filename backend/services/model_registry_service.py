@@ -13,9 +13,7 @@ from pydantic import TypeAdapter
 from core.clock import Clock, SystemClock
 from core.errors import (
     HubUnavailable,
-    ModelGated,
     ModelNotFound,
-    ModelRejected,
     NoSafeWeights,
     SettingRejected,
     TaskNotFound,
@@ -47,7 +45,7 @@ from services.hub_http import HubHttp
 from services.listed_configs import ListedConfigs, config_cache
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
-from services.model_blockers import blockers_of
+from services.model_blockers import blockers_of, no_config
 from services.model_fit import fit_of
 
 # config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
@@ -207,14 +205,7 @@ class ModelRegistryService:
         details = self._find_details(model_id, revision, local)[0]
         if details.config is not None:
             return details.config
-        if all(file.path != "config.json" for file in details.files):
-            raise ModelRejected(f"{model_id} has no config.json: it is not a transformers model.")
-        if details.summary.gated:
-            raise ModelGated(
-                f"{model_id} is gated: accept its licence on its page, and set HF_TOKEN to a token of that account.",
-                model_id=model_id,
-            )
-        raise ModelRejected(f"{model_id}: config.json is not a JSON object, or the Hub does not hand it out.")
+        raise no_config(details, has_token=bool(self._hub.identity))
 
     def _find_details(
         self, model_id: str, revision: str | None, local: LocalModel | None
