@@ -158,26 +158,16 @@ def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Sta
     per_token += stack.adapter_width * config.rank * len(targets)
     if not config.use_dora:
         return batch.tokens * per_token
-    return batch.tokens * (per_token + _dora_per_token(targets, config, stack)) + _dora_weights(targets, config, stack)
+    return batch.tokens * (per_token + _dora_per_token(targets, config, stack))
 
 
 def _dora_per_token(targets: list[Linear], config: PeftConfig, stack: Stack) -> int:
     """Bytes a token that DoRA keeps beside LoRA: the base's output and the adapter's, which the magnitudes multiply.
 
-    Source: PEFT, tuners/lora/dora.py, `DoraLinearLayer.forward`.
+    Source: PEFT, tuners/lora/dora.py, `DoraLinearLayer.forward`; no dense weight (engine/dora.py).
     """
     base = stack.adapter_width if config.dropout > 0 else WIDTH_BYTES[config.precision]
     return sum((base + stack.adapter_width) * linear.fan_out for linear in targets)
-
-
-def _dora_weights(targets: list[Linear], config: PeftConfig, stack: Stack) -> int:
-    """Bytes of dense fp32 weights that DoRA keeps.
-
-    With dropout the base's output is computed anew from the dropped input, on a weight in the adapter's type: a copy
-    where the base is stored in another, and autograd keeps it (`F.linear(x, weight)` in the same function).
-    """
-    copied = config.quantization != "none" or WIDTH_BYTES[config.precision] < stack.adapter_width
-    return sum(stack.adapter_width * linear.weights for linear in targets) if config.dropout > 0 and copied else 0
 
 
 def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS) -> int:

@@ -16,6 +16,7 @@ from engine import methods
 from engine.attach import attach_by_peft, attach_plain, detach_plain
 from engine.backend import backend_of
 from engine.batches import FALLBACK_TEMPLATE
+from engine.dora import use_blocks
 from engine.errors import BadModel, BadSetting
 
 
@@ -43,6 +44,7 @@ class Base:
 
     def __init__(self, path: Path, config: PeftConfig, device: str, engine: str) -> None:
         started = time.monotonic()
+        use_blocks()
         self.engine, self.backend = engine, backend_of(engine)
         try:
             self.model, self.tokenizer = self.backend.load(path, config, device)

@@ -4,12 +4,13 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -70,6 +71,16 @@ class PublishedWeights:
         """Yield what a tensor may be called in the files: with or without the inner part's name, or renamed on load."""
         yield from (name, name.removeprefix(self._prefix), self._prefix + name)
         yield from revert_weight_conversion(self._model, {name: torch.empty(0)})
+
+
+def plain_weight(module: Any) -> torch.Tensor:
+    """Return a layer's weight as numbers, whatever they are packed in; the layer stays as it is."""
+    weight = module.weight
+    if type(weight).__name__ == "Int8Params":
+        # PEFT's dequantize_module_weight puts a new weight in place of an 8-bit one on the CPU, without its scales.
+        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
+        return dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=scales)).detach()
+    return dequantize_module_weight(module).detach()
 
 
 def parts(weight: Any) -> dict[str, torch.Tensor]:

@@ -5,17 +5,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight
 from safetensors import safe_open
 from torch import nn
 
 from engine.base import Base
 from engine.errors import BadSetting
+from engine.frozen_weights import plain_weight
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _QUANTISED = {"Params4bit": "4-bit NF4", "Int8Params": "8-bit"}  # bitsandbytes' classes of weights
@@ -178,16 +177,6 @@ def merged_weight(layer: LoraLayer, adapter: str) -> torch.Tensor:
     merged: torch.Tensor = variant.merge_safe(layer, adapter, weight)
     layer._caches.pop(f"{adapter}-weight_norm", None)  # kept by PEFT for undoing a merge that is not done here
     return merged
-
-
-def plain_weight(module: Any) -> torch.Tensor:
-    """Return a layer's weight as numbers, whatever they are packed in; the layer stays as it is."""
-    weight = module.weight
-    if type(weight).__name__ == "Int8Params":
-        # PEFT's dequantize_module_weight puts a new weight in place of an 8-bit one on the CPU, without its scales.
-        scales = module.state.SCB if module.state.SCB is not None else weight.SCB
-        return dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=scales)).detach()
-    return dequantize_module_weight(module).detach()
 
 
 def stored_dtypes(folder: Path) -> Mapping[str, torch.dtype]:

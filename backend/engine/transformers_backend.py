@@ -75,7 +75,8 @@ class TransformersBackend:
     def begin_training(self, model: Any, config: PeftConfig) -> str:
         if config.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        return "PEFT's own layers on a base that transformers loaded"
+        layers = "PEFT's layers, with DoRA's norms in blocks of rows," if config.use_dora else "PEFT's own layers"
+        return f"{layers} on a base that transformers loaded"
 
     def end_training(self, model: Any, config: PeftConfig) -> None:
         if config.gradient_checkpointing:

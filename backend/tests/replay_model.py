@@ -13,7 +13,8 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig, PeftModelForCausalLM
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, variants
+from peft.tuners.lora.dora import DoraLinearLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,6 +48,7 @@ def build(path: Path, config: dict[str, Any]) -> PeftModelForCausalLM:
         use_dora=config["use_dora"],
         init_lora_weights=True if by_hand or start == "default" else start,
     )
+    variants.DoraLinearLayer = DoraLinearLayer  # not an engine's, should one have been in this process
     model = PeftModelForCausalLM(base, lora)
     if by_hand:
         published = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if storage is not None else dtype)

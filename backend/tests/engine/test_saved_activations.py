@@ -15,6 +15,7 @@ from domain.architectures.registry import FAMILIES, read_shape
 from domain.configure import MachineFacts, configure
 from domain.peft_config import PeftConfig
 from engine import methods
+from engine.dora import use_blocks
 from engine.transformers_backend import DTYPES
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
@@ -87,6 +88,7 @@ def _both(model_type: str, config: PeftConfig, *, masked: bool = True) -> tuple[
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(parsed, attn_implementation="sdpa").to(DTYPES[config.precision])
     base.requires_grad_(False)
+    use_blocks()
     model = PeftModelForCausalLM(base, methods.lora_config(config, "tiny", None))
     model.train()
     ids = torch.randint(0, 128, (ROWS, LENGTH))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import variants
+from peft.tuners.lora.dora import DoraLinearLayer
 from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
@@ -91,6 +93,7 @@ def _adapted(path: Path, config: PeftConfig) -> PeftModel:
         use_dora=config.use_dora,
         init_lora_weights={"default": True}.get(config.init_weights, config.init_weights),
     )
+    variants.DoraLinearLayer = DoraLinearLayer  # not the engine's, which may have been here before
     return PeftModelForCausalLM(model, lora)
 
 
