@@ -2,19 +2,14 @@
 
     nice -n 10 python ../bench/memory_estimate.py --write ../docs/memory-estimate.md      (from backend/)
 
-Measures our own engine on this CPU (a quarter of an hour on two idle cores; --save keeps the figures, --points reads
-kept ones), reads published peaks from ../../shared/data where that is there, fits each constant on one half of the
-points and judges on the other.
+Measures our own engine on this CPU with each allocator that it may have (twice a quarter of an hour on two idle cores;
+--save keeps the figures, --points reads kept ones), reads published peaks from ../../shared/data where that is there,
+fits each constant on one half of the points and judges on the other.
 """
 
 import argparse
-import itertools
 import json
-import statistics
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,124 +18,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "bench")]
 
-from memory_points import FITTED, JUDGED, Point, measure
+from judged import Judged, fit, halves, summary, table
+from own_points import PLATFORMS, goals_missed, measured_points, section
 from published_points import Published, read_points
 
 from domain.activations import Batch, kept_by_layers, logits_bytes
-from domain.architectures.registry import read_shape
-from domain.memory_estimate import CPU, GPU, adapter_parameters, dense_bytes, estimate, weights_bytes
+from domain.memory_estimate import GPU, adapter_parameters, weights_bytes
 from domain.model_shape import ModelShape
-from services.embedded_model import CONFIG, EmbeddedModel
 
-GIB, MIB = 2**30, 2**20
-_SHORT = 128  # tokens of a pass, below which DoRA's norms decide the peak
 SHARED = ROOT.parent / "shared" / "data"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A point: what was predicted, what was measured, in bytes, and whether the constants were fitted on it."""
-
-    name: str
-    predicted: float
-    low: float
-    high: float
-    measured: int
-    fitted: bool
-
-    @property
-    def error(self) -> float:
-        """Predicted over measured, less one."""
-        return self.predicted / self.measured - 1
-
-
-def fit(features: np.ndarray, wanted: np.ndarray, peaks: np.ndarray) -> np.ndarray:
-    """Least squares of relative errors with coefficients of at least 0, over every subset of the features."""
-    left, right = features / peaks[:, None], wanted / peaks
-    best, found = np.inf, np.zeros(features.shape[1])
-    for size in range(1, features.shape[1] + 1):
-        for columns in itertools.combinations(range(features.shape[1]), size):
-            part, *_ = np.linalg.lstsq(left[:, columns], right, rcond=None)
-            rest = float(((left[:, columns] @ part - right) ** 2).sum())
-            if (part >= 0).all() and rest < best:
-                best, found = rest, np.zeros(features.shape[1])
-                found[list(columns)] = part
-    return found
-
-
-def figures(points: Sequence[Judged]) -> dict[str, str]:
-    """Sum a set of points up."""
-    errors = sorted(abs(point.error) for point in points)
-    inside = sum(point.low <= point.measured <= point.high for point in points)
-    return {
-        "points": str(len(points)),
-        "median error": f"{statistics.median(errors):.1%}",
-        "90th percentile": f"{errors[min(len(errors) - 1, int(0.9 * len(errors)))]:.1%}",
-        "furthest under": f"{min(point.error for point in points):+.1%}",
-        "furthest over": f"{max(point.error for point in points):+.1%}",
-        "in the range": f"{inside} of {len(points)}",
-    }
-
-
-# Our own engine
-
-
-def measured_points(path: Path | None, save: Path | None) -> list[dict[str, Any]]:
-    """Read kept measurements, or measure the grid."""
-    if path is not None:
-        return list(json.loads(path.read_text()))
-    with tempfile.TemporaryDirectory() as logs:
-        model = EmbeddedModel(ROOT / ".cache", Path(logs)).prepare(lambda stage, fraction: None)
-        rows = []
-        for point in (*FITTED, *JUDGED):
-            rows.append(measure(point, model))
-            print(rows[-1], flush=True)
-            if save is not None:
-                save.write_text(json.dumps(rows, indent=1) + "\n")
-    return rows
-
-
-def _name(point: Point) -> str:
-    extras = [
-        "checkpointing" if point.checkpointing else "",
-        point.precision if point.precision != "fp32" else "",
-        point.targets if point.targets != "all-linear" else "",
-    ]
-    words = f"{point.algorithm}, {point.batch} x {point.length} tokens, rank {point.rank}"
-    return ", ".join([words, *filter(None, extras)])
-
-
-def our_points(rows: list[dict[str, Any]]) -> tuple[list[Judged], dict[str, float]]:
-    """Judge the estimate on our own engine; the constants fitted on one half are returned beside."""
-    shape = read_shape(CONFIG)
-    assert shape is not None
-    judged, features, wanted, peaks, grown = [], [], [], [], []
-    for row in rows:
-        point = Point(**{name: row[name] for name in Point.__dataclass_fields__})
-        config, peak = point.config(), row["peak_bytes"]
-        batch = Batch(point.batch, point.length, point.batch > 1)
-        found = estimate(shape, config, on_gpu=False, batch=batch)
-        fitted = point in FITTED
-        judged.append(Judged(_name(point), found.total_bytes, found.low_bytes, found.high_bytes, peak, fitted))
-        trained = adapter_parameters(shape, config) * 12
-        tensors = weights_bytes(shape, config) + trained + found.activations_bytes + found.logits_bytes
-        dense = dense_bytes(shape, config)
-        if config.use_dora:
-            if fitted and point.batch * point.length < _SHORT:
-                passes = found.activations_bytes + found.logits_bytes
-                grown.append((peak - tensors + passes - CPU.overhead_bytes) / dense)
-        elif fitted and peak > 1.02 * row["loaded_bytes"]:  # otherwise loading is what was measured
-            layers = kept_by_layers(shape, config, batch, on_gpu=False).all_bytes
-            quantized = config.quantization != "none"
-            features.append(
-                [MIB, layers * (not quantized), layers * quantized, trained, (config.init_weights == "pissa") * dense]
-            )
-            wanted.append(peak - tensors)
-            peaks.append(peak)
-    names = ("overhead_mib", "slack_layers", "slack_quantized", "slack_adapters", "slack_pissa")
-    values = fit(np.array(features, float), np.array(wanted, float), np.array(peaks, float))
-    constants = dict(zip(names, (float(value) for value in values), strict=True))
-    return judged, constants | {"slack_dora": max(grown)}
 
 
 # Published points
@@ -198,50 +84,13 @@ def published_points(points: list[Published]) -> tuple[list[Judged], dict[str, f
 # The report
 
 
-def table(points: Sequence[Judged]) -> list[str]:
-    """Write points as a table in MiB."""
-    lines = ["| point | predicted MiB | measured MiB | error | |", "|---|---:|---:|---:|---|"]
-    for point in points:
-        sizes = f"{point.predicted / MIB:,.0f} | {point.measured / MIB:,.0f}"
-        lines.append(f"| {point.name} | {sizes} | {point.error:+.1%} | {'fitted on' if point.fitted else ''} |")
-    return lines
-
-
-def summary(groups: dict[str, Sequence[Judged]]) -> list[str]:
-    """Write the figures of several sets as a table."""
-    rows = {name: figures(points) for name, points in groups.items() if points}
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    return lines + [f"| {name} | " + " | ".join(found.values()) + " |" for name, found in rows.items()]
-
-
-def halves(points: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
-    """Return the points that were fitted on, and the others."""
-    return [point for point in points if point.fitted], [point for point in points if not point.fitted]
-
-
 def report(rows: list[dict[str, Any]], csv_path: Path, configs: Path) -> list[str]:
     """Write the document."""
-    ours, constants = our_points(rows)
-    on, off = halves(ours)
-    in_use = {
-        "overhead_mib": CPU.overhead_bytes / MIB,
-        "slack_layers": CPU.slack_layers,
-        "slack_quantized": CPU.slack_quantized,
-        "slack_adapters": CPU.slack_adapters,
-        "slack_dora": CPU.slack_dora,
-        "slack_pissa": CPU.slack_pissa,
-    }
-    lines = [*_INTRODUCTION, "", "## Our own engine on a CPU", "", *_OURS, ""]
-    lines += summary({"judged on": off, "fitted on": on})
-    lines += [
-        "",
-        "Constants, as least squares would have them (of DoRA's, the largest seen), and in use:",
-        "",
-    ]
-    lines += ["| constant | fitted | in use |", "|---|---:|---:|"]
-    lines += [f"| {name} | {value:,.2f} | {in_use[name]:,.2f} |" for name, value in constants.items()]
-    lines += ["", *table(ours)]
+    lines = [*_INTRODUCTION, "", "## Our own engine on a CPU", "", *_OURS]
+    for name, (title, text) in _ALLOCATORS.items():
+        own = [row for row in rows if row["allocator"] == name]
+        if own:
+            lines += ["", f"### {title}", "", *text.strip().splitlines(), "", *section(name, own)]
     if csv_path.is_file():
         lines += _published_report(csv_path, configs)
     return lines
@@ -274,10 +123,23 @@ _OURS = """
 One fresh engine process a point, SmolLM2-135M-Instruct, two optimizer steps, every token with loss; measured is VmHWM
 of the engine from outside. Batches of several rows hold one padded row, so that an attention mask is passed. The
 constants were chosen on one half of the points; the figures that count are those of the other half, whose lengths,
-batches and ranks are others. What a heap loses differs from run to run, by some per cent with LoRA; where DoRA takes
-the norm of every adapted weight, by hundreds of MiB (its shortest point was seen between 1,585 and 2,449 in ten runs):
-there the constant is the most that was seen, and not the mean, so that the estimate is rather too high.
+batches and ranks are others, and of a second model, with random weights and other proportions, on which nothing was
+fitted.
 """.strip().splitlines()
+_ALLOCATORS = {
+    "tcmalloc": (
+        "With tcmalloc",
+        "What engines run with where the system has it (`docs/decisions/0011-the-engines-allocator.md`).",
+    ),
+    "glibc": (
+        "With glibc's allocator",
+        """
+What engines run with elsewhere. Its heap does not reuse what tensors leave, and how much it then holds differs from run
+to run, by some per cent with LoRA and by twenty with checkpointing and on 4 bits: the range is wide, and the constants
+are rather high.
+""",
+    ),
+}
 _PUBLISHED = """
 Measured with torch's allocator, so no overhead is added: weights, adapters and optimizer by count, activations and
 logits by the formulas of `domain/activations.py` with the program's own widths. No factor is fitted: what one half of
@@ -286,18 +148,21 @@ the points would ask for is printed beside, as a check of the theory, and the ra
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure, judge, print, and say by the exit code whether the goals are met on our own engine."""
-    rows = measured_points(arguments.points, arguments.save)
-    lines = report(rows, arguments.csv, arguments.configs)
-    text = "\n".join(lines) + "\n"
+    """Measure, judge, print, and say by the exit code whether the goals are met with the first allocator there is."""
+    rows: list[dict[str, Any]]
+    if arguments.points is None:
+        rows = measured_points(ROOT / ".cache", arguments.save)
+    else:
+        rows = json.loads(arguments.points.read_text())
+    text = "\n".join(report(rows, arguments.csv, arguments.configs)) + "\n"
     print(text)
     if arguments.write is not None:
         arguments.write.write_text(text, encoding="utf-8")
-    ours, _ = our_points(rows)
-    _, off = halves(ours)
-    errors = sorted(abs(point.error) for point in off)
-    met = statistics.median(errors) <= 0.05 and errors[int(0.9 * len(errors))] <= 0.15
-    return 0 if met and min(point.error for point in off) >= -0.05 else 1
+    first = next(name for name in PLATFORMS if any(row["allocator"] == name for row in rows))
+    missed = goals_missed([row for row in rows if row["allocator"] == first])
+    for goal in missed:
+        print(f"missed: {goal}")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

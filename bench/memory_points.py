@@ -1,11 +1,14 @@
 """Measures the peak memory of our own engine on this CPU: one fresh engine process a point, seen from outside."""
 
 import json
+import os
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from core import allocator
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
@@ -13,13 +16,23 @@ from domain.peft_config import PeftConfig
 from services.engine_process import EngineProcess
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
+SMALL, LARGE = "SmolLM2-135M-Instruct", "a Llama of 402M"
+LARGE_SHAPE = {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "head_dim": 64,
+}  # fmt: skip
 STEPS = 2  # the optimizer's state appears with the first step, so the second has everything
+MIXED_STEPS = 32
 _TEXT = "The quick brown fox jumps over the lazy dog and runs away. "  # 13 tokens
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run. Sizes in tokens and rows."""
+    """One run. Sizes in tokens and rows.
+
+    Attributes:
+        mixed: Whether it is a longer run over rows of every length up to `length`, and not two steps of the longest.
+    """
 
     algorithm: str
     length: int
@@ -28,6 +41,12 @@ class Point:
     checkpointing: bool = False
     precision: str = "fp32"
     targets: str = "all-linear"
+    model: str = SMALL
+    mixed: bool = False
+
+    @property
+    def steps(self) -> int:
+        return MIXED_STEPS if self.mixed else STEPS
 
     def config(self) -> PeftConfig:
         """Return the run's complete configuration; every token carries loss."""
@@ -38,7 +57,7 @@ class Point:
             "gradient_accumulation": 1,
             "gradient_checkpointing": self.checkpointing,
             "precision": self.precision,
-            "max_steps": STEPS,
+            "max_steps": self.steps,
             "train_on": "all",
         }
         if self.targets != "all-linear":
@@ -91,7 +110,58 @@ JUDGED = (
     Point("lora", 384, 2, 16, checkpointing=True),
     Point("lora", 192, 2, 32, precision="bf16"),
     Point("lora", 320, 1, 32, targets="q_proj+v_proj"),
+    Point("lora", 768, 1, 8),
+    Point("lora", 128, 8, 16, checkpointing=True),
+    Point("qlora", 96, 2, 64),
+    Point("dora", 448, 1, 16, checkpointing=True),
+    Point("olora", 160, 1, 16),
 )
+
+
+# And on these, of another shape: nothing was fitted on it.
+ELSEWHERE = (
+    Point("lora", 128, 1, 16, model=LARGE),
+    Point("lora", 192, 2, 32, checkpointing=True, model=LARGE),
+    Point("qlora", 256, 1, 16, model=LARGE),
+    Point("qlora", 512, 1, 8, checkpointing=True, model=LARGE),
+    Point("dora", 96, 1, 16, model=LARGE),
+    Point("pissa", 64, 2, 16, model=LARGE),
+)
+# And on runs that are longer, over rows of every length.
+LONGER = (
+    Point("lora", 256, 2, 16, mixed=True),
+    Point("qlora", 256, 2, 16, mixed=True),
+    Point("dora", 192, 2, 16, mixed=True),
+    Point("lora", 512, 2, 16, checkpointing=True, mixed=True),
+)
+
+
+def use_allocator(name: str) -> bool:
+    """Start engines with `tcmalloc` or `glibc` from now on; False if that is not to be had."""
+    if name == "glibc":
+        os.environ["LD_PRELOAD"] = ""
+    else:
+        os.environ.pop("LD_PRELOAD", None)
+    allocator.preload.cache_clear()
+    return bool(allocator.preload()) == (name == "tcmalloc")
+
+
+def make_large(folder: Path, small: Path) -> Path:
+    """Write a Llama with random weights in bf16, of other proportions than the embedded model, with its tokenizer."""
+    from engine.guards import hide_broken_torchvision
+
+    hide_broken_torchvision()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(small)
+    config.update(LARGE_SHAPE)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    for file in small.iterdir():
+        if "config" not in file.name.removeprefix("tokenizer_") and file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    return folder
 
 
 def peak_bytes(pid: int) -> int:
@@ -103,18 +173,35 @@ def peak_bytes(pid: int) -> int:
 
 
 def write_rows(path: Path, point: Point) -> None:
-    """Write one batch of rows: all of them too long, so that they are cut to `length`, but for one that is padded."""
+    """Write one batch of rows: all of them too long, so that they are cut to `length`, but for one that is padded.
+
+    For a mixed run, write twelve rows of every length up to `length`, and eight that are too long.
+    """
+    too_long = point.length // 8
+    if point.mixed:
+        repeats = [max(1, point.length * twelfth // 12 // 13) for twelfth in range(12)] + [too_long] * 8
+    else:
+        short = [point.length // 2 // 13] if point.batch > 1 else []
+        repeats = [too_long] * (point.batch - len(short)) + short
     with path.open("w", encoding="utf-8") as file:
-        for row in range(point.batch):
-            short = point.batch > 1 and row == point.batch - 1
-            words = _TEXT * (point.length // 2 // 13 if short else point.length // 8)
-            messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": words}]
+        for times in repeats:
+            messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _TEXT * times}]
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def measure(point: Point, model_path: Path) -> dict[str, Any]:
-    """Load and train in a fresh engine and return the point with the peaks of both, in bytes."""
-    config = point.config()
+def measure(point: Point, model_path: Path, steps: int | None = None) -> dict[str, Any]:
+    """Load and train in a fresh engine.
+
+    Returns:
+        The point, the allocator, the peaks of loading and of both in bytes, and the seconds of the fastest step after
+        the first.
+    """
+    config, seconds = point.config().model_copy(update={"max_steps": steps or point.steps}), []
+
+    def take(event: Any) -> None:
+        if isinstance(event, protocol.StepMetrics):
+            seconds.append(event.step_s)
+
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         write_rows(rows, point)
@@ -146,9 +233,18 @@ def measure(point: Point, model_path: Path) -> dict[str, Any]:
                     max_checkpoint_bytes=None,
                     recorded_step=0,
                     about={},
-                )
+                ),
+                take,
             )
             training.result()
-            return {**asdict(point), "loaded_bytes": loaded, "peak_bytes": peak_bytes(engine.pid)}
+            peak = peak_bytes(engine.pid)
+            name = "tcmalloc" if allocator.preload() else "glibc"
+            return {
+                **asdict(point),
+                "allocator": name,
+                "loaded_bytes": loaded,
+                "peak_bytes": peak,
+                "step_s": min(seconds[1:]),
+            }
         finally:
             engine.close()

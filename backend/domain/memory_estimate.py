@@ -6,6 +6,7 @@ Symbols are those of `domain.activations`. docs/memory-estimate.md compares the 
 import math
 from dataclasses import dataclass
 
+from core import allocator
 from domain.activations import OURS, WIDTH_BYTES, Batch, Stack, kept_by_layers, largest_batch, logits_bytes, targeted
 from domain.model_shape import ModelShape
 from domain.peft_config import DECOMPOSED, PeftConfig
@@ -24,52 +25,70 @@ class Platform:
     Attributes:
         on_gpu: Whether it is a CUDA GPU.
         overhead_bytes: Interpreter, libraries and context before any weight.
+        training_bytes: What the first step adds to that once: autograd's and the optimizer's code and threads.
+        slack_loading: What quantising holds beside the weights while they are loaded, as a part of those that it turns
+            into fewer bits, as published.
         slack_layers: What the allocator holds and cannot reuse, as a part of all that a forward pass allocates in the
             layers, checkpointed or not.
         slack_quantized: The same where each pass turns the weights back from 4 or 8 bits in between.
         slack_adapters: The same as a part of adapters, gradients and optimizer.
-        slack_dora: How much the heap has grown once DoRA has taken the norm of each target, as a part of the targets'
-            dense fp32 weights; what a forward pass allocates then fills it.
         slack_pissa: The same as a part of the dense fp32 weights that PiSSA decomposes. OLoRA and LoftQ do alike; their
             decompositions have not been measured apart.
-        low: The range's lower end as a part of the total, without what DoRA's norms leave behind: that is chance.
+        low: The range's lower end as a part of the total.
         high: Its upper end.
     """
 
     on_gpu: bool
     overhead_bytes: int
+    training_bytes: int
+    slack_loading: float
     slack_layers: float
     slack_quantized: float
     slack_adapters: float
-    slack_dora: float
     slack_pissa: float
     low: float
     high: float
 
 
-# glibc's heap does not reuse all that is freed in it: after a first step it holds, free, about as much as the layers'
-# temporaries were in sum, checkpointed or not. The parts are fitted on one half of the measured points
-# (bench/memory_estimate.py, docs/memory-estimate.md; torch 2.13, glibc 2.36, the engine's own thresholds).
-CPU = Platform(
+# Fitted on one half of the points that bench/memory_estimate.py measures (torch 2.13, gperftools 2.10).
+TCMALLOC = Platform(
+    on_gpu=False,
+    overhead_bytes=530 * 2**20,
+    training_bytes=75 * 2**20,
+    slack_loading=0.1,
+    slack_layers=0.0,
+    slack_quantized=0.0,
+    slack_adapters=0.45,
+    slack_pissa=0.05,
+    low=0.95,
+    high=1.05,
+)
+# glibc's heap does not reuse what is freed in it of aligned memory: after a first step it holds, free, about as much as
+# the layers' temporaries were in sum, checkpointed or not (glibc 2.36, the engine's own thresholds). How much differs
+# from run to run: the same fitted points were seen from a fifth below the estimate to an eighth above it.
+GLIBC = Platform(
     on_gpu=False,
     overhead_bytes=550 * 2**20,
+    training_bytes=0,
+    slack_loading=1.0,
     slack_layers=0.65,
     slack_quantized=0.85,
     slack_adapters=0.3,
-    slack_dora=3.1,
     slack_pissa=0.3,
-    low=0.88,
-    high=1.08,
+    low=0.8,
+    high=1.13,
 )
+CPU = TCMALLOC if allocator.preload() else GLIBC
 # The CUDA context and the libraries' workspaces, about 1.5 GiB beside nvidia-smi. torch's caching allocator reuses its
 # blocks: published peaks of reserved memory are within some per cent of the tensors' sum (docs/memory-estimate.md).
 GPU = Platform(
     on_gpu=True,
     overhead_bytes=1536 * 2**20,
+    training_bytes=0,
+    slack_loading=0.0,
     slack_layers=0.03,
     slack_quantized=0.03,
     slack_adapters=0.0,
-    slack_dora=0.0,
     slack_pissa=0.0,
     low=0.9,
     high=1.1,
@@ -133,16 +152,15 @@ def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int
     """Estimate the peak while the base is loaded.
 
     On a CPU the file's pages count as resident while they are converted; where nothing is converted they are the
-    weights. Weights that are quantised wait for it as copies: transformers 5 reads ahead on threads, so that in the
-    worst case all of them are there at once.
+    weights. Quantising takes some more for a while.
     """
     device = platform(on_gpu=on_gpu)
     held = weights_bytes(shape, config)
     quantized = config.quantization != "none"
     converted = quantized or WIDTH_BYTES[config.precision] != shape.published_width
     mapped = shape.parameters * shape.published_width if converted and not on_gpu else 0
-    waiting = shape.linear_parameters * shape.published_width if quantized and not on_gpu else 0
-    return device.overhead_bytes + held + mapped + waiting
+    quantizing = math.ceil(device.slack_loading * shape.linear_parameters * shape.published_width) if quantized else 0
+    return device.overhead_bytes + held + mapped + quantizing
 
 
 def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> MemoryEstimate:
@@ -187,10 +205,7 @@ def estimate(
     gradients = adapter if config.gradient_accumulation > 1 else max(0, adapter - activations - logits)
     training = weights + adapter + gradients + optimizer + activations + logits
     lost = _lost(shape, config, device, layers.all_bytes, adapter + optimizer)
-    # What DoRA's norms leave free in the heap, the passes take first.
-    left = math.ceil(device.slack_dora * dense_bytes(shape, config)) if config.use_dora else 0
-    left = max(0, left - activations - logits - lost)
-    fixed = device.overhead_bytes + lost + left
+    fixed = device.overhead_bytes + device.training_bytes + lost
     # Loading may need more than a small training run.
     overhead = max(fixed, loading_bytes(shape, config, on_gpu=on_gpu) - training)
     total = training + overhead
@@ -203,7 +218,7 @@ def estimate(
         activations_bytes=activations,
         logits_bytes=logits,
         overhead_bytes=overhead,
-        low_bytes=math.floor((total - left) * device.low),
+        low_bytes=math.floor(total * device.low),
         high_bytes=math.ceil(total * device.high * (_ROUGH if shape.rough else 1)),
     )
 
@@ -222,5 +237,5 @@ def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers_bytes:
 
 
 def dense_bytes(shape: ModelShape, config: PeftConfig) -> int:
-    """Bytes of the targets' weights in fp32, of which DoRA, PiSSA and their like compute products target by target."""
+    """Bytes of the targets' weights in fp32, which PiSSA and its like take apart target by target."""
     return sum(4 * linear.weights * count for linear, count in targeted(shape, config))

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 from pydantic import ValidationError
 
+from core import allocator
 from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
 from domain import protocol
@@ -27,12 +28,13 @@ _LOG_CAP_BYTES = 4 * 2**20
 _LOG_TAIL_LINES = 40
 # An engine beats every two seconds, on a thread that torch lets run; one that is silent for so long hangs.
 _SILENCE_S = 60.0
-# glibc gives freed tensors back to the kernel at once by default and faults them in again at the next step:
-# 1.11-1.25 times the training speed with these thresholds.
+# Where core/allocator.py leaves it to glibc: that gives freed tensors back to the kernel at once by default and faults
+# them in again at the next step. 1.11-1.25 times the training speed with these thresholds.
 _ENGINE_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**50),  # large tensors are no news
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # an engine reads local files only; the server does the downloading
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -334,6 +336,8 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
     if gpu_uuid is not None:
         # By uuid: an index would depend on what the server itself is shown, and Unsloth names cuda:0 in places.
         environment["CUDA_VISIBLE_DEVICES"] = gpu_uuid
+    elif library := allocator.preload():  # of no use where tensors are in a GPU's memory, and untried there
+        environment["LD_PRELOAD"] = str(library)
     for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"):
         environment.pop(secret, None)
     try:

@@ -130,11 +130,13 @@ def test_what_the_client_sets_is_left_alone(gib: int, name: str, flag: bool) -> 
 
 
 def test_checkpointing_is_the_last_resort_and_says_why() -> None:
-    found = _make(6 * GIB)
-    assert found.config.precision == "fp32"
-    assert (found.config.batch_size, found.config.gradient_checkpointing) == (1, True)
-    assert found.choices["batch_size"].source == "hardware"
-    assert "6.0 GiB" in found.choices["batch_size"].reason
+    found = {quarters: _make(quarters * GIB // 4) for quarters in range(1, 81)}
+    recomputing = [quarters for quarters, item in found.items() if item.config.gradient_checkpointing]
+    assert recomputing == list(range(1, len(recomputing) + 1)) and 4 < len(recomputing) < 40
+    assert found[len(recomputing) + 1].config.batch_size == 1  # all that smaller batches can save is not enough
+    last = found[recomputing[-1]]
+    assert last.config.precision == "fp32" and last.choices["gradient_checkpointing"].source == "hardware"
+    assert f"{recomputing[-1] / 4:.1f} GiB" in last.choices["gradient_checkpointing"].reason
 
 
 def test_a_cpu_computes_in_bf16_only_where_fp32_does_not_fit() -> None:

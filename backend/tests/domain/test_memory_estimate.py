@@ -10,7 +10,7 @@ from domain.activations import targeted
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
-from domain.memory_estimate import adapter_parameters, dense_bytes, estimate, loading_bytes
+from domain.memory_estimate import adapter_parameters, estimate, loading_bytes
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from services.embedded_model import CONFIG, PARAMETERS
@@ -74,20 +74,6 @@ def test_loading_needs_the_file_beside_the_weights_only_where_these_are_converte
     assert converted - kept == shape.parameters * (4 - 2 + 2)
     published = replace(shape, dtype="float32")
     assert loading_bytes(published, _config(precision="fp32"), on_gpu=False) == converted - shape.parameters * 2
-
-
-def test_what_doras_norms_leave_in_the_heap_is_filled_by_the_passes() -> None:
-    def more(length: int) -> int:
-        """How much more DoRA's overhead is than LoRA's."""
-        lora, dora = (
-            estimate(_shape(), _config(name, max_seq_length=length, batch_size=1), on_gpu=False).overhead_bytes
-            for name in (Algorithm.LORA, Algorithm.DORA)
-        )
-        return dora - lora
-
-    dense = dense_bytes(_shape(), _config())
-    assert more(16) > 2 * dense
-    assert more(16) > more(64) > more(128)
 
 
 @pytest.mark.parametrize(

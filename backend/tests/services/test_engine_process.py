@@ -12,6 +12,7 @@ import psutil
 import pytest
 from server import BACKEND, wait_until
 
+from core import allocator
 from domain import protocol
 from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
@@ -136,6 +137,23 @@ def test_an_engine_is_shown_its_one_gpu_by_uuid(tmp_path: Path) -> None:
         assert environment["UNSLOTH_COMPILE_LOCATION"].startswith(str(tmp_path))
     finally:
         engine.close()
+
+
+def _libraries(engine: EngineProcess) -> set[str]:
+    """Names of what an engine that has answered has mapped."""
+    with pytest.raises(CommandFailed):
+        engine.request(_load(Path("nothing")))[1].result(120)
+    return {Path(mapped.path).name for mapped in psutil.Process(engine.pid).memory_maps()}
+
+
+@pytest.mark.skipif(allocator.preload() is None, reason="tcmalloc is not installed here")
+def test_an_engine_on_the_cpu_has_tcmalloc_and_one_on_a_gpu_has_not(tmp_path: Path) -> None:
+    for folder, gpu_uuid in (("a", None), ("b", "GPU-1234")):
+        engine = EngineProcess(tmp_path / folder / "engine.log", gpu_uuid=gpu_uuid)
+        try:
+            assert any("tcmalloc" in name for name in _libraries(engine)) == (gpu_uuid is None)
+        finally:
+            engine.close()
 
 
 def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

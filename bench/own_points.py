@@ -1,0 +1,183 @@
+"""The estimate on our own engine: measured with each allocator, judged, and written as a section of the document."""
+
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from judged import MIB, Judged, fit, halves, summary, table
+from memory_points import (
+    ELSEWHERE,
+    FITTED,
+    JUDGED,
+    LARGE,
+    LARGE_SHAPE,
+    LONGER,
+    SMALL,
+    Point,
+    make_large,
+    measure,
+    use_allocator,
+)
+
+from domain import memory_estimate
+from domain.activations import Batch, kept_by_layers
+from domain.architectures.registry import read_shape
+from domain.memory_estimate import (
+    GLIBC,
+    TCMALLOC,
+    Platform,
+    adapter_parameters,
+    dense_bytes,
+    estimate,
+    loading_bytes,
+    weights_bytes,
+)
+from services.embedded_model import CONFIG, EmbeddedModel
+
+PLATFORMS = {"tcmalloc": TCMALLOC, "glibc": GLIBC}
+SHAPES = {SMALL: read_shape(CONFIG), LARGE: read_shape({**CONFIG, **LARGE_SHAPE})}
+
+
+def measured_points(cache: Path, save: Path | None) -> list[dict[str, Any]]:
+    """Measure the grid with each allocator that is to be had."""
+    with tempfile.TemporaryDirectory() as scratch:
+        small = EmbeddedModel(cache, Path(scratch)).prepare(lambda stage, fraction: None)
+        models = {SMALL: small, LARGE: make_large(Path(scratch) / "large", small)}
+        rows = []
+        for name, point in itertools.product(PLATFORMS, (*FITTED, *JUDGED, *ELSEWHERE, *LONGER)):
+            if not use_allocator(name):
+                continue
+            rows.append(measure(point, models[point.model]))
+            print(rows[-1], flush=True)
+            if save is not None:
+                save.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+@contextmanager
+def constants_of(platform: Platform) -> Iterator[None]:
+    """Let the estimate take a CPU for one with these constants."""
+    before = memory_estimate.CPU
+    memory_estimate.CPU = platform
+    try:
+        yield
+    finally:
+        memory_estimate.CPU = before
+
+
+def _name(point: Point) -> str:
+    extras = [
+        "checkpointing" if point.checkpointing else "",
+        point.precision if point.precision != "fp32" else "",
+        point.targets if point.targets != "all-linear" else "",
+        point.model if point.model != SMALL else "",
+        f"{point.steps} steps of every length up to that" if point.mixed else "",
+    ]
+    words = f"{point.algorithm}, {point.batch} x {point.length} tokens, rank {point.rank}"
+    return ", ".join([words, *filter(None, extras)])
+
+
+def point_of(row: Mapping[str, Any]) -> Point:
+    """Read a kept measurement's point."""
+    return Point(**{name: row[name] for name in Point.__dataclass_fields__ if name in row})
+
+
+def judge(rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
+    """Estimate every measured run with the constants of its allocator."""
+    judged = []
+    for row in rows:
+        point, shape = point_of(row), SHAPES[point_of(row).model]
+        assert shape is not None
+        batch = Batch(point.batch, point.length, point.batch > 1)
+        with constants_of(PLATFORMS[row["allocator"]]):
+            found = estimate(shape, point.config(), on_gpu=False, batch=batch)
+        sizes = found.total_bytes, found.low_bytes, found.high_bytes, row["peak_bytes"]
+        judged.append(Judged(_name(point), *sizes, point in FITTED))
+    return judged
+
+
+def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Fit the constants of one allocator on its fitted points, where loading is not what was measured."""
+    shape = SHAPES[SMALL]
+    assert shape is not None
+    features, wanted, peaks = [], [], []
+    for row in rows:
+        point, peak = point_of(row), row["peak_bytes"]
+        if point not in FITTED or peak <= 1.02 * row["loaded_bytes"]:
+            continue
+        config, batch = point.config(), Batch(point.batch, point.length, point.batch > 1)
+        found = estimate(shape, config, on_gpu=False, batch=batch)
+        layers = kept_by_layers(shape, config, batch, on_gpu=False).all_bytes
+        trained, quantized = adapter_parameters(shape, config) * 12, config.quantization != "none"
+        decomposed = (config.init_weights == "pissa") * dense_bytes(shape, config)
+        features.append([MIB, layers * (not quantized), layers * quantized, trained, decomposed])
+        tensors = weights_bytes(shape, config) + trained + found.activations_bytes + found.logits_bytes
+        wanted.append(peak - tensors)
+        peaks.append(peak)
+    values = fit(np.array(features, float), np.array(wanted, float), np.array(peaks, float))
+    names = ("overhead and training, MiB", "slack_layers", "slack_quantized", "slack_adapters", "slack_pissa")
+    return dict(zip(names, (float(value) for value in values), strict=True))
+
+
+def loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write what loading alone was estimated at and took, by model and how its weights are held."""
+    kinds: dict[tuple[str, str, str], list[int]] = {}
+    configs = {}
+    for row in rows:
+        point, config = point_of(row), point_of(row).config()
+        key = (point.model, config.quantization, config.precision)
+        kinds.setdefault(key, []).append(row["loaded_bytes"])
+        configs[key] = config
+    lines = ["| loading | predicted MiB | measured MiB, median (least to most) | error |", "|---|---:|---:|---:|"]
+    for (model, quantization, precision), found in kinds.items():
+        shape = SHAPES[model]
+        assert shape is not None
+        with constants_of(PLATFORMS[rows[0]["allocator"]]):
+            predicted = loading_bytes(shape, configs[model, quantization, precision], on_gpu=False)
+        middle = statistics.median(found)
+        span = f"{middle / MIB:,.0f} ({min(found) / MIB:,.0f} to {max(found) / MIB:,.0f})"
+        held = precision if quantization == "none" else f"{quantization}, computes in {precision}"
+        lines.append(f"| {model}, {held} | {predicted / MIB:,.0f} | {span} | {predicted / middle - 1:+.1%} |")
+    return lines
+
+
+def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Write what one allocator's points say."""
+    platform, judged = PLATFORMS[name], judge(rows)
+    pairs = [(found, point_of(row)) for found, row in zip(judged, rows, strict=True)]
+    on, off = halves([found for found, point in pairs if point not in (*ELSEWHERE, *LONGER)])
+    elsewhere = [found for found, point in pairs if point in ELSEWHERE]
+    longer = [found for found, point in pairs if point in LONGER]
+    in_use = (
+        (platform.overhead_bytes + platform.training_bytes) / MIB,
+        platform.slack_layers,
+        platform.slack_quantized,
+        platform.slack_adapters,
+        platform.slack_pissa,
+    )
+    lines = summary({"judged on": off, "another model": elsewhere, "longer runs": longer, "fitted on": on})
+    lines += ["", "Constants, as least squares would have them, and in use:", ""]
+    lines += ["| constant | fitted | in use |", "|---|---:|---:|"]
+    constants = fitted_constants(rows).items()
+    lines += [f"| {name} | {value:,.2f} | {used:,.2f} |" for (name, value), used in zip(constants, in_use, strict=True)]
+    return [*lines, "", *table(judged), "", *loads(rows)]
+
+
+def goals_missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name the goals that the points judged on do not meet."""
+    judged = [found for found in judge(rows) if not found.fitted]
+    errors = sorted(abs(found.error) for found in judged)
+    inside = sum(found.low <= found.measured <= found.high for found in judged)
+    checks = {
+        "median error at most 5 %": statistics.median(errors) <= 0.05,
+        "90th percentile at most 15 %": errors[int(0.9 * len(errors))] <= 0.15,
+        "95 % in the range": inside >= 0.95 * len(judged),
+        "never more than 5 % under": min(found.error for found in judged) >= -0.05,
+    }
+    return [goal for goal, met in checks.items() if not met]
