@@ -11,6 +11,10 @@ from domain import protocol
 from engine.base import Base
 from engine.channel import Channel, Stopped
 from engine.errors import BadSetting, CommandError, OutOfMemory
+from engine.heap import give_back
+
+# These come one after the other, and leave little behind.
+_SHORT = (protocol.Generate, protocol.AttachAdapter, protocol.DetachAdapter)
 
 
 class CommandLoop:
@@ -23,7 +27,10 @@ class CommandLoop:
     def run(self) -> None:
         """Serve commands; returns never (end-of-file on the command pipe ends the process)."""
         while True:
-            self._serve(self._channel.next_command())
+            command = self._channel.next_command()
+            self._serve(command)
+            if not isinstance(command, _SHORT):
+                give_back()  # here it is free after a failure as well
 
     def _serve(self, command: Any) -> None:
         request_id = command.request_id
@@ -79,7 +86,9 @@ class CommandLoop:
         if isinstance(command, protocol.Train):
             from engine.training import train
 
-            return {**train(base, command, self._channel), "memory_bytes": base.memory_bytes()}
+            found = train(base, command, self._channel)
+            give_back()
+            return {**found, "memory_bytes": base.memory_bytes()}
         if isinstance(command, protocol.Merge):
             from engine.merge import merge
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from memory_points import peak_bytes
 from random_adapter import make_random_adapter
 from server import StudioServer, start_server, wait_until
 from tiny_model import TINY_ID, make_tiny_model
@@ -95,6 +96,25 @@ def _train_twice(studio: StudioServer, model_id: str) -> int:
 def test_a_job_on_a_loaded_base_does_not_load_it_again(studio: StudioServer, models: Path) -> None:
     torch_itself = _train_twice(studio, TINY_ID)  # what a first run costs where the weights are next to nothing
     assert _train_twice(studio, MEDIUM_ID) - torch_itself < _base_bytes(models) / 2
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_a_run_has_freed_the_system_has_back(studio: StudioServer, stopped: bool) -> None:
+    loaded = studio.load(MEDIUM_ID)
+    studio.generate(loaded["id"], "the quick", max_new_tokens=2)
+    pid, before = loaded["engine_pid"], _resident(loaded["engine_pid"])
+    row = {"prompt": "the quick " * 200, "completion": "brown fox " * 200}
+    dataset = studio.upload("\n".join([json.dumps(row)] * 8))
+    settings = {"max_steps": 100_000 if stopped else 2, "batch_size": 8, "max_seq_length": 256, "train_on": "all"}
+    job = studio.submit(loaded_model_id=loaded["id"], dataset_id=dataset["id"], overrides=settings)
+    studio.wait_for_step(job["id"], 2)
+    if stopped:
+        studio.http.post(f"/api/training/jobs/{job['id']}/cancel")
+    studio.events(job["id"])
+    took = peak_bytes(pid) - before
+    assert took > 400 * 2**20  # there was something to give back
+    wait_until(lambda: _resident(pid) - before < 0.5 * took)
+    unload_everything(studio)
 
 
 def unload_everything(studio: StudioServer) -> None:
