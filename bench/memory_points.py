@@ -159,7 +159,7 @@ def make_large(folder: Path, small: Path) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     for file in small.iterdir():
-        if "config" not in file.name.removeprefix("tokenizer_") and file.suffix != ".safetensors":
+        if file.name not in ("config.json", "generation_config.json") and file.suffix != ".safetensors":
             shutil.copy(file, folder)
     return folder
 

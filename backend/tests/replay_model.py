@@ -20,6 +20,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class _Dora(DoraLinearLayer):
+    """PEFT's, but with dropout too the base's output is in the base's type: docs/methods.md, DoRA's norms."""
+
+    def forward(self, x: torch.Tensor, *, base_layer: Any, base_result: Any = None, **others: Any) -> torch.Tensor:
+        if base_result is None:
+            own = base_layer.weight.dtype if base_layer.weight.is_floating_point() else x.dtype
+            base_result = base_layer(x.to(own)).to(x.dtype)
+        return super().forward(x, base_layer=base_layer, base_result=base_result, **others)
+
+
 def build(path: Path, config: dict[str, Any]) -> PeftModelForCausalLM:
     """Load the base as it is to be stored and put the adapter on it."""
     dtype = DTYPES[config["precision"]]
@@ -48,7 +58,7 @@ def build(path: Path, config: dict[str, Any]) -> PeftModelForCausalLM:
         use_dora=config["use_dora"],
         init_lora_weights=True if by_hand or start == "default" else start,
     )
-    variants.DoraLinearLayer = DoraLinearLayer  # not an engine's, should one have been in this process
+    variants.DoraLinearLayer = _Dora  # not an engine's, should one have been in this process
     model = PeftModelForCausalLM(base, lora)
     if by_hand:
         published = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32 if storage is not None else dtype)
