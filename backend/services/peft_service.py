@@ -1,18 +1,13 @@
-"""Configurations, and the base models that are loaded: one engine a base, shared by whoever asks for it."""
+"""Configurations, and the models that are loaded: who asked for which base in memory, and how it is used."""
 
-import contextvars
-import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from core.clock import Clock, SystemClock
-from core.errors import LoadedModelNotFound, ModelBusy, ModelNotReady, StudioError
-from core.logging import get_logger
+from core.errors import LoadedModelNotFound, ModelBusy, ModelNotReady
 from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
@@ -21,64 +16,19 @@ from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration, configure
 from domain.memory_estimate import adapter_parameters, loading_bytes
 from domain.memory_verdict import Assessment, assess, assess_loading, savings
-from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from domain.use_cases import UseCaseId
-from services.admission import next_to_give_way, refuse_what_does_not_fit, with_room
-from services.base_placement import load_command, place
-from services.devices import Device, EngineChoice, device_name
+from services.base_placement import place
+from services.base_pool import BasePool, BaseRequest
+from services.devices import Device, device_name
 from services.engine_process import EngineProcess
-from services.loaded_base import BaseKey, LoadedBase, LoadState
+from services.loaded_base import BaseKey, LoadedBase
+from services.loaded_model import LoadedModel, LoadRequest
 from services.machine import Machine, get_machine
 from services.model_facts import ModelFacts, get_model_facts
 from services.model_files import ModelFiles, get_model_files
 
-_log = get_logger(__name__)
-_IDLE_CHECK_S = 15.0
-
-
-@dataclass(frozen=True)
-class LoadRequest:
-    """What a client wants loaded, or with `for_job` what a job needs.
-
-    Attributes:
-        for_job: Whether a job or an export wants it: `overrides` then says nothing about other jobs, and no client
-            asked for the model to stay.
-    """
-
-    model_id: str
-    revision: str | None
-    algorithm: Algorithm
-    use_case: UseCaseId | None
-    overrides: dict[str, Any]
-    engine: str
-    device: str | int
-    force: bool
-    allow_pickle: bool = False
-    for_job: bool = False
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A base model with the configuration it was asked for. Several may share one base.
-
-    Attributes:
-        asked: What the client set itself; it holds for jobs on the model.
-    """
-
-    id: str
-    model_id: str
-    revision: str | None
-    algorithm: Algorithm
-    configuration: Configuration
-    base: LoadedBase
-    estimated_bytes: int | None
-    trainable_parameters: int | None
-    asked: Mapping[str, Any]
-
-    @property
-    def state(self) -> LoadState:
-        return self.base.state
+__all__ = ["LoadRequest", "LoadedModel", "PeftService", "get_peft_service"]
 
 
 class PeftService:
@@ -107,18 +57,18 @@ class PeftService:
         make_room_after_s: float,
         engine_silence_s: float,
     ) -> None:
-        self._clock, self._machine, self._files, self._facts = clock, machine, files, facts
-        self._log_dir, self._engine_silence_s = log_dir, engine_silence_s
-        self._idle_unload_s, self._make_room_after_s = idle_unload_s, make_room_after_s
-        self._models: dict[str, LoadedModel] = {}
-        self._bases: dict[BaseKey, LoadedBase] = {}
-        self._lock = threading.RLock()
-        # What is admitted is admitted one by one, so that two cannot both take the last. Beside the lock above, which
-        # every request needs: room is made by ending engines, and that takes seconds.
-        self._admission = threading.Lock()
-        self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
-        self._closed = threading.Event()
-        threading.Thread(target=self._unload_idle, name="idle-unload", daemon=True).start()
+        self._machine, self._files, self._facts = machine, files, facts
+        self._models: dict[str, LoadedModel] = {}  # under the pool's lock: a base and the models on it are one state
+        self._pool = BasePool(
+            clock,
+            machine,
+            files,
+            self._drop_models_on,
+            log_dir=log_dir,
+            idle_unload_s=idle_unload_s,
+            make_room_after_s=make_room_after_s,
+            engine_silence_s=engine_silence_s,
+        )
 
     # Configuration
 
@@ -155,9 +105,7 @@ class PeftService:
         Raises:
             SettingRejected: There is no such device.
         """
-        device = self._machine.device(wanted)
-        with self._lock:
-            return with_room(device, self._bases.values())
+        return self._pool.room_on(self._machine.device(wanted))
 
     def _beside(
         self,
@@ -173,29 +121,20 @@ class PeftService:
         """
         stored = SPECS[algorithm].fixed.get("quantization", overrides.get("quantization", "none"))
         wanted = (model_id, revision, stored, device.torch_name)
-        with self._lock:
-            own = [
-                base
-                for base in self._bases.values()
-                if (base.key.model_id, base.key.revision, base.key.quantization, base.key.device) == wanted
-                and overrides.get("precision", base.key.precision) == base.key.precision
-            ]
-            return with_room(device, self._bases.values(), own[0] if own else None)
+
+        def suits(key: BaseKey) -> bool:
+            same = (key.model_id, key.revision, key.quantization, key.device) == wanted
+            return same and overrides.get("precision", key.precision) == key.precision
+
+        with self._pool.lock:
+            return self._pool.room_on(device, self._pool.find(suits))
 
     def device_of(self, model: LoadedModel) -> Device:
         """Return the device that a loaded model is on, with what a run on that model may use of it."""
-        device = self._machine.device(device_name(model.base.key.device))
-        with self._lock:
-            return with_room(device, self._bases.values(), model.base)
+        return self._pool.room_on(self._machine.device(device_name(model.base.key.device)), model.base)
 
     def admit_run(
-        self,
-        model_id: str,
-        revision: str | None,
-        config: PeftConfig,
-        *,
-        loaded: LoadedModel | None,
-        batch: Batch,
+        self, model_id: str, revision: str | None, config: PeftConfig, *, loaded: LoadedModel | None, batch: Batch
     ) -> None:
         """Refuse a fine-tune that does not fit, even once idle models have been unloaded for it.
 
@@ -212,15 +151,13 @@ class PeftService:
             available = device.available_bytes
             return assess(shape, config, available, on_gpu=device.on_gpu, batch=batch, siblings=self._facts.siblings)
 
-        device = self._machine.device("auto" if loaded is None else device_name(loaded.base.key.device))
-        with self._admission:
-            if loaded is None:
-                key, _ = place(self._machine, "auto", model_id, revision, config, shape, device)
-                with self._lock:
-                    own = self._bases.get(key)
-            else:
-                own = loaded.base
-            self._admit(f"Training {model_id}", judge, device, own)
+        if loaded is None:
+            device = self._machine.device("auto")
+            key, _ = place(self._machine, "auto", model_id, revision, config, shape, device)
+            self._pool.admit_run(f"Training {model_id}", judge, device, key)
+        else:
+            device = self._machine.device(device_name(loaded.base.key.device))
+            self._pool.admit_run(f"Training {model_id}", judge, device, loaded.base)
 
     def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
         """Say what would need less memory, and how much; nothing where the model's layers are not known."""
@@ -242,34 +179,35 @@ class PeftService:
         device = self.device(request.device)
         self._files.check(request.model_id, request.revision, allow_pickle=request.allow_pickle)
         shape = self._facts.shape(request.model_id, request.revision)
+        model_id, revision = request.model_id, request.revision
+        beside = self._beside(
+            self._machine.device(request.device), request.algorithm, request.overrides, model_id, revision
+        )
         configuration = self.configure(
-            request.algorithm,
-            request.use_case,
-            request.overrides,
-            model_id=request.model_id,
-            revision=request.revision,
-            device=self._beside(
-                self._machine.device(request.device),
-                request.algorithm,
-                request.overrides,
-                request.model_id,
-                request.revision,
-            ),
+            request.algorithm, request.use_case, request.overrides, model_id=model_id, revision=revision, device=beside
         )
         config = configuration.config
-        key, engine = place(self._machine, request.engine, request.model_id, request.revision, config, shape, device)
+        key, engine = place(self._machine, request.engine, model_id, revision, config, shape, device)
         needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
-        trainable = _trainable(shape, configuration)
-        with self._admission:
-            with self._lock:
-                base = self._bases.get(key)
-                if base is not None and base.join(for_client=not request.for_job):
-                    return self._on_base(base, request, configuration, needed, trainable)
-            if not request.force:
-                self._admit_load(request.model_id, shape, config, device)
-            with self._lock:
-                base = self._start(key, configuration, engine, device, request, needed)
-                return self._on_base(base, request, configuration, needed, trainable)
+        trainable = adapter_parameters(shape, config) if shape is not None else None
+
+        def judge(device: Device) -> Assessment:
+            available = device.available_bytes
+            return assess_loading(shape, config, available, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+
+        wanted = BaseRequest(
+            key,
+            engine.reason,
+            config,
+            device,
+            needed,
+            for_client=not request.for_job,
+            force=request.force,
+            allow_pickle=request.allow_pickle,
+        )
+        return self._pool.join_or_start(
+            wanted, judge, lambda base: self._on_base(base, request, configuration, needed, trainable)
+        )
 
     def _on_base(
         self,
@@ -279,11 +217,9 @@ class PeftService:
         needed: int | None,
         trainable: int | None,
     ) -> LoadedModel:
-        """Return the loaded model of a request: one that is there, or a new one. The caller holds the lock."""
+        """Return the loaded model of a request: one that is there, or a new one. The caller holds the pool's lock."""
         for model in self._models.values():
-            same = model.base is base and model.algorithm == request.algorithm
-            asked_alike = request.for_job or model.asked == request.overrides
-            if same and asked_alike and model.configuration.config == configuration.config:
+            if model.answers(request, base, configuration):
                 return model
         model = LoadedModel(
             f"mdl_{uuid.uuid4().hex[:12]}",
@@ -299,102 +235,15 @@ class PeftService:
         self._models[model.id] = model
         return model
 
-    def _admit_load(self, model_id: str, shape: ModelShape | None, config: PeftConfig, device: Device) -> None:
-        def judge(device: Device) -> Assessment:
-            available = device.available_bytes
-            return assess_loading(shape, config, available, on_gpu=device.on_gpu, siblings=self._facts.siblings)
-
-        self._admit(f"Loading {model_id}", judge, device, None)
-
-    def _admit(self, what: str, judge: Callable[[Device], Assessment], device: Device, own: LoadedBase | None) -> None:
-        """Refuse what does not fit, after unloading idle models where that makes it fit.
-
-        The caller admits nothing else meanwhile. What an unloaded model gave back is measured, not computed.
-        """
-        while True:
-            with self._lock:
-                bases = list(self._bases.values())
-            device = with_room(self._machine.device(device_name(device.torch_name)), bases, own)
-            found = judge(device)
-            if found.verdict != "does_not_fit":
-                return
-            idle = next_to_give_way(device, bases, judge, own, self._make_room_after_s)
-            if idle is None:
-                refuse_what_does_not_fit(found, what, device)
-                return
-            self._retire(idle, self._make_room_after_s, f"room for: {what}", unkept_s=0.0)
-
-    def _start(
-        self,
-        key: BaseKey,
-        configuration: Configuration,
-        engine: EngineChoice,
-        device: Device,
-        request: LoadRequest,
-        needed: int | None,
-    ) -> LoadedBase:
-        base = LoadedBase(key, self._clock, engine.reason, force=request.force, allow_pickle=request.allow_pickle)
-        base.kept_for_client, base.needed_bytes = not request.for_job, needed  # before the load can fail
-        self._bases[key] = base
-        # The context carries the request's Hub token to the download, and nowhere else.
-        run = contextvars.copy_context().run
-        future: Future[None] = self._loaders.submit(run, self._load, base, configuration, device)
-        base.loading = future
-        return base
-
-    def _load(self, base: LoadedBase, configuration: Configuration, device: Device) -> None:
-        """Bring the files here and load them in a new engine; every outcome is a state of the base."""
-        try:
-            path = self._files.ensure(
-                base.key.model_id,
-                base.key.revision,
-                base.report,
-                lambda: base.cancelled,
-                allow_pickle=base.options.allow_pickle,
-            )
-            if base.cancelled:
-                base.finish(LoadState.UNLOADING)
-                return
-            base.report("loading", replace(base.progress, fraction=None, bytes_per_s=None, eta_s=None))
-            process = EngineProcess(
-                self._log_dir / f"engine-{base.id}.log",
-                on_exit=lambda: self._on_exit(base),
-                silence_s=self._engine_silence_s,
-                gpu_uuid=device.gpu_uuid,
-                backend=base.key.engine,
-            )
-            if not base.adopt(process):
-                process.close()
-                return
-            _, future = process.request(
-                lambda request_id: load_command(request_id, path, configuration.config, base.key, device)
-            )
-            base.ready(future.result())
-            _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=base.load_s)
-        except StudioError as error:
-            _log.warning("model.load_failed", model_id=base.key.model_id, error=error.detail)
-            self._fail(base, error)
-        except Exception as error:  # noqa: BLE001 - a loader thread must end in a state; the log has the traceback
-            _log.exception("model.load_crashed", model_id=base.key.model_id)
-            self._fail(base, StudioError(f"The model could not be loaded: {type(error).__name__}."))
-
-    def _fail(self, base: LoadedBase, error: StudioError) -> None:
-        """Record why a load failed: with the base for the client to see, or else with the job alone that wanted it."""
-        base.fail(error)
-        base.end_process()
-        if not base.kept_for_client:
-            self._forget(base)
-
-    def _on_exit(self, base: LoadedBase) -> None:
-        if base.usable:
-            base.fail(ModelNotReady("The engine that held the model ended; load it again."))
-            _log.error("engine.ended", model_id=base.key.model_id, log_tail=base.log_tail())
+    def _drop_models_on(self, base: LoadedBase) -> None:
+        """Forget the loaded models on a base that is no more. The caller holds the pool's lock."""
+        self._models = {name: model for name, model in self._models.items() if model.base is not base}
 
     # Reading
 
     def models(self) -> list[LoadedModel]:
         """Return every loaded model, oldest first."""
-        with self._lock:
+        with self._pool.lock:
             return list(self._models.values())
 
     def memory_bytes(self) -> dict[tuple[str, str], int]:
@@ -411,7 +260,7 @@ class PeftService:
         Raises:
             LoadedModelNotFound: There is none of that id.
         """
-        with self._lock:
+        with self._pool.lock:
             model = self._models.get(model_id)
         if model is None:
             raise LoadedModelNotFound(f"No loaded model has the id {model_id}.")
@@ -474,54 +323,20 @@ class PeftService:
             LoadedModelNotFound: There is none of that id.
             ModelBusy: A job is training on the base.
         """
-        with self._lock:
+        with self._pool.lock:
             model = self.get(model_id)
             base = model.base
-            others = [other for other in self._models.values() if other.base is base and other.id != model_id]
-            if not others:
-                base.begin_unloading()
-                if self._bases.get(base.key) is base:
-                    del self._bases[base.key]
-            del self._models[model_id]
-        if not others:
+            shared = any(other.base is base and other is not model for other in self._models.values())
+            if shared:
+                del self._models[model_id]
+            else:
+                self._pool.begin_unloading(base)
+        if not shared:
             base.end_process()
-
-    def _unload_idle(self) -> None:
-        while not self._closed.wait(min(_IDLE_CHECK_S, self._idle_unload_s)):
-            with self._lock:
-                bases = list(self._bases.values())
-            for base in bases:
-                self._retire(base, self._idle_unload_s, "idle")
-
-    def _retire(self, base: LoadedBase, idle_s: float, why: str, unkept_s: float | None = None) -> None:
-        """Unload a base, with every loaded model on it, if it has been idle for so long; its memory is free then."""
-        if not base.retire(idle_s, unkept_s):
-            return  # it was put to use, or unloaded, at this very moment
-        self._forget(base)
-        base.end_process()
-        _log.info("model.unloaded", model_id=base.key.model_id, why=why)
-
-    def _forget(self, base: LoadedBase) -> None:
-        with self._lock:
-            self._models = {name: model for name, model in self._models.items() if model.base is not base}
-            if self._bases.get(base.key) is base:
-                del self._bases[base.key]
 
     def close(self) -> None:
         """End every engine."""
-        self._closed.set()
-        with self._lock:
-            bases = list({id(model.base): model.base for model in self._models.values()}.values())
-            self._models.clear()
-            self._bases.clear()
-        for base in bases:
-            base.finish(LoadState.UNLOADING)
-            base.end_process()
-        self._loaders.shutdown(wait=False, cancel_futures=True)
-
-
-def _trainable(shape: ModelShape | None, configuration: Configuration) -> int | None:
-    return adapter_parameters(shape, configuration.config) if shape is not None else None
+        self._pool.close()
 
 
 @singleton

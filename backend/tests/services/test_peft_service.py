@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hub_double import ManualClock
 
-import services.peft_service as module
+import services.base_pool as module
 from core.errors import DoesNotFit, HubUnavailable
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
