@@ -53,13 +53,13 @@ class Platform:
 # Fitted on one half of the points that bench/memory_estimate.py measures (torch 2.13, gperftools 2.10).
 TCMALLOC = Platform(
     on_gpu=False,
-    overhead_bytes=530 * 2**20,
-    training_bytes=75 * 2**20,
+    overhead_bytes=505 * 2**20,
+    training_bytes=70 * 2**20,
     slack_loading=0.1,
-    slack_layers=0.0,
+    slack_layers=0.04,
     slack_quantized=0.0,
-    slack_adapters=0.45,
-    slack_pissa=0.05,
+    slack_adapters=0.26,
+    slack_pissa=0.08,
     low=0.95,
     high=1.05,
 )
