@@ -166,7 +166,11 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines += ["| constant | fitted | in use |", "|---|---:|---:|"]
     constants = fitted_constants(rows).items()
     lines += [f"| {name} | {value:,.2f} | {used:,.2f} |" for (name, value), used in zip(constants, in_use, strict=True)]
-    return [*lines, "", *table(judged), "", *loads(rows)]
+    lines += ["", *table(judged), "", *loads(rows), ""]
+    return [
+        *lines,
+        "Where nothing is converted, as in bf16, the file's pages are the weights: the first pass reads them.",
+    ]
 
 
 def goals_missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
