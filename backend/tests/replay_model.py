@@ -21,7 +21,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class _Dora(DoraLinearLayer):
-    """PEFT's, but with dropout too the base's output is in the base's type: docs/methods.md, DoRA's norms."""
+    """PEFT's but for what docs/methods.md says of 16 bits: magnitudes in fp32, the base's output in its own type."""
+
+    def update_layer(
+        self, *, base_layer: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, **others: Any
+    ) -> None:
+        held = _held(base_layer) if isinstance(base_layer.weight, Params4bit) else base_layer.weight.detach().float()
+        start = held + scaling * lora_B.detach().float() @ lora_A.detach().float()
+        self.weight = torch.nn.Parameter(torch.linalg.norm(start, dim=1))
 
     def forward(self, x: torch.Tensor, *, base_layer: Any, base_result: Any = None, **others: Any) -> torch.Tensor:
         if base_result is None:
