@@ -45,8 +45,8 @@ def main(rounds: int) -> int:
         model = EmbeddedModel(ROOT / ".cache", Path(logs)).prepare(lambda stage, fraction: None)
         for point in POINTS:
             pairs = [(run(point, model, "glibc"), run(point, model, "tcmalloc")) for _ in range(rounds)]
-            peak, step = (statistics.median(tbb[i] / glibc[i] for glibc, tbb in pairs) for i in (0, 1))
-            shown = ", ".join(f"{glibc[0] / MIB:,.0f} -> {tbb[0] / MIB:,.0f}" for glibc, tbb in pairs)
+            peak, step = (statistics.median(tcmalloc[i] / glibc[i] for glibc, tcmalloc in pairs) for i in (0, 1))
+            shown = ", ".join(f"{glibc[0] / MIB:,.0f} -> {tcmalloc[0] / MIB:,.0f}" for glibc, tcmalloc in pairs)
             lower &= peak < 1
             what = f"{point.algorithm}, {point.batch} x {point.length}{', checkpointing' * point.checkpointing}"
             print(f"{what}: peak x {peak:.2f} ({shown} MiB), seconds a step x {step:.2f}", flush=True)
