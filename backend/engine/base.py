@@ -18,6 +18,7 @@ from engine.backend import backend_of
 from engine.batches import FALLBACK_TEMPLATE
 from engine.dora import use_blocks
 from engine.errors import BadModel, BadSetting
+from engine.heap import passing
 
 
 def complete_tokenizer(tokenizer: Any) -> None:
@@ -47,7 +48,8 @@ class Base:
         use_blocks()
         self.engine, self.backend = engine, backend_of(engine)
         try:
-            self.model, self.tokenizer = self.backend.load(path, config, device)
+            with passing():
+                self.model, self.tokenizer = self.backend.load(path, config, device)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
             raise BadModel(f"{path.name} cannot be loaded: {error}") from error
         self.path = path
