@@ -30,7 +30,7 @@ _LOG_TAIL_LINES = 40
 _SILENCE_S = 60.0
 # Where core/allocator.py leaves it to glibc: that gives freed tensors back to the kernel at once by default and faults
 # them in again at the next step. 1.11-1.25 times the training speed with these thresholds.
-_ENGINE_ENVIRONMENT = {
+ENGINE_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
@@ -325,7 +325,7 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
     event_read, event_write = os.pipe()
     environment = {
         **os.environ,
-        **_ENGINE_ENVIRONMENT,
+        **ENGINE_ENVIRONMENT,
         # Unsloth writes the code it generates to the working directory unless it is told where.
         "UNSLOTH_COMPILE_LOCATION": str(work_dir / "unsloth_compiled_cache"),
         protocol.BACKEND_VARIABLE: backend,
