@@ -143,7 +143,8 @@ def use_allocator(name: str) -> bool:
     else:
         os.environ.pop("LD_PRELOAD", None)
     allocator.preload.cache_clear()
-    return bool(allocator.preload()) == (name == "tcmalloc")
+    allocator.engines_have_tcmalloc.cache_clear()
+    return allocator.engines_have_tcmalloc() == (name == "tcmalloc")
 
 
 def make_large(folder: Path, small: Path) -> Path:
@@ -238,7 +239,7 @@ def measure(point: Point, model_path: Path, steps: int | None = None) -> dict[st
             )
             training.result()
             peak = peak_bytes(engine.pid)
-            name = "tcmalloc" if allocator.preload() else "glibc"
+            name = "tcmalloc" if allocator.engines_have_tcmalloc() else "glibc"
             return {
                 **asdict(point),
                 "allocator": name,

@@ -63,12 +63,12 @@ def measured_points(cache: Path, save: Path | None) -> list[dict[str, Any]]:
 @contextmanager
 def constants_of(platform: Platform) -> Iterator[None]:
     """Let the estimate take a CPU for one with these constants."""
-    before = memory_estimate.CPU
-    memory_estimate.CPU = platform
+    before = memory_estimate.platform
+    memory_estimate.platform = lambda *, on_gpu: memory_estimate.GPU if on_gpu else platform
     try:
         yield
     finally:
-        memory_estimate.CPU = before
+        memory_estimate.platform = before
 
 
 def _name(point: Point) -> str:

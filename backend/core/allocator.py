@@ -6,12 +6,15 @@ glibc's does not reuse what is freed of aligned memory, and torch aligns every t
 
 import os
 import platform
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 # Debian's libtcmalloc-minimal4, Fedora's gperftools-libs, Arch's gperftools, and one built by hand.
 _FOLDERS = (f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 _LIBRARY = "libtcmalloc_minimal.so.4"
+_SYMBOL = "MallocExtension_ReleaseFreeMemory"  # gperftools, malloc_extension_c.h
 
 
 @cache
@@ -19,9 +22,27 @@ def preload() -> Path | None:
     """Return the library that an engine is to be started with in LD_PRELOAD.
 
     Returns:
-        None where the system's own allocator stays: there is no tcmalloc, or whoever started this process has set
-        LD_PRELOAD, be it to nothing, and so has chosen one.
+        None where the system's own allocator stays: there is no tcmalloc that this interpreter can be started with, or
+        whoever started this process has set LD_PRELOAD, be it to nothing, and so has chosen one.
     """
     if "LD_PRELOAD" in os.environ:
         return None
-    return next((path for folder in _FOLDERS if (path := Path(folder) / _LIBRARY).is_file()), None)
+    files = (Path(folder) / _LIBRARY for folder in _FOLDERS)
+    return next((path for path in files if path.is_file() and has_symbol(str(path), _SYMBOL)), None)
+
+
+@cache
+def engines_have_tcmalloc() -> bool:
+    """Whether engines on a CPU run with tcmalloc, by `preload` or because this process was started so."""
+    chosen = os.environ.get("LD_PRELOAD")
+    return preload() is not None or (bool(chosen) and has_symbol(str(chosen), _SYMBOL))
+
+
+def has_symbol(libraries: str, symbol: str) -> bool:
+    """Whether a Python that starts with LD_PRELOAD set to `libraries` then has a symbol.
+
+    The loader goes on without a library that it cannot use, such as one for 32 bits, so it has to be tried.
+    """
+    look = [sys.executable, "-I", "-S", "-c", f"import ctypes; ctypes.CDLL(None).{symbol}"]
+    environment = {**os.environ, "LD_PRELOAD": libraries}
+    return subprocess.run(look, env=environment, stderr=subprocess.DEVNULL, check=False).returncode == 0

@@ -78,7 +78,6 @@ GLIBC = Platform(
     low=0.8,
     high=1.13,
 )
-CPU = TCMALLOC if allocator.preload() else GLIBC
 # The CUDA context and the libraries' workspaces, about 1.5 GiB beside nvidia-smi. torch's caching allocator reuses its
 # blocks: published peaks of reserved memory are within some per cent of the tensors' sum (docs/memory-estimate.md).
 GPU = Platform(
@@ -96,8 +95,10 @@ GPU = Platform(
 
 
 def platform(*, on_gpu: bool) -> Platform:
-    """Return the constants of a device."""
-    return GPU if on_gpu else CPU
+    """Return the constants of a device, on a CPU with the allocator that engines have."""
+    if on_gpu:
+        return GPU
+    return TCMALLOC if allocator.engines_have_tcmalloc() else GLIBC
 
 
 @dataclass(frozen=True)

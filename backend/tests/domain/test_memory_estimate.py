@@ -6,11 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core import allocator
 from domain.activations import targeted
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
-from domain.memory_estimate import adapter_parameters, estimate, loading_bytes
+from domain.memory_estimate import (
+    GLIBC,
+    GPU,
+    TCMALLOC,
+    Platform,
+    adapter_parameters,
+    estimate,
+    estimate_loading,
+    loading_bytes,
+    platform,
+)
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
 from services.embedded_model import CONFIG, PARAMETERS
@@ -65,6 +76,29 @@ def test_four_bits_checkpointing_and_dora_move_the_estimate_the_right_way() -> N
     checkpointed = estimate(_shape(), _config(gradient_checkpointing=True), on_gpu=False)
     assert checkpointed.activations_bytes < plain.activations_bytes
     assert estimate(_shape(), _config(Algorithm.DORA), on_gpu=False).total_bytes > plain.total_bytes
+
+
+@pytest.mark.parametrize(("has_tcmalloc", "constants"), [(True, TCMALLOC), (False, GLIBC)])
+def test_a_cpu_is_judged_by_the_allocator_that_engines_have(
+    monkeypatch: pytest.MonkeyPatch, has_tcmalloc: bool, constants: Platform
+) -> None:
+    monkeypatch.setattr(allocator, "engines_have_tcmalloc", lambda: has_tcmalloc)
+    assert platform(on_gpu=False) is constants and platform(on_gpu=True) is GPU
+    for config in (_config(), _config(Algorithm.QLORA)):
+        found = estimate_loading(_shape(), config, on_gpu=False)
+        assert found.low_bytes == int(found.total_bytes * constants.low)
+        assert found.overhead_bytes >= constants.overhead_bytes
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_glibcs_heap_is_never_taken_for_the_smaller_one(monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
+    for checkpointing in (False, True):
+        config = _config(algorithm, gradient_checkpointing=checkpointing)
+        totals = []
+        for has_tcmalloc in (True, False):
+            monkeypatch.setattr(allocator, "engines_have_tcmalloc", lambda has=has_tcmalloc: has)
+            totals.append(estimate(_shape(), config, on_gpu=False).total_bytes)
+        assert totals[0] < totals[1]
 
 
 def test_loading_needs_the_file_beside_the_weights_only_where_these_are_converted() -> None:
