@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from core.clock import Clock
-from core.errors import ModelNotReady, StudioError
+from core.errors import EngineUnavailable, ModelNotReady, StudioError
 from core.logging import get_logger
 from domain.memory_verdict import Assessment
 from domain.peft_config import PeftConfig
@@ -62,8 +62,8 @@ class BasePool:
         clock: For ages and idle times.
         machine: Tells the devices.
         files: Brings a model's files onto this machine.
-        forgotten: Takes each base that the pool has forgotten, with `lock` held and its engine not ended by the pool
-            yet: the owner drops what it keeps about it in the same step. May come twice for one base.
+        forgotten: Takes each base that the pool has forgotten, with `lock` held and before the pool ends its engine:
+            the owner drops what it keeps about it in the same step. May come twice for one base.
         log_dir: Where engines write.
         idle_unload_s: A base unused for this long is unloaded.
         make_room_after_s: A client's base unused for this long is unloaded where another needs its memory.
@@ -90,10 +90,9 @@ class BasePool:
         self._log_dir, self._engine_silence_s = log_dir, engine_silence_s
         self._idle_unload_s, self._make_room_after_s = idle_unload_s, make_room_after_s
         self.lock = threading.RLock()
-        self._bases: dict[
-            BaseKey, LoadedBase
-        ] = {}  # those to join; a base that failed makes way for the next of its key
-        self._held: list[LoadedBase] = []  # every base that was started and not forgotten
+        # Those to join, where a base that failed makes way for the next of its key; and all that are not forgotten.
+        self._bases: dict[BaseKey, LoadedBase] = {}
+        self._held: list[LoadedBase] = []
         self._admission = threading.Lock()
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
         self._closed = threading.Event()
@@ -152,6 +151,7 @@ class BasePool:
         Raises:
             DoesNotFit: Loading it needs more than the device has free beside the loads under way, even with every idle
                 base unloaded.
+            EngineUnavailable: The pool is closed.
         """
         with self._admission:
             with self.lock:
@@ -187,6 +187,8 @@ class BasePool:
 
     def _start(self, wanted: BaseRequest) -> LoadedBase:
         """Put a base there and have it loaded. The caller holds both locks."""
+        if self._closed.is_set():
+            raise EngineUnavailable("The server is stopping.")
         base = LoadedBase(
             wanted.key, self._clock, wanted.engine_reason, force=wanted.force, allow_pickle=wanted.allow_pickle
         )
@@ -233,16 +235,16 @@ class BasePool:
             self._fail(base, StudioError(f"The model could not be loaded: {type(error).__name__}."))
 
     def _fail(self, base: LoadedBase, error: StudioError) -> None:
-        """Record why a load failed: with the base for the client to see, or else with the job alone that wanted it."""
+        """Record why there is no base: with it for the client to see, or else with the job alone that wanted it."""
         base.fail(error)
-        base.end_process()
         if not base.kept_for_client:
             self._forget(base)
+        base.end_process()
 
     def _on_exit(self, base: LoadedBase) -> None:
         if base.usable:
-            base.fail(ModelNotReady("The engine that held the model ended; load it again."))
             _log.error("engine.ended", model_id=base.key.model_id, log_tail=base.log_tail())
+            self._fail(base, ModelNotReady("The engine that held the model ended; load it again."))
 
     # Unloading
 
@@ -284,9 +286,9 @@ class BasePool:
                 del self._bases[base.key]
 
     def close(self) -> None:
-        """End every engine."""
-        self._closed.set()
+        """End every engine, and start no more."""
         with self.lock:
+            self._closed.set()
             bases = list(self._held)
             for base in bases:
                 self._forget(base)

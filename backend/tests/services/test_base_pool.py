@@ -10,7 +10,7 @@ import pytest
 from hub_double import ManualClock
 
 import services.base_pool as module
-from core.errors import ModelBusy, ModelNotReady
+from core.errors import EngineUnavailable, ModelBusy, ModelNotReady
 from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
 from domain.memory_verdict import Assessment
@@ -112,13 +112,13 @@ def fits(device: Device) -> Assessment:
     return Assessment("fits", device.available_bytes, None)
 
 
-def _wanted(name: str) -> BaseRequest:
+def _wanted(name: str, *, for_client: bool = True) -> BaseRequest:
     key = BaseKey(name, None, "none", "fp32", "cpu", "transformers")
-    return BaseRequest(key, "only", CONFIG, DEVICE, 1, for_client=True, force=False, allow_pickle=False)
+    return BaseRequest(key, "only", CONFIG, DEVICE, 1, for_client=for_client, force=False, allow_pickle=False)
 
 
-def _load(pool: BasePool, owner: Owner, name: str) -> LoadedBase:
-    base = pool.join_or_start(_wanted(name), fits, owner.register)
+def _load(pool: BasePool, owner: Owner, name: str, *, for_client: bool = True) -> LoadedBase:
+    base = pool.join_or_start(_wanted(name, for_client=for_client), fits, owner.register)
     assert base.loading is not None
     base.loading.result(30)
     return base
@@ -156,17 +156,33 @@ def test_a_base_that_works_is_not_forgotten(pool: BasePool, owner: Owner) -> Non
     assert owner.names == {"a/base": base} and pool.find(lambda _: True) is base
 
 
+@pytest.mark.parametrize("for_client", [True, False])
+def test_a_base_that_dies_stays_listed_for_a_client_alone(pool: BasePool, owner: Owner, for_client: bool) -> None:
+    base = _load(pool, owner, "a/base", for_client=for_client)
+    engine: Any = base.process
+    engine.on_exit()
+    assert isinstance(base.error, ModelNotReady) and engine.ended
+    assert list(owner.names) == ["a/base"] * for_client
+    assert pool.find(lambda _: True) is (base if for_client else None)
+    assert owner.engines_at_forgetting == [engine] * (not for_client)
+
+
 def test_what_is_judged_is_judged_alone(pool: BasePool, owner: Owner) -> None:
-    second_judged = threading.Event()
+    second_came, second_judged = threading.Event(), threading.Event()
 
     def second(device: Device) -> Assessment:
         second_judged.set()
         return fits(device)
 
+    def come() -> None:
+        second_came.set()
+        pool.admit_run("a run", second, DEVICE, _wanted("a/run").key)
+
     with ThreadPoolExecutor(1) as other:
 
         def first(device: Device) -> Assessment:
-            other.submit(pool.admit_run, "a run", second, DEVICE, _wanted("a/run").key)
+            other.submit(come)
+            assert second_came.wait(30)
             assert not second_judged.wait(0.2)
             return fits(device)
 
@@ -184,4 +200,11 @@ def test_closing_ends_every_engine_also_of_a_base_that_another_has_replaced(pool
     other: Any = alive.process
     pool.close()
     assert engine.ended and other.ended
+    assert owner.names == {} and pool.find(lambda _: True) is None
+
+
+def test_nothing_is_started_once_it_is_closed(pool: BasePool, owner: Owner) -> None:
+    pool.close()
+    with pytest.raises(EngineUnavailable):
+        pool.join_or_start(_wanted("a/late"), fits, owner.register)
     assert owner.names == {} and pool.find(lambda _: True) is None
