@@ -1,9 +1,9 @@
-"""Whether a load or a run may begin: what is free, what is promised already, and the refusal that says what to do."""
+"""Whether a load or a run may begin: what is free, what is promised already, and the refusals that say what to do."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
-from core.errors import DoesNotFit
+from core.errors import DoesNotFit, ModelRejected
 from domain.memory_verdict import Assessment
 from services.devices import Device
 from services.loaded_base import LoadedBase
@@ -59,6 +59,16 @@ def next_to_give_way(
     if not idle or judge(roomy).verdict == "does_not_fit":
         return None
     return min(idle, key=lambda base: base.last_used)
+
+
+def refuse_what_is_blocked(found: Assessment, what: str) -> None:
+    """Raise for an assessment that knows of what no memory would help against, before anything is downloaded.
+
+    Raises:
+        ModelRejected: With the reasons.
+    """
+    if found.blockers:
+        raise ModelRejected(f"{what} would fail: {'; '.join(found.blockers)}.")
 
 
 def refuse_what_does_not_fit(found: Assessment, what: str, device: Device) -> None:

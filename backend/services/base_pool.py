@@ -13,7 +13,12 @@ from core.errors import EngineUnavailable, ModelNotReady, StudioError
 from core.logging import get_logger
 from domain.memory_verdict import Assessment
 from domain.peft_config import PeftConfig
-from services.admission import next_to_give_way, refuse_what_does_not_fit, with_room
+from services.admission import (
+    next_to_give_way,
+    refuse_what_does_not_fit,
+    refuse_what_is_blocked,
+    with_room,
+)
 from services.base_placement import load_command
 from services.devices import Device, device_name
 from services.engine_process import EngineProcess
@@ -125,6 +130,7 @@ class BasePool:
 
         Raises:
             DoesNotFit: With the estimate and what would make it fit.
+            ModelRejected: The engine cannot train the model.
         """
         with self._admission:
             if isinstance(runs_on, BaseKey):
@@ -151,6 +157,7 @@ class BasePool:
         Raises:
             DoesNotFit: Loading it needs more than the device has free beside the loads under way, even with every idle
                 base unloaded.
+            ModelRejected: The engine cannot train the model, and the load is not forced.
             EngineUnavailable: The pool is closed.
         """
         with self._admission:
@@ -166,7 +173,7 @@ class BasePool:
     def _make_room(
         self, what: str, judge: Callable[[Device], Assessment], device: Device, own: LoadedBase | None
     ) -> None:
-        """Refuse what does not fit, after unloading idle bases where that makes it fit.
+        """Refuse what is blocked, and what does not fit, after unloading idle bases where that makes it fit.
 
         The caller holds admission's lock, and not `lock`. What an unloaded base gave back is measured, not computed.
         """
@@ -175,6 +182,7 @@ class BasePool:
                 bases = list(self._bases.values())
             device = with_room(self._machine.device(device_name(device.torch_name)), bases, own)
             found = judge(device)
+            refuse_what_is_blocked(found, what)
             if found.verdict != "does_not_fit":
                 return
             idle = next_to_give_way(device, bases, judge, own, self._make_room_after_s)

@@ -144,6 +144,7 @@ class PeftService:
 
         Raises:
             DoesNotFit: With the estimate and what would make it fit.
+            ModelRejected: The engine cannot train the model.
         """
         shape = self._facts.shape(model_id, revision)
 
@@ -172,7 +173,8 @@ class PeftService:
         Raises:
             SettingRejected: A setting cannot take effect.
             ModelNotFound: There is no such model.
-            NeedsRemoteCode, NoSafeWeights, ModelRejected: It is not safe to load; nothing is downloaded.
+            NeedsRemoteCode, NoSafeWeights, ModelRejected: It is not safe to load, or cannot be trained; nothing is
+                downloaded.
             DoesNotFit: Loading it needs more than the device has free beside the loads under way, even with every
                 idle model unloaded.
         """

@@ -11,6 +11,7 @@ from server import StudioServer, start_server
 from tiny_model import TINY_ID, make_tiny_model
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the larger one of the two that fit
+GPTQ_ID = "tests/in-gptq"
 HUGE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -26,13 +27,17 @@ HUGE = {
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """A server with the tiny model and one of 405 thousand million parameters that has a single tensor."""
+    """A server with the tiny model, one as if in GPTQ, and one of 405 thousand million parameters in a single tensor."""
     root = tmp_path_factory.mktemp("models")
     make_tiny_model(root / TINY_ID)
     huge = root / "tests" / "huge"
     huge.mkdir()
     (huge / "config.json").write_text(json.dumps(HUGE))
     save_file({"weight": torch.zeros(1)}, huge / "model.safetensors")
+    gptq = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    make_tiny_model(root / GPTQ_ID)
+    config = json.loads((root / GPTQ_ID / "config.json").read_text())
+    (root / GPTQ_ID / "config.json").write_text(json.dumps(config | gptq))
     with start_server(tmp_path_factory.mktemp("home"), root) as server:
         yield server
 
@@ -120,3 +125,17 @@ def test_a_job_that_does_not_fit_is_refused_unless_it_is_forced(studio: StudioSe
     job_id = forced.json()["id"]
     studio.http.post(f"/api/training/jobs/{job_id}/cancel")
     assert studio.job(job_id)["config"]["batch_size"] == 1024
+
+
+def test_what_the_engine_cannot_train_is_refused_at_the_door_with_the_verdicts_reason(
+    studio: StudioServer, tmp_path: Path
+) -> None:
+    blockers = studio.http.post("/api/models/compatibility", json={"model_id": GPTQ_ID}).json()["blockers"]
+    assert len(blockers) == 1 and "gptq" in blockers[0]
+    job = {"model_id": GPTQ_ID, "dataset_id": _dataset(studio, tmp_path, 4), "algorithm": "lora"}
+    loaded = studio.http.get("/api/peft/loaded-models").json()
+    for path, body in (("/api/peft/load-model", {"model_id": GPTQ_ID}), ("/api/training/jobs", job)):
+        response = studio.http.post(path, json=body)
+        assert response.status_code == 422, response.text
+        assert response.json()["type"].endswith("model-rejected") and blockers[0] in response.json()["detail"]
+    assert studio.http.get("/api/peft/loaded-models").json() == loaded
