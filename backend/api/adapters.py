@@ -13,6 +13,7 @@ from api.export_schemas import CreateExportRequest, ExportResponse, PushRequest
 from api.exports import Exports, show
 from api.hub_token import ASKS_THE_HUB, came_with_a_token
 from api.upload_form import UploadMalformed, read_upload, validated
+from api.waiting import may_ask_the_hub
 from domain.export_states import ExportKind
 from services.adapter_intake import AdapterIntake, get_adapter_intake
 from services.adapter_service import AdapterService, get_adapter_service
@@ -43,7 +44,7 @@ async def add(request: Request, intake: Intake, adapters: Adapters) -> AdapterDe
     if request.headers.get("content-type", "").startswith("multipart/"):
         record = await _receive(request, intake)
     else:
-        record = await run_in_threadpool(_bring, await request.body(), intake)
+        record = await may_ask_the_hub(_bring, await request.body(), intake)
     return await run_in_threadpool(_details, adapters, record)
 
 

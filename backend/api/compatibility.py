@@ -7,6 +7,7 @@ from pydantic import Field
 
 from api.hub_token import ASKS_THE_HUB
 from api.peft_schemas import ModelId, Request, Response, Revision
+from api.waiting import may_ask_the_hub
 from domain.algorithms import Algorithm, AlgorithmName
 from services.compatibility_service import CompatibilityService, get_compatibility_service
 
@@ -58,7 +59,7 @@ class CompatibilityResponse(Response):
 
 
 @router.post("/compatibility", dependencies=ASKS_THE_HUB)
-def compatibility(
+async def compatibility(
     body: CompatibilityRequest, service: Annotated[CompatibilityService, Depends(get_compatibility_service)]
 ) -> CompatibilityResponse:
     """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it.
@@ -76,5 +77,7 @@ def compatibility(
         "precision",
     )
     overrides = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
-    result = service.check(body.model_id, body.revision, body.algorithm, overrides, body.device, body.memory_bytes)
+    result = await may_ask_the_hub(
+        service.check, body.model_id, body.revision, body.algorithm, overrides, body.device, body.memory_bytes
+    )
     return CompatibilityResponse.model_validate(result)

@@ -1,6 +1,5 @@
 """/api/datasets: bring in, look at, hand out, delete."""
 
-import asyncio
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +13,9 @@ from starlette.requests import ClientDisconnect
 from api import dataset_schemas as schemas
 from api.dataset_analysis_schemas import AnalysisProgress, AnalysisResponse, AnalyzeRequest, analysis_view
 from api.dataset_schemas import dataset_view
+from api.hub_token import ASKS_THE_HUB
 from api.upload_form import read_upload
+from api.waiting import may_ask_the_hub, until_done
 from core.errors import Rejected
 from services.dataset_analysis import AnalysisRequest, DatasetAnalysisService, get_dataset_analysis_service
 from services.dataset_service import DatasetService, Form, get_dataset_service
@@ -55,7 +56,7 @@ _BODY = {
 }
 
 
-@router.post("", status_code=201, openapi_extra=_BODY)
+@router.post("", status_code=201, openapi_extra=_BODY, dependencies=ASKS_THE_HUB)
 async def add(request: Request, datasets: Datasets, sources: Sources) -> schemas.DatasetResponse:
     """Store a dataset: a file that is sent as a form, one of the Hub, or files below `imports/`.
 
@@ -63,7 +64,7 @@ async def add(request: Request, datasets: Datasets, sources: Sources) -> schemas
     comes, and stored whole or not at all. `GET /api/datasets/imports` shows how far it is.
     """
     if request.headers.get("content-type", "").startswith("application/json"):
-        record = await run_in_threadpool(_bring, await request.json(), sources)
+        record = await may_ask_the_hub(_bring, await request.json(), sources)
     else:
         record = await _receive(request, datasets)
     return dataset_view(record, datasets.manifest(record.id))
@@ -137,6 +138,7 @@ def preview(
     "/{dataset_id}/analyze",
     response_model=AnalysisResponse,
     responses={202: {"model": AnalysisProgress, "description": "Not ready yet: ask again."}},
+    dependencies=ASKS_THE_HUB,
 )
 async def analyze(dataset_id: str, body: AnalyzeRequest, datasets: Datasets, analyses: Analyses) -> object:
     """What a fine-tune of a model would learn: lengths, what is cut, what carries loss, steps, and an example.
@@ -147,9 +149,8 @@ async def analyze(dataset_id: str, body: AnalyzeRequest, datasets: Datasets, ana
     request = AnalysisRequest(
         dataset_id=dataset_id, overrides=body.settings(), **{name: getattr(body, name) for name in names}
     )
-    running = await run_in_threadpool(analyses.begin, request)
-    # Holds no thread while it waits.
-    await asyncio.wait([asyncio.wrap_future(running.future)], timeout=body.wait_s)
+    running = await may_ask_the_hub(analyses.begin, request)
+    await until_done(running.future, body.wait_s)
     if not running.future.done():
         return JSONResponse(AnalysisProgress(state="running", fraction=running.fraction).model_dump(), 202)
     found = await run_in_threadpool(analyses.finish, running)

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Query
 
 from api.hub_token import ASKS_THE_HUB
 from api.model_schemas import LocalModelsResponse, ModelDetailsResponse, SearchRequest, SearchResponse
+from api.waiting import may_ask_the_hub
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
 
 router = APIRouter(prefix="/api/models", tags=["models"])
@@ -13,19 +14,19 @@ Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
 
 
 @router.post("/search", dependencies=ASKS_THE_HUB)
-def search(body: SearchRequest, registry: Registry) -> SearchResponse:
+async def search(body: SearchRequest, registry: Registry) -> SearchResponse:
     """Search the Hub; the answer says whether it is the Hub's, a cached one, or this machine's own models."""
-    return SearchResponse.of(registry.search(body.to_query()))
+    return await may_ask_the_hub(lambda: SearchResponse.of(registry.search(body.to_query())))
 
 
 @router.get("/popular/{task}", dependencies=ASKS_THE_HUB)
-def popular(
+async def popular(
     task: str,
     registry: Registry,
     limit: Annotated[int, Query(ge=1, le=100, description="Models.")] = 20,
 ) -> SearchResponse:
     """Return a task's most downloaded models; a task nobody knows is a 404 that lists the tasks."""
-    return SearchResponse.of(registry.popular(task, limit))
+    return await may_ask_the_hub(lambda: SearchResponse.of(registry.popular(task, limit)))
 
 
 @router.get("/local")
@@ -42,7 +43,7 @@ def clear_cache(registry: Registry) -> None:
 
 # Last: it takes every path below the prefix. An id may hold one slash; the registry refuses more.
 @router.get("/{model_id:path}", dependencies=ASKS_THE_HUB)
-def details(
+async def details(
     model_id: str,
     registry: Registry,
     revision: Annotated[
@@ -50,4 +51,4 @@ def details(
     ] = None,
 ) -> ModelDetailsResponse:
     """Return one model: files, dimensions, licence, and whether a fine-tune fits this machine."""
-    return ModelDetailsResponse.of(registry.details(model_id, revision))
+    return await may_ask_the_hub(lambda: ModelDetailsResponse.of(registry.details(model_id, revision)))

@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
@@ -13,6 +12,7 @@ from fastapi.sse import format_sse_event
 from api import peft_schemas as schemas
 from api.hub_token import ASKS_THE_HUB
 from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
+from api.waiting import may_ask_the_hub, until_done
 from core.errors import StudioError
 from domain.algorithms import SPECS, Algorithm
 from domain.use_cases import USE_CASES
@@ -39,10 +39,15 @@ def use_cases() -> schemas.UseCaseList:
 
 
 @router.post("/configure", dependencies=ASKS_THE_HUB)
-def configure(body: schemas.ConfigureRequest, peft: Peft) -> schemas.ConfigureResponse:
+async def configure(body: schemas.ConfigureRequest, peft: Peft) -> schemas.ConfigureResponse:
     """A complete configuration, every parameter with its source and reason. Nothing is loaded."""
-    configuration = peft.configure(
-        body.algorithm, body.use_case, body.overrides.sent(), model_id=body.model_id, revision=body.revision
+    configuration = await may_ask_the_hub(
+        peft.configure,
+        body.algorithm,
+        body.use_case,
+        body.overrides.sent(),
+        model_id=body.model_id,
+        revision=body.revision,
     )
     return configuration_view(body, configuration)
 
@@ -63,10 +68,11 @@ async def load_model(
     otherwise, so is one that nothing has used for `PEFT_STUDIO_MAKE_ROOM_AFTER_S` (a minute), the longest unused first.
     A model that trains, answers or is being exported never is.
     """
-    model = await asyncio.to_thread(_start_load, body, peft, adapters)
+    model = await may_ask_the_hub(_start_load, body, peft, adapters)
     if body.adapter_id is not None:
         await asyncio.to_thread(generator.attach_when_ready, model, body.adapter_id)
-    await _wait(model, body.wait_s)
+    if model.base.loading is not None and body.wait_s > 0:
+        await until_done(model.base.loading, body.wait_s)
     response.headers["Location"] = f"/api/peft/loaded-models/{model.id}"
     response.status_code = 200 if model.state in ("ready", "busy") else 202
     return loaded_model_view(peft.get(model.id))
@@ -88,13 +94,6 @@ def _start_load(body: schemas.LoadModelRequest, peft: PeftService, adapters: Ada
             allow_pickle=body.allow_pickle,
         )
     )
-
-
-async def _wait(model: LoadedModel, wait_s: float) -> None:
-    """Wait until the load has ended; holds no thread while it waits."""
-    loading: Future[None] | None = model.base.loading
-    if loading is not None and wait_s > 0:
-        await asyncio.wait([asyncio.wrap_future(loading)], timeout=wait_s)
 
 
 @router.get("/loaded-models")
@@ -130,10 +129,10 @@ async def generate(loaded_model_id: str, body: schemas.GenerateRequest, generato
         return StreamingResponse(_events(generation, pieces, body.adapter_id), media_type="text/event-stream")
     generation = await asyncio.to_thread(generator.start, loaded_model_id, request)
     try:
-        result = await asyncio.to_thread(generation.result)
+        await until_done(generation.future)
     finally:
         generation.stop()
-    return schemas.GenerateResponse(**result, adapter_id=body.adapter_id)
+    return schemas.GenerateResponse(**generation.result(), adapter_id=body.adapter_id)
 
 
 async def _events(
@@ -143,8 +142,8 @@ async def _events(
     try:
         while (piece := await pieces.get()) is not None:
             yield format_sse_event(data_str=json.dumps({"text": piece}), event="token")
-        result = await asyncio.to_thread(generation.result)
-        yield format_sse_event(data_str=json.dumps(result | {"adapter_id": adapter_id}), event="done")
+        await until_done(generation.future)
+        yield format_sse_event(data_str=json.dumps(generation.result() | {"adapter_id": adapter_id}), event="done")
     except StudioError as error:
         yield format_sse_event(data_str=json.dumps({"type": error.slug, "detail": error.detail}), event="error")
     finally:

@@ -10,7 +10,9 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
 from api import training_schemas as schemas
+from api.hub_token import ASKS_THE_HUB
 from api.training_schemas import checkpoint_view, job_view
+from api.waiting import may_ask_the_hub
 from domain.job_states import FINAL_STATES, JobState
 from services.job_intake import JobRequest
 from services.training_service import TrainingService, get_training_service
@@ -22,13 +24,14 @@ _PAGE = 500
 _KEEPALIVE_S = 15.0
 
 
-@router.post("/jobs", status_code=202)
-def create(body: schemas.CreateJobRequest, response: Response, training: Training) -> schemas.JobResponse:
+@router.post("/jobs", status_code=202, dependencies=ASKS_THE_HUB)
+async def create(body: schemas.CreateJobRequest, response: Response, training: Training) -> schemas.JobResponse:
     """Queue a fine-tune. With an idempotency key, the same request again returns the same job."""
     values = {name: getattr(body, name) for name in JobRequest.__dataclass_fields__}
-    record = training.create(JobRequest(**values | {"overrides": body.overrides.sent()}))
+    request = JobRequest(**values | {"overrides": body.overrides.sent()})
+    record = await may_ask_the_hub(training.create, request)
     response.headers["Location"] = f"/api/training/jobs/{record.id}"
-    return _view(training, record)
+    return await asyncio.to_thread(_view, training, record)
 
 
 @router.get("/jobs")

@@ -1,5 +1,6 @@
 """Training jobs: accepted, queued, run one at a time, followed event by event."""
 
+import contextvars
 import threading
 import uuid
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from services.database import get_database
 from services.dataset_analysis import DatasetAnalysisService, get_dataset_analysis_service
 from services.dataset_service import DatasetService, get_dataset_service
 from services.host_probe import HostProbe
+from services.hub_http import request_token
 from services.job_intake import JobIntake, JobRequest, digest_of
 from services.machine import get_machine
 from services.peft_service import PeftService, get_peft_service
@@ -87,12 +89,15 @@ class TrainingService:
         self.closing = threading.Event()
         self._retry_at_s: dict[str, float] = {}
         self._runs: dict[str, TrainingRun] = {}
+        self._asked_in: dict[str, contextvars.Context] = {}  # of requests that brought a Hub token
         self._workers: list[threading.Thread] = []
 
     # Accepting
 
     def create(self, request: JobRequest) -> JobRecord:
         """Accept a job; the same request with the same idempotency key again returns the same job.
+
+        The Hub token of the request is used for the job's own download too; it is in memory alone, until the job ends.
 
         Raises:
             IdempotencyKeyReused: The key belongs to another request.
@@ -101,10 +106,12 @@ class TrainingService:
         with self._database.begin() as connection:
             earlier = _earlier(Jobs(connection), request)
         if earlier is not None:
+            self._keep_token(earlier)
             return earlier
         source = self.get(request.resume_from.partition("/")[0]) if request.resume_from is not None else None
         now = to_text(self._clock.now())
         record = self._intake.record(request, f"job_{uuid.uuid4().hex[:12]}", source, now)
+        self._keep_token(record)  # before a worker can take it
         with self._database.begin() as connection:
             jobs = Jobs(connection)
             # Again, now that nobody else can write: the same request may have come meanwhile.
@@ -115,9 +122,15 @@ class TrainingService:
                 jobs.append_event(record.id, "state", {"state": JobState.QUEUED.value}, now)
         if earlier is not None:
             self.checkpoints.delete(record.id)
+            self._asked_in.pop(record.id, None)
+            self._keep_token(earlier)
             return earlier
         self._notify(record.id)
         return record
+
+    def _keep_token(self, record: JobRecord) -> None:
+        if request_token.get() is not None and record.state not in FINAL_STATES:
+            self._asked_in[record.id] = contextvars.copy_context()
 
     # Reading
 
@@ -286,6 +299,8 @@ class TrainingService:
                 jobs.append_event(record.id, "state", data, now)
             if changed and adapter is not None:
                 Adapters(connection).add(adapter)
+        if following in FINAL_STATES:
+            self._asked_in.pop(record.id, None)
         if changed:
             _log.info("job.state", job_id=record.id, state=following.value)
             self._notify(record.id)
@@ -404,7 +419,8 @@ class TrainingService:
         try:
             run.begin()
             begun = True
-            run.execute()
+            asked_in = self._asked_in.get(record.id) or contextvars.Context()
+            asked_in.copy().run(run.execute)
         except RunEnded:
             pass
         except Exception:  # noqa: BLE001 - the worker lives on; the job says failed, the log why

@@ -27,7 +27,7 @@ HUGE = {
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
-    """A server with the tiny model, one as if in GPTQ, and one of 405 thousand million parameters in a single tensor."""
+    """A server with the tiny model, one as if in GPTQ, and one of 405 thousand million parameters in one tensor."""
     root = tmp_path_factory.mktemp("models")
     make_tiny_model(root / TINY_ID)
     huge = root / "tests" / "huge"

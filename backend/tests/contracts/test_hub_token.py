@@ -31,7 +31,8 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
         hub.tokens |= {OF_ENVIRONMENT, OF_HEADER}
         files = {path.name: path.read_bytes() for path in tiny_path.iterdir()}
         hub.add_model("me/open", files, pipeline_tag="text-generation")
-        hub.add_model("me/gated", files, gated="auto", granted=(OF_HEADER,))
+        for name in ("me/gated", "me/gated-too"):
+            hub.add_model(name, files, gated="auto", granted=(OF_HEADER,))
         environment = {
             **{"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": OF_ENVIRONMENT},
             **{"HF_HOME": str(tmp_path / "hf"), "PEFT_STUDIO_CACHE_DIR": str(tmp_path / "cache")},
@@ -66,6 +67,14 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
             wait_until(lambda: studio.job(job["id"])["state"] in ("succeeded", "failed"), 120)
             job = studio.job(job["id"])
             assert job["state"] == "succeeded", job
+            wanted = {
+                "model_id": "me/gated-too",
+                "dataset_id": dataset["id"],
+                "overrides": {"max_steps": 2, "max_seq_length": 64},
+            }
+            assert studio.http.post("/api/training/jobs", json=wanted).status_code == 403
+            downloaded = studio.http.post("/api/training/jobs", json=wanted, headers=HEADER).json()
+            studio.wait_for_state(downloaded["id"], "succeeded")
             pushed = studio.http.post(
                 f"/api/adapters/{job['adapter_id']}/push", json={"repo_id": "me/pushed"}, headers=HEADER
             )
