@@ -37,6 +37,7 @@ _IMPATIENT_S = 4.0  # for what a client gets its answer without
 _MAX_WAIT_S = 10.0  # a client waits meanwhile; a longer pause is told to it instead
 _MAX_BODY_BYTES = 32 * 2**20  # 100 models expanded are 1-2 MB, the largest tokenizer_config.json some 10 MB
 _MAX_REQUEST_S = 60.0  # a server that dribbles passes every read's time limit
+_SILENCE_S = 15.0  # a Hub that let every attempt time out is not waited for again by the next who asks
 _log = get_logger(__name__)
 
 
@@ -65,6 +66,7 @@ class HubHttp:
         self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self._lock = threading.Lock()
         self._paused_until: dict[tuple[str, str], float] = {}
+        self._silent_until = float("-inf")
 
     @property
     def identity(self) -> str:
@@ -82,7 +84,7 @@ class HubHttp:
         is_file: bool = False,
         patient: bool = True,
     ) -> Answer:
-        """Fetch and parse.
+        """Fetch and parse. Where the Hub has just let a patient request time out, this fails at once.
 
         Args:
             path: Below the endpoint.
@@ -95,14 +97,23 @@ class HubHttp:
         Raises:
             StudioError: As `map_hub_error` says.
         """
+        import httpx
+
+        if self._clock.monotonic() < self._silent_until:
+            raise unavailable("The Hub has just not answered in time; it is asked again shortly.")
         timeout_s = self._timeout_s if patient else min(self._timeout_s, _IMPATIENT_S)
-        return self.attempt(
-            path,
-            model_id,
-            lambda: self._fetch_json(path, params, etag, timeout_s, is_file=is_file),
-            attempts=_ATTEMPTS if patient else 1,
-            max_wait_s=_MAX_WAIT_S if patient else 0.0,
-        )
+        try:
+            return self.attempt(
+                path,
+                model_id,
+                lambda: self._fetch_json(path, params, etag, timeout_s, is_file=is_file),
+                attempts=_ATTEMPTS if patient else 1,
+                max_wait_s=_MAX_WAIT_S if patient else 0.0,
+            )
+        except errors.HubUnavailable as error:
+            if patient and isinstance(error.__cause__, httpx.TimeoutException):
+                self._silent_until = self._clock.monotonic() + _SILENCE_S
+            raise
 
     def attempt(
         self,

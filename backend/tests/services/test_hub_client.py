@@ -496,6 +496,23 @@ def test_a_hub_that_hangs_is_given_up(hub: HubDouble, clock: ManualClock) -> Non
     assert hub.requests["list"] == 3
 
 
+def test_a_hub_that_has_hung_is_not_waited_for_again_for_a_while(hub: HubDouble, clock: ManualClock) -> None:
+    hub.add_model("me/m", FILES)
+    hub.fail("list", "hang", times=3)
+    client = HubClient(HubHttp(clock, clock.sleep, endpoint=hub.url, timeout_s=0.05))
+    with pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
+        client.search(ANY)
+    hub.release()
+    clock.advance(14)
+    for _ in range(3):
+        with pytest.raises(errors.HubUnavailable, match="asked again shortly") as refusal:
+            client.details("me/m")
+    assert "retry_after_s" not in refusal.value.extras  # lists then show what is on this machine
+    assert hub.requests == {"list": 3}
+    clock.advance(1)
+    assert client.details("me/m").value is not None
+
+
 def test_a_hub_that_is_not_there_is_asked_once(clock: ManualClock) -> None:
     with pytest.raises(errors.HubUnavailable):
         HubClient(HubHttp(clock, clock.sleep, endpoint="http://127.0.0.1:1")).search(ANY)
