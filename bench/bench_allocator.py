@@ -38,13 +38,17 @@ def run(point: Point, model: Path, name: str) -> tuple[int, float]:
 def main(rounds: int) -> int:
     """Measure every point with both allocators."""
     if not use_allocator("tcmalloc"):
-        print("tcmalloc is not installed here")
+        print("nothing measured: tcmalloc is not installed here")
         return 0
     lower = True
     with tempfile.TemporaryDirectory() as logs:
         model = EmbeddedModel(ROOT / ".cache", Path(logs)).prepare(lambda stage, fraction: None)
         for point in POINTS:
-            pairs = [(run(point, model, "glibc"), run(point, model, "tcmalloc")) for _ in range(rounds)]
+            pairs = []
+            for number in range(rounds):
+                names = ("glibc", "tcmalloc") if number % 2 == 0 else ("tcmalloc", "glibc")
+                found = {name: run(point, model, name) for name in names}
+                pairs.append((found["glibc"], found["tcmalloc"]))
             peak, step = (statistics.median(tcmalloc[i] / glibc[i] for glibc, tcmalloc in pairs) for i in (0, 1))
             shown = ", ".join(f"{glibc[0] / MIB:,.0f} -> {tcmalloc[0] / MIB:,.0f}" for glibc, tcmalloc in pairs)
             lower &= peak < 1

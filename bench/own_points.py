@@ -162,7 +162,9 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         platform.slack_pissa,
     )
     lines = summary({"judged on": off, "another model": elsewhere, "longer runs": longer, "fitted on": on})
-    lines += ["", "Constants, as least squares would have them, and in use:", ""]
+    missed = goals_missed(rows)
+    lines += ["", f"Goals missed by the points that nothing was fitted on: {'; '.join(missed) or 'none'}.", ""]
+    lines += ["Constants, as least squares would have them, and in use:", ""]
     lines += ["| constant | fitted | in use |", "|---|---:|---:|"]
     constants = fitted_constants(rows).items()
     lines += [f"| {name} | {value:,.2f} | {used:,.2f} |" for (name, value), used in zip(constants, in_use, strict=True)]
@@ -174,7 +176,9 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def goals_missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the goals that the points judged on do not meet."""
+    """Name the goals that the points do not meet on which nothing was fitted; none if there are no points."""
+    if not rows:
+        return []
     judged = [found for found in judge(rows) if not found.fitted]
     errors = sorted(abs(found.error) for found in judged)
     inside = sum(found.low <= found.measured <= found.high for found in judged)

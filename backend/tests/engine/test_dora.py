@@ -198,3 +198,16 @@ def test_training_starts_at_the_norms_themselves() -> None:
         rows = weight.T if isinstance(fresh.get_submodule(name), Conv1D) else weight
         assert torch.equal(magnitudes.weight, torch.linalg.vector_norm(rows.contiguous(), dim=1))
         assert math.isclose(magnitudes.weight.detach().norm(), rows.detach().norm(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(("algorithm", "precision"), [(Algorithm.DORA, "bf16"), (Algorithm.QLORA, "fp32")])
+def test_an_adapter_that_has_learned_nothing_changes_nothing_in_few_bits_either(
+    tiny_path: Path, algorithm: Algorithm, precision: str
+) -> None:
+    config = config_for(algorithm, use_dora=True, precision=precision)
+    base = load(tiny_path, config)
+    before = logits(base)
+    create(base, config)
+    magnitudes = [layer.weight for layer in base.model.modules() if isinstance(layer, DoraLinearLayer)]
+    assert len(magnitudes) == 14 and {weight.dtype for weight in magnitudes} == {torch.float32}
+    assert torch.equal(logits(base), before)
