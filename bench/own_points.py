@@ -125,6 +125,23 @@ def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return dict(zip(names, (float(value) for value in values), strict=True))
 
 
+def fitted_loading(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Fit what loading takes beside the weights and the file, on the fitted points that convert weights."""
+    shape = SHAPES[SMALL]
+    assert shape is not None
+    features, wanted, peaks = [], [], []
+    for row in rows:
+        point, config = point_of(row), point_of(row).config()
+        if point not in FITTED or config.precision == "bf16":
+            continue
+        passing = shape.linear_parameters * shape.published_width * (config.quantization != "none")
+        features.append([MIB, passing])
+        wanted.append(row["loaded_bytes"] - weights_bytes(shape, config) - shape.parameters * shape.published_width)
+        peaks.append(row["loaded_bytes"])
+    values = fit(np.array(features, float), np.array(wanted, float), np.array(peaks, float))
+    return dict(zip(("overhead, MiB", "slack_loading"), (float(value) for value in values), strict=True))
+
+
 def loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Write what loading alone was estimated at and took, by model and how its weights are held."""
     kinds: dict[tuple[str, str, str], list[int]] = {}
@@ -155,6 +172,8 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     elsewhere = [found for found, point in pairs if point in ELSEWHERE]
     longer = [found for found, point in pairs if point in LONGER]
     in_use = (
+        platform.overhead_bytes / MIB,
+        platform.slack_loading,
         (platform.overhead_bytes + platform.training_bytes) / MIB,
         platform.slack_layers,
         platform.slack_quantized,
@@ -166,7 +185,7 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines += ["", f"Goals missed by the points that nothing was fitted on: {'; '.join(missed) or 'none'}.", ""]
     lines += ["Constants, as least squares would have them, and in use:", ""]
     lines += ["| constant | fitted | in use |", "|---|---:|---:|"]
-    constants = fitted_constants(rows).items()
+    constants = (fitted_loading(rows) | fitted_constants(rows)).items()
     lines += [f"| {name} | {value:,.2f} | {used:,.2f} |" for (name, value), used in zip(constants, in_use, strict=True)]
     lines += ["", *table(judged), "", *loads(rows), ""]
     return [
