@@ -11,7 +11,7 @@ HUB_TOKEN = Header(
     min_length=1,
     max_length=512,
     pattern=r"^[\x21-\x7e]+$",
-    description="A Hub token for this request alone, in place of HF_TOKEN; it is not kept.",
+    description="A Hub token for this request and the download that it starts, in place of HF_TOKEN; in memory alone.",
 )
 
 
