@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from core.errors import SettingRejected
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import configure
@@ -18,20 +19,23 @@ def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str
         algorithm: Its id.
 
     Returns:
-        The verdict, or None where the memory is not known.
+        The verdict, or None where the memory is not known, or no default goes with the model.
     """
     shape = read_shape(config) if config is not None else None
     if shape is None:
         return None
     device = get_machine().device("auto")
-    settings = configure(
-        Algorithm(algorithm),
-        use_case=None,
-        overrides={},
-        machine=device.facts,
-        shape=shape,
-        available_bytes=device.available_bytes,
-    ).config
+    try:
+        settings = configure(
+            Algorithm(algorithm),
+            use_case=None,
+            overrides={},
+            machine=device.facts,
+            shape=shape,
+            available_bytes=device.available_bytes,
+        ).config
+    except SettingRejected:  # e.g. it knows fewer tokens than a row may have: one odd model must not hide a list
+        return None
     found = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
     if found.estimate is None:
         return None

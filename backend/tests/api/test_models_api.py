@@ -13,6 +13,7 @@ from registries import make_registry
 from api import models, problems
 from api.model_schemas import ConfigResponse
 from domain.model_records import Fit
+from services.model_fit import fit_of
 from services.model_registry_service import FitOf, get_model_registry_service
 
 CONFIG = {
@@ -247,3 +248,29 @@ def test_every_collected_config_has_the_dimensions_it_states() -> None:
 @pytest.mark.parametrize("value", ["64", True, 0, -1, 1.5, None, [64]])
 def test_a_dimension_that_is_not_a_number_is_null(value: Any) -> None:
     assert ConfigResponse.of({"hidden_size": value}).hidden_size is None
+
+
+def test_one_odd_model_leaves_lists_and_details_as_they_are(bench: Bench) -> None:
+    odd = FILES | {"config.json": json.dumps(CONFIG | {"max_position_embeddings": 4}).encode()}
+    said = {"pipeline_tag": "text-generation", "safetensors": {"parameters": {"BF16": 4}, "total": 4}}
+    for model_id, files in (("me/odd", odd), ("me/plain", FILES)):
+        bench.hub.add_model(model_id, files, **said)
+        folder = bench.folder / "models" / f"here-{model_id.partition('/')[2]}"
+        folder.mkdir(parents=True)
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    client = bench.client(fit_of)
+    for response in (
+        client.post("/api/models/search", json={}),
+        client.get("/api/models/popular/text-generation"),
+        client.get("/api/models/local"),
+    ):
+        assert response.status_code == 200, response.text
+        judged = {model["model_id"].rpartition("/")[2]: model["fit"] for model in response.json()["models"]}
+        assert {name.removeprefix("here-"): fit and fit["verdict"] for name, fit in judged.items()} == {
+            "odd": None,
+            "plain": "fits",
+        }
+    details = client.get("/api/models/me/odd")
+    assert details.status_code == 200
+    assert details.json()["fit"] is None

@@ -1,3 +1,6 @@
+import pytest
+
+from domain.algorithms import Algorithm
 from domain.model_records import ModelSummary
 from services.model_fit import fit_of
 
@@ -26,3 +29,11 @@ def test_a_list_never_calls_a_model_fitting_that_would_run_code() -> None:
 def test_a_model_of_which_nothing_is_known_is_not_judged() -> None:
     summary = ModelSummary(model_id="me/m")
     assert fit_of(None, summary, "lora") is fit_of({"model_type": "nobodys"}, summary, "lora") is None
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("positions", [1, 7])
+def test_a_model_that_no_default_goes_with_is_not_judged(algorithm: Algorithm, positions: int) -> None:
+    config = CONFIG | {"max_position_embeddings": positions}
+    assert fit_of(config, ModelSummary(model_id="me/m"), algorithm.value) is None
+    assert fit_of(CONFIG | {"max_position_embeddings": 8}, ModelSummary(model_id="me/m"), algorithm.value) is not None
