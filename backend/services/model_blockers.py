@@ -1,9 +1,10 @@
-"""What keeps a model of the Hub from being loaded here, however much memory there is."""
+"""What keeps a model from being loaded here, however much memory there is."""
 
 from core.errors import ModelGated, ModelRejected, NeedsRemoteCode
 from domain.config_checks import check_asks_for_no_code, check_dimensions
 from domain.model_records import ModelDetails, needs_remote_code, weight_files
-from services.model_safety import no_safe_weights
+from services.local_models import LocalModel
+from services.model_safety import check_snapshot, no_safe_weights
 
 
 def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
@@ -31,6 +32,23 @@ def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
     if not weight_files(paths):
         found.append(no_safe_weights(model_id, paths).detail)
     return found
+
+
+def local_blockers(model: LocalModel) -> list[str]:
+    """Say what a load of a model on this machine would be refused for; its weights were read when it was found.
+
+    Returns:
+        A sentence, or nothing where none is known to be in the way.
+    """
+    if model.path is None:
+        return []
+    try:
+        check_snapshot(model.path, model.model_id)
+    except (NeedsRemoteCode, ModelRejected) as error:
+        return [error.detail]
+    except OSError as error:  # it was there a moment ago
+        return [f"{model.model_id} cannot be read: {error.strerror}."]
+    return []
 
 
 def no_config(details: ModelDetails, *, has_token: bool) -> ModelGated | ModelRejected:

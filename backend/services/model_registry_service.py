@@ -45,7 +45,7 @@ from services.hub_http import HubHttp
 from services.listed_configs import ListedConfigs, config_cache
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
-from services.model_blockers import blockers_of, no_config
+from services.model_blockers import blockers_of, local_blockers, no_config
 from services.model_fit import fit_of
 
 # config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
@@ -130,7 +130,7 @@ class ModelRegistryService:
         """
         local = self._local.find(model_id, revision)
         details, source, fetched_at, stale = self._find_details(model_id, revision, local)
-        return DetailsAnswer(details, self._fits(details), source, fetched_at, stale)
+        return DetailsAnswer(details, self._fits(details, local), source, fetched_at, stale)
 
     def details_of(self, model_id: str, revision: str | None = None) -> ModelDetails:
         """Return one model without judging whether it fits.
@@ -166,7 +166,7 @@ class ModelRegistryService:
         return config
 
     def blockers_of(self, model_id: str, revision: str | None = None) -> list[str]:
-        """Say what keeps a model from being loaded here, a sentence each; of one on this machine, nothing.
+        """Say what keeps a model from being loaded here, a sentence each; of one on this machine, what its folder says.
 
         Raises:
             ModelRejected: The id or the revision cannot be one.
@@ -174,7 +174,7 @@ class ModelRegistryService:
         """
         local = self._local.find(model_id, revision)
         if local is not None:
-            return []
+            return local_blockers(local)
         try:
             details = self._find_details(model_id, revision, None)[0]
         except NoSafeWeights as error:  # the operator's folder of that name, and the Hub has none
@@ -194,7 +194,7 @@ class ModelRegistryService:
 
     def fit_of_local(self, model: LocalModel) -> Fit | None:
         """Judge a model on this machine, with LoRA."""
-        return self._fit(self._local.config(model), model.summary, None) if self._fit_of is not None else None
+        return self._fit(self._local.config(model), model.summary, None, blocked=bool(local_blockers(model)))
 
     def _config_of(self, model_id: str, revision: str | None) -> dict[str, Any]:
         check_model_id(model_id)
@@ -264,22 +264,34 @@ class ModelRegistryService:
             return tuple(RatedModel(summary, None) for summary in summaries)
         configs = self._configs.of([summary for summary, here in models if here is None], ask=ask)
         configs |= {here.model_id: config for _, here in models if here and (config := self._local.config(here))}
+        blocked = {here.model_id for _, here in models if here and local_blockers(here)}
         rated = (
-            RatedModel(summary, self._fit(configs.get(summary.model_id), summary, query.algorithm))
+            RatedModel(
+                summary,
+                self._fit(configs.get(summary.model_id), summary, query.algorithm, blocked=summary.model_id in blocked),
+            )
             for summary in summaries
         )
         if not query.only_fitting:
             return tuple(rated)
         return tuple(model for model in rated if model.fit is not None and model.fit.verdict in ("fits", "tight"))
 
-    def _fits(self, details: ModelDetails) -> dict[str, Fit | None]:
-        fits = {item.value: self._fit(details.config, details.summary, item.value) for item in Algorithm}
-        if not details.summary.local and blockers_of(details, has_token=bool(self._hub.identity)):
-            return {name: fit and replace(fit, verdict="unknown") for name, fit in fits.items()}
-        return fits
+    def _fits(self, details: ModelDetails, local: LocalModel | None) -> dict[str, Fit | None]:
+        """Judge every algorithm, by what a load would take: the copy on this machine if there is one."""
+        if local is None:
+            config, found = details.config, blockers_of(details, has_token=bool(self._hub.identity))
+        else:
+            config, found = self._local.config(local), local_blockers(local)
+        return {item.value: self._fit(config, details.summary, item.value, blocked=bool(found)) for item in Algorithm}
 
-    def _fit(self, config: dict[str, Any] | None, summary: ModelSummary, algorithm: str | None) -> Fit | None:
-        return self._fit_of(config, summary, algorithm or Algorithm.LORA.value) if self._fit_of is not None else None
+    def _fit(
+        self, config: dict[str, Any] | None, summary: ModelSummary, algorithm: str | None, *, blocked: bool
+    ) -> Fit | None:
+        """Judge a model; what a load would be refused for fits nothing, however little it needs."""
+        if self._fit_of is None:
+            return None
+        fit = self._fit_of(config, summary, algorithm or Algorithm.LORA.value)
+        return replace(fit, verdict="unknown") if fit is not None and blocked else fit
 
     def _details_ttl_s(self, details: ModelDetails, revision: str | None) -> float | None:
         withheld = details.config is None and any(file.path == "config.json" for file in details.files)

@@ -14,6 +14,7 @@ from core.errors import (
     ModelGated,
     ModelNotFound,
     ModelRejected,
+    NeedsRemoteCode,
     NoSafeWeights,
     SettingRejected,
     TaskNotFound,
@@ -25,8 +26,10 @@ from services.hub_http import HubHttp, request_token
 from services.local_models import LocalModel
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S
 from services.model_registry_service import FitOf, ModelRegistryService, build_model_registry_service
+from services.model_safety import check_safe
 
 TEXT = {"pipeline_tag": "text-generation"}
+SAFE: dict[str, Any] = TEXT | {"safetensors": {"parameters": {"BF16": 4}, "total": 4}}  # as the Hub describes FILES
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8}
 FILES = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": safetensors_bytes({"w": ("BF16", (4,))})}
 
@@ -559,6 +562,47 @@ def test_a_gated_model_is_in_the_way_until_its_licence_is_accepted(
     assert bench.registry().blockers_of("me/m") == []
 
 
-def test_what_is_on_this_machine_has_nothing_in_its_way(bench: Bench) -> None:
+def test_what_is_whole_on_this_machine_has_nothing_in_its_way(bench: Bench) -> None:
     bench.put_local("me/m")
-    assert bench.registry().blockers_of("me/m") == []
+    bench.embedded = LocalModel("org/embedded", None, ModelSummary("org/embedded"), None, CONFIG)
+    for model_id in ("me/m", "org/embedded"):
+        assert bench.registry().blockers_of(model_id) == []
+
+
+CODE_IN = {
+    "config.json": CONFIG | {"auto_map": {"AutoModel": "x.X"}},
+    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": "x.X"}},
+    "generation_config.json": {"attn_implementation": "someone/kernel"},
+}
+
+
+@pytest.mark.parametrize("name", CODE_IN)
+def test_what_a_load_refuses_a_model_of_this_machine_for_is_in_its_way(bench: Bench, name: str) -> None:
+    bench.hub.add_model("me/m", FILES, **SAFE)
+    folder = bench.put_local("me/m", FILES | {name: json.dumps(CODE_IN[name]).encode()})
+    registry = bench.registry(judged_by([]))
+    with pytest.raises(NeedsRemoteCode) as refused:
+        check_safe(folder, "me/m")
+
+    assert registry.blockers_of("me/m") == [refused.value.detail]
+    (listed,) = registry.search(SearchQuery()).models
+    here = registry.fit_of_local(registry.local_models()[0])
+    fits = [listed.fit, here, *registry.details("me/m").fits.values()]
+    assert set(fits) == {Fit("unknown", 1)}
+    bench.go_away()
+    assert ids(registry.search(SearchQuery(query="m", only_fitting=True))) == []
+
+
+def test_a_file_that_cannot_be_read_is_in_the_way(bench: Bench) -> None:
+    folder = bench.put_local("me/m")
+    (folder / "odd.json").mkdir()
+    (reason,) = bench.registry().blockers_of("me/m")
+    assert reason.startswith("me/m cannot be read")
+
+
+def test_what_is_here_is_judged_by_its_own_config(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES | {"config.json": b'{"from": "hub"}'})
+    bench.put_local("me/m")
+    configs: list[Any] = []
+    bench.registry(judged_by(configs)).details("me/m")
+    assert {str(config) for config in configs} == {str(CONFIG)}
