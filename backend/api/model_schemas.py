@@ -42,7 +42,9 @@ class SearchRequest(Request):
 
 
 class FitResponse(Response):
-    verdict: Verdict
+    verdict: Verdict = Field(
+        description="`unknown` where a load would be refused, or a list does not show that the weights are safetensors."
+    )
     estimate_bytes: int | None = Field(description="Peak memory of a fine-tune.")
 
 

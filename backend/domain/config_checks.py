@@ -43,7 +43,7 @@ def check_asks_for_no_code(model_id: str, name: str, content: Mapping[str, Any])
         for key in _IMPLEMENTATION_KEYS:
             value = part.get(key)
             for wanted in value.values() if isinstance(value, Mapping) else (value,):
-                if wanted is not None and wanted not in _IMPLEMENTATIONS:
+                if wanted is not None and not (isinstance(wanted, str) and wanted in _IMPLEMENTATIONS):
                     raise NeedsRemoteCode(
                         f"{model_id} asks for the kernel {str(wanted)[:100]!r} ({key} in {name}); kernels are code, "
                         "and none is fetched here."
@@ -61,7 +61,8 @@ def check_dimensions(model_id: str, config: Mapping[str, Any]) -> None:
             for name in names:
                 value = part.get(name)
                 if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value <= limit:
-                    raise ModelRejected(f"{model_id}: {name} in config.json is {value:.6g}; no model has that many.")
+                    shown = f"{max(min(value, 1e300), -1e300):.6g}"  # an int may be beyond what a float can be
+                    raise ModelRejected(f"{model_id}: {name} in config.json is {shown}; no model has that many.")
 
 
 def _objects(content: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:

@@ -1,8 +1,11 @@
 """What keeps a model from being loaded here, however much memory there is."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from core.errors import ModelGated, ModelRejected, NeedsRemoteCode
 from domain.config_checks import check_asks_for_no_code, check_dimensions
-from domain.model_records import ModelDetails, needs_remote_code, weight_files
+from domain.model_records import ModelDetails, ModelSummary, needs_remote_code, weight_files
 from services.local_models import LocalModel
 from services.model_safety import check_snapshot, no_safe_weights
 
@@ -22,16 +25,31 @@ def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
     if details.config is None:
         found.append(no_config(details, has_token=has_token).detail)
     else:
-        try:
-            check_asks_for_no_code(model_id, "config.json", details.config)
-            check_dimensions(model_id, details.config)
-        except (NeedsRemoteCode, ModelRejected) as error:
-            found.append(error.detail)
+        found += _config_blockers(model_id, details.config)
     if details.requires_remote_code and not needs_remote_code(details.config):  # its tokenizer does
         found.append(f"{model_id} asks to run its own Python; it is never run here.")
     if not weight_files(paths):
         found.append(no_safe_weights(model_id, paths).detail)
     return found
+
+
+def is_loadable(summary: ModelSummary, config: Mapping[str, Any]) -> bool:
+    """Tell whether a list shows that nothing is in the way of a load; of the files it has none but config.json.
+
+    Parameters are what the Hub counted in the headers of the weights that a load reads. The tag `safetensors` does for
+    any file of that kind, in whatever folder.
+    """
+    counted = summary.parameters is not None
+    return counted and "custom_code" not in summary.tags and not _config_blockers(summary.model_id, config)
+
+
+def _config_blockers(model_id: str, config: Mapping[str, Any]) -> list[str]:
+    try:
+        check_asks_for_no_code(model_id, "config.json", config)
+        check_dimensions(model_id, config)
+    except (NeedsRemoteCode, ModelRejected) as error:
+        return [error.detail]
+    return []
 
 
 def local_blockers(model: LocalModel) -> list[str]:

@@ -7,12 +7,12 @@ from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import configure
 from domain.memory_verdict import judge_run
-from domain.model_records import Fit, ModelSummary, needs_remote_code
+from domain.model_records import Fit, ModelSummary
 from services.machine import get_machine
 
 
 def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str) -> Fit | None:
-    """Judge an algorithm with its defaults against what is free now.
+    """Judge an algorithm with its defaults against what is free now; what else a load is refused for is not seen here.
 
     Args:
         config: config.json, if it is at hand: nothing is fetched for a list.
@@ -39,5 +39,4 @@ def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str
     found = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
     if found.estimate is None:
         return None
-    runs_code = bool(needs_remote_code(config))
-    return Fit("unknown" if runs_code else found.verdict, found.estimate.total_bytes)
+    return Fit(found.verdict, found.estimate.total_bytes)

@@ -45,7 +45,7 @@ from services.hub_http import HubHttp
 from services.listed_configs import ListedConfigs, config_cache
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
 from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
-from services.model_blockers import blockers_of, local_blockers, no_config
+from services.model_blockers import blockers_of, is_loadable, local_blockers, no_config
 from services.model_fit import fit_of
 
 # config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
@@ -263,18 +263,20 @@ class ModelRegistryService:
         if self._fit_of is None:
             return tuple(RatedModel(summary, None) for summary in summaries)
         configs = self._configs.of([summary for summary, here in models if here is None], ask=ask)
-        configs |= {here.model_id: config for _, here in models if here and (config := self._local.config(here))}
-        blocked = {here.model_id for _, here in models if here and local_blockers(here)}
-        rated = (
-            RatedModel(
-                summary,
-                self._fit(configs.get(summary.model_id), summary, query.algorithm, blocked=summary.model_id in blocked),
-            )
-            for summary in summaries
-        )
+        rated = [
+            RatedModel(summary, self._listed_fit(summary, here, configs.get(summary.model_id), query.algorithm))
+            for summary, (_, here) in zip(summaries, models, strict=True)
+        ]
         if not query.only_fitting:
             return tuple(rated)
         return tuple(model for model in rated if model.fit is not None and model.fit.verdict in ("fits", "tight"))
+
+    def _listed_fit(
+        self, summary: ModelSummary, here: LocalModel | None, config: dict[str, Any] | None, algorithm: str | None
+    ) -> Fit | None:
+        if here is not None:
+            return self._fit(self._local.config(here), summary, algorithm, blocked=bool(local_blockers(here)))
+        return self._fit(config, summary, algorithm, blocked=config is not None and not is_loadable(summary, config))
 
     def _fits(self, details: ModelDetails, local: LocalModel | None) -> dict[str, Fit | None]:
         """Judge every algorithm, by what a load would take: the copy on this machine if there is one."""

@@ -18,14 +18,6 @@ CONFIG = {
 }
 
 
-def test_a_list_never_calls_a_model_fitting_that_would_run_code() -> None:
-    summary = ModelSummary(model_id="me/m")
-    plain = fit_of(CONFIG, summary, "lora")
-    asks = fit_of(CONFIG | {"auto_map": {"AutoModel": "x.X"}}, summary, "lora")
-    assert plain is not None and plain.verdict == "fits"
-    assert asks is not None and asks.verdict == "unknown" and asks.estimate_bytes == plain.estimate_bytes
-
-
 def test_a_model_of_which_nothing_is_known_is_not_judged() -> None:
     summary = ModelSummary(model_id="me/m")
     assert fit_of(None, summary, "lora") is fit_of({"model_type": "nobodys"}, summary, "lora") is None

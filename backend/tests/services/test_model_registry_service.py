@@ -213,7 +213,7 @@ def judged_by(configs: list[Any]) -> FitOf:
 
 def test_a_list_is_judged_by_configs_that_are_fetched_once_for_good(bench: Bench) -> None:
     for number in range(12):
-        bench.hub.add_model(f"me/m{number}", FILES, **TEXT)
+        bench.hub.add_model(f"me/m{number}", FILES, **SAFE)
     configs: list[Any] = []
     first = bench.registry(judged_by(configs)).search(SearchQuery())
 
@@ -225,7 +225,7 @@ def test_a_list_is_judged_by_configs_that_are_fetched_once_for_good(bench: Bench
         assert bench.registry(judged_by(configs)).search(SearchQuery()).models == first.models
     assert dict(bench.hub.requests) == {"list": 2, "resolve": 12}
 
-    bench.hub.add_model("me/m0", FILES | {"config.json": b'{"changed": true}'}, **TEXT)
+    bench.hub.add_model("me/m0", FILES | {"config.json": b'{"changed": true}'}, **SAFE)
     bench.clock.advance(SEARCH_TTL_S)
     bench.registry(judged_by(configs)).search(SearchQuery())
     assert {"changed": True} in configs
@@ -234,8 +234,8 @@ def test_a_list_is_judged_by_configs_that_are_fetched_once_for_good(bench: Bench
 
 def test_only_fitting_leaves_out_what_the_configs_rule_out(bench: Bench) -> None:
     for number in range(4):
-        bench.hub.add_model(f"me/m{number}", {"config.json": json.dumps({"number": number}).encode()}, **TEXT)
-    bench.hub.add_model("me/none", {"README.md": b""}, **TEXT)
+        bench.hub.add_model(f"me/m{number}", {"config.json": json.dumps({"number": number}).encode()}, **SAFE)
+    bench.hub.add_model("me/none", {"README.md": b""}, **SAFE)
     registry = bench.registry(lambda config, *_: config and Fit("fits" if config["number"] < 2 else "does_not_fit", 1))
     assert set(ids(registry.search(SearchQuery(only_fitting=True)))) == {"me/m0", "me/m1"}
 
@@ -253,10 +253,39 @@ def test_what_may_not_be_read_is_not_judged_and_not_asked_for_again(bench: Bench
     assert dict(bench.hub.requests) == {"list": 1, "resolve": 4}
 
 
+IN_THE_WAY: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "tag": {"tags": ["safetensors", "custom_code"]},
+    "code": {"config": {"auto_map": {"AutoModel": "x.X"}}},
+    "nested code": {"config": {"text_config": {"auto_map": {"AutoModel": "x.X"}}}},
+    "kernel": {"config": {"attn_implementation": "someone/kernel"}},
+    "odd kernel": {"config": {"attn_implementation": ["someone/kernel"]}},
+    "huge": {"config": {"vocab_size": 1e30}},
+    "beyond floats": {"config": {"vocab_size": 10**400}},
+    "below floats": {"config": {"vocab_size": -(10**400)}},
+    "pickled": {"weights": "pytorch_model.bin", "safetensors": None},
+    "elsewhere": {"weights": "onnx/model.safetensors", "safetensors": None, "tags": ["safetensors"]},
+}
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+def test_a_list_says_of_no_model_that_it_fits_where_details_say_that_it_is_blocked(bench: Bench, kind: str) -> None:
+    said = SAFE | IN_THE_WAY[kind]
+    config, weights = CONFIG | said.pop("config", {}), said.pop("weights", "model.safetensors")
+    files = {"config.json": json.dumps(config).encode(), weights: FILES["model.safetensors"]}
+    bench.hub.add_model("me/m", files, **said)
+    registry = bench.registry(judged_by([]))
+    fit = Fit("fits" if kind == "nothing" else "unknown", 1)
+
+    assert [model.fit for model in registry.search(SearchQuery()).models] == [fit]
+    assert ids(registry.search(SearchQuery(only_fitting=True))) == (["me/m"] if kind == "nothing" else [])
+    assert set(registry.details("me/m").fits.values()) == {fit}
+
+
 @pytest.mark.parametrize("fault", [{"status": 503}, {"status": 429, "headers": RATE_LIMITED}, {"kind": "cut"}])
 def test_a_hub_that_fails_during_a_list_is_left_alone_for_a_minute(bench: Bench, fault: dict[str, Any]) -> None:
     for number in range(3):
-        bench.hub.add_model(f"me/m{number}", FILES, **TEXT)
+        bench.hub.add_model(f"me/m{number}", FILES, **SAFE)
     bench.hub.fail("resolve", times=99, **fault)
     registry = bench.registry(judged_by([]))
     page = registry.search(SearchQuery())
@@ -280,7 +309,7 @@ def test_a_hub_that_hangs_holds_a_list_up_no_longer_than_it_says(bench: Bench) -
 
 
 def test_stale_lists_are_judged_by_what_is_held(bench: Bench) -> None:
-    bench.hub.add_model("me/m", FILES, **TEXT)
+    bench.hub.add_model("me/m", FILES, **SAFE)
     registry = bench.registry(judged_by([]))
     first = registry.search(SearchQuery())
     bench.clock.advance(SEARCH_TTL_S)
