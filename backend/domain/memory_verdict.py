@@ -14,6 +14,7 @@ Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 # What PEFT takes for experts' names of transformers 4 (peft/utils/transformers_weight_conversion.py).
 _EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "router"})
 _SHORTEST = 128  # tokens; a shorter row holds no turn and answer
+_SHORTEST_ALLOWED = 8  # the bound of max_seq_length
 _LOWEST_RANK = 4
 _MOST_PASSES = 1024  # the bound of gradient_accumulation
 _WORTH_IT = 0.98  # a change that saves less than a fiftieth is none
@@ -125,9 +126,13 @@ def assess(
     found = judge_run(shape, config, available_bytes, on_gpu=on_gpu, batch=batch)
     if shape is None or available_bytes is None or found.estimate is None or found.verdict in ("fits", "unknown"):
         return found
+
+    def judge_sibling(other: ModelShape, changed: PeftConfig) -> Assessment:
+        return judge_run(other, changed, available_bytes, on_gpu=on_gpu, batch=_shrunk(batch, changed))
+
     changes = _suggest(shape, config, found.estimate, available_bytes, on_gpu=on_gpu, batch=batch)
     if siblings is not None:
-        changes += _smaller(shape, config, available_bytes, siblings(shape), on_gpu=on_gpu)
+        changes += _smaller(shape, config, siblings(shape), judge_sibling)
     return replace(found, suggestions=changes)
 
 
@@ -140,20 +145,32 @@ def assess_loading(
     siblings: Callable[[ModelShape], Sequence[Sibling]] | None = None,
 ) -> Assessment:
     """Estimate the load of a base alone and judge it; arguments and result as in `assess`."""
+    found = _judge_loading(shape, config, available_bytes, on_gpu=on_gpu)
+    if shape is None or available_bytes is None or found.verdict != "does_not_fit":
+        return found
+
+    def judge_sibling(other: ModelShape, changed: PeftConfig) -> Assessment:
+        return _judge_loading(other, changed, available_bytes, on_gpu=on_gpu)
+
+    changes = []
+    if config.quantization == "none":
+        smaller = estimate_loading(shape, config.model_copy(update={"quantization": "nf4"}), on_gpu=on_gpu)
+        changes.append(Suggestion(*_IN_4_BITS, smaller.total_bytes, judge(smaller, available_bytes)))
+    if siblings is not None:
+        changes += _smaller(shape, config, siblings(shape), judge_sibling)
+    return replace(found, suggestions=changes)
+
+
+def _judge_loading(
+    shape: ModelShape | None, config: PeftConfig, available_bytes: int | None, *, on_gpu: bool
+) -> Assessment:
     if shape is None:
         return Assessment("unknown", available_bytes, None)
     needed = estimate_loading(shape, config, on_gpu=on_gpu)
     blockers = _blockers(shape, config)
     if available_bytes is None or blockers:
         return Assessment("unknown", available_bytes, needed, [], [], blockers)
-    verdict = judge(needed, available_bytes)
-    found = []
-    if verdict == "does_not_fit" and config.quantization == "none":
-        smaller = estimate_loading(shape, config.model_copy(update={"quantization": "nf4"}), on_gpu=on_gpu)
-        found.append(Suggestion(*_IN_4_BITS, smaller.total_bytes, judge(smaller, available_bytes)))
-    if verdict == "does_not_fit" and siblings is not None:
-        found += _smaller(shape, config, available_bytes, siblings(shape), on_gpu=on_gpu)
-    return Assessment(verdict, available_bytes, needed, [], found)
+    return Assessment(judge(needed, available_bytes), available_bytes, needed)
 
 
 def savings(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> list[str]:
@@ -280,13 +297,20 @@ def _smaller_batches(config: PeftConfig) -> Iterator[_Change]:
 
 
 def _smaller(
-    shape: ModelShape, config: PeftConfig, available_bytes: int, siblings: Sequence[Sibling], *, on_gpu: bool
+    shape: ModelShape,
+    config: PeftConfig,
+    siblings: Sequence[Sibling],
+    judge_sibling: Callable[[ModelShape, PeftConfig], Assessment],
 ) -> list[Suggestion]:
-    """Propose the largest sibling that fits as everything else stands, if there is one."""
-    smaller = [item for item in siblings if item.shape.parameters < shape.parameters and item.shape.obstacle is None]
+    """Propose the largest sibling that fits as everything else stands, if there is one.
+
+    Args:
+        judge_sibling: Judges it by what the model itself was judged by.
+    """
+    smaller = [item for item in siblings if item.shape.parameters < shape.parameters]
     for item in sorted(smaller, key=lambda item: -item.shape.parameters):
         length = min(config.max_seq_length, item.shape.max_positions or config.max_seq_length)
-        found = estimate(item.shape, config.model_copy(update={"max_seq_length": length}), on_gpu=on_gpu)
-        if (verdict := judge(found, available_bytes)) in ("fits", "tight"):
-            return [Suggestion(f"the smaller model {item.model_id}", {}, found.total_bytes, verdict)]
+        found = judge_sibling(item.shape, config.model_copy(update={"max_seq_length": length}))
+        if found.estimate is not None and found.verdict in ("fits", "tight") and length >= _SHORTEST_ALLOWED:
+            return [Suggestion(f"the smaller model {item.model_id}", {}, found.estimate.total_bytes, found.verdict)]
     return []

@@ -23,7 +23,7 @@ class ConfigSource(Protocol):
         ...
 
     def local_configs(self) -> Iterable[tuple[str, dict[str, Any]]]:
-        """Yield the id and config.json of every model on this machine."""
+        """Yield the id and config.json of every model on this machine that a load would take."""
         ...
 
 
@@ -56,7 +56,7 @@ class ModelFacts:
         return [] if model_id == MODEL_ID and revision is None else self._configs.blockers_of(model_id, revision)
 
     def siblings(self, shape: ModelShape) -> list[Sibling]:
-        """Return the models on this machine that are of a shape's family."""
+        """Return the models on this machine that are of a shape's family and that a load would take."""
         found = [(model_id, read_shape(config)) for model_id, config in self._configs.local_configs()]
         return [Sibling(model_id, other) for model_id, other in found if other and other.model_type == shape.model_type]
 

@@ -182,9 +182,9 @@ class ModelRegistryService:
         return blockers_of(details, has_token=bool(self._hub.identity))
 
     def local_configs(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the id and config.json of every model on this machine."""
+        """Yield the id and config.json of every model on this machine that a load would take."""
         for model in self._local.all():
-            if (config := self._local.config(model)) is not None:
+            if (config := self._local.config(model)) is not None and not local_blockers(model):
                 yield model.model_id, config
 
     def clear_cache(self) -> None:

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domain.activations import Batch
 from domain.algorithms import Algorithm
 from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
-from domain.memory_estimate import estimate
+from domain.memory_estimate import estimate, estimate_loading
 from domain.memory_verdict import Sibling, assess, assess_loading, judge, savings
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
@@ -18,6 +19,13 @@ from services.embedded_model import CONFIG
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 GIB = 2**30
+LARGE = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 128,
+}
 
 
 def _shape(**values: Any) -> ModelShape:
@@ -129,9 +137,54 @@ def test_the_largest_smaller_model_that_fits_is_suggested() -> None:
     assert not found[-1].overrides
 
 
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("judged", "values"),
+    [
+        (assess, GPTQ),
+        (assess, MIXTURE),
+        (assess, {"max_position_embeddings": 7}),
+        (assess_loading, GPTQ),
+        (assess_loading, {"max_position_embeddings": 7}),
+    ],
+)
+def test_a_smaller_model_that_would_be_refused_itself_is_not_suggested(judged: Any, values: dict[str, Any]) -> None:
+    siblings = [
+        Sibling("me/plain", _shape(num_hidden_layers=2)),
+        Sibling("me/refused", _shape(num_hidden_layers=15, **values)),
+    ]
+    found = judged(_shape(**LARGE), _config(), 20 * GIB, on_gpu=False, siblings=lambda _: siblings).suggestions
+    assert found[-1].change == "the smaller model me/plain"
+
+
+def test_a_smaller_model_is_judged_by_the_data_as_the_model_itself_is() -> None:
+    config, batch = _config(max_seq_length=4096, batch_size=8), Batch(8, 32, masked=True)
+    half = _shape(num_hidden_layers=15)
+    needed = estimate(half, config, on_gpu=False, batch=batch)
+    assert needed.high_bytes < estimate(half, config, on_gpu=False).total_bytes
+    siblings = [Sibling("me/half", half)]
+    found = assess(
+        _shape(**LARGE), config, needed.high_bytes, on_gpu=False, batch=batch, siblings=lambda _: siblings
+    ).suggestions[-1]
+    assert found.change == "the smaller model me/half"
+    assert (found.estimate_bytes, found.verdict) == (needed.total_bytes, "fits")
+
+
+def test_a_smaller_model_to_load_is_judged_by_what_loading_it_takes() -> None:
+    config, half = _config(), _shape(num_hidden_layers=15)
+    needed = estimate_loading(half, config, on_gpu=False)
+    assert needed.high_bytes < estimate(half, config, on_gpu=False).total_bytes
+    siblings = [Sibling("me/half", half)]
+    found = assess_loading(_shape(**LARGE), config, needed.high_bytes, on_gpu=False, siblings=lambda _: siblings)
+    assert found.suggestions[-1].change == "the smaller model me/half"
+    assert (found.suggestions[-1].estimate_bytes, found.suggestions[-1].verdict) == (needed.total_bytes, "fits")
+
+
 def test_a_load_that_does_not_fit_is_suggested_in_4_bits() -> None:
-    shape = _shape(hidden_size=4096, num_hidden_layers=60, num_attention_heads=32, num_key_value_heads=32, head_dim=128)
-    found = assess_loading(shape, _config(), 20 * GIB, on_gpu=False)
+    found = assess_loading(_shape(**LARGE), _config(), 20 * GIB, on_gpu=False)
     assert found.verdict == "does_not_fit"
     assert [dict(item.overrides) for item in found.suggestions] == [{"quantization": "nf4"}]
 

@@ -622,6 +622,12 @@ def test_what_a_load_refuses_a_model_of_this_machine_for_is_in_its_way(bench: Be
     assert ids(registry.search(SearchQuery(query="m", only_fitting=True))) == []
 
 
+def test_of_the_models_on_this_machine_those_that_a_load_refuses_are_none_to_take_instead(bench: Bench) -> None:
+    bench.put_local("me/blocked", FILES | {"config.json": json.dumps(CODE_IN["config.json"]).encode()})
+    bench.put_local("me/plain")
+    assert list(bench.registry().local_configs()) == [("me/plain", CONFIG)]
+
+
 def test_a_file_that_cannot_be_read_is_in_the_way(bench: Bench) -> None:
     folder = bench.put_local("me/m")
     (folder / "odd.json").mkdir()
