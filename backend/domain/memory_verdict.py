@@ -153,7 +153,7 @@ def assess_loading(
         return _judge_loading(other, changed, available_bytes, on_gpu=on_gpu)
 
     changes = []
-    if config.quantization == "none":
+    if _can_be_quantized(shape, config):
         smaller = estimate_loading(shape, config.model_copy(update={"quantization": "nf4"}), on_gpu=on_gpu)
         changes.append(Suggestion(*_IN_4_BITS, smaller.total_bytes, judge(smaller, available_bytes)))
     if siblings is not None:
@@ -180,7 +180,7 @@ def savings(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> list[str]
     """
     before = estimate(shape, config, on_gpu=on_gpu).total_bytes
     found = []
-    for (change, values), *_ in _changes(config):
+    for (change, values), *_ in _changes(shape, config):
         after = estimate(shape, config.model_copy(update=values), on_gpu=on_gpu).total_bytes
         if after < _WORTH_IT * before:
             found.append(f"{change} (needs about {(before - after) / 1e9:.2g} GB less)")
@@ -232,7 +232,7 @@ def _suggest(
         found = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed))
         return Suggestion(change, values, found.total_bytes, judge(found, available_bytes))
 
-    single = [_mildest_that_fits(with_changes(*option) for option in options) for options in _changes(config)]
+    single = [_mildest_that_fits(with_changes(*option) for option in options) for options in _changes(shape, config)]
     useful = [item for item in single if item.estimate_bytes < _WORTH_IT * needed.total_bytes]
     if any(item.verdict in ("fits", "tight") for item in useful):
         return useful
@@ -261,9 +261,9 @@ def _mildest_that_fits(degrees: Iterator[Suggestion]) -> Suggestion:
     return suggestion
 
 
-def _changes(config: PeftConfig) -> Iterator[list[_Change]]:
+def _changes(shape: ModelShape, config: PeftConfig) -> Iterator[list[_Change]]:
     """Yield the changes in order, each as degrees from mild to strong."""
-    if config.quantization == "none":
+    if _can_be_quantized(shape, config):
         yield [_IN_4_BITS]
     if not config.gradient_checkpointing:
         yield [("gradient_checkpointing=true: activations are computed twice", {"gradient_checkpointing": True})]
@@ -276,6 +276,11 @@ def _changes(config: PeftConfig) -> Iterator[list[_Change]]:
     ranks = [config.rank // part for part in (2, 4, 8) if config.rank // part >= _LOWEST_RANK]
     if ranks:
         yield [(f"rank={rank}", {"rank": rank, "alpha": _alpha(config, rank)}) for rank in ranks]
+
+
+def _can_be_quantized(shape: ModelShape, config: PeftConfig) -> bool:
+    """Tell whether fewer bits can be asked for; of weights that are published in few, it is refused."""
+    return config.quantization == "none" and shape.stored is None
 
 
 def _alpha(config: PeftConfig, rank: int) -> int:

@@ -189,6 +189,18 @@ def test_a_load_that_does_not_fit_is_suggested_in_4_bits() -> None:
     assert [dict(item.overrides) for item in found.suggestions] == [{"quantization": "nf4"}]
 
 
+@pytest.mark.parametrize("section", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_weights_that_are_published_in_few_bits_are_not_suggested_in_4(section: dict[str, Any]) -> None:
+    shape, config = _shape(**LARGE, quantization_config=section), _config()
+    assert assess(shape, config.model_copy(update={"quantization": "nf4"}), GIB, on_gpu=False).blockers
+    found = assess(shape, config, GIB, on_gpu=False)
+    assert found.verdict == "does_not_fit" and found.suggestions
+    assert all("quantization" not in item.overrides for item in found.suggestions)
+    assert assess_loading(shape, config, GIB, on_gpu=False).verdict == "does_not_fit"
+    assert assess_loading(shape, config, GIB, on_gpu=False).suggestions == []
+    assert not any("quantization" in text for text in savings(shape, config, on_gpu=False))
+
+
 def test_after_a_lack_of_memory_each_change_says_what_it_saves() -> None:
     config = _config(batch_size=4, gradient_accumulation=1, max_seq_length=2048)
     found = savings(_shape(), config, on_gpu=False)
