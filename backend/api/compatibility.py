@@ -65,7 +65,8 @@ async def compatibility(
     """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it.
 
     What a load would refuse the model for, its licence, code of its own, pickled weights, is in `blockers`, and the
-    verdict then `unknown`.
+    verdict then `unknown`. A setting that cannot take effect is refused as `configure` refuses it, a target module that
+    the model does not have among them.
     """
     names = (
         "rank",

@@ -4,6 +4,7 @@ Symbols: B rows, T tokens a row, L layers, H hidden size, V vocabulary, r rank, 
 tests/engine/test_saved_activations.py compares the formulas with what autograd really holds, family by family.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from domain.model_shape import Block, Linear, ModelShape
@@ -70,6 +71,22 @@ def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
     return found + [(linear, 1) for linear in loose]
 
 
+def missing_targets(shape: ModelShape, names: str | Sequence[str]) -> list[str]:
+    """Return those of the target modules that are no linear module of the model, by the engine's rule for names.
+
+    Of a family that the engine loads every linear module is known (tests/engine/test_model_shapes.py); of one that it
+    does not load, nothing is said.
+    """
+    if isinstance(names, str) or shape.obstacle is not None:
+        return []
+    return [name for name in names if not _is_there(shape, name)]
+
+
+def _is_there(shape: ModelShape, name: str) -> bool:
+    in_layers = any(_matching(block, linear.path, name) for block in shape.blocks for linear in block.part.linears)
+    return in_layers or any(_means(name, linear.path) for linear in shape.loose_linears)
+
+
 def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
     if config.target_modules == "all-linear":
         return [(linear, block.count) for linear in block.part.linears]
@@ -82,19 +99,28 @@ def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
 
 def _wanted(path: str, config: PeftConfig) -> bool:
     names = config.target_modules
-    return names == "all-linear" or any(path == name or path.endswith(f".{name}") for name in names)
+    return names == "all-linear" or any(_means(name, path) for name in names)
+
+
+def _means(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 def _matching(block: Block, path: str, wanted: str) -> int:
     """Count the layers of a block in which a name means a module: the end of its full path, from a dot on."""
-    if path == wanted or path.endswith(f".{wanted}"):
+    if _means(wanted, path):
         return block.count
     if not wanted.endswith(f".{path}"):
         return 0
-    head, _, index = wanted.removesuffix(f".{path}").rpartition(".")
-    if not index.isdecimal() or int(index) not in block.indexes:
+    head, dot, index = wanted.removesuffix(f".{path}").rpartition(".")
+    if not _is_one_of(index, block.indexes):
         return 0
-    return 1 if head in ("", block.container) or block.container.endswith(f".{head}") else 0
+    return 1 if not dot or head == block.container or block.container.endswith(f".{head}") else 0
+
+
+def _is_one_of(text: str, indexes: tuple[int, ...]) -> bool:
+    """Tell whether a text is a number as a path has it; nobody has looked yet at how long it is."""
+    return text.isdecimal() and len(text) < 9 and str(int(text)) == text and int(text) in indexes
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from core.errors import SettingRejected
+from domain.activations import missing_targets
 from domain.algorithms import SPECS, Algorithm
 from domain.hardware_fit import fit_to_memory
 from domain.learning_rate import default_learning_rate
@@ -102,6 +103,8 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "keep_checkpoints": (2, "an older one is there if the newest is damaged"),
 }
 
+_MOST_NAMED = 8  # of the names that a refusal repeats
+
 
 def _hardware_choices(machine: MachineFacts) -> dict[str, Choice]:
     if not machine.has_gpu:
@@ -184,7 +187,7 @@ def _validated(
     shape: ModelShape | None,
 ) -> PeftConfig:
     values = {name: choices[name].value for name in PARAMETER_NAMES}
-    errors = _contradictions(algorithm, values, overrides, machine, shape.max_positions if shape is not None else None)
+    errors = _contradictions(algorithm, values, overrides, machine, shape)
     if errors:
         raise SettingRejected("; ".join(str(error["message"]) for error in errors), errors=errors)
     try:
@@ -267,7 +270,7 @@ def _contradictions(
     values: Mapping[str, Any],
     overrides: Mapping[str, Any],
     machine: MachineFacts,
-    max_positions: int | None,
+    shape: ModelShape | None,
 ) -> list[dict[str, Any]]:
     spec = SPECS[algorithm]
     found: list[tuple[str, str]] = []
@@ -281,8 +284,8 @@ def _contradictions(
         found.append(("loftq_iterations", "without effect but with the algorithm 'loftq'"))
     if not machine.has_gpu:
         found += _cpu_refusals(values)
-    if max_positions is not None and values["max_seq_length"] > max_positions:
-        found.append(("max_seq_length", f"the model knows sequences of at most {max_positions} tokens"))
+    if shape is not None:
+        found += _model_refusals(shape, values)
     if overrides.get("max_steps") is not None and "epochs" in overrides:
         found.append(("epochs", "has no effect beside max_steps; send one of them"))
     if values["scheduler"] == "constant" and values["min_learning_rate_ratio"] > 0:
@@ -290,6 +293,18 @@ def _contradictions(
     if values["early_stopping_patience"] is not None and values["eval_every_steps"] is None:
         found.append(("early_stopping_patience", "early stopping needs eval_every_steps"))
     return [{"location": [name], "message": f"{name}: {message}"} for name, message in found]
+
+
+def _model_refusals(shape: ModelShape, values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    if shape.max_positions is not None and values["max_seq_length"] > shape.max_positions:
+        found.append(("max_seq_length", f"the model knows sequences of at most {shape.max_positions} tokens"))
+    missing = missing_targets(shape, values["target_modules"])
+    if missing:
+        named = ", ".join(missing[:_MOST_NAMED])
+        known = ", ".join(sorted({linear.path.rpartition(".")[2] for linear, _ in shape.linears()}))
+        found.append(("target_modules", f"the model has no linear layer named {named}; it has {known}"))
+    return found
 
 
 def _cpu_refusals(values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from domain.activations import Batch
+from domain.activations import Batch, missing_targets
 from domain.memory_estimate import MemoryEstimate, estimate, estimate_loading
 from domain.model_shape import ModelShape
 from domain.peft_config import PeftConfig
@@ -194,6 +194,8 @@ def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
             found.append(f"the weights are published in {shape.stored.method}, which this engine does not train on")
         elif config.quantization != "none":
             found.append("the weights are quantised already: use quantization 'none'")
+    if missing := missing_targets(shape, config.target_modules):
+        found.append(f"the model has no linear layer named {', '.join(missing)}")
     return found
 
 

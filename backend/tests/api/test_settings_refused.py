@@ -7,11 +7,13 @@ from rows import messages_jsonl
 from server import StudioServer
 from tiny_model import TINY_ID
 
+from api.compatibility import CompatibilityRequest
 from domain.algorithms import SPECS, Algorithm
 from domain.peft_config import PeftConfig
 
 ON_A_CPU = {"precision": "fp16", "optimizer": "adamw_8bit", "quantization": "int8"}
-OF_THE_MODEL = {"max_seq_length": 257}  # the tiny model knows 256 positions
+# The tiny model knows 256 positions, and its layers are llama's.
+OF_THE_MODEL: dict[str, Any] = {"max_seq_length": 257, "target_modules": ["q_proj", "query_key_value"]}
 OF_THE_DATA = {"eval_every_steps": 2}  # no validation rows are named
 
 
@@ -61,7 +63,9 @@ def test_what_contradicts_the_algorithm_is_refused(
 def test_what_this_machine_or_model_cannot_do_is_refused_by_every_route(
     studio: StudioServer, name: str, value: Any
 ) -> None:
-    _refusal_by_every_route(studio, name, {"model_id": TINY_ID, "overrides": {name: value}})
+    message = _refusal_by_every_route(studio, name, {"model_id": TINY_ID, "overrides": {name: value}})
+    if name in CompatibilityRequest.model_fields:
+        assert _refusal(studio, "/api/models/compatibility", name, {"model_id": TINY_ID, name: value}) == message
 
 
 @pytest.mark.parametrize("iterations", [1, 3])

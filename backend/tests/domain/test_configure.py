@@ -184,6 +184,64 @@ def test_the_sequence_length_is_the_models_at_most() -> None:
         configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 513}, machine=CPU, shape=shape)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["no_such_module"],
+        ["q_proj", "no_such_module"],
+        ["proj"],  # the end of a name, not from a dot on
+        ["self_attn"],  # no linear layer itself
+        ["lm_head"],
+        ["embed_tokens"],
+        [".q_proj"],
+        ["layers.30.self_attn.q_proj"],  # one layer further than there are
+        ["decoder.layers.0.self_attn.q_proj"],
+        [".0.self_attn.q_proj"],
+        ["00.self_attn.q_proj"],
+        ["9" * 5000 + ".self_attn.q_proj"],
+    ],
+)
+def test_a_target_module_that_the_model_lacks_is_refused_with_those_that_it_has(names: list[str]) -> None:
+    with pytest.raises(SettingRejected) as caught:
+        configure(
+            Algorithm.LORA,
+            use_case=None,
+            overrides={"target_modules": names, "max_seq_length": 10**6},
+            machine=CPU,
+            shape=read_shape(CONFIG),
+        )
+    said = {item["location"][0]: item["message"] for item in caught.value.extras["errors"]}
+    assert set(said) == {"target_modules", "max_seq_length"}
+    assert said["target_modules"].startswith(f"target_modules: the model has no linear layer named {names[-1]}; it has")
+    assert all(name in said["target_modules"] for name in ("q_proj", "down_proj"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["q_proj"],
+        ["self_attn.q_proj", "down_proj"],
+        ["29.mlp.up_proj"],
+        ["layers.0.self_attn.v_proj"],
+        ["model.layers.29.mlp.gate_proj"],
+    ],
+)
+def test_a_target_module_may_be_named_by_the_end_of_its_path(names: list[str]) -> None:
+    shape = read_shape(CONFIG)
+    overrides = {"target_modules": names}
+    found = configure(Algorithm.LORA, use_case=None, overrides=overrides, machine=CPU, shape=shape)
+    assert found.config.target_modules == names
+
+
+def test_target_modules_are_taken_as_they_are_where_not_all_of_a_models_are_known() -> None:
+    overrides = {"target_modules": ["mtp_layers.0.self_attn.q_proj"]}
+    elsewhere = read_shape({**CONFIG, "model_type": "mimo", "num_nextn_predict_layers": 1})
+    assert elsewhere is not None and elsewhere.obstacle is not None
+    for shape in (None, elsewhere):
+        found = configure(Algorithm.LORA, use_case=None, overrides=overrides, machine=CPU, shape=shape)
+        assert found.config.target_modules == overrides["target_modules"]
+
+
 NULLABLE = {
     "lora_plus_ratio",
     "loftq_iterations",

@@ -141,6 +141,19 @@ GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size":
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
+def test_a_target_module_that_the_model_lacks_fits_nothing() -> None:
+    found = assess(_shape(), _config(target_modules=["q_proj", "no_such_module"]), 2**50, on_gpu=False)
+    assert found.verdict == "unknown" and "no_such_module" in found.blockers[0] and "q_proj" not in found.blockers[0]
+
+
+def test_a_smaller_model_without_a_targeted_layer_is_not_suggested() -> None:
+    config = _config(target_modules=["layers.20.self_attn.q_proj"])
+    siblings = [Sibling(f"me/{layers}", _shape(num_hidden_layers=layers)) for layers in (2, 20)]
+    found = assess(_shape(**LARGE), config, 20 * GIB, on_gpu=False, siblings=lambda _: siblings)
+    assert found.verdict == "does_not_fit" and found.suggestions
+    assert not any("me/" in item.change for item in found.suggestions)
+
+
 @pytest.mark.parametrize(
     ("judged", "values"),
     [

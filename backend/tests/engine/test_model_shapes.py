@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from domain.activations import missing_targets
 from domain.architectures.registry import FAMILIES, read_shape
 from domain.model_shape import ModelShape
 from engine.methods import linear_layers
@@ -51,6 +52,18 @@ def _assert_same(shape: ModelShape | None, model: torch.nn.Module) -> None:
 def test_every_known_family_has_the_modules_and_parameters_that_transformers_builds(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
     _assert_same(read_shape(config.to_dict()), _model(config))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral", "deepseek_v3", "gemma3", "qwen3_5_text"])
+def test_a_target_module_is_missed_exactly_where_the_engine_misses_it(model_type: str) -> None:
+    config = CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
+    shape, model = read_shape(config.to_dict()), _model(config)
+    assert shape is not None
+    names = {".".join(path.split(".")[at:]) for path, _ in model.named_modules() for at in range(path.count(".") + 1)}
+    names |= {f"{name}x" for name in names} | {name[1:] for name in names} - {""}
+    layers = linear_layers(model)
+    missing = {name for name in names if not any(path == name or path.endswith(f".{name}") for path in layers)}
+    assert set(missing_targets(shape, sorted(names))) == missing
 
 
 @pytest.mark.parametrize("model_type", sorted(set(FAMILIES) - ELSEWHERE))
