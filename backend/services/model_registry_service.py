@@ -12,6 +12,7 @@ from pydantic import TypeAdapter
 
 from core.clock import Clock, SystemClock
 from core.errors import (
+    AccessDenied,
     HubUnavailable,
     ModelNotFound,
     NoSafeWeights,
@@ -122,7 +123,7 @@ class ModelRegistryService:
         return self.search(SearchQuery(task=task, sort="downloads", limit=limit))
 
     def details(self, model_id: str, revision: str | None = None) -> DetailsAnswer:
-        """Return one model; from its folder here where the Hub cannot be reached or does not know it.
+        """Return one model; from its folder here where the Hub cannot be reached, does not know it or does not say.
 
         Raises:
             ModelRejected: The id or the revision cannot be one.
@@ -220,7 +221,7 @@ class ModelRegistryService:
                 lambda etag: self._hub.details(model_id, revision, etag),
                 lambda details: self._details_ttl_s(details, revision),
             )
-        except (HubUnavailable, ModelNotFound) as error:
+        except (HubUnavailable, ModelNotFound, AccessDenied) as error:
             if local is None:
                 flaw = self._local.flaw(model_id) if revision is None else None
                 if flaw is not None:

@@ -445,6 +445,22 @@ def test_a_model_that_only_this_machine_has_is_found(bench: Bench) -> None:
         bench.registry().details("my-other")
 
 
+def test_a_token_that_the_hub_refuses_hides_no_model_of_this_machine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_revoked")
+    for name in ("my-own", "me/m"):
+        bench.put_local(name)
+    bench.hub.add_model("me/m", FILES)
+    registry = bench.registry()
+    for model_id in ("my-own", "me/m"):
+        answer = registry.details(model_id)
+        assert (answer.source, answer.details.config) == ("local", CONFIG)
+    for model_id, revision in (("me/absent", None), ("me/m", "v2")):
+        with pytest.raises(AccessDenied):
+            registry.details(model_id, revision)
+
+
 @pytest.mark.parametrize("away", [True, False])
 @pytest.mark.parametrize(
     ("files", "error", "why"),
