@@ -64,9 +64,9 @@ async def compatibility(
 ) -> CompatibilityResponse:
     """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it.
 
-    What a load would refuse the model for, its licence, code of its own, pickled weights, is in `blockers`, and the
-    verdict then `unknown`. A setting that cannot take effect is refused as `configure` refuses it, a target module that
-    the model does not have among them.
+    What a load would refuse the model for, its licence, code of its own, pickled weights, that the Hub has disabled it,
+    is in `blockers`, and the verdict then `unknown`. A setting that cannot take effect is refused as `configure`
+    refuses it, a target module that the model does not have among them.
     """
     names = (
         "rank",

@@ -103,6 +103,7 @@ class ModelDetails:
         base_model: The first that the model card names.
         languages: None where there is no model card to name any.
         requires_remote_code: Whether loading it would run the repository's own Python.
+        disabled: Whether the Hub has closed the repository to everybody.
     """
 
     summary: ModelSummary
@@ -115,6 +116,7 @@ class ModelDetails:
     base_model: str | None
     languages: tuple[str, ...] | None
     requires_remote_code: bool | None
+    disabled: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,7 @@ def details_from_wire(
     short = mapping(payload.get("config"))  # the Hub's excerpt of config.json and tokenizer_config.json
     templates = (short.get("chat_template_jinja"), mapping(short.get("tokenizer_config")).get("chat_template"))
     bases = texts(mapping(card).get("base_model"))
+    disabled = payload.get("disabled")
     return ModelDetails(
         summary=summary,
         sha=text(payload.get("sha")),
@@ -287,6 +290,7 @@ def details_from_wire(
         base_model=bases[0] if bases else None,
         languages=texts(card.get("language")) if isinstance(card, Mapping) else None,
         requires_remote_code="custom_code" in summary.tags or needs_remote_code(config, tokenizer_config),
+        disabled=disabled if isinstance(disabled, bool) else None,
     )
 
 

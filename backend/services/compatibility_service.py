@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from core.errors import ModelGated, ModelRejected
+from core.errors import AccessDenied, ModelRejected
 from core.singleton import singleton
 from domain.algorithms import Algorithm
 from domain.memory_verdict import Assessment, assess
@@ -40,7 +40,7 @@ class CompatibilityService:
         blockers = self._facts.blockers(model_id, revision)
         try:
             shape = self._facts.shape(model_id, revision)
-        except (ModelGated, ModelRejected):
+        except (AccessDenied, ModelRejected):
             if not blockers:
                 raise
             self._peft.configure(algorithm, None, overrides, device=device)

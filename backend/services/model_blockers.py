@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from core.errors import ModelGated, ModelRejected, NeedsRemoteCode
+from core.errors import AccessDenied, ModelGated, ModelRejected, NeedsRemoteCode
 from domain.config_checks import check_asks_for_no_code, check_dimensions
 from domain.model_records import ModelDetails, ModelSummary, needs_remote_code, weight_files
 from services.local_models import LocalModel
@@ -21,6 +21,8 @@ def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
         A sentence each; empty where nothing is known to be in the way.
     """
     model_id, paths = details.summary.model_id, [file.path for file in details.files]
+    if details.disabled:
+        return [disabled(model_id).detail]
     found = []
     if details.config is None:
         found.append(no_config(details, has_token=has_token).detail)
@@ -69,9 +71,16 @@ def local_blockers(model: LocalModel) -> list[str]:
     return []
 
 
-def no_config(details: ModelDetails, *, has_token: bool) -> ModelGated | ModelRejected:
+def disabled(model_id: str) -> AccessDenied:
+    """Make the error of a repository that the Hub has closed; no licence and no token opens it."""
+    return AccessDenied(f"{model_id} has been disabled by the Hub, which hands out none of its files.")
+
+
+def no_config(details: ModelDetails, *, has_token: bool) -> AccessDenied | ModelRejected:
     """Make the error of a model whose config.json is not to be had, which says why."""
     model_id = details.summary.model_id
+    if details.disabled:
+        return disabled(model_id)
     if all(file.path != "config.json" for file in details.files):
         return ModelRejected(f"{model_id} has no config.json: it is not a transformers model.")
     if details.summary.gated:

@@ -20,6 +20,7 @@ from services.hub_download import Downloads
 from services.hub_wanted import MODEL, PICKLED_MODEL, TOKENIZER, Wanted
 from services.loaded_base import LoadProgress
 from services.local_models import LocalModel, hub_cache_dir
+from services.model_blockers import disabled
 from services.model_registry_service import get_hub_http, get_model_registry_service
 from services.model_safety import check_safe, check_snapshot, no_safe_weights
 from services.pickled_model import PickledModels, get_pickled_models
@@ -58,7 +59,7 @@ class ModelFiles:
         """Refuse at once what `ensure` would refuse later; nothing is downloaded.
 
         Raises:
-            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
             NeedsRemoteCode, NoSafeWeights, ModelRejected: As `ensure` says.
             SettingRejected: Pickled weights are asked for at a revision.
         """
@@ -73,6 +74,8 @@ class ModelFiles:
                 return check_snapshot(local.path, model_id)  # downloaded, and not converted yet
             return check_safe(local.path, model_id)
         details = self._registry.details_of(model_id, revision)
+        if details.disabled:
+            raise disabled(model_id)
         paths = [file.path for file in details.files]
         if details.requires_remote_code:
             raise NeedsRemoteCode(f"{model_id} asks to run its own Python (auto_map); it is never run here.")

@@ -160,7 +160,8 @@ class ModelRegistryService:
         Raises:
             ModelRejected: The id cannot be one, or the model has no config.json with the dimensions of a model.
             ModelGated: Its licence has to be accepted first.
-            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+            AccessDenied: The Hub has disabled it, or refuses the token.
+            ModelNotFound, HubUnavailable: As the Hub says.
         """
         config = self._config_of(model_id, revision)
         check_dimensions(model_id, config)

@@ -93,6 +93,13 @@ def test_a_damaged_blob_that_cannot_be_mended_is_not_loaded(bench: Bench) -> Non
         bench.ensure("me/m")
 
 
+def test_a_gated_model_that_the_hub_has_disabled_asks_nobody_for_a_licence(bench: Bench) -> None:
+    bench.hub.add_model("me/m", FILES, gated="auto", disabled=True)
+    with pytest.raises(errors.AccessDenied, match="disabled by the Hub") as caught:
+        bench.files.check("me/m", None)
+    assert not isinstance(caught.value, errors.ModelGated)
+
+
 def test_a_pinned_commit_beside_main_is_found(bench: Bench) -> None:
     old = bench.hub.add_model("me/m", FILES)
     pinned = bench.ensure("me/m", old)

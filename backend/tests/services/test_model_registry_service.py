@@ -607,6 +607,17 @@ def test_a_gated_model_is_in_the_way_until_its_licence_is_accepted(
     assert bench.registry().blockers_of("me/m") == []
 
 
+@pytest.mark.parametrize("gated", [False, "auto"])
+def test_a_model_that_the_hub_has_disabled_is_said_to_be(bench: Bench, gated: object) -> None:
+    bench.hub.add_model("me/m", FILES, gated=gated, disabled=True)
+    registry = bench.registry(judged_by([]))
+    (reason,) = registry.blockers_of("me/m")
+    assert "disabled by the Hub" in reason and "licence" not in reason
+    with pytest.raises(AccessDenied, match="disabled by the Hub") as caught:
+        registry.config_of("me/m")
+    assert not isinstance(caught.value, ModelGated)
+
+
 def test_what_is_whole_on_this_machine_has_nothing_in_its_way(bench: Bench) -> None:
     bench.put_local("me/m")
     bench.embedded = LocalModel("org/embedded", None, ModelSummary("org/embedded"), None, CONFIG)
