@@ -96,9 +96,6 @@ class HubClient:
             return Fetched(None, answer.etag)
         name = _record(summary_from_wire, answer.body).model_id
         check_model_id(name)
-        if name != model_id and "blobs" not in urlsplit(answer.url).query:
-            # Renamed, and the redirection dropped the query: without it there are no file sizes.
-            answer = self._http.get_json(f"/api/models/{name}{at}", [("blobs", "true")], model_id=model_id)
         files = {item.get("rfilename") for item in answer.body.get("siblings") or () if isinstance(item, dict)}
         commit = text(answer.body.get("sha")) or revision or "main"
         config, tokenizer = (

@@ -48,7 +48,6 @@ class Answer:
     body: Any
     etag: str | None
     next_url: str | None
-    url: str
 
 
 class HubHttp:
@@ -185,9 +184,9 @@ class HubHttp:
         limit_s = timeout_s or self._timeout_s
         timeout = httpx.Timeout(limit_s, connect=limit_s / 2)
         sent = _headers() | (headers or {})
-        with get_session().stream(
-            "GET", self.endpoint + path, params=params, headers=sent, timeout=timeout
-        ) as response:
+        session = get_session()
+        request = session.build_request("GET", self.endpoint + path, params=params, headers=sent, timeout=timeout)
+        with _followed(session, request) as response:
             telemetry.hub_requests.labels(str(response.status_code)).inc()
             if not response.is_error and (told_s := told_wait_s(response)):
                 self._pause(path, told_s)  # the last request of a window; the next would be refused
@@ -203,7 +202,7 @@ class HubHttp:
         held = {"If-None-Match": etag} if etag is not None else {}
         with self.open(path, params=params, headers=held, timeout_s=timeout_s) as response:
             if response.status_code == httpx.codes.NOT_MODIFIED:
-                return Answer(None, etag, None, str(response.url))
+                return Answer(None, etag, None)
             content = bytearray()
             for part in response.iter_bytes():
                 content += part
@@ -215,7 +214,6 @@ class HubHttp:
                 _parse(bytes(content), path, is_file=is_file),
                 response.headers.get("ETag"),
                 response.links.get("next", {}).get("url"),
-                str(response.url),
             )
 
     def _pause(self, path: str, seconds: float) -> None:
@@ -268,6 +266,33 @@ def _headers() -> dict[str, str]:
     token = hub_token()
     agent = {"User-Agent": f"peft-studio/{VERSION}; hf_hub/{__version__}; python/{platform.python_version()}"}
     return agent | ({"Authorization": f"Bearer {token}"} if token else {})
+
+
+@contextmanager
+def _followed(session: "httpx.Client", request: "httpx.Request") -> Iterator["httpx.Response"]:
+    """Send a request, go where the answer points to, and yield the answer that points nowhere.
+
+    The query goes along where the new address has none, as that of a renamed repository; httpx drops it, and with it
+    the page that was asked for.
+
+    Raises:
+        httpx.HTTPError, OSError: As huggingface_hub raises them.
+    """
+    import httpx
+
+    for _ in range(session.max_redirects + 1):
+        response = session.send(request, stream=True, follow_redirects=False)
+        try:
+            if response.next_request is None:
+                yield response
+                return
+            response.read()  # or the connection could not be used again
+        finally:
+            response.close()
+        query, request = request.url.query, response.next_request
+        if query and not request.url.query:
+            request.url = request.url.copy_with(query=query)
+    raise httpx.TooManyRedirects("Exceeded maximum allowed redirects.", request=request)
 
 
 def _parse(content: bytes, path: str, *, is_file: bool) -> Any:

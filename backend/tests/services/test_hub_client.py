@@ -215,6 +215,14 @@ def test_a_renamed_model_is_answered_under_its_new_name_with_sizes(hub: HubDoubl
 
     assert details is not None
     assert (details.summary.model_id, details.summary.size_bytes) == ("new/name", len(WEIGHTS))
+    assert hub.requests["info"] == 2
+
+
+def test_names_that_lead_to_one_another_are_the_hub_being_away(hub: HubDouble, client: HubClient) -> None:
+    hub.rename("me/a", "me/b")
+    hub.rename("me/b", "me/a")
+    with pytest.raises(errors.HubUnavailable, match="TooManyRedirects"):
+        client.details("me/a")
 
 
 def test_a_gated_model_is_described_without_its_config(hub: HubDouble, client: HubClient) -> None:

@@ -124,6 +124,15 @@ def test_a_renamed_model_is_fetched(bench: Bench) -> None:
     assert set(content(bench.fetch())) == WANTED
 
 
+def test_a_renamed_model_of_many_pages_is_read_whole(bench: Bench) -> None:
+    bench.hub.add_model("new/name", FILES)
+    bench.hub.rename("me/m", "new/name")
+    bench.hub.tree_page = 2
+    assert set(content(bench.fetch())) == WANTED
+    listed = [seen.query for seen in bench.hub.seen if seen.route == "tree" and "new" in seen.path]
+    assert [query["recursive"] for query in listed] == [["true"]] * 4
+
+
 # Content
 
 
