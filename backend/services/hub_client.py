@@ -7,17 +7,19 @@ huggingface_hub's own `list_models`, `model_info` and `list_repo_tree` are not c
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from core import errors
 from core.logging import get_logger
 from domain.model_records import (
     HubPage,
     ModelDetails,
+    ModelSummary,
     SearchQuery,
     check_model_id,
     check_revision,
     details_from_wire,
+    files_from_wire,
     in_bounds,
     summary_from_wire,
     text,
@@ -39,7 +41,9 @@ _EXPAND = (
     *("author", "cardData", "config", "createdAt", "downloads", "gated", "lastModified"),
     *("library_name", "likes", "pipeline_tag", "safetensors", "sha", "tags"),
 )
-_CURSOR = re.compile(r"[A-Za-z0-9+/=_-]{1,2000}")  # base64 of something of the Hub's own
+# As clients see it: base64 of something of the Hub's own, or what a mirror has, url-encoded so that it is no address.
+_CURSOR = re.compile(r"(?:[A-Za-z0-9+/=_.~-]|%[0-9A-F]{2})+")
+_MAX_CURSOR_CHARACTERS = 2000
 _MAX_TREE_FILES = 100_000
 _log = get_logger(__name__)
 
@@ -76,9 +80,8 @@ class HubClient:
             return Fetched(None, answer.etag)
         if not isinstance(answer.body, list):
             raise nonsense("/api/models")
-        models = tuple(_record(summary_from_wire, item) for item in answer.body)
-        kept = tuple(item for item in models if in_bounds(item, query))
-        return Fetched(HubPage(kept, _next_cursor(answer.next_url)), answer.etag)
+        kept = tuple(model for model in _summaries(answer.body) if in_bounds(model, query))
+        return Fetched(HubPage(kept, _encoded(_next_cursor("/api/models", answer.next_url))), answer.etag)
 
     def details(self, model_id: str, revision: str | None = None, etag: str | None = None) -> Fetched[ModelDetails]:
         """Return one model at a revision, with its config.json as far as it may be read.
@@ -96,7 +99,7 @@ class HubClient:
             return Fetched(None, answer.etag)
         name = _record(summary_from_wire, answer.body).model_id
         check_model_id(name)
-        files = {item.get("rfilename") for item in answer.body.get("siblings") or () if isinstance(item, dict)}
+        files = {file.path for file in files_from_wire(answer.body)}
         commit = text(answer.body.get("sha")) or revision or "main"
         config, tokenizer = (
             self._json_file(name, commit, path) if path in files else None
@@ -163,7 +166,7 @@ class HubClient:
             if not isinstance(answer.body, list):
                 raise nonsense(path)
             entries += answer.body
-            cursor = _next_cursor(answer.next_url)
+            cursor = _next_cursor(path, answer.next_url)
             if cursor is None:
                 return tree_from_wire(model_id, entries)
             if not answer.body or len(entries) > _MAX_TREE_FILES:
@@ -176,8 +179,6 @@ def search_params(query: SearchQuery) -> Params:
     Raises:
         QueryRejected: The cursor cannot be one.
     """
-    if query.cursor is not None and not _CURSOR.fullmatch(query.cursor):
-        raise QueryRejected("`cursor` is not one that a search returned.")
     filters = [*query.tags, *([query.library] if query.library else [])]
     filters += [f"license:{query.license}"] if query.license else []
     bounds = {"min": query.min_parameters, "max": query.max_parameters}
@@ -187,7 +188,7 @@ def search_params(query: SearchQuery) -> Params:
         "pipeline_tag": query.task,
         "gated": None if query.gated is None else str(query.gated).lower(),
         "num_parameters": ",".join(f"{k}:{_rounded(v, up=k == 'max')}" for k, v in bounds.items() if v is not None),
-        "cursor": query.cursor,
+        "cursor": None if query.cursor is None else _decoded(query.cursor),
     }
     return [
         *(("filter", value) for value in filters),
@@ -198,10 +199,60 @@ def search_params(query: SearchQuery) -> Params:
     ]
 
 
-def _next_cursor(next_url: str | None) -> str | None:
-    """Take the cursor out of a `Link`; its address is not followed, since it may be another host's."""
-    cursors = parse_qs(urlsplit(next_url or "").query).get("cursor", [])
-    return cursors[0] if cursors and _CURSOR.fullmatch(cursors[0]) else None
+def _next_cursor(path: str, next_url: str | None) -> str | None:
+    """Take the cursor out of a `Link`; its address is not followed, since it may be another host's.
+
+    Raises:
+        HubUnavailable: It cannot be read: the list would end here without being whole.
+    """
+    try:
+        cursors = parse_qs(urlsplit(next_url or "").query, errors="strict").get("cursor", [])
+    except ValueError as error:
+        raise nonsense(path, "has a `Link` that is no address") from error
+    return cursors[0] if cursors else None
+
+
+def _encoded(cursor: str | None) -> str | None:
+    """Write a cursor as it is handed to clients; the Hub's own stays as it is.
+
+    Raises:
+        HubUnavailable: It is longer than a client may send.
+    """
+    encoded = None if cursor is None else quote(cursor, safe="+/=")
+    if encoded is not None and len(encoded) > _MAX_CURSOR_CHARACTERS:
+        raise nonsense("/api/models", "has a `Link` whose cursor is too long")
+    return encoded
+
+
+def _decoded(cursor: str) -> str:
+    """Read a cursor that a client sends.
+
+    Raises:
+        QueryRejected: It cannot be one.
+    """
+    try:
+        if len(cursor) <= _MAX_CURSOR_CHARACTERS and _CURSOR.fullmatch(cursor):
+            return unquote(cursor, errors="strict")
+    except ValueError:
+        pass  # bytes that are no text: never handed out
+    raise QueryRejected("`cursor` is not one that a search returned.")
+
+
+def _summaries(items: list[Any]) -> tuple[ModelSummary, ...]:
+    """Read a list's models; what is none is left out, but a list of nothing else is not the Hub's.
+
+    Raises:
+        HubUnavailable: There are items, and none of them is a model.
+    """
+    found = []
+    for item in items:
+        try:
+            found.append(_record(summary_from_wire, item))
+        except errors.StudioError as error:
+            _log.warning("hub.item_not_read", reason=error.detail, item=repr(item)[:100])
+    if items and not found:
+        raise nonsense("/api/models")
+    return tuple(found)
 
 
 def _record(read: Callable[[Any], R], body: Any) -> R:

@@ -210,11 +210,8 @@ class HubHttp:
                     raise nonsense(path, f"is larger than {_MAX_BODY_BYTES} bytes", is_file=is_file)
                 if self._clock.monotonic() - begun > _MAX_REQUEST_S:
                     raise unavailable(f"The Hub took more than {_MAX_REQUEST_S:.0f} s to answer.")
-            return Answer(
-                _parse(bytes(content), path, is_file=is_file),
-                response.headers.get("ETag"),
-                response.links.get("next", {}).get("url"),
-            )
+            body = _parse(bytes(content), path, is_file=is_file)
+            return Answer(body, response.headers.get("ETag"), response.links.get("next", {}).get("url"))
 
     def _pause(self, path: str, seconds: float) -> None:
         until = self._clock.monotonic() + seconds
@@ -297,6 +294,9 @@ def _followed(session: "httpx.Client", request: "httpx.Request") -> Iterator["ht
 
 def _parse(content: bytes, path: str, *, is_file: bool) -> Any:
     try:
-        return from_json(content)  # unlike json.loads it refuses deep nesting and lone surrogates with a ValueError
+        body = from_json(content)  # unlike json.loads it refuses deep nesting and lone surrogates with a ValueError
     except ValueError as error:
         raise nonsense(path, is_file=is_file) from error
+    if body is None:  # it would be taken for "nothing has changed"
+        raise nonsense(path, is_file=is_file)
+    return body

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
@@ -132,11 +133,46 @@ def test_pages_follow_the_cursor_of_the_link_header(hub: HubDouble, client: HubC
     assert hub.requests["list"] == 3
 
 
-@pytest.mark.parametrize("cursor", ["http://169.254.169.254/latest", "a b", "a&sort=likes", "", "x" * 2001])
+@pytest.mark.parametrize(
+    "cursor", ["http://169.254.169.254/latest", "a b", "a&sort=likes", "", "x" * 2001, "local:1", "%zz", "%", "%FF"]
+)
 def test_a_cursor_is_never_an_address(hub: HubDouble, client: HubClient, cursor: str) -> None:
     with pytest.raises(QueryRejected):
         client.search(SearchQuery(cursor=cursor))
     assert hub.requests.total() == 0
+
+
+@pytest.mark.parametrize(
+    "cursor", ["bmV4dA==", "a+b/c_d-e", "p.2~x", "a&b=c d", "a%26b", "é", '{"id":1}', "local:1", "\n"]
+)
+def test_whatever_a_hub_has_for_a_cursor_comes_back_to_it(hub: HubDouble, client: HubClient, cursor: str) -> None:
+    link = {"Link": f'<{hub.url}/api/models?{urlencode({"cursor": cursor})}>; rel="next"'}
+    hub.fail("list", status=200, body=b"[]", headers=link)
+    page = client.search(ANY).value
+    assert page is not None and page.next_cursor is not None
+
+    hub.fail("list", status=200, body=b"[]")
+    client.search(SearchQuery(task=None, cursor=page.next_cursor))
+    assert hub.seen[-1].query["cursor"] == [cursor]
+
+
+@pytest.mark.parametrize("url", ["http://[bad", "/api/models?cursor=%ff", f"/api/models?cursor={'%20' * 700}"])
+def test_a_list_whose_next_page_cannot_be_told_does_not_end_there(hub: HubDouble, client: HubClient, url: str) -> None:
+    hub.fail("list", status=200, body=b"[]", headers={"Link": f'<{url}>; rel="next"'})
+    with pytest.raises(errors.HubUnavailable, match="Link"):
+        client.search(ANY)
+
+
+def test_a_tree_whose_next_page_cannot_be_told_does_not_end_there(hub: HubDouble, client: HubClient) -> None:
+    commit = hub.add_model("me/m", FILES)
+    hub.fail("tree", status=200, body=b"[]", headers={"Link": '<http://[bad>; rel="next"'})
+    with pytest.raises(errors.HubUnavailable, match="Link"):
+        client.tree("me/m", commit)
+
+
+def test_items_of_a_list_that_are_no_models_are_left_out(hub: HubDouble, client: HubClient) -> None:
+    hub.fail("list", status=200, body=b'[null, {"id": "me/m"}, {"likes": 1}, 3, {"id": "me/n"}]')
+    assert found(client, ANY) == ["me/m", "me/n"]
 
 
 def test_a_cursor_that_the_hub_refuses_is_the_requests_fault(client: HubClient) -> None:
@@ -195,6 +231,14 @@ def test_details_say_what_the_repository_holds(hub: HubDouble, client: HubClient
     assert (summary.size_bytes, summary.parameters, summary.architecture) == (len(WEIGHTS), 32, "LlamaForCausalLM")
     assert (summary.author, summary.license, summary.downloads, summary.gated) == ("me", "mit", 3, False)
     assert summary.created_at == datetime(2024, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("siblings", [5, True, "x", {"rfilename": "config.json"}, [None, 5, {"rfilename": []}]])
+def test_a_list_of_files_that_is_none_is_no_files(hub: HubDouble, client: HubClient, siblings: Any) -> None:
+    hub.add_model("me/m", FILES, siblings=siblings)
+    details = client.details("me/m").value
+    assert details is not None
+    assert (details.files, details.config) == ((), None)
 
 
 def test_a_revision_is_that_revision(hub: HubDouble, client: HubClient) -> None:
@@ -294,6 +338,13 @@ def test_an_answer_that_has_not_changed_is_not_sent_again(hub: HubDouble, client
     assert etag is not None
     assert (again.value, again.etag) == (None, etag)
     assert hub.requests["resolve"] == 2
+
+
+def test_an_empty_answer_is_not_taken_for_one_that_has_not_changed(hub: HubDouble, client: HubClient) -> None:
+    hub.add_model("me/m", FILES)
+    hub.fail("info", status=200, body=b"null", headers={"ETag": '"another"'})
+    with pytest.raises(errors.HubUnavailable):
+        client.details("me/m", etag='"held"')
 
 
 def test_weights_are_never_asked_for(hub: HubDouble, client: HubClient) -> None:
@@ -527,7 +578,7 @@ def test_a_hub_that_is_not_there_is_asked_once(clock: ManualClock) -> None:
     assert clock.slept_s == []
 
 
-@pytest.mark.parametrize("body", [b"<html>log in</html>", b"{}", b"3", b'[{"likes": 1}]', b"[3]", b""])
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"{}", b"3", b'[{"likes": 1}]', b"[3]", b"", b"null"])
 def test_a_captive_portals_answer_is_the_hub_being_away(hub: HubDouble, client: HubClient, body: bytes) -> None:
     hub.fail("list", status=200, body=body)
     with pytest.raises(errors.HubUnavailable):
