@@ -93,7 +93,7 @@ class ModelRegistryService:
         Raises:
             SettingRejected: Only fitting models are wanted and nothing judges that here.
             QueryRejected: The cursor is not one.
-            HubUnavailable: A later page of the Hub's list is wanted and cannot be had.
+            HubUnavailable: A later page of the Hub's list is wanted and cannot be had; or the Hub says when to ask again.
         """
         if query.only_fitting and self._fit_of is None:
             raise SettingRejected("only_fitting: whether a model fits is not judged by this server.")
@@ -105,8 +105,8 @@ class ModelRegistryService:
                 self._key("search", params), _PAGES, lambda etag: self._hub.search(query, etag), lambda _: SEARCH_TTL_S
             )
         except HubUnavailable as error:
-            if query.cursor is not None:
-                raise
+            if query.cursor is not None or "retry_after_s" in error.extras:
+                raise  # a Hub that says when to ask again is there: this machine's models are no answer in its place
             _log.warning("models.answered_locally", reason=error.detail)
             return self._search_local(query)
         rated = self._judge(found.value, query, ask=not found.stale)

@@ -198,6 +198,12 @@ def test_a_hub_that_asks_for_a_pause_is_a_503_that_says_how_long(bench: Bench) -
     assert response.json()["retry_after_s"] == 55
 
 
+def test_a_search_that_the_hub_puts_off_is_a_503_that_says_how_long(bench: Bench) -> None:
+    bench.hub.fail("list", status=429, headers=RATE_LIMITED)
+    response = bench.client().post("/api/models/search", json={})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "55")
+
+
 def test_a_hub_that_says_nothing_is_a_503_with_a_time_all_the_same(bench: Bench) -> None:
     bench.hub.fail("info", status=500, times=9)
     response = bench.client().get("/api/models/me/m")

@@ -167,12 +167,26 @@ def test_a_local_cursor_is_a_number(bench: Bench, cursor: str) -> None:
         bench.registry().search(SearchQuery(cursor=cursor))
 
 
-def test_a_limited_hub_is_the_hub_being_away_and_is_left_alone(bench: Bench) -> None:
+def test_a_limited_hub_says_when_to_ask_again_and_is_left_alone(bench: Bench) -> None:
+    bench.put_local("org/a")
     bench.hub.fail("list", status=429, headers=RATE_LIMITED)
     registry = bench.registry()
-    for _ in range(3):
-        assert registry.search(SearchQuery()).source == "local"
+    for passed_s in (0, 20):
+        bench.clock.advance(passed_s)
+        with pytest.raises(HubUnavailable) as caught:
+            registry.search(SearchQuery())
+        assert caught.value.extras == {"retry_after_s": 55.0 - passed_s}
     assert bench.hub.requests["list"] == 1
+
+
+def test_a_limited_hub_is_answered_for_by_what_is_held(bench: Bench) -> None:
+    bench.hub.add_model("me/m", {}, **TEXT)
+    registry = bench.registry()
+    registry.search(SearchQuery())
+    bench.clock.advance(SEARCH_TTL_S)
+    bench.hub.fail("list", status=429, headers=RATE_LIMITED)
+    page = registry.search(SearchQuery())
+    assert (ids(page), page.source, page.stale) == (["me/m"], "cache", True)
 
 
 def test_a_revoked_token_is_not_taken_for_the_hub_being_away(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
