@@ -19,7 +19,7 @@ def read_stored(config: Mapping[str, Any]) -> Stored | None:
         The storage, or None where the weights are published as they are.
 
     Raises:
-        NotKnown: They are quantised in a way whose size is not known here.
+        NotKnown: They are quantised in a way whose size is not known here, or the section does not say in which.
     """
     section = config.get("quantization_config")
     if section is None:
@@ -27,18 +27,27 @@ def read_stored(config: Mapping[str, Any]) -> Stored | None:
     if not isinstance(section, dict):
         raise NotKnown("quantization_config is no object")
     reader = ConfigReader(section)
-    method = reader.value("quant_method", "bitsandbytes")
+    method, four, eight = reader.value("quant_method"), reader.flag("load_in_4bit"), reader.flag("load_in_8bit")
+    if method == "bitsandbytes" or (method is None and (four or eight)):
+        return _bitsandbytes(reader, four, eight)
     if method == "mxfp4":
         return Stored(method, _MXFP4_BITS)
     if method == "fp8":
         return Stored(method, _fp8_bits(reader))
     if method in ("gptq", "awq"):
         return Stored(method, _grouped_bits(reader))
-    if method == "bitsandbytes":
-        if reader.flag("load_in_8bit"):
-            return Stored(method, 8.0)
-        return Stored(method, _NF4_BITS if reader.flag("bnb_4bit_use_double_quant") else _FP4_BITS)
     raise NotKnown(f"the quantisation {method!r}"[:200])
+
+
+def _bitsandbytes(reader: ConfigReader, four: bool, eight: bool) -> Stored | None:
+    """Four or eight bits as the switches say; with neither transformers quantises nothing (quantizers/auto.py)."""
+    if four and eight:
+        raise NotKnown("load_in_4bit and load_in_8bit at once")
+    if eight:
+        return Stored("bitsandbytes", 8.0)
+    if four:
+        return Stored("bitsandbytes", _NF4_BITS if reader.flag("bnb_4bit_use_double_quant") else _FP4_BITS)
+    return None
 
 
 def _fp8_bits(reader: ConfigReader) -> float:

@@ -80,7 +80,20 @@ def test_a_quantised_checkpoint_says_its_bits(section: dict[str, Any], bits: flo
     assert shape.stored.bits == pytest.approx(bits)
 
 
-@pytest.mark.parametrize("section", [{"quant_method": "hqq"}, {"quant_method": "gptq"}, "fp8", {"quant_method": 4}])
+@pytest.mark.parametrize("section", [{}, {"load_in_4bit": False, "load_in_8bit": False}])
+def test_bitsandbytes_with_neither_switch_quantises_nothing(section: dict[str, Any]) -> None:
+    shape = read_shape({**CONFIG, "quantization_config": {"quant_method": "bitsandbytes", **section}})
+    assert shape == read_shape(CONFIG)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        *({"quant_method": "hqq"}, {"quant_method": "gptq"}, "fp8", {"quant_method": 4}),
+        *({}, {"quant_method": None}, {"bnb_4bit_quant_type": "nf4"}, {"load_in_4bit": False, "load_in_8bit": False}),
+        {"load_in_4bit": True, "load_in_8bit": True},
+    ],
+)
 def test_an_unknown_quantisation_has_no_shape(section: object) -> None:
     assert read_shape({**CONFIG, "quantization_config": section}) is None
 
