@@ -19,6 +19,7 @@ from core.files import fsync_folder, write_atomic
 from core.logging import get_logger
 from domain.repo_tree import RepoFile, content_hash, is_blob_name, is_commit
 
+REPO_PREFIX = "models--"  # what a model's folder begins with
 _READ_BYTES = 4 * 2**20
 _LOCK_POLL_S = 0.2
 _log = get_logger(__name__)
@@ -103,11 +104,7 @@ class HubCacheDir:
 
     def commit_of(self, model_id: str, revision: str) -> str | None:
         """Return the commit that a branch or tag was at when it was last downloaded."""
-        try:
-            commit = (self._repo(model_id) / "refs" / revision).read_text().strip()
-        except (OSError, UnicodeDecodeError):
-            return None
-        return commit if is_commit(commit) else None
+        return commit_at(self._repo(model_id), revision)
 
     def note_commit(self, model_id: str, revision: str, commit: str) -> None:
         """Remember which commit a branch or tag is at."""
@@ -239,7 +236,28 @@ class HubCacheDir:
         return self._verified_dir / f"{blob.name}-{stamp[0]}.json"
 
     def _repo(self, model_id: str) -> Path:
-        return self._root() / f"models--{model_id.replace('/', '--')}"
+        return cached_repo(self._root(), model_id)
+
+
+def cached_repo(root: Path, model_id: str) -> Path:
+    """Return a repository's folder in a cache, whether or not it is there."""
+    return root / f"{REPO_PREFIX}{model_id.replace('/', '--')}"
+
+
+def commit_at(repo: Path, revision: str) -> str | None:
+    """Return the commit that a branch or tag of a cached repository was at when it was last fetched, or None.
+
+    Args:
+        repo: The repository's folder.
+        revision: Its name may hold slashes, but leads nowhere out of `refs`.
+    """
+    refs = repo / "refs"
+    try:
+        path = (refs / revision).resolve(strict=True)
+        commit = path.read_text().strip() if path.is_relative_to(refs.resolve()) else None
+    except (OSError, ValueError, RuntimeError):  # not there, no name of a file, not text, or links in a circle
+        return None
+    return commit if is_commit(commit) else None
 
 
 def _blob_of(entry: Path) -> Path | None:

@@ -17,6 +17,7 @@ from domain.model_records import (
     ModelSummary,
     SearchQuery,
     check_model_id,
+    check_revision,
     has_chat_template,
     in_bounds,
     needs_remote_code,
@@ -25,9 +26,9 @@ from domain.model_records import (
     weight_files,
 )
 from domain.safetensors_header import SafetensorsHeader
+from services.hub_cache_dir import REPO_PREFIX, cached_repo, commit_at
 from services.model_folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk
 
-_REPO = "models--"  # what a model's folder in the Hub's cache begins with
 _MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
 # What the Hub derives a task from, for the class names that leave no doubt. Source: huggingface/transformers,
 # utils/update_metadata.py, PIPELINE_TAGS_AND_AUTO_MODELS.
@@ -103,6 +104,20 @@ class LocalModels:
         except ModelRejected:
             return None
         return next((model for model in self._places(model_id, revision)), None)
+
+    def find_last(self, model_id: str, revision: str) -> LocalModel | None:
+        """Return the model at the commit that a branch or tag was at when the Hub's cache last fetched it, or None.
+
+        The branch may have moved on since: this is for when the Hub cannot be asked.
+        """
+        cache_dir = self._hub_cache_dir()
+        try:
+            check_model_id(model_id)
+            check_revision(revision)
+        except ModelRejected:
+            return None
+        commit = commit_at(cached_repo(cache_dir, model_id), revision) if cache_dir is not None else None
+        return self.find(model_id, commit) if commit is not None else None
 
     def flaw(self, model_id: str) -> StudioError | None:
         """Return why the operator's folder of an id is no model; None if there is no such folder or no flaw."""
@@ -195,7 +210,7 @@ class LocalModels:
                 yield from self._read(model_id, folder, None) if folder is not None else ()
         cache_dir = self._hub_cache_dir()
         if cache_dir is not None:
-            yield from self._cached(cache_dir / f"{_REPO}{model_id.replace('/', '--')}", revision)
+            yield from self._cached(cached_repo(cache_dir, model_id), revision)
         if revision is None:
             yield from (model for model in self._embedded_model() if model.model_id == model_id)
 
@@ -207,14 +222,14 @@ class LocalModels:
     def _cached_repos(self) -> list[Path]:
         cache_dir = self._hub_cache_dir()
         try:
-            return sorted(cache_dir.glob(f"{_REPO}*")) if cache_dir is not None else []
+            return sorted(cache_dir.glob(f"{REPO_PREFIX}*")) if cache_dir is not None else []
         except OSError as error:
             _log.warning("local_models.cache_not_read", path=str(cache_dir), reason=str(error))
             return []
 
     def _cached(self, repo: Path, revision: str | None) -> Iterator[LocalModel]:
         """Yield a repository of the Hub's cache: at a commit, or at `main`, or else at the revision fetched last."""
-        model_id = repo.name.removeprefix(_REPO).replace("--", "/")
+        model_id = repo.name.removeprefix(REPO_PREFIX).replace("--", "/")
         try:
             commits = {path.name: path for path in (repo / "snapshots").iterdir() if path.is_dir()}
         except OSError:  # not there

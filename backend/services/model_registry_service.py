@@ -93,7 +93,7 @@ class ModelRegistryService:
         Raises:
             SettingRejected: Only fitting models are wanted and nothing judges that here.
             QueryRejected: The cursor is not one.
-            HubUnavailable: A later page of the Hub's list is wanted and cannot be had; or the Hub says when to ask again.
+            HubUnavailable: A later page of the Hub's list is wanted and cannot be had; or it says when to ask again.
         """
         if query.only_fitting and self._fit_of is None:
             raise SettingRejected("only_fitting: whether a model fits is not judged by this server.")
@@ -223,13 +223,16 @@ class ModelRegistryService:
                 lambda details: self._details_ttl_s(details, revision),
             )
         except (HubUnavailable, ModelNotFound, AccessDenied) as error:
+            if local is None and revision is not None and isinstance(error, HubUnavailable):
+                local = self._local.find_last(model_id, revision)
             if local is None:
                 flaw = self._local.flaw(model_id) if revision is None else None
                 if flaw is not None:
                     raise flaw from error
                 raise
             _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
-            return self._local.details(local), "local", self._clock.now(), False
+            details = replace(self._local.details(local), revision=revision or local.revision)
+            return details, "local", self._clock.now(), False
         is_here = local is not None or (revision is not None and self._local.find(model_id) is not None)
         details = replace(found.value, summary=replace(found.value.summary, local=is_here))
         return details, found.source, found.fetched_at, found.stale

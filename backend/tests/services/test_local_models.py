@@ -8,6 +8,7 @@ from hub_double import HubDouble, quiet_environment, safetensors_bytes
 from huggingface_hub import snapshot_download
 
 from domain.model_records import ModelFile, ModelSummary, SearchQuery, weight_files
+from services.hub_cache_dir import commit_at
 from services.local_models import LocalModel, LocalModels
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "transformers_version": "5.0"}
@@ -227,6 +228,31 @@ def test_finding_one_is_looking_through_all(tmp_path: Path) -> None:
     assert models.find("cached", commit) == known["cached"]
     assert models.find("cached", "0" * 40) is None
     assert models.find("plain", commit) is None
+
+
+def test_a_branch_is_the_commit_that_it_was_at_when_it_was_fetched(tmp_path: Path) -> None:
+    cache = tmp_path / "hub-cache"
+    with HubDouble() as hub:
+        commits = {}
+        for branch in ("main", "team/dev"):
+            commits[branch] = hub.add_model(
+                "org/m", {"config.json": b"{}", "model.safetensors": WEIGHTS, "x.txt": branch.encode()}, revision=branch
+            )
+            snapshot_download("org/m", revision=branch, endpoint=hub.url, cache_dir=cache)
+    models = models_of(hub_cache_dir=lambda: cache)
+    (cache / "models--org--m" / "refs" / "odd").write_bytes(b"\xff")
+    (cache / "models--org--m" / "refs" / "word").write_text("main")
+    outside = tmp_path / "outside"
+    outside.write_text(commits["main"])
+    (cache / "models--org--m" / "refs" / "linked").symlink_to(outside)
+
+    found = {branch: models.find_last("org/m", branch) for branch in commits}
+    assert {branch: model and model.revision for branch, model in found.items()} == commits
+    for revision in ("absent", "odd", "word", "linked", "team", "main/x", "../../../outside", str(outside), "a\0", ""):
+        assert models.find_last("org/m", revision) is None
+        assert commit_at(cache / "models--org--m", revision) is None
+    assert models.find_last("../org/m", "main") is None
+    assert models_of().find_last("org/m", "main") is None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from huggingface_hub import snapshot_download
 from registries import make_registry
 
 from core import errors
@@ -29,12 +30,12 @@ class Bench:
         clock = ManualClock()
         http = HubHttp(clock, clock.sleep, endpoint=hub.url)
         client = HubClient(http)
-        registry = make_registry(hub, folder, clock, hub_cache_dir=lambda: self.root)
+        self.registry = make_registry(hub, folder, clock, hub_cache_dir=lambda: self.root)
         cache = HubCacheDir(lambda: self.root, folder / "verified")
         embedded = EmbeddedModel(folder / "studio", folder / "logs")
         downloads = Downloads(http, client, cache, clock, clock.sleep)
         pickled = PickledModels(folder / "studio", folder / "logs")
-        self.files = ModelFiles(embedded, registry, downloads, pickled)
+        self.files = ModelFiles(embedded, self.registry, downloads, pickled)
         self.progress: list[tuple[str, LoadProgress]] = []
 
     def ensure(self, model_id: str, revision: str | None = None) -> Path:
@@ -110,6 +111,32 @@ def test_a_pinned_commit_beside_main_is_found(bench: Bench) -> None:
     assert bench.ensure("me/m", old) == pinned
     bench.files.check("me/m", old)
     assert bench.hub.requests.total() == before
+
+
+@pytest.mark.parametrize("away", ["offline", "unreachable"])
+def test_a_branch_that_is_here_is_known_and_loaded_while_the_hub_is_away(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, away: str
+) -> None:
+    commit = bench.hub.add_model("me/m", FILES)
+    bench.hub.add_model("me/m", FILES | {"x.txt": b"x"}, revision="team/dev")
+    folders = {
+        branch: Path(snapshot_download("me/m", revision=branch, endpoint=bench.hub.url, cache_dir=bench.root))
+        for branch in ("main", "team/dev")
+    }
+    if away == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for route in ("info", "tree", "resolve", "cdn"):
+        bench.hub.fail(route, status=503, times=99)
+
+    details = bench.registry.details("me/m", "main").details
+    assert (details.sha, details.revision, details.summary.local) == (commit, "main", True)
+    assert bench.registry.blockers_of("me/m", "main") == []
+    for branch, folder in folders.items():
+        assert bench.registry.config_of("me/m", branch) == {"model_type": "llama"}
+        bench.files.check("me/m", branch)
+        assert bench.ensure("me/m", branch) == folder
+    with pytest.raises(errors.HubUnavailable):
+        bench.files.check("me/m", "other")
 
 
 @pytest.mark.parametrize(
