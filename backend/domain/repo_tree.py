@@ -16,6 +16,11 @@ _MAX_PART_BYTES = 255  # what the usual file systems allow
 # What transformers reads beside the weights, all of it at the top of the repository.
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _TEMPLATES = "additional_chat_templates/"
+_INDEX = "model.safetensors.index.json"
+# Source: transformers, VOCAB_FILES_NAMES of models/*/tokenization_*.py; and what it converts (tiktoken, tekken).
+_VOCABULARY = re.compile(
+    r"tokenizer(?!_config\.json).*|.*vocab.*|.*\.(model|tiktoken|spm)|(tekken|encoder)\.json|bpe\.codes|dict\.txt"
+)
 _PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
 
 
@@ -126,6 +131,18 @@ def select(files: Iterable[RepoFile], *, pickled: bool = False) -> Selection:
 def pickled_weights(paths: Iterable[str]) -> tuple[str, ...]:
     """Choose the pickled weights that transformers would read."""
     return tuple(sorted(path for path in paths if _PICKLED.fullmatch(path)))
+
+
+def vocabulary_files(paths: Iterable[str]) -> tuple[str, ...]:
+    """Choose what a tokenizer reads its vocabulary from; without any there is no tokenizer."""
+    return tuple(sorted(path for path in paths if _VOCABULARY.fullmatch(path) and "/" not in path))
+
+
+def indexed_weights(paths: Iterable[str]) -> tuple[str, ...]:
+    """Choose the safetensors that transformers would read from a folder: shards need their index."""
+    names = tuple(paths)
+    weights = weight_files(names)
+    return weights if all(_stem(name) == name for name in weights) or _INDEX in names else ()
 
 
 def _stem(path: str) -> str:

@@ -24,7 +24,7 @@ from domain.repo_tree import RepoFile, is_commit
 from services.download_flight import DownloadCancelled, Flight, Progress
 from services.hub_cache_dir import HubCacheDir, Partial
 from services.hub_client import HubClient
-from services.hub_errors import may_pass
+from services.hub_errors import may_pass, partly_here
 from services.hub_http import HubHttp
 from services.hub_wanted import MODEL, Wanted
 
@@ -157,9 +157,10 @@ class Downloads:
             commit = revision if is_commit(revision) else self._client.commit(model_id, revision)
             chosen = wanted.choose(model_id, self._client.tree(model_id, commit))
         except errors.HubUnavailable as error:
-            here = self._whole(model_id, self.cache.commit_of(model_id, revision), wanted)
+            held = revision if is_commit(revision) else self.cache.commit_of(model_id, revision)
+            here = self._whole(model_id, held, wanted)
             if here is None:
-                raise
+                raise self._explained(error, model_id, held, wanted) from error
             _log.warning("hub_download.served_from_disk", model_id=model_id, reason=error.detail)
             return here
         flight.total_bytes = sum(file.size_bytes for file in chosen.all)
@@ -177,9 +178,15 @@ class Downloads:
         if commit is None:
             return None
         snapshot = self.cache.snapshot(model_id, commit)
-        names = [path.name for path in snapshot.iterdir() if path.is_file()] if snapshot.is_dir() else []
-        whole = wanted.config in names and bool(wanted.weights(names))
-        return snapshot if whole and not self.cache.damaged(snapshot) else None
+        return snapshot if not wanted.lacking(snapshot) and not self.cache.damaged(snapshot) else None
+
+    def _explained(
+        self, error: errors.HubUnavailable, model_id: str, commit: str | None, wanted: Wanted
+    ) -> errors.HubUnavailable:
+        """Say beside it what is missing of a commit that is on this machine in part."""
+        snapshot = self.cache.snapshot(model_id, commit) if commit is not None else None
+        lacking = wanted.lacking(snapshot) if snapshot is not None and snapshot.is_dir() else ()
+        return partly_here(error, model_id, lacking) if lacking else error
 
     def _fetch_all(self, model_id: str, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:
         """Fetch files, a few at once; the first error stops the others and is raised."""

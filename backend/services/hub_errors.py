@@ -1,6 +1,7 @@
 """The errors of huggingface_hub, of its HTTP client and of its files, in this service's terms."""
 
 import errno
+from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,12 @@ def map_hub_error(error: Exception, model_id: str | None) -> errors.StudioError:
 def unavailable(detail: str, retry_after_s: float | None = None) -> errors.HubUnavailable:
     """Make the error of a Hub that does not answer, with how long to leave it alone if that is known."""
     return errors.HubUnavailable(detail, **({} if retry_after_s is None else {"retry_after_s": retry_after_s}))
+
+
+def partly_here(error: errors.HubUnavailable, model_id: str, lacking: Sequence[str]) -> errors.HubUnavailable:
+    """Make the error of a Hub that does not answer when part of what is asked for is on this machine."""
+    missing = f"{error.detail} {model_id} is on this machine only in part, without {' and without '.join(lacking)}."
+    return errors.HubUnavailable(missing, **error.extras)
 
 
 def may_pass(error: Exception) -> bool:

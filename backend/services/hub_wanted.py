@@ -7,10 +7,22 @@ from pathlib import Path
 
 from core import errors
 from domain.adapter_files import CONFIG, WEIGHTS, choose_adapter
-from domain.model_records import weight_files
-from domain.repo_tree import RepoFile, Selection, pickled_weights, select
+from domain.repo_tree import RepoFile, Selection, indexed_weights, pickled_weights, select, vocabulary_files
 from services.adapter_checks import check_small_files
 from services.model_safety import check_snapshot, no_safe_weights
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a repository must have to be of use.
+
+    Attributes:
+        words: What it is, to be read by people.
+        files: Takes names; returns its files among them, or nothing if they are not complete.
+    """
+
+    words: str
+    files: Callable[[Iterable[str]], tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -18,16 +30,19 @@ class Wanted:
     """What is fetched of a repository.
 
     Attributes:
-        config: The file without which it is not one.
+        parts: What must be in a folder for it to be whole.
         choose: Takes the id and the tree; returns what is read of it, or refuses it.
-        weights: Takes names; returns the weights among them, or nothing if they are not complete.
         check: Takes the folder of the small files and the id; refuses it before its weights are fetched.
     """
 
-    config: str
+    parts: tuple[Part, ...]
     choose: Callable[[str, Iterable[RepoFile]], Selection]
-    weights: Callable[[Iterable[str]], tuple[str, ...]]
     check: Callable[[Path, str], None]
+
+    def lacking(self, folder: Path) -> tuple[str, ...]:
+        """Say which parts a folder is without: all of them if there is no folder."""
+        names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        return tuple(part.words for part in self.parts if not part.files(names))
 
 
 def _choose_model(model_id: str, files: Iterable[RepoFile], *, pickled: bool) -> Selection:
@@ -49,20 +64,21 @@ def _choose_tokenizer(model_id: str, files: Iterable[RepoFile]) -> Selection:
 
 def _any_weights(names: Iterable[str]) -> tuple[str, ...]:
     names = tuple(names)
-    return weight_files(names) or pickled_weights(names)
+    return indexed_weights(names) or pickled_weights(names)
 
 
-def _tokenizer_files(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name.startswith("tokenizer"))
+def _named(name: str) -> Part:
+    return Part(name, lambda names: (name,) if name in names else ())
 
 
-def _adapter_weights(names: Iterable[str]) -> tuple[str, ...]:
-    return (WEIGHTS,) if WEIGHTS in names else ()
+_CONFIG = _named("config.json")
+_SAFETENSORS = Part("its safetensors weights (all of them, and the index of shards)", indexed_weights)
+_WEIGHTS = Part("its weights (all of them, and the index of shards)", _any_weights)
+_VOCABULARY = Part("its tokenizer (tokenizer.json, or another file with the vocabulary)", vocabulary_files)
 
-
-MODEL = Wanted("config.json", partial(_choose_model, pickled=False), weight_files, check_snapshot)
+MODEL = Wanted((_CONFIG, _SAFETENSORS, _VOCABULARY), partial(_choose_model, pickled=False), check_snapshot)
 # A model whose pickled weights will do where there are no safetensors.
-PICKLED_MODEL = Wanted("config.json", partial(_choose_model, pickled=True), _any_weights, check_snapshot)
-# All but a model's weights. Its tokenizer's files stand for them: without any the snapshot is not whole.
-TOKENIZER = Wanted("config.json", _choose_tokenizer, _tokenizer_files, check_snapshot)
-ADAPTER = Wanted(CONFIG, choose_adapter, _adapter_weights, check_small_files)
+PICKLED_MODEL = Wanted((_CONFIG, _WEIGHTS, _VOCABULARY), partial(_choose_model, pickled=True), check_snapshot)
+# All but a model's weights.
+TOKENIZER = Wanted((_CONFIG, _VOCABULARY), _choose_tokenizer, check_snapshot)
+ADAPTER = Wanted((_named(CONFIG), _named(WEIGHTS)), choose_adapter, check_small_files)

@@ -1,7 +1,8 @@
 """Models on this machine: the operator's folders, what was prepared here, the Hub's cache, the embedded model.
 
 Only names, config.json and safetensors headers are read. A folder whose weights are missing, truncated or broken
-is no model: it is left out, and the log says why.
+is no model, and neither is one of the Hub's cache without a tokenizer, which a download completes: it is left out,
+and the log says why.
 """
 
 import threading
@@ -25,8 +26,10 @@ from domain.model_records import (
     texts,
     weight_files,
 )
+from domain.repo_tree import is_commit
 from domain.safetensors_header import SafetensorsHeader
 from services.hub_cache_dir import REPO_PREFIX, cached_repo, commit_at
+from services.hub_wanted import MODEL
 from services.model_folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk
 
 _MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
@@ -118,6 +121,16 @@ class LocalModels:
             return None
         commit = commit_at(cached_repo(cache_dir, model_id), revision) if cache_dir is not None else None
         return self.find(model_id, commit) if commit is not None else None
+
+    def lacking(self, model_id: str, revision: str | None) -> tuple[str, ...]:
+        """Say what is missing of a model that the Hub's cache holds in part; nothing if it is whole or not there."""
+        cache_dir = self._hub_cache_dir()
+        if cache_dir is None:
+            return ()
+        repo = cached_repo(cache_dir, model_id)
+        commit = revision if is_commit(revision) else commit_at(repo, revision or "main")
+        folder = repo / "snapshots" / commit if commit is not None else None
+        return MODEL.lacking(folder) if folder is not None and folder.is_dir() else ()
 
     def flaw(self, model_id: str) -> StudioError | None:
         """Return why the operator's folder of an id is no model; None if there is no such folder or no flaw."""
@@ -267,6 +280,8 @@ class LocalModels:
         weights = weight_files(names)
         if not weights:
             raise ValueError("a shard of the weights is missing")
+        if revision is not None and (lacking := MODEL.lacking(folder)):
+            raise ValueError(f"it is without {' and without '.join(lacking)}")
         roots = self._roots(folder)
         paths = {name: inside(folder / name, roots) for name in ("config.json", *weights)}
         config = read_json(paths.pop("config.json"))

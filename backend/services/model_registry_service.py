@@ -41,7 +41,7 @@ from domain.model_records import (
 from domain.repo_tree import is_commit
 from services.embedded_listing import embedded_local_model
 from services.hub_client import HubClient, search_params
-from services.hub_errors import QueryRejected
+from services.hub_errors import QueryRejected, partly_here
 from services.hub_http import HubHttp
 from services.listed_configs import ListedConfigs, config_cache
 from services.local_models import LocalModel, LocalModels, hub_cache_dir
@@ -229,6 +229,8 @@ class ModelRegistryService:
                 flaw = self._local.flaw(model_id) if revision is None else None
                 if flaw is not None:
                     raise flaw from error
+                if isinstance(error, HubUnavailable) and (lacking := self._local.lacking(model_id, revision)):
+                    raise partly_here(error, model_id, lacking) from error
                 raise
             _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
             details = replace(self._local.details(local), revision=revision or local.revision)

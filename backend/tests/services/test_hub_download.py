@@ -92,6 +92,16 @@ def test_it_is_the_hubs_own_cache(bench: Bench) -> None:
     assert bench.hub.requests["cdn"] == before
 
 
+def test_a_pinned_commit_that_is_here_in_part_is_completed(bench: Bench) -> None:
+    commit = bench.hub.add_model("me/m", FILES)
+    for name in ("config.json", "model.safetensors"):
+        hf_hub_download("me/m", name, endpoint=bench.hub.url, cache_dir=bench.root)
+    fetched = bench.hub.requests["cdn"]
+
+    assert content(bench.fetch(revision=commit)) == {name: FILES[name] for name in WANTED}
+    assert bench.hub.requests["cdn"] == fetched
+
+
 def test_a_pinned_commit_that_is_here_asks_nobody(bench: Bench) -> None:
     commit = bench.hub.add_model("me/m", FILES)
     first = bench.fetch(revision=commit)

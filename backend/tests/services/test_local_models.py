@@ -14,6 +14,8 @@ from services.local_models import LocalModel, LocalModels
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "transformers_version": "5.0"}
 WEIGHTS = safetensors_bytes({"a": ("BF16", (3, 4)), "b": ("F32", (5,))})
 
+CACHED = {"config.json": b"{}", "model.safetensors": WEIGHTS, "tokenizer.json": b"{}"}
+
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -129,7 +131,7 @@ def test_a_link_within_a_model_is_followed(tmp_path: Path) -> None:
 
 def test_the_hubs_cache_is_read_at_main(tmp_path: Path) -> None:
     cache = tmp_path / "hub-cache"
-    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS}
+    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": WEIGHTS, "vocab.txt": b"a"}
     with HubDouble() as hub:
         main = hub.add_model("org/m", files)
         hub.add_model("org/m", files | {"x.txt": b"x"}, revision="dev")
@@ -150,18 +152,49 @@ def test_the_hubs_cache_is_read_at_main(tmp_path: Path) -> None:
 
 def test_a_cached_blob_that_was_truncated_is_no_model(tmp_path: Path) -> None:
     with HubDouble() as hub:
-        hub.add_model("org/m", {"config.json": b"{}", "model.safetensors": WEIGHTS})
+        hub.add_model("org/m", CACHED)
         folder = Path(snapshot_download("org/m", endpoint=hub.url, cache_dir=tmp_path))
     blob = (folder / "model.safetensors").resolve()
     os.truncate(blob, len(WEIGHTS) - 4)
     assert ids(models_of(hub_cache_dir=lambda: tmp_path)) == []
 
 
+SHARDS = {f"model-0000{number}-of-00002.safetensors": WEIGHTS for number in (1, 2)}
+INDEX = {"model.safetensors.index.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    ("files", "lacking"),
+    [
+        ({"config.json": b"{}", "model.safetensors": WEIGHTS}, "tokenizer"),
+        ({"config.json": b"{}", "model.safetensors": WEIGHTS, "tokenizer_config.json": b"{}"}, "tokenizer"),
+        ({"config.json": b"{}", **SHARDS, "vocab.json": b"{}"}, "index of shards"),
+        ({"config.json": b"{}", "tokenizer.json": b"{}"}, "safetensors weights"),
+        ({"config.json": b"{}", "model.safetensors": WEIGHTS, "tokenizer.model": b"x"}, None),
+        ({"config.json": b"{}", "model.safetensors": WEIGHTS, "vocab.json": b"{}", "merges.txt": b""}, None),
+        ({"config.json": b"{}", **SHARDS, **INDEX, "qwen.tiktoken": b"x"}, None),
+    ],
+)
+def test_what_the_cache_holds_in_part_is_no_model_and_says_what_is_missing(
+    tmp_path: Path, files: dict[str, bytes], lacking: str | None
+) -> None:
+    with HubDouble() as hub:
+        commit = hub.add_model("org/m", files)
+        snapshot_download("org/m", endpoint=hub.url, cache_dir=tmp_path)
+    models = models_of(hub_cache_dir=lambda: tmp_path)
+    assert ids(models) == ([] if lacking else ["org/m"])
+    for revision in (None, "main", commit):
+        missing = models.lacking("org/m", revision)
+        assert len(missing) == (1 if lacking else 0)
+        assert lacking is None or lacking in missing[0]
+    assert models.lacking("org/absent", None) == models.lacking("org/m", "other") == ()
+
+
 def test_a_link_out_of_the_cache_is_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes(WEIGHTS)
     with HubDouble() as hub:
-        hub.add_model("org/m", {"config.json": b"{}", "model.safetensors": WEIGHTS})
+        hub.add_model("org/m", CACHED)
         folder = Path(snapshot_download("org/m", endpoint=hub.url, cache_dir=tmp_path / "cache"))
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(outside)
@@ -208,7 +241,7 @@ def test_finding_one_is_looking_through_all(tmp_path: Path) -> None:
     cache = tmp_path / "hub-cache"
     with HubDouble() as hub:
         for name in ("org/m", "org/cached", "cached"):
-            commit = hub.add_model(name, {"config.json": b"{}", "model.safetensors": WEIGHTS})
+            commit = hub.add_model(name, CACHED)
             snapshot_download(name, endpoint=hub.url, cache_dir=cache)
     for folder in ("own/plain", "own/org/m", "own/model/inner", "own/.hidden", "own/org/.hidden", "outside/linked"):
         make(tmp_path / folder)
@@ -235,9 +268,7 @@ def test_a_branch_is_the_commit_that_it_was_at_when_it_was_fetched(tmp_path: Pat
     with HubDouble() as hub:
         commits = {}
         for branch in ("main", "team/dev"):
-            commits[branch] = hub.add_model(
-                "org/m", {"config.json": b"{}", "model.safetensors": WEIGHTS, "x.txt": branch.encode()}, revision=branch
-            )
+            commits[branch] = hub.add_model("org/m", CACHED | {"x.txt": branch.encode()}, revision=branch)
             snapshot_download("org/m", revision=branch, endpoint=hub.url, cache_dir=cache)
     models = models_of(hub_cache_dir=lambda: cache)
     (cache / "models--org--m" / "refs" / "odd").write_bytes(b"\xff")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from registries import make_registry
 
 from core import errors
@@ -19,7 +19,7 @@ from services.model_files import ModelFiles
 from services.pickled_model import PickledModels
 
 WEIGHTS = safetensors_bytes({"w": ("BF16", (64, 64))})
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": WEIGHTS}
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": WEIGHTS, "tokenizer.json": b"{}"}
 
 
 class Bench:
@@ -111,6 +111,56 @@ def test_a_pinned_commit_beside_main_is_found(bench: Bench) -> None:
     assert bench.ensure("me/m", old) == pinned
     bench.files.check("me/m", old)
     assert bench.hub.requests.total() == before
+
+
+@pytest.fixture
+def partly(bench: Bench) -> str:
+    """Leave config and weights of a model in the cache, as other programs do. Returns the commit."""
+    commit = bench.hub.add_model("me/m", FILES | {"tokenizer_config.json": b"{}"})
+    for name in ("config.json", "model.safetensors"):
+        hf_hub_download("me/m", name, endpoint=bench.hub.url, cache_dir=bench.root)
+    return commit
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("kind", ["model", "tokenizer"])
+def test_a_folder_without_a_tokenizer_is_completed(bench: Bench, partly: str, pinned: bool, kind: str) -> None:
+    revision = partly if pinned else None
+    fetched = bench.hub.requests["cdn"]
+    for _ in range(2):
+        bench.files.check("me/m", revision)
+        ensure = bench.ensure if kind == "model" else bench.files.ensure_tokenizer
+        folder = ensure("me/m", revision)
+        before = bench.hub.requests.total()
+
+    assert folder == bench.root / "models--me--m" / "snapshots" / partly
+    assert {path.name for path in folder.iterdir()} == {*FILES, "tokenizer_config.json"}
+    assert bench.hub.requests["cdn"] == fetched  # the weights that were there are not fetched again
+    ensure("me/m", revision)
+    assert bench.hub.requests.total() == before
+    assert bench.registry.resolve_local("me/m", revision) is not None
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+@pytest.mark.parametrize("away", ["offline", "unreachable"])
+def test_a_folder_that_cannot_be_completed_says_what_is_missing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, partly: str, away: str, pinned: bool
+) -> None:
+    if away == "offline":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for route in ("info", "tree"):
+        bench.hub.fail(route, status=503, headers={"Retry-After": "60"}, times=99)
+    revision = partly if pinned else None
+    for ask in (
+        lambda: bench.files.check("me/m", revision),
+        lambda: bench.ensure("me/m", revision),
+        lambda: bench.files.ensure_tokenizer("me/m", revision),
+        lambda: bench.registry.details("me/m", revision),
+    ):
+        with pytest.raises(errors.HubUnavailable, match=r"me/m is on .* only in part, without its tokenizer") as caught:
+            ask()
+        assert caught.value.extras == ({} if away == "offline" else {"retry_after_s": 60.0})
+    assert bench.registry.resolve_local("me/m", revision) is None
 
 
 @pytest.mark.parametrize("away", ["offline", "unreachable"])
