@@ -254,7 +254,7 @@ def _of_datasets(error: StudioError, hub_id: str) -> StudioError:
         return DatasetNotFound(what or f"The Hub has no dataset {hub_id}, or it is private and HF_TOKEN has no access.")
     if isinstance(error, ModelGated):
         return DatasetGated(
-            f"{hub_id} is gated: accept its terms on its page, and set HF_TOKEN to that account's token."
+            f"{hub_id} is gated: accept its terms, and set HF_TOKEN, or send X-HF-Token, with that account's token."
         )
     return DatasetRejected(error.detail, errors=[]) if isinstance(error, ModelRejected) else error
 

@@ -37,7 +37,7 @@ def map_hub_error(error: Exception, model_id: str | None) -> errors.StudioError:
             return unavailable("HF_HUB_OFFLINE is set: the Hub is not asked.")
         case hub.GatedRepoError():
             return errors.ModelGated(
-                f"{subject} is gated: accept its licence on its page, and set HF_TOKEN to a token of that account.",
+                f"{subject} is gated: accept its licence, and set HF_TOKEN, or send X-HF-Token, with your token.",
                 model_id=model_id,
             )
         case hub.DisabledRepoError():

@@ -85,7 +85,9 @@ class ModelFiles:
             check_asks_for_no_code(model_id, "config.json", details.config)
             check_dimensions(model_id, details.config)
         elif details.summary.gated:
-            raise ModelGated(f"{model_id} is gated: accept its licence on its page, and set HF_TOKEN.")
+            raise ModelGated(
+                f"{model_id} is gated: accept its licence on its page, and set HF_TOKEN or send X-HF-Token."
+            )
 
     def ensure(
         self,
