@@ -136,7 +136,7 @@ _ALLOCATORS = {
         """
 What engines run with elsewhere. Its heap does not reuse what tensors leave, and how much it then holds differs from run
 to run, by some per cent with LoRA and by twenty with checkpointing and on 4 bits: the range is wide, and the constants
-are rather high.
+for what it holds are mostly higher than one series of points would have them.
 """,
     ),
 }
