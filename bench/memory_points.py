@@ -31,6 +31,8 @@ class Point:
     """One run. Sizes in tokens and rows.
 
     Attributes:
+        dropout: None for the method's default: 0.05, and 0 for PiSSA.
+        accumulation: Passes a step.
         mixed: Whether it is a longer run over rows of every length up to `length`, and not two steps of the longest.
     """
 
@@ -43,6 +45,8 @@ class Point:
     targets: str = "all-linear"
     model: str = SMALL
     mixed: bool = False
+    dropout: float | None = None
+    accumulation: int = 1
 
     @property
     def steps(self) -> int:
@@ -54,12 +58,14 @@ class Point:
             "rank": self.rank,
             "batch_size": self.batch,
             "max_seq_length": self.length,
-            "gradient_accumulation": 1,
+            "gradient_accumulation": self.accumulation,
             "gradient_checkpointing": self.checkpointing,
             "precision": self.precision,
             "max_steps": self.steps,
             "train_on": "all",
         }
+        if self.dropout is not None:
+            overrides["dropout"] = self.dropout
         if self.targets != "all-linear":
             overrides["target_modules"] = self.targets.split("+")
         return configure(Algorithm(self.algorithm), use_case=None, overrides=overrides, machine=CPU).config
@@ -88,6 +94,11 @@ FITTED = (
     Point("lora", 512, 1, 16, checkpointing=True),
     Point("lora", 256, 1, 16, precision="bf16"),
     Point("lora", 256, 1, 16, targets="q_proj+v_proj"),
+    Point("lora", 256, 1, 16, dropout=0.0),
+    Point("lora", 256, 4, 16, dropout=0.0),
+    Point("qlora", 256, 2, 16, dropout=0.0),
+    Point("lora", 512, 1, 16, checkpointing=True, dropout=0.0),
+    Point("pissa", 192, 2, 16),
 )
 # And are judged on these: other lengths, batches and ranks.
 JUDGED = (
@@ -115,6 +126,14 @@ JUDGED = (
     Point("qlora", 96, 2, 64),
     Point("dora", 448, 1, 16, checkpointing=True),
     Point("olora", 160, 1, 16),
+    Point("lora", 640, 1, 8, dropout=0.0),
+    Point("lora", 320, 2, 32, dropout=0.0),
+    Point("qlora", 320, 1, 16, dropout=0.0),
+    Point("dora", 256, 1, 16, dropout=0.0),
+    Point("pissa", 256, 4, 16),
+    Point("lora", 384, 2, 16, checkpointing=True, dropout=0.0),
+    Point("rslora", 128, 4, 32, dropout=0.2),
+    Point("lora", 192, 2, 16, accumulation=4),
 )
 
 
@@ -183,7 +202,7 @@ def write_rows(path: Path, point: Point) -> None:
         repeats = [max(1, point.length * twelfth // 12 // 13) for twelfth in range(12)] + [too_long] * 8
     else:
         short = [point.length // 2 // 13] if point.batch > 1 else []
-        repeats = [too_long] * (point.batch - len(short)) + short
+        repeats = ([too_long] * (point.batch - len(short)) + short) * point.accumulation
     with path.open("w", encoding="utf-8") as file:
         for times in repeats:
             messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _TEXT * times}]

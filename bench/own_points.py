@@ -76,6 +76,8 @@ def _name(point: Point) -> str:
         "checkpointing" if point.checkpointing else "",
         point.precision if point.precision != "fp32" else "",
         point.targets if point.targets != "all-linear" else "",
+        f"dropout {point.dropout:g}" if point.dropout is not None else "",
+        f"{point.accumulation} passes a step" if point.accumulation > 1 else "",
         point.model if point.model != SMALL else "",
         f"{point.steps} steps of every length up to that" if point.mixed else "",
     ]
@@ -114,14 +116,24 @@ def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         config, batch = point.config(), Batch(point.batch, point.length, point.batch > 1)
         found = estimate(shape, config, on_gpu=False, batch=batch)
         layers = kept_by_layers(shape, config, batch, on_gpu=False).all_bytes
+        plain = kept_by_layers(
+            shape, config.model_copy(update={"dropout": 0.0, "use_dora": False}), batch, on_gpu=False
+        ).all_bytes
         trained, quantized = adapter_parameters(shape, config) * 12, config.quantization != "none"
         decomposed = (config.init_weights == "pissa") * dense_bytes(shape, config)
-        features.append([MIB, layers * (not quantized), layers * quantized, trained, decomposed])
+        features.append([MIB, plain * (not quantized), plain * quantized, layers - plain, trained, decomposed])
         tensors = weights_bytes(shape, config) + trained + found.activations_bytes + found.logits_bytes
         wanted.append(peak - tensors)
         peaks.append(peak)
     values = fit(np.array(features, float), np.array(wanted, float), np.array(peaks, float))
-    names = ("overhead and training, MiB", "slack_layers", "slack_quantized", "slack_adapters", "slack_pissa")
+    names = (
+        "overhead and training, MiB",
+        "slack_layers",
+        "slack_quantized",
+        "slack_extras",
+        "slack_adapters",
+        "slack_pissa",
+    )
     return dict(zip(names, (float(value) for value in values), strict=True))
 
 
@@ -177,6 +189,7 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
         (platform.overhead_bytes + platform.training_bytes) / MIB,
         platform.slack_layers,
         platform.slack_quantized,
+        platform.slack_extras,
         platform.slack_adapters,
         platform.slack_pissa,
     )
