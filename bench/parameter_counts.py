@@ -1,19 +1,22 @@
 """Parameters counted from config.json alone, beside transformers' own count and the published one.
 
-    python ../bench/parameter_counts.py ../../shared/data/configs      (from backend/)
+    python ../bench/parameter_counts.py [folder]      (from backend/)
 
-The argument is a folder of `<owner>__<name>/config.json`. transformers builds each model on the meta device, where
-tensors have a shape and no memory; models that bring their own code are counted by us and by their publisher only.
+The folder, ../../shared/data/configs if none is named, holds `<owner>__<name>/config.json`. transformers builds each
+model on the meta device, where tensors have a shape and no memory; models that bring their own code are counted by us
+and by their publisher only.
 Exits 1 if a difference is not accounted for.
 """
 
+import argparse
 import json
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "backend"))
 
 from domain.architectures.registry import read_shape
 
@@ -133,9 +136,13 @@ def main(folder: Path) -> int:
     from engine.guards import hide_broken_torchvision
 
     hide_broken_torchvision()
+    paths = sorted(folder.glob("*/config.json"))
+    if not paths:
+        print(f"no configs in {folder}")
+        return 1
     unexplained = 0
     print(f"{'model':44} {'ours':>17} {'- transformers':>14} {'- published':>15}  of which stored beside")
-    for path in sorted(folder.glob("*/config.json")):
+    for path in paths:
         model_id = path.parent.name.replace("__", "/", 1)
         config = json.loads(path.read_bytes())
         shape = read_shape(config)
@@ -159,4 +166,6 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=ROOT.parent / "shared" / "data" / "configs")
+    sys.exit(main(parser.parse_args().folder))
