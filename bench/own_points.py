@@ -115,13 +115,11 @@ def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             continue
         config, batch = point.config(), Batch(point.batch, point.length, point.batch > 1)
         found = estimate(shape, config, on_gpu=False, batch=batch)
-        layers = kept_by_layers(shape, config, batch, on_gpu=False).all_bytes
-        plain = kept_by_layers(
-            shape, config.model_copy(update={"dropout": 0.0, "use_dora": False}), batch, on_gpu=False
-        ).all_bytes
+        layers = kept_by_layers(shape, config, batch, on_gpu=False)
+        plain, extras = layers.plain_bytes, layers.all_bytes - layers.plain_bytes
         trained, quantized = adapter_parameters(shape, config) * 12, config.quantization != "none"
         decomposed = (config.init_weights == "pissa") * dense_bytes(shape, config)
-        features.append([MIB, plain * (not quantized), plain * quantized, layers - plain, trained, decomposed])
+        features.append([MIB, plain * (not quantized), plain * quantized, extras, trained, decomposed])
         tensors = weights_bytes(shape, config) + trained + found.activations_bytes + found.logits_bytes
         wanted.append(peak - tensors)
         peaks.append(peak)

@@ -29,9 +29,9 @@ async def create(body: schemas.CreateJobRequest, response: Response, training: T
     """Queue a fine-tune. With an idempotency key, the same request again returns the same job."""
     values = {name: getattr(body, name) for name in JobRequest.__dataclass_fields__}
     request = JobRequest(**values | {"overrides": body.overrides.sent()})
-    record = await may_ask_the_hub(training.create, request)
-    response.headers["Location"] = f"/api/training/jobs/{record.id}"
-    return await asyncio.to_thread(_view, training, record)
+    job = await may_ask_the_hub(lambda: _view(training, training.create(request)))
+    response.headers["Location"] = f"/api/training/jobs/{job.id}"
+    return job
 
 
 @router.get("/jobs")

@@ -14,7 +14,7 @@ from pathlib import Path
 # Debian's libtcmalloc-minimal4, Fedora's gperftools-libs, Arch's gperftools, and one built by hand.
 _FOLDERS = (f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 _LIBRARY = "libtcmalloc_minimal.so.4"
-_SYMBOL = "MallocExtension_ReleaseFreeMemory"  # gperftools, malloc_extension_c.h
+TCMALLOC_SYMBOL = "MallocExtension_ReleaseFreeMemory"  # gperftools, malloc_extension_c.h
 
 
 @cache
@@ -28,14 +28,14 @@ def preload() -> Path | None:
     if "LD_PRELOAD" in os.environ:
         return None
     files = (Path(folder) / _LIBRARY for folder in _FOLDERS)
-    return next((path for path in files if path.is_file() and has_symbol(str(path), _SYMBOL)), None)
+    return next((path for path in files if path.is_file() and has_symbol(str(path), TCMALLOC_SYMBOL)), None)
 
 
 @cache
 def engines_have_tcmalloc() -> bool:
     """Whether engines on a CPU run with tcmalloc, by `preload` or because this process was started so."""
-    chosen = os.environ.get("LD_PRELOAD")
-    return preload() is not None or (bool(chosen) and has_symbol(str(chosen), _SYMBOL))
+    chosen = os.environ.get("LD_PRELOAD", "")
+    return preload() is not None or (chosen != "" and has_symbol(chosen, TCMALLOC_SYMBOL))
 
 
 def has_symbol(libraries: str, symbol: str) -> bool:

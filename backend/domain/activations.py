@@ -129,28 +129,34 @@ class Layers:
 
     Attributes:
         all_bytes: Of every layer as it is computed, whether it is kept or computed again.
+        plain_bytes: The same without dropout and DoRA.
         peak_bytes: What is there at once. Without checkpointing, all of it; with it, the input of each layer (Chen et
             al., arXiv 1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is
             computed again.
     """
 
     all_bytes: int
+    plain_bytes: int
     peak_bytes: int
 
 
 def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS, *, on_gpu: bool) -> Layers:
     """Count what all layers keep."""
-    kept = [
-        (block.count, _kept_by_block(block, config, batch, stack, on_gpu=on_gpu))
-        for block in shape.blocks
-        if block.passed
-    ]
+    plain = config.model_copy(update={"dropout": 0.0, "use_dora": False})
+    kept, kept_plainly = (
+        [
+            (block.count, _kept_by_block(block, settings, batch, stack, on_gpu=on_gpu))
+            for block in shape.blocks
+            if block.passed
+        ]
+        for settings in (config, plain)
+    )
     last_norm = 4 * batch.tokens * shape.hidden
-    everything = sum(count * size for count, size in kept) + last_norm
+    everything, plainly = (sum(count * size for count, size in sizes) + last_norm for sizes in (kept, kept_plainly))
     if not config.gradient_checkpointing:
-        return Layers(everything, everything)
+        return Layers(everything, plainly, everything)
     boundaries = shape.layers * batch.tokens * shape.hidden * WIDTH_BYTES[config.precision]
-    return Layers(everything, boundaries + last_norm + max((size for _, size in kept), default=0))
+    return Layers(everything, plainly, boundaries + last_norm + max((size for _, size in kept), default=0))
 
 
 def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:

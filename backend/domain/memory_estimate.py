@@ -7,7 +7,17 @@ import math
 from dataclasses import dataclass
 
 from core import allocator
-from domain.activations import OURS, WIDTH_BYTES, Batch, Stack, kept_by_layers, largest_batch, logits_bytes, targeted
+from domain.activations import (
+    OURS,
+    WIDTH_BYTES,
+    Batch,
+    Layers,
+    Stack,
+    kept_by_layers,
+    largest_batch,
+    logits_bytes,
+    targeted,
+)
 from domain.model_shape import ModelShape
 from domain.peft_config import DECOMPOSED, PeftConfig
 
@@ -211,9 +221,7 @@ def estimate(
     # Gradients take the place of activations as these are freed, unless several passes add up to one step.
     gradients = adapter if config.gradient_accumulation > 1 else max(0, adapter - activations - logits)
     training = weights + adapter + gradients + optimizer + activations + logits
-    lora = config.model_copy(update={"dropout": 0.0, "use_dora": False})
-    plain = kept_by_layers(shape, lora, batch, stack, on_gpu=on_gpu).all_bytes
-    lost = _lost(shape, config, device, plain, layers.all_bytes - plain, adapter + optimizer)
+    lost = _lost(shape, config, device, layers, adapter + optimizer)
     fixed = device.overhead_bytes + device.training_bytes + lost
     # Loading may need more than a small training run.
     overhead = max(fixed, loading_bytes(shape, config, on_gpu=on_gpu) - training)
@@ -236,12 +244,11 @@ def estimate(
 _ROUGH = 1.8
 
 
-def _lost(
-    shape: ModelShape, config: PeftConfig, device: Platform, plain_bytes: int, extra_bytes: int, trained_bytes: int
-) -> int:
+def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers: Layers, trained_bytes: int) -> int:
     """Bytes that the allocator holds and cannot reuse."""
     slack = device.slack_layers if config.quantization == "none" else device.slack_quantized
-    lost = slack * plain_bytes + device.slack_extras * extra_bytes + device.slack_adapters * trained_bytes
+    extras = layers.all_bytes - layers.plain_bytes
+    lost = slack * layers.plain_bytes + device.slack_extras * extras + device.slack_adapters * trained_bytes
     if config.init_weights in DECOMPOSED:
         lost += device.slack_pissa * dense_bytes(shape, config)
     return math.ceil(lost)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from core.allocator import TCMALLOC_SYMBOL
+
 
 def give_back() -> None:
     """Return what is free in this process's heap, and in torch's own on a GPU, to the system.
@@ -29,8 +31,8 @@ def _releaser() -> Callable[[], Any]:
     Source: gperftools, malloc_extension_c.h; malloc_trim(3).
     """
     process = ctypes.CDLL(None)
-    if hasattr(process, "MallocExtension_ReleaseFreeMemory"):
-        return lambda: process.MallocExtension_ReleaseFreeMemory()
+    if hasattr(process, TCMALLOC_SYMBOL):
+        return lambda: getattr(process, TCMALLOC_SYMBOL)()
     if hasattr(process, "malloc_trim"):
         return lambda: process.malloc_trim(ctypes.c_size_t(0))
     return lambda: None
@@ -52,7 +54,7 @@ def passing() -> Iterator[None]:
     """
     process = ctypes.CDLL(None)
     usual = os.environ.get("MALLOC_MMAP_THRESHOLD_")
-    if usual is None or not hasattr(process, "mallopt") or hasattr(process, "MallocExtension_ReleaseFreeMemory"):
+    if usual is None or not hasattr(process, "mallopt") or hasattr(process, TCMALLOC_SYMBOL):
         yield
         return
     process.mallopt(_M_MMAP_THRESHOLD, _PASSING_BYTES)

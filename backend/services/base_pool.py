@@ -13,12 +13,7 @@ from core.errors import EngineUnavailable, ModelNotReady, StudioError
 from core.logging import get_logger
 from domain.memory_verdict import Assessment
 from domain.peft_config import PeftConfig
-from services.admission import (
-    next_to_give_way,
-    refuse_what_does_not_fit,
-    refuse_what_is_blocked,
-    with_room,
-)
+from services.admission import next_to_give_way, refuse_what_does_not_fit, refuse_what_is_blocked, with_room
 from services.base_placement import load_command
 from services.devices import Device, device_name
 from services.engine_process import EngineProcess

@@ -1,6 +1,6 @@
 """What is read of a repository of the Hub: a model, or an adapter."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,10 @@ class Wanted:
 
     def lacking(self, folder: Path) -> tuple[str, ...]:
         """Say which parts a folder is without: all of them if there is no folder."""
-        names = [path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        return self.missing([path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else [])
+
+    def missing(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Say which parts the files of a folder lack."""
         return tuple(part.words for part in self.parts if not part.files(names))
 
 

@@ -280,7 +280,7 @@ class LocalModels:
         weights = weight_files(names)
         if not weights:
             raise ValueError("a shard of the weights is missing")
-        if revision is not None and (lacking := MODEL.lacking(folder)):
+        if revision is not None and (lacking := MODEL.missing(names)):
             raise ValueError(f"it is without {' and without '.join(lacking)}")
         roots = self._roots(folder)
         paths = {name: inside(folder / name, roots) for name in ("config.json", *weights)}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hub_double import HubDouble, quiet_environment
 from hypothesis import HealthCheck, settings
 from server import CACHE, StudioServer, start_server
 from small_disk import mounted
@@ -38,6 +39,14 @@ def tiny_path(model_dirs: Path) -> Path:
 def embedded_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model's folder, prepared once and kept."""
     return EmbeddedModel(CACHE, tmp_path_factory.mktemp("logs")).prepare(lambda stage, fraction: None)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
+    """The Hub's double, where nothing of the machine's own settings leads anywhere else."""
+    quiet_environment(monkeypatch, tmp_path)
+    with HubDouble() as double:
+        yield double
 
 
 @pytest.fixture

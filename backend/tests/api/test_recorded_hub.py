@@ -1,7 +1,6 @@
 """What the real Hub once answered, served again by the double and taken through the registry to the response."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from hub_double import HubDouble, ManualClock, quiet_environment
+from hub_double import HubDouble, ManualClock
 from registries import make_registry
 
 from api import models, problems
@@ -48,13 +47,6 @@ SINGLE = [item for item in recorded() if item.status == 200 and urlsplit(item.ur
 LISTS = [item for item in recorded() if item.status == 200 and urlsplit(item.url).path == "/api/models"]
 REDIRECTS = [item for item in recorded() if item.status == 307]
 REFUSALS = [item for item in recorded() if item.status == 401]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
-    quiet_environment(monkeypatch, tmp_path)
-    with HubDouble() as double:
-        yield double
 
 
 @pytest.fixture

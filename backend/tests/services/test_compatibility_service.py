@@ -1,12 +1,11 @@
 """The verdict on a model that a load would refuse, from the registry to the answer."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from hub_double import HubDouble, ManualClock, safetensors_bytes
 from registries import make_registry
 
 from domain.algorithms import Algorithm
@@ -38,13 +37,6 @@ class Peft:
     ) -> Configuration:
         shape = self._facts.shape(model["model_id"], model["revision"]) if model else None
         return configure(algorithm, use_case=use_case, overrides=overrides, machine=device.facts, shape=shape)
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
-    quiet_environment(monkeypatch, tmp_path)
-    with HubDouble() as double:
-        yield double
 
 
 @pytest.fixture
