@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup quickstart serve test test-slow check bench gpu-check clean
+.PHONY: help setup setup-dev quickstart serve test test-slow test-pythons check check-requirements lock bench gpu-check clean
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
@@ -13,14 +13,28 @@ help:
 	@echo "make test        the tests; make test-slow: long fault runs"
 	@echo "make check       linters, types, import contracts"
 	@echo "make bench       benchmarks, as ratios"
+	@echo "make setup       the environment alone (PYTHON=python3.12: with that Python)"
+	@echo "make lock        the exact versions anew, from pyproject.toml (UPGRADE=1: the newest)"
 	@echo "make gpu-check   proves every method on a GPU; GPU_CHECK=--cpu for what needs none"
 
+# The service alone, and with what tests and linters need.
 setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
 
-$(VENV)/.installed: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --disable-pip-version-check --quiet -r requirements.txt
-	@touch $@
+$(VENV)/.installed: requirements.txt requirements/cuda-constraints.txt
+	$(call check_python)
+	@$(PYTHON) scripts/make_environment.py $(VENV) requirements.txt --mark $@
+
+$(VENV)/.installed-dev: backend/requirements.txt requirements.txt requirements/cuda-constraints.txt requirements/dev.txt
+	$(call check_python)
+	@$(PYTHON) scripts/make_environment.py $(VENV) backend/requirements.txt --mark $@
+	@touch $(VENV)/.installed
+
+# In words that every Python understands, the second one too.
+define check_python
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is not installed. Python 3.11 to 3.14 is needed."; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 14) or sys.exit("Python 3.11 to 3.14 is needed; $(PYTHON) is %d.%d. With another one: make ... PYTHON=python3.12" % v[:2])'
+endef
 
 quickstart: setup
 	@$(PY) quickstart/run.py --host $(HOST) --port $(PORT)
@@ -30,24 +44,35 @@ serve: setup
 
 # Two at a time, a file each, with one thread for each engine: two engines of two threads on two cores wait for each
 # other most of the time.
-test: setup
+test: setup-dev
 	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/ -n 2 --dist loadfile
 
-test-slow: setup
+test-slow: setup-dev test-pythons
 	cd backend && ../$(PY) -m pytest tests/ -m slow
 
-check: setup
+# The fast tests with every other Python of this machine that the requirements name, each in an environment of its own.
+test-pythons: setup-dev
+	@$(PY) scripts/other_pythons.py
+
+check: setup-dev check-requirements
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy backend/main.py backend/reproduce.py backend/core backend/domain backend/store backend/services backend/api backend/engine
+	$(VENV)/bin/mypy backend/main.py backend/reproduce.py backend/core backend/domain backend/store backend/services backend/api backend/engine scripts/*.py
 	cd backend && ../$(VENV)/bin/lint-imports --config ../pyproject.toml
 
-bench: setup
+# For every platform and Python that the README names, against the package index alone.
+check-requirements: setup-dev
+	@$(PY) scripts/check_resolution.py
+
+lock: setup-dev
+	@$(PY) scripts/lock_requirements.py $(if $(UPGRADE),--upgrade)
+
+bench: setup-dev
 	cd backend && for file in ../bench/bench_*.py; do ../$(PY) $$file || exit 1; done
 
 # Needs a CUDA machine, and no network. GPU_CHECK=--cpu runs what a CPU can.
-gpu-check: setup
+gpu-check: setup-dev
 	cd backend && PYTHONPATH=../bench ../$(PY) -m gpu_check $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) .cache .studio
+	rm -rf $(VENV) .venv-* .cache .studio
