@@ -1,8 +1,12 @@
 """The server: `python main.py` listens on 127.0.0.1:8000."""
 
+import sys
+
+if sys.platform == "win32":  # before anything that only POSIX has is imported
+    sys.exit("The server does not run natively on Windows. Use WSL 2 (`wsl --install`); a GPU works there too.")
+
 import asyncio
 import sqlite3
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 

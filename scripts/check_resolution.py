@@ -61,8 +61,9 @@ def pythons() -> list[str]:
 def _uv(*arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
     """Run `uv pip compile`, which asks the index alone: no file of settings and no further place to look at."""
     environment = {name: value for name, value in os.environ.items() if name not in _OTHER_PLACES}
-    environment |= {"MACOSX_DEPLOYMENT_TARGET": MACOS}
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--quiet", *arguments]
+    environment |= {"MACOSX_DEPLOYMENT_TARGET": MACOS, "UV_PYTHON_DOWNLOADS": "never"}  # it fetches Pythons otherwise
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--quiet"]
+    command += ["--python", sys.executable, *arguments]
     return subprocess.run(
         command, input=given, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )

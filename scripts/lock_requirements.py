@@ -114,7 +114,7 @@ def files_of(packages: list[Package]) -> dict[str, str]:
 
 def _compile(upgrade: bool) -> None:
     command = [sys.executable, "-m", "uv", "pip", "compile", "--no-config", "--quiet", "--universal", "--no-header"]
-    command += ["--python-version", _FIRST_PYTHON, "--group", "dev", "--generate-hashes"]
+    command += ["--python-version", _FIRST_PYTHON, "--no-python-downloads", "--group", "dev", "--generate-hashes"]
     command += ["--upgrade"] if upgrade else []
     command += ["--output-file", str(TESTED_SET), "pyproject.toml"]
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode != 0:

@@ -286,6 +286,8 @@ def make(environment: Path, requirements: list[Path]) -> None:
     )
     installer.create()
     files = [argument for file in requirements for argument in ("-r", str(file))]
+    if uv is not None:
+        files.append("--compile-bytecode")  # as pip does; else the first start of the server and of each engine is slow
     with progress(environment):
         installed = installer.run("install", *files).returncode == 0
     if not installed:
