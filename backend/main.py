@@ -24,13 +24,13 @@ from core.logging import configure_logging, get_logger
 from core.settings import Settings, get_settings
 from core.version import VERSION
 from services.adapter_service import get_adapter_service
-from services.database import get_database
-from services.dataset_analysis import get_dataset_analysis_service
 from services.dataset_service import get_dataset_service
 from services.export_service import get_export_service
 from services.peft_service import get_peft_service
+from services.training.dataset_analysis import get_dataset_analysis_service
 from services.training_service import get_training_service
 from store import sqlite_file
+from store.database import get_database
 
 _GRACE_S = 5  # for requests under way when the server is told to stop; event streams do not end by themselves
 

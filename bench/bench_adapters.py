@@ -15,13 +15,11 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "backend" / "tests"))
 sys.path.insert(0, str(ROOT / "backend"))
 
-from random_adapter import make_random_adapter
-from server import CACHE, StudioServer
-
 from engine.guards import hide_broken_torchvision
+from tests.support.random_adapter import make_random_adapter
+from tests.support.server import CACHE, StudioServer
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTERS, RANK = 8, 16
@@ -44,8 +42,8 @@ def load_beside_peft(path: Path, folders: list[Path]) -> None:
     """Put adapters on two bases in turn, one by the engine's way and one by PEFT's, and print how long each took."""
     from peft import PeftModel
 
-    from domain.algorithms import Algorithm
     from domain.configure import MachineFacts, configure
+    from domain.peft.algorithms import Algorithm
     from engine.base import Base
 
     gc.freeze()  # as the engine's process does

@@ -17,7 +17,7 @@ sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "bench")]
 
 from memory_points import Point, measure, use_allocator
 
-from services.embedded_model import EmbeddedModel
+from services.models.embedded import EmbeddedModel
 
 POINTS = (
     Point("lora", 128, 4, 16),

@@ -16,11 +16,10 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "backend" / "tests"))
 sys.path.insert(0, str(ROOT / "backend"))
 
-from hub_double import HubDouble
-from server import StudioServer
+from tests.support.hub_double import HubDouble
+from tests.support.server import StudioServer
 
 ROUNDS, REQUESTS = 7, 100
 MODELS = 20

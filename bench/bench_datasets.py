@@ -19,10 +19,9 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKEND = ROOT / "backend"
-sys.path.insert(0, str(BACKEND / "tests"))
 sys.path.insert(0, str(BACKEND))
 
-from server import StudioServer
+from tests.support.server import StudioServer
 
 MB = 10**6
 ROUNDS = 3
@@ -36,7 +35,7 @@ print(len(rows), time.perf_counter() - began)
 """
 OURS = """
 import json, sys, time
-from services.dataset_intake import IntakeRequest, read_dataset
+from services.datasets.intake import IntakeRequest, read_dataset
 began = time.perf_counter()
 request = IntakeRequest([(sys.argv[1], "a.jsonl")], sys.argv[2], None, {}, False, None, None, 2**40)
 print(read_dataset(request, lambda *_: None).rows, time.perf_counter() - began)

@@ -26,12 +26,12 @@ import torch
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 
-from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
+from domain.peft.algorithms import Algorithm
 from engine.base import Base
 from engine.dora import use_blocks
 from engine.initialisation import create_adapter
-from services.embedded_model import EmbeddedModel
+from services.models.embedded import EmbeddedModel
 
 ROUNDS, ANSWER = 7, 24
 KINDS = {"lora": Algorithm.LORA, "peft": Algorithm.DORA, "blocks": Algorithm.DORA}

@@ -11,10 +11,9 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "backend" / "tests"))
 sys.path.insert(0, str(ROOT / "backend"))
 
-from server import CACHE, StudioServer
+from tests.support.server import CACHE, StudioServer
 
 REQUESTS, INTERVAL_S = 500, 0.02
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

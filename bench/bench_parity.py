@@ -15,21 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "backend" / "tests"), str(ROOT / "backend" / "tests" / "engine")]
+sys.path.insert(0, str(ROOT / "backend"))
 
 from engine.guards import hide_broken_torchvision
 
 hide_broken_torchvision()
 
-from three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
-
-from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from engine.batches import RowTokenizer
 from engine.rows import RowStore
 from engine.transformers_backend import load_tokenizer
-from services.embedded_model import EmbeddedModel
+from services.models.embedded import EmbeddedModel
+from tests.support.three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
 
 # Relative. Sums of fp32 in another order: one or two units in the last place (1.4e-7) were measured.
 TOLERANCE = 1e-5

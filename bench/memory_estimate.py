@@ -22,9 +22,9 @@ from judged import Judged, fit, halves, summary, table
 from own_points import PLATFORMS, goals_missed, measured_points, section
 from published_points import Published, read_points
 
-from domain.activations import Batch, kept_by_layers, logits_bytes
-from domain.memory_estimate import GPU, adapter_parameters, weights_bytes
-from domain.model_shape import ModelShape
+from domain.memory.activations import Batch, kept_by_layers, logits_bytes
+from domain.memory.estimate import GPU, adapter_parameters, weights_bytes
+from domain.models.shape import ModelShape
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -142,8 +142,8 @@ points, but leave no fitted point more than 5 % under in any run of it that was 
 }
 _PUBLISHED = """
 Measured with torch's allocator, so no overhead is added: weights, adapters and optimizer by count, activations and
-logits by the formulas of `domain/activations.py` with the program's own widths. No factor is fitted: what one half of
-the points would ask for is printed beside, as a check of the theory, and the range is that of the product.
+logits by the formulas of `domain/memory/activations.py` with the program's own widths. No factor is fitted: what one
+half of the points would ask for is printed beside, as a check of the theory, and the range is that of the product.
 """.strip().splitlines()
 
 

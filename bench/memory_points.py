@@ -10,10 +10,10 @@ from typing import Any
 
 from core import allocator
 from domain import protocol
-from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
-from domain.peft_config import PeftConfig
-from services.engine_process import EngineProcess
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
+from services.engines.process import EngineProcess
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 SMALL, LARGE = "SmolLM2-135M-Instruct", "a Llama of 402M"
@@ -71,7 +71,7 @@ class Point:
         return configure(Algorithm(self.algorithm), use_case=None, overrides=overrides, machine=CPU).config
 
 
-# The constants of domain/memory_estimate.py were chosen on these.
+# The constants of domain/memory/estimate.py were chosen on these.
 FITTED = (
     Point("lora", 64, 1, 16),
     Point("lora", 256, 1, 16),

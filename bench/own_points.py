@@ -25,10 +25,9 @@ from memory_points import (
     use_allocator,
 )
 
-from domain import memory_estimate
-from domain.activations import Batch, kept_by_layers
-from domain.architectures.registry import read_shape
-from domain.memory_estimate import (
+from domain.memory import estimate as estimate_module
+from domain.memory.activations import Batch, kept_by_layers
+from domain.memory.estimate import (
     GLIBC,
     TCMALLOC,
     Platform,
@@ -38,7 +37,8 @@ from domain.memory_estimate import (
     loading_bytes,
     weights_bytes,
 )
-from services.embedded_model import CONFIG, EmbeddedModel
+from domain.models.architectures.registry import read_shape
+from services.models.embedded import CONFIG, EmbeddedModel
 
 PLATFORMS = {"tcmalloc": TCMALLOC, "glibc": GLIBC}
 SHAPES = {SMALL: read_shape(CONFIG), LARGE: read_shape({**CONFIG, **LARGE_SHAPE})}
@@ -63,12 +63,12 @@ def measured_points(cache: Path, save: Path | None) -> list[dict[str, Any]]:
 @contextmanager
 def constants_of(platform: Platform) -> Iterator[None]:
     """Let the estimate take a CPU for one with these constants."""
-    before = memory_estimate.platform
-    memory_estimate.platform = lambda *, on_gpu: memory_estimate.GPU if on_gpu else platform
+    before = estimate_module.platform
+    estimate_module.platform = lambda *, on_gpu: estimate_module.GPU if on_gpu else platform
     try:
         yield
     finally:
-        memory_estimate.platform = before
+        estimate_module.platform = before
 
 
 def _name(point: Point) -> str:

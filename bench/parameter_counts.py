@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "backend"))
 
-from domain.architectures.registry import read_shape
+from domain.models.architectures.registry import read_shape
 
 # `safetensors.total` in the Hub's answer for the model, or for gated ones for a mirror of the same weights.
 PUBLISHED = {

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domain.activations import Batch, Stack, targeted
-from domain.algorithms import Algorithm
-from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
-from domain.model_shape import ModelShape
-from domain.peft_config import PeftConfig
+from domain.memory.activations import Batch, Stack, targeted
+from domain.models.architectures.registry import read_shape
+from domain.models.shape import ModelShape
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 
 GPU = MachineFacts(has_gpu=True, supports_bf16=True)
 # Configs that are published with the models and are not in the folder of configs.

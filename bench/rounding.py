@@ -24,9 +24,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from engine import methods
 from engine.base import Base
 from engine.batches import RowTokenizer, pad
@@ -36,7 +36,7 @@ from engine.loss import SummedLoss
 from engine.rows import Row, RowStore
 from engine.trainer import Trainer
 from engine.transformers_backend import load_tokenizer
-from services.embedded_model import MODEL_ID, EmbeddedModel
+from services.models.embedded import MODEL_ID, EmbeddedModel
 
 RUNS: tuple[tuple[str, Algorithm, dict[str, Any]], ...] = (
     ("QLoRA", Algorithm.QLORA, {}),

@@ -5,9 +5,9 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from api.peft_schemas import ModelId, Request, Response, Revision
-from domain.algorithms import Algorithm
-from domain.peft_config import PeftConfig
-from services.adapter_intake import ImportSettings
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
+from services.adapters.intake import ImportSettings
 from store.records import AdapterRecord
 
 

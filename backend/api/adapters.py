@@ -14,9 +14,9 @@ from api.exports import Exports, show
 from api.hub_token import ASKS_THE_HUB, came_with_a_token
 from api.upload_form import UploadMalformed, read_upload, validated
 from api.waiting import may_ask_the_hub
-from domain.export_states import ExportKind
-from services.adapter_intake import AdapterIntake, get_adapter_intake
+from domain.jobs.export_states import ExportKind
 from services.adapter_service import AdapterService, get_adapter_service
+from services.adapters.intake import AdapterIntake, get_adapter_intake
 from store.records import AdapterRecord
 
 router = APIRouter(prefix="/api/adapters", tags=["adapters"])

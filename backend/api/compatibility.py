@@ -8,8 +8,8 @@ from pydantic import Field
 from api.hub_token import ASKS_THE_HUB
 from api.peft_schemas import ModelId, Request, Response, Revision
 from api.waiting import may_ask_the_hub
-from domain.algorithms import Algorithm, AlgorithmName
-from services.compatibility_service import CompatibilityService, get_compatibility_service
+from domain.peft.algorithms import Algorithm, AlgorithmName
+from services.training.compatibility import CompatibilityService, get_compatibility_service
 
 router = APIRouter(prefix="/api/models", tags=["models"])
 

@@ -5,10 +5,10 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
-from domain.algorithms import Algorithm, AlgorithmName
-from domain.peft_config import PeftConfig, PeftOverrides
-from domain.use_cases import UseCaseId
-from services.dataset_analysis import Analysis
+from domain.peft.algorithms import Algorithm, AlgorithmName
+from domain.peft.config import PeftConfig, PeftOverrides
+from domain.peft.use_cases import UseCaseId
+from services.training.dataset_analysis import Analysis
 
 
 class AnalyzeRequest(Request):

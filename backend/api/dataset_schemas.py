@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from api.peft_schemas import Response, Revision
-from domain.dataset_formats import TRAINABLE_FORMATS, DatasetFormat
-from services.dataset_files import Manifest
-from services.dataset_imports import Import
-from services.dataset_reading.text_rows import TextRows
+from domain.datasets.formats import TRAINABLE_FORMATS, DatasetFormat
 from services.dataset_service import BadRows, ReadSettings
+from services.datasets.files import Manifest
+from services.datasets.imports import Import
+from services.datasets.reading.text_rows import TextRows
 from store.records import DatasetRecord, to_text
 
 Name = Annotated[str, StringConstraints(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]

@@ -5,9 +5,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from api.peft_schemas import ModelId, Request, Response
-from domain.export_states import ExportKind, ExportState
-from domain.gguf_models import GgufType
-from services.export_control import ExportProgress
+from domain.jobs.export_states import ExportKind, ExportState
+from domain.models.gguf import GgufType
+from services.exports.control import ExportProgress
 from store.records import ExportRecord
 
 

@@ -11,9 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import problem
 from api.strict_json import MAX_JSON_BYTES
+from core import telemetry
 from core.logging import get_logger
 from core.settings import Settings, is_loopback
-from services import telemetry
 
 _log = get_logger("api.requests")
 _OPEN_PATHS = frozenset({"/health"})

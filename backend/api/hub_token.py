@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import Depends, Header
 
-from services.hub_http import request_token
+from services.hub.http import request_token
 
 HUB_TOKEN = Header(
     alias="X-HF-Token",

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints
 
 from api.peft_schemas import Request, Response
-from domain.algorithms import Algorithm, AlgorithmName
-from domain.memory_verdict import Verdict
-from domain.model_records import DetailsAnswer, Fit, ModelSummary, SearchPage, SearchQuery, SortKey, Source
-from services.local_models import LocalModel
+from domain.memory.verdict import Verdict
+from domain.models.records import DetailsAnswer, Fit, ModelSummary, SearchPage, SearchQuery, SortKey, Source
+from domain.peft.algorithms import Algorithm, AlgorithmName
+from services.models.local import LocalModel
 
 _MAX_PARAMETERS = 10**15  # a thousand times the largest model there is
 Words = Annotated[str, StringConstraints(max_length=200)]

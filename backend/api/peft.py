@@ -14,8 +14,8 @@ from api.hub_token import ASKS_THE_HUB
 from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
 from api.waiting import may_ask_the_hub, until_done
 from core.errors import StudioError
-from domain.algorithms import SPECS, Algorithm
-from domain.use_cases import USE_CASES
+from domain.peft.algorithms import SPECS, Algorithm
+from domain.peft.use_cases import USE_CASES
 from services.adapter_service import AdapterService, get_adapter_service
 from services.generation_service import Generation, GenerationRequest, GenerationService, get_generation_service
 from services.peft_service import LoadedModel, LoadRequest, PeftService, get_peft_service

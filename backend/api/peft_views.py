@@ -4,10 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from api import peft_schemas as schemas
-from domain.algorithms import AlgorithmSpec
 from domain.configure import Configuration
-from domain.peft_config import PeftConfig
-from domain.use_cases import UseCase
+from domain.peft.algorithms import AlgorithmSpec
+from domain.peft.config import PeftConfig
+from domain.peft.use_cases import UseCase
 from services.peft_service import LoadedModel, PeftService
 from store.records import to_text
 

@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import PlainTextResponse
 
 from api.peft_schemas import Response
+from core import telemetry
 from core.version import VERSION
-from services import telemetry
 from services.peft_service import PeftService, get_peft_service
 from services.training_service import TrainingService, get_training_service
 

@@ -13,8 +13,8 @@ from api import training_schemas as schemas
 from api.hub_token import ASKS_THE_HUB
 from api.training_schemas import checkpoint_view, job_view
 from api.waiting import may_ask_the_hub
-from domain.job_states import FINAL_STATES, JobState
-from services.job_intake import JobRequest
+from domain.jobs.states import FINAL_STATES, JobState
+from services.training.job_intake import JobRequest
 from services.training_service import TrainingService, get_training_service
 from store.records import EventRecord, JobRecord
 

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints
 
 from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
-from domain.algorithms import Algorithm, AlgorithmName
-from domain.job_states import JobState
-from domain.peft_config import PeftConfig, PeftOverrides, recorded
-from domain.use_cases import UseCaseId
-from services.checkpoint_store import CheckpointFacts
+from domain.jobs.states import JobState
+from domain.peft.algorithms import Algorithm, AlgorithmName
+from domain.peft.config import PeftConfig, PeftOverrides, recorded
+from domain.peft.use_cases import UseCaseId
+from services.training.checkpoint_store import CheckpointFacts
 from services.training_service import QueuePlace
 from store.records import JobRecord, to_text
 

@@ -12,10 +12,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import AdapterRejected, NoSafeWeights
-from domain.algorithms import Algorithm
-from domain.config_checks import check_asks_for_no_code
-from domain.repo_tree import RepoFile, Selection
-from domain.safetensors_header import SafetensorsHeader
+from domain.models.config_checks import check_asks_for_no_code
+from domain.models.repo_tree import RepoFile, Selection
+from domain.models.safetensors_header import SafetensorsHeader
+from domain.peft.algorithms import Algorithm
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "training.json"
 ORIGINALS = "originals-"  # begins the names of folders with a base's own weights, beside the adapter in the making

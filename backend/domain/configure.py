@@ -7,15 +7,15 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from core.errors import SettingRejected
-from domain.activations import missing_targets
-from domain.algorithms import SPECS, Algorithm
-from domain.hardware_fit import fit_to_memory
-from domain.learning_rate import default_learning_rate
-from domain.memory_estimate import estimate
-from domain.memory_verdict import Verdict, judge
-from domain.model_shape import ModelShape
-from domain.peft_config import PARAMETER_NAMES, PeftConfig
-from domain.use_cases import USE_CASES, UseCaseId
+from domain.memory.activations import missing_targets
+from domain.memory.estimate import estimate
+from domain.memory.hardware_fit import fit_to_memory
+from domain.memory.verdict import Verdict, judge
+from domain.models.shape import ModelShape
+from domain.peft.algorithms import SPECS, Algorithm
+from domain.peft.config import PARAMETER_NAMES, PeftConfig
+from domain.peft.learning_rate import default_learning_rate
+from domain.peft.use_cases import USE_CASES, UseCaseId
 
 Source = Literal["default", "use_case", "algorithm", "hardware", "override"]
 
@@ -68,7 +68,7 @@ class Configuration:
 # Sources: "LoRA Without Regret" (thinkingmachines.ai/blog/lora) for rank, alpha and target modules; QLoRA (arXiv
 # 2305.14314), figure 2, table 9 and appendix B, for targets, dropout and warm-up; "Straight to Zero" (arXiv 2502.15938)
 # for the decay; Hugging Face's TrainingArguments for clipping and weight decay. The learning rate is in
-# `domain.learning_rate`, what the device decides in `domain.hardware_fit`.
+# `domain.peft.learning_rate`, what the device decides in `domain.memory.hardware_fit`.
 _DEFAULTS: dict[str, tuple[Any, str]] = {
     "rank": (16, "enough for most instruction tuning ('LoRA Without Regret': capacity, not rank, matters)"),
     "alpha": (32, "32 at every rank, as in 'LoRA Without Regret': the best rate then hardly depends on the rank"),

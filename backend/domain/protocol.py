@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from domain.gguf_models import GgufType
-from domain.peft_config import PeftConfig
+from domain.models.gguf import GgufType
+from domain.peft.config import PeftConfig
 
 HEARTBEAT_S = 2.0
 # File descriptors' environment variables of an engine process.

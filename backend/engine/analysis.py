@@ -28,7 +28,7 @@ def analyze(command: Analyze, channel: Channel) -> dict[str, Any]:
     """Tokenize every row as training would.
 
     Returns:
-        The figures; `services/dataset_analysis.py` has their names.
+        The figures; `services/training/dataset_analysis.py` has their names.
 
     Raises:
         BadModel: The tokenizer cannot be loaded, or its chat template does not come to an end.

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from domain.peft_config import PeftConfig
+from domain.peft.config import PeftConfig
 from engine.batches import Batch
 
 

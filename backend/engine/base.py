@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError
 
-from domain.peft_config import PeftConfig
+from domain.peft.config import PeftConfig
 from engine import methods
 from engine.attach import attach_by_peft, attach_plain, detach_plain
 from engine.backend import backend_of

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
-from domain.unsloth_rules import LEAST_CAPABILITY
+from domain.peft.unsloth_rules import LEAST_CAPABILITY
 from engine.guards import hide_broken_torchvision
 from engine.lifeline import die_with_parent
 

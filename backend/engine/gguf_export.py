@@ -26,7 +26,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from core.errors import ExportRejected
 from core.files import whole_folder
 from core.manifest import write_manifest
-from domain.gguf_models import GgufModel, GgufType, read_gguf_model
+from domain.models.gguf import GgufModel, GgufType, read_gguf_model
 from domain.protocol import ExportGguf, Progress
 from engine.base import Base
 from engine.channel import Channel

@@ -9,7 +9,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import AutoTokenizer
 
 from core.errors import ExportRejected
-from domain.gguf_models import pre_tokenizer_name
+from domain.models.gguf import pre_tokenizer_name
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import nn
 
-from domain.peft_config import DECOMPOSED, PeftConfig
+from domain.peft.config import DECOMPOSED, PeftConfig
 from engine import methods
 from engine.base import Base
 from engine.errors import BadSetting

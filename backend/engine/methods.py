@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from domain.peft_config import PeftConfig
+from domain.peft.config import PeftConfig
 from engine.errors import BadSetting
 from engine.frozen_weights import unwrapped
 

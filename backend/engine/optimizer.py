@@ -8,7 +8,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from domain.peft_config import PeftConfig
+from domain.peft.config import PeftConfig
 
 # A constant rate after the warm-up is transformers' "constant_with_warmup".
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}

@@ -13,7 +13,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import set_seed
 
-from domain.peft_config import PeftConfig
+from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, Computing, Evaluated, StepMetrics
 from engine.account import built
 from engine.base import Base

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from core.files import whole_folder
 from core.manifest import write_manifest
-from domain.data_split import NothingToHoldOut, held_out
+from domain.datasets.split import NothingToHoldOut, held_out
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from domain.peft_config import PeftConfig
+from domain.peft.config import PeftConfig
 from engine.batches import Batch
 from engine.loss import SummedLoss
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from domain.peft_config import PeftConfig
-from domain.unsloth_rules import not_fused
+from domain.peft.config import PeftConfig
+from domain.peft.unsloth_rules import not_fused
 from engine.batches import Batch
 from engine.errors import BadModel
 from engine.transformers_backend import DTYPES, load_tokenizer

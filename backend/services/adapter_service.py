@@ -12,12 +12,11 @@ from core.errors import AdapterDamaged, AdapterInUse, AdapterNotFound
 from core.manifest import NAME, FolderDamaged, verify
 from core.settings import get_settings
 from core.singleton import singleton
+from core.zip_stream import zip_files
 from domain.adapter_files import CARD, ORIGINALS
-from domain.export_states import FINAL_STATES, ExportState
-from services.database import get_database
+from domain.jobs.export_states import FINAL_STATES, ExportState
 from services.peft_service import PeftService, get_peft_service
-from services.zip_stream import zip_files
-from store.database import Database
+from store.database import Database, get_database
 from store.records import AdapterRecord
 from store.repositories import Adapters, Exports
 

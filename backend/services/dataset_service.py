@@ -15,17 +15,16 @@ from core.errors import DatasetInUse, DatasetNotFound, DatasetNotTrainable, Data
 from core.files import storage_errors
 from core.settings import get_settings
 from core.singleton import singleton
-from domain.dataset_formats import TRAINABLE_FORMATS, DatasetFormat
-from domain.job_states import FINAL_STATES
-from services.database import get_database
-from services.dataset_draft import Draft
-from services.dataset_files import DatasetFiles, Manifest
-from services.dataset_imports import Import, Imports
-from services.dataset_intake import IntakeRequest, IntakeResult
-from services.dataset_reading.text_rows import TextRows
-from services.dataset_worker import Reader, read_in_process
-from services.zip_stream import zip_files
-from store.database import Database
+from core.zip_stream import zip_files
+from domain.datasets.formats import TRAINABLE_FORMATS, DatasetFormat
+from domain.jobs.states import FINAL_STATES
+from services.datasets.draft import Draft
+from services.datasets.files import DatasetFiles, Manifest
+from services.datasets.imports import Import, Imports
+from services.datasets.intake import IntakeRequest, IntakeResult
+from services.datasets.reading.text_rows import TextRows
+from services.datasets.worker import Reader, read_in_process
+from store.database import Database, get_database
 from store.records import DatasetRecord, to_text
 from store.repositories import Datasets
 

@@ -24,19 +24,18 @@ from core.errors import (
 from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
-from domain.export_states import FINAL_STATES, MAX_ATTEMPTS, ExportKind, ExportState, may_change
+from core.zip_stream import zip_files
+from domain.jobs.export_states import FINAL_STATES, MAX_ATTEMPTS, ExportKind, ExportState, may_change
 from services.adapter_service import AdapterService, get_adapter_service
-from services.database import get_database
-from services.export_control import ExportControl, ExportProgress, ExportStopped
-from services.host_probe import HostProbe
-from services.hub_push import HubPush
-from services.model_export import ModelExport
-from services.model_facts import get_model_facts
+from services.exports.control import ExportControl, ExportProgress, ExportStopped
+from services.exports.model_export import ModelExport
+from services.exports.push import HubPush
+from services.hardware.host_probe import HostProbe
 from services.model_registry_service import get_hub_http
+from services.models.facts import get_model_facts
 from services.peft_service import get_peft_service
-from services.training_run import failure
-from services.zip_stream import zip_files
-from store.database import Database
+from services.training.run import failure
+from store.database import Database, get_database
 from store.records import AdapterRecord, ExportRecord, to_text
 from store.repositories import Adapters, Exports
 

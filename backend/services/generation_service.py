@@ -11,7 +11,7 @@ from core.logging import get_logger
 from core.singleton import singleton
 from domain import protocol
 from services.adapter_service import AdapterService, get_adapter_service
-from services.engine_process import CommandFailed, EngineProcess
+from services.engines.process import CommandFailed, EngineProcess
 from services.peft_service import LoadedModel, PeftService, get_peft_service
 from store.records import AdapterRecord
 

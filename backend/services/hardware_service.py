@@ -10,11 +10,11 @@ from core.clock import Clock, SystemClock
 from core.settings import get_settings
 from core.singleton import singleton
 from core.ttl_cache import Timed, TtlCell
-from domain.unsloth_rules import LEAST_CAPABILITY
-from services.cuda_checks import CudaCheck, run_cuda_checks
-from services.devices import EngineChoice, capability_of
-from services.host_probe import CpuReading, DiskReading, HostProbe, MemoryReading
-from services.nvml_probe import DriverFacts, GpuReading, NvmlProbe
+from domain.peft.unsloth_rules import LEAST_CAPABILITY
+from services.hardware.cuda_checks import CudaCheck, run_cuda_checks
+from services.hardware.devices import EngineChoice, capability_of
+from services.hardware.host_probe import CpuReading, DiskReading, HostProbe, MemoryReading
+from services.hardware.nvml_probe import DriverFacts, GpuReading, NvmlProbe
 
 PROFILE_TTL_S = 300.0
 PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes")

@@ -22,9 +22,8 @@ from core.errors import (
 from core.logging import get_logger
 from core.settings import Settings, get_settings
 from core.singleton import singleton
-from domain.algorithms import Algorithm
-from domain.config_checks import check_dimensions
-from domain.model_records import (
+from domain.models.config_checks import check_dimensions
+from domain.models.records import (
     TASKS,
     DetailsAnswer,
     Fit,
@@ -38,16 +37,17 @@ from domain.model_records import (
     check_model_id,
     check_revision,
 )
-from domain.repo_tree import is_commit
-from services.embedded_listing import embedded_local_model
-from services.hub_client import HubClient, search_params
-from services.hub_errors import QueryRejected, partly_here
-from services.hub_http import HubHttp
-from services.listed_configs import ListedConfigs, config_cache
-from services.local_models import LocalModel, LocalModels, hub_cache_dir
-from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
-from services.model_blockers import blockers_of, is_loadable, local_blockers, no_config
-from services.model_fit import fit_of
+from domain.models.repo_tree import is_commit
+from domain.peft.algorithms import Algorithm
+from services.hub.client import HubClient, search_params
+from services.hub.errors import QueryRejected, partly_here
+from services.hub.http import HubHttp
+from services.hub.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
+from services.models.blockers import blockers_of, is_loadable, local_blockers, no_config
+from services.models.embedded_listing import embedded_local_model
+from services.models.fit import fit_of
+from services.models.listed_configs import ListedConfigs, config_cache
+from services.models.local import LocalModel, LocalModels, hub_cache_dir
 
 # config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
 FitOf = Callable[[dict[str, Any] | None, ModelSummary, str], Fit | None]

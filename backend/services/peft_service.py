@@ -11,22 +11,22 @@ from core.errors import LoadedModelNotFound, ModelBusy, ModelNotReady
 from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
-from domain.activations import Batch
-from domain.algorithms import SPECS, Algorithm
 from domain.configure import Configuration, configure
-from domain.memory_estimate import adapter_parameters, loading_bytes
-from domain.memory_verdict import Assessment, assess, assess_loading, savings
-from domain.peft_config import PeftConfig
-from domain.use_cases import UseCaseId
-from services.base_placement import place
-from services.base_pool import BasePool, BaseRequest
-from services.devices import Device, device_name
-from services.engine_process import EngineProcess
-from services.loaded_base import BaseKey, LoadedBase
-from services.loaded_model import LoadedModel, LoadRequest
-from services.machine import Machine, get_machine
-from services.model_facts import ModelFacts, get_model_facts
-from services.model_files import ModelFiles, get_model_files
+from domain.memory.activations import Batch
+from domain.memory.estimate import adapter_parameters, loading_bytes
+from domain.memory.verdict import Assessment, assess, assess_loading, savings
+from domain.peft.algorithms import SPECS, Algorithm
+from domain.peft.config import PeftConfig
+from domain.peft.use_cases import UseCaseId
+from services.engines.process import EngineProcess
+from services.hardware.devices import Device, device_name
+from services.hardware.machine import Machine, get_machine
+from services.loading.loaded_base import BaseKey, LoadedBase
+from services.loading.loaded_model import LoadedModel, LoadRequest
+from services.loading.placement import place
+from services.loading.pool import BasePool, BaseRequest
+from services.models.facts import ModelFacts, get_model_facts
+from services.models.files import ModelFiles, get_model_files
 
 __all__ = ["LoadRequest", "LoadedModel", "PeftService", "get_peft_service"]
 

@@ -13,6 +13,8 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from core.errors import DatabaseUnavailable, StorageFull
+from core.settings import get_settings
+from core.singleton import singleton
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 # The newest migration. A database already there is opened without importing Alembic, which costs 0.1 s.
@@ -160,3 +162,11 @@ def _begin_immediate(connection: Connection) -> None:
 def _take_lock(connection: Connection) -> None:
     # The same order as SQLite's BEGIN IMMEDIATE gives; held to the end of the transaction.
     connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+
+
+@singleton
+def get_database() -> Database:
+    """Return the process's database, at the newest migration."""
+    database = Database(get_settings().resolved_database_url)
+    database.migrate()
+    return database

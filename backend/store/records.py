@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from domain.export_states import ExportKind, ExportState
-from domain.job_states import JobState
+from domain.jobs.export_states import ExportKind, ExportState
+from domain.jobs.states import JobState
 
 
 def to_text(moment: datetime) -> str:

@@ -5,8 +5,8 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
-from domain.export_states import ExportKind, ExportState
-from domain.job_states import JobState
+from domain.jobs.export_states import ExportKind, ExportState
+from domain.jobs.states import JobState
 from store.records import AdapterRecord, DatasetRecord, EventRecord, ExportRecord, JobRecord
 from store.tables import adapters, datasets, exports, job_events, jobs
 

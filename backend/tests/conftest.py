@@ -4,21 +4,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_double import HubDouble, quiet_environment
 from hypothesis import HealthCheck, settings
-from server import CACHE, StudioServer, start_server
-from small_disk import mounted
-from tiny_model import TINY_ID, make_tiny_model
 
 from engine.guards import hide_broken_torchvision
-from services.embedded_model import EmbeddedModel
+from services.models.embedded import EmbeddedModel
+from tests.support.hub_double import HubDouble, quiet_environment
+from tests.support.server import CACHE, StudioServer, start_server
+from tests.support.small_disk import mounted
+from tests.support.tiny_model import TINY_ID, make_tiny_model
 
 # Examples are counted, not timed: the machine may be busy with something else.
 settings.register_profile("studio", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("studio")
 
 hide_broken_torchvision()
-pytest.register_assert_rewrite("setting_checks")  # so that what failed is shown with its values
+pytest.register_assert_rewrite("tests.support.setting_checks")  # so that what failed is shown with its values
 
 
 @pytest.fixture(scope="session")

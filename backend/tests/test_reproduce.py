@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from rows import messages_jsonl
-from server import BACKEND, StudioServer, start_server
-from tiny_model import TINY_ID
 
 from core.manifest import verify
 from reproduce import Adapter, CannotReproduce, RunCard, compare, main, read_adapter
+from tests.support.rows import messages_jsonl
+from tests.support.server import BACKEND, StudioServer, start_server
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 # All that could make two runs differ: dropout, shuffling, accumulation, warm-up, evaluation, a PiSSA decomposition.

@@ -5,4 +5,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKEND = ROOT / "backend"
-sys.path[:0] = [str(BACKEND / "tests"), str(BACKEND)]
+sys.path.insert(0, str(BACKEND))

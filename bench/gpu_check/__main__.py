@@ -15,16 +15,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from domain.activations import Batch
-from domain.algorithms import Algorithm
-from domain.architectures.registry import read_shape
-from domain.memory_verdict import assess
+from domain.memory.activations import Batch
+from domain.memory.verdict import assess
+from domain.models.architectures.registry import read_shape
+from domain.peft.algorithms import Algorithm
 from gpu_check import BACKEND, ROOT
 from gpu_check.plan import DEFAULT_MODELS, Case, cases, task
 from gpu_check.report import document
 from gpu_check.shapes import SHAPES, TINY, write_rows
 from gpu_check.verdicts import Row, compare, judge
-from services.nvml_probe import GpuReading, NvmlProbe
+from services.hardware.nvml_probe import GpuReading, NvmlProbe
 
 TASK_LIMIT_S = 3600.0
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth")

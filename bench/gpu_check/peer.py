@@ -17,7 +17,7 @@ def train_with_trl(task: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    from domain.peft_config import PeftConfig
+    from domain.peft.config import PeftConfig
     from engine.batches import RowTokenizer, read_rows
     from engine.methods import lora_config
     from engine.transformers_backend import DTYPES, load_tokenizer, quantization_config

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domain.algorithms import Algorithm
-from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts, configure
-from domain.peft_config import PeftConfig
-from domain.unsloth_rules import loaded_length, obstacle
+from domain.models.architectures.registry import read_shape
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
+from domain.peft.unsloth_rules import loaded_length, obstacle
 from gpu_check.shapes import SHAPES, TINY
 
 STEPS, RESUME_AT = 8, 4

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny_model import make_tiny_model
+from tests.support.tiny_model import make_tiny_model
 
 _LLAMA_31_ROPE = {
     "rope_type": "llama3",

@@ -80,7 +80,7 @@ def mean_loss(base: Any, path: str, config: Any) -> float:
 
 def prove(task: dict[str, Any]) -> dict[str, Any]:
     """Train, go on from the middle as after a crash, merge, and say what the adapter and the merged model lose."""
-    from domain.peft_config import PeftConfig
+    from domain.peft.config import PeftConfig
     from domain.protocol import Merge
     from engine.base import Base
     from engine.merge import merge
@@ -143,7 +143,7 @@ def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_
 
 def merged(task: dict[str, Any]) -> dict[str, Any]:
     """Load what `prove` merged with plain transformers, and say what it loses on the same rows."""
-    from domain.peft_config import PeftConfig
+    from domain.peft.config import PeftConfig
     from engine.base import Base
 
     config = PeftConfig.model_validate(task["config"] | {"quantization": "none", "init_weights": "default"})

@@ -10,11 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-from adapter_double import adapter_files, adapter_tensors, malicious_pickle, write_files, zip_of
-from hub_double import HubDouble, safetensors_bytes
-from server import StudioServer, start_server, wait_until
-from test_exports_api import finished, train
-from tiny_model import TINY_ID
+
+from tests.api.test_exports_api import finished, train
+from tests.support.adapter_double import adapter_files, adapter_tensors, malicious_pickle, write_files, zip_of
+from tests.support.hub_double import HubDouble, safetensors_bytes
+from tests.support.server import StudioServer, start_server, wait_until
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 HEADER = {"X-HF-Token": "hf_valid"}

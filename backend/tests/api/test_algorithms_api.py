@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi.testclient import TestClient
 
-from domain.algorithms import NOT_OFFERED, Algorithm
+from domain.peft.algorithms import NOT_OFFERED, Algorithm
 from main import create_app
 
 FIVE = {"lora", "qlora", "dora", "pissa", "rslora"}

@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from rows import messages_jsonl
-from server import StudioServer, wait_until
-from tiny_model import TINY_ID
+
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer, wait_until
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 

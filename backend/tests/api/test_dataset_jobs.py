@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 import pytest
-from rows import messages_jsonl
-from server import StudioServer
-from tiny_model import TINY_ID
+
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 SHORT = {"max_steps": 2, "max_seq_length": 64, "rank": 4, "target_modules": ["q_proj"]}

@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
-from datasets_double import as_csv, as_jsonl, as_parquet, gzipped, left_in
-from server import StudioServer, start_server, wait_until
+
+from tests.support.datasets_double import as_csv, as_jsonl, as_parquet, gzipped, left_in
+from tests.support.server import StudioServer, start_server, wait_until
 
 PAIRS = [{"prompt": f"p{n}", "completion": f"c{n}"} for n in range(30)]
 LIMIT_BYTES = 2**20

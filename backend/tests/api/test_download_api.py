@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_double import HubDouble, safetensors_bytes
-from rows import messages_jsonl
-from server import StudioServer, start_server, wait_until
+
+from tests.support.hub_double import HubDouble, safetensors_bytes
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer, start_server, wait_until
 
 pytestmark = pytest.mark.engine
 SMALL = safetensors_bytes({"w": ("BF16", (64,))})

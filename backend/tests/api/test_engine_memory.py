@@ -8,9 +8,10 @@ from typing import Any
 import psutil
 import pytest
 from memory_points import peak_bytes
-from random_adapter import make_random_adapter
-from server import StudioServer, start_server, wait_until
-from tiny_model import TINY_ID, make_tiny_model
+
+from tests.support.random_adapter import make_random_adapter
+from tests.support.server import StudioServer, start_server, wait_until
+from tests.support.tiny_model import TINY_ID, make_tiny_model
 
 pytestmark = pytest.mark.engine
 MEDIUM_ID = "tests/medium-llama"

@@ -11,15 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_double import adapter_files, adapter_tensors, write_files
 from gguf import GGUFReader
-from hub_double import safetensors_bytes
-from rows import messages_jsonl
 from safetensors.torch import load_file
-from server import StudioServer, start_server, wait_until
-from stock_peft import in_stock_peft
-from tiny_model import TINY_ID
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.adapter_double import adapter_files, adapter_tensors, write_files
+from tests.support.hub_double import safetensors_bytes
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer, start_server, wait_until
+from tests.support.stock_peft import in_stock_peft
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -8,9 +8,10 @@ from typing import Any
 
 import psutil
 import pytest
-from rows import messages_jsonl
-from server import BACKEND, StudioServer, start_server, wait_until
-from tiny_model import TINY_ID
+
+from tests.support.rows import messages_jsonl
+from tests.support.server import BACKEND, StudioServer, start_server, wait_until
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 ENDLESS = {"max_steps": 1_000_000, "max_seq_length": 64}

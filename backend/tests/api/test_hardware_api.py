@@ -14,7 +14,9 @@ from fastapi.testclient import TestClient
 
 from api.hardware import router
 from core.ttl_cache import Timed
-from services.cuda_checks import CudaCheck
+from services.hardware.cuda_checks import CudaCheck
+from services.hardware.host_probe import CpuReading, DiskReading, MemoryReading
+from services.hardware.nvml_probe import GpuReading
 from services.hardware_service import (
     CudaFacts,
     CudaValidation,
@@ -23,8 +25,6 @@ from services.hardware_service import (
     UsageReading,
     get_hardware_service,
 )
-from services.host_probe import CpuReading, DiskReading, MemoryReading
-from services.nvml_probe import GpuReading
 
 GPU = GpuReading(0, "GPU-0", "NVIDIA H100", 80, 30, 50, "9.0", True, 37, 51, 312.5, None)
 CPU = CpuReading("EPYC", "x86_64", 8, 16, 3500.0, 12.5, ("avx2",))

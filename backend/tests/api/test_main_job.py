@@ -8,10 +8,11 @@ from typing import Any
 
 import httpx
 import pytest
-from rows import messages_jsonl
-from server import StudioServer, wait_until
-from stock_peft import in_stock_peft
-from tiny_model import TINY_ID
+
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer, wait_until
+from tests.support.stock_peft import in_stock_peft
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

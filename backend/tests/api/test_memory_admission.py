@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from server import StudioServer, start_server
-from tiny_model import TINY_ID, make_tiny_model
+
+from tests.support.server import StudioServer, start_server
+from tests.support.tiny_model import TINY_ID, make_tiny_model
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the larger one of the two that fit
 GPTQ_ID, DEEP_ID = "tests/in-gptq", "tests/deep"

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from memory_cgroup import memory_cgroup
-from server import start_server
-from tiny_model import TINY_ID
+
+from tests.support.memory_cgroup import memory_cgroup
+from tests.support.server import start_server
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 _ROOM_BYTES = 16 * 2**20

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
-from registries import make_registry
 
 from api import models, problems
 from api.model_schemas import ConfigResponse
-from domain.model_records import Fit
-from services.model_fit import fit_of
+from domain.models.records import Fit
 from services.model_registry_service import FitOf, get_model_registry_service
+from services.models.fit import fit_of
+from tests.support.hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from tests.support.registries import make_registry
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

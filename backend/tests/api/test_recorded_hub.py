@@ -10,12 +10,12 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from hub_double import HubDouble, ManualClock
-from registries import make_registry
 
 from api import models, problems
-from services.model_fit import fit_of
 from services.model_registry_service import get_model_registry_service
+from services.models.fit import fit_of
+from tests.support.hub_double import HubDouble, ManualClock
+from tests.support.registries import make_registry
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "data" / "hub_api" / "vcr"
 NO_DATE = "2022-03-02T23:29:04.000Z"  # what the Hub says of repositories older than its dates

@@ -10,10 +10,11 @@ from typing import Any
 
 import psutil
 import pytest
-from rows import messages_jsonl
-from server import StudioServer, start_server, wait_until
-from small_disk import fill
-from tiny_model import TINY_ID
+
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer, start_server, wait_until
+from tests.support.small_disk import fill
+from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 HARD = {

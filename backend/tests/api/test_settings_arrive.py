@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from drawn_settings import requests, ways
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from server import StudioServer
-from setting_checks import CHECKS
-from setting_run import train
 
-from domain.algorithms import Algorithm
-from domain.peft_config import PARAMETER_NAMES
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PARAMETER_NAMES
+from tests.support.drawn_settings import requests, ways
+from tests.support.server import StudioServer
+from tests.support.setting_checks import CHECKS
+from tests.support.setting_run import train
 
 pytestmark = pytest.mark.engine
 

@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
-from rows import messages_jsonl
-from server import StudioServer
-from tiny_model import TINY_ID
 
 from api.compatibility import CompatibilityRequest
-from domain.algorithms import SPECS, Algorithm
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import SPECS, Algorithm
+from domain.peft.config import PeftConfig
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer
+from tests.support.tiny_model import TINY_ID
 
 ON_A_CPU = {"precision": "fp16", "optimizer": "adamw_8bit", "quantization": "int8"}
 # The tiny model knows 256 positions, and its layers are llama's.

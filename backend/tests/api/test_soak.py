@@ -26,14 +26,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from postgres import postgres
-from rows import messages_jsonl
-from server import StudioServer, start_server, wait_until
 from sqlalchemy import text
-from tiny_model import TINY_ID
 
-from domain.job_states import FINAL_STATES, JobState
+from domain.jobs.states import FINAL_STATES, JobState
 from store.database import Database
+from tests.support.postgres import postgres
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer, start_server, wait_until
+from tests.support.tiny_model import TINY_ID
 
 KILLS = int(os.environ.get("PEFT_STUDIO_SOAK_KILLS", "100"))
 FINAL = {state.value for state in FINAL_STATES}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_double import HubDouble
-from server import start_server, wait_until
 
 from api.waiting import until_done
+from tests.support.hub_double import HubDouble
+from tests.support.server import start_server, wait_until
 
 THREADS = 40  # for the routes that ask the Hub, and as many for all others
 

@@ -12,10 +12,10 @@ from gpu_check.report import against_trl, document
 from gpu_check.shapes import SHAPES
 from gpu_check.verdicts import Row, compare, judge
 from gpu_check.worker import speed
-from server import BACKEND
 
-from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
+from domain.peft.algorithms import Algorithm
+from tests.support.server import BACKEND
 
 BENCH = BACKEND.parent / "bench"
 CONFIG = configure(

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from server import start_server
+from tests.support.server import start_server
 
 
 def test_every_route_but_health_wants_the_key(tmp_path: Path, model_dirs: Path) -> None:

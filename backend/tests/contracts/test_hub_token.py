@@ -7,9 +7,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from hub_double import HubDouble
-from rows import messages_jsonl
-from server import StudioServer, start_server, wait_until
+
+from tests.support.hub_double import HubDouble
+from tests.support.rows import messages_jsonl
+from tests.support.server import StudioServer, start_server, wait_until
 
 pytestmark = pytest.mark.engine
 OF_ENVIRONMENT, OF_HEADER, REVOKED = "hf_CanaryEnvironment", "hf_CanaryHeader", "hf_CanaryRevoked"

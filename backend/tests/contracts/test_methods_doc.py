@@ -2,9 +2,8 @@
 
 import re
 
-from server import BACKEND
-
-from domain.algorithms import NOT_OFFERED, SPECS, Algorithm
+from domain.peft.algorithms import NOT_OFFERED, SPECS, Algorithm
+from tests.support.server import BACKEND
 
 ROOT = BACKEND.parent
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

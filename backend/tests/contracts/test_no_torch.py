@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from server import BACKEND, CACHE
-from tiny_model import TINY_ID
+
+from tests.support.server import BACKEND, CACHE
+from tests.support.tiny_model import TINY_ID
 
 # Every operation of the OpenAPI document, called in one fresh interpreter; then what it has imported.
 SCRIPT = """

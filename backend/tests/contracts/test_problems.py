@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from server import StudioServer
-from tiny_model import TINY_ID
 
 from api.problems import STATUS, status_of
 from core import errors
+from tests.support.server import StudioServer
+from tests.support.tiny_model import TINY_ID
 
 
 def _subclasses(kind: type[errors.StudioError]) -> set[type[errors.StudioError]]:

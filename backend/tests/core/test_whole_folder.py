@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server import BACKEND
 
 from core.files import says_no_space, whole_folder
 from core.manifest import NAME, FolderDamaged, read_manifest, verify, write_manifest
+from tests.support.server import BACKEND
 
 # Two checkpoints one after the other into the same place, as a run that is trained again writes them.
 WRITER = """

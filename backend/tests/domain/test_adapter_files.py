@@ -3,14 +3,14 @@
 from typing import Any
 
 import pytest
-from adapter_double import adapter_config, adapter_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import AdapterRejected, NeedsRemoteCode, NoSafeWeights
 from domain.adapter_files import check_names, read_facts
-from domain.algorithms import Algorithm
-from domain.safetensors_header import SafetensorsHeader
+from domain.models.safetensors_header import SafetensorsHeader
+from domain.peft.algorithms import Algorithm
+from tests.support.adapter_double import adapter_config, adapter_tensors
 
 
 def header(**changes: Any) -> SafetensorsHeader:

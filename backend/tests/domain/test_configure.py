@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import SettingRejected
-from domain.algorithms import SPECS, Algorithm
-from domain.architectures.registry import read_shape
 from domain.configure import Configuration, MachineFacts, configure
-from domain.peft_config import PARAMETER_NAMES, PeftOverrides
-from domain.use_cases import USE_CASES, UseCaseId
-from services.embedded_model import CONFIG
+from domain.models.architectures.registry import read_shape
+from domain.peft.algorithms import SPECS, Algorithm
+from domain.peft.config import PARAMETER_NAMES, PeftOverrides
+from domain.peft.use_cases import USE_CASES, UseCaseId
+from services.models.embedded import CONFIG
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 MACHINES = [CPU, MachineFacts(has_gpu=True, supports_bf16=False), MachineFacts(has_gpu=True, supports_bf16=True)]

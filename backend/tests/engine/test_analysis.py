@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import WRITTEN, trl_templates
 from hypothesis import given
 from hypothesis import strategies as st
-from test_methods import config_for
 from transformers import AutoTokenizer
 
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from domain.protocol import Analyze, Progress
 from engine.analysis import analyze
 from engine.batches import RowTokenizer, epoch_batches, read_rows
@@ -19,6 +17,8 @@ from engine.errors import BadModel
 from engine.rows import RowStore
 from engine.trainer import planned_steps
 from engine.transformers_backend import load_tokenizer
+from tests.engine.test_methods import config_for
+from tests.support.chat_templates import WRITTEN, trl_templates
 
 
 class RecordingChannel:

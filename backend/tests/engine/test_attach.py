@@ -9,15 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from test_methods import PROBE, config_for, create, disturb, kept, load, logits
 
-from domain.algorithms import Algorithm
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from engine import attach as module
 from engine import methods
 from engine.attach import attach_plain
 from engine.base import Base
 from engine.errors import BadSetting
+from tests.engine.test_methods import PROBE, config_for, create, disturb, kept, load, logits
 
 PLAIN: dict[str, tuple[Algorithm, dict[str, Any]]] = {
     "lora": (Algorithm.LORA, {"dropout": 0.1}),

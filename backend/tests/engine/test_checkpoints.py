@@ -10,13 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_methods import config_for, load
-from training_command import TestChannel, adapter_bytes, command_for, train_tiny
-from variants import VARIANTS
 
 from core.manifest import FolderDamaged
-from domain.algorithms import Algorithm
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, StepMetrics
 from engine.channel import Stopped
 from engine.checkpoints import (
@@ -31,6 +28,9 @@ from engine.checkpoints import (
 )
 from engine.errors import NotFinite
 from engine.training import train
+from tests.engine.test_methods import config_for, load
+from tests.support.training_command import TestChannel, adapter_bytes, command_for, train_tiny
+from tests.support.variants import VARIANTS
 
 # Everything with a state of its own is on: dropout, accumulation over a ragged epoch, warm-up, decay, evaluation.
 HARD = {

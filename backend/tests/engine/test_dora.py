@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
-from test_methods import config_for, create, disturb, load, logits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine import dora
 from engine.dora import BlockedDora, row_norms, use_blocks
+from tests.engine.test_methods import config_for, create, disturb, load, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
 

@@ -7,9 +7,6 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGUFReader
-from test_merge import make_adapter
-from test_methods import PROBE, config_for, load, logits
-from training_command import TestChannel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,12 +21,15 @@ from transformers import (
 )
 
 from core.manifest import verify
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from domain.protocol import ExportGguf
 from engine.base import Base
 from engine.channel import Stopped
 from engine.errors import BadSetting
 from engine.gguf_export import export_gguf
+from tests.engine.test_merge import make_adapter
+from tests.engine.test_methods import PROBE, config_for, load, logits
+from tests.support.training_command import TestChannel
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 64,

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from stock_peft import in_stock_peft
-from test_methods import PROBE, config_for, load, logits
-from training_command import TestChannel, command_for
-from variants import VARIANTS
 
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine import methods
 from engine.training import train
+from tests.engine.test_methods import PROBE, config_for, load, logits
+from tests.support.stock_peft import in_stock_peft
+from tests.support.training_command import TestChannel, command_for
+from tests.support.variants import VARIANTS
 
 # The others differ in nothing that is written or read.
 HANDED_OUT = {

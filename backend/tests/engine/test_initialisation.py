@@ -10,18 +10,18 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
-from small_disk import fill, mounted
-from test_methods import PROBE, config_for, create, disturb, kept, load, logits
-from variants import VARIANTS
 
 from core.errors import StorageFull
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine import methods
 from engine.base import Base
 from engine.errors import BadSetting
 from engine.frozen_weights import adapted_layer, base_layer
 from engine.initialisation import create_adapter
 from services.adapter_service import AdapterService
+from tests.engine.test_methods import PROBE, config_for, create, disturb, kept, load, logits
+from tests.support.small_disk import fill, mounted
+from tests.support.variants import VARIANTS
 
 DECOMPOSED = [Algorithm.PISSA, Algorithm.OLORA]
 IN_4_BITS = {"quantization": "nf4"}

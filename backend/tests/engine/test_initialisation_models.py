@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from test_methods import config_for, create, kept, load, logits
-from training_command import TestChannel, command_for
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -18,11 +16,13 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine import methods
 from engine.channel import Stopped
 from engine.errors import BadSetting
 from engine.training import train
+from tests.engine.test_methods import config_for, create, kept, load, logits
+from tests.support.training_command import TestChannel, command_for
 
 # PEFT corrects GPT-2's layout by itself, and has settings for experts that are not asked for; it says so.
 pytestmark = [

@@ -9,14 +9,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_methods import PROBE, config_for, create, disturb, kept, load, logits
-from training_command import TestChannel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import StorageFull
 from core.manifest import verify
-from domain.algorithms import Algorithm
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from domain.protocol import Merge, Progress
 from engine import merge as module
 from engine import methods
@@ -24,6 +22,8 @@ from engine.base import Base
 from engine.channel import Stopped
 from engine.errors import BadSetting
 from engine.merge import merge
+from tests.engine.test_methods import PROBE, config_for, create, disturb, kept, load, logits
+from tests.support.training_command import TestChannel
 
 # Of fp32 weights: the sum of base and correction rounds once, and a product of sums is not a sum of products.
 TOLERANCE = 5e-6

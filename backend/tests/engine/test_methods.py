@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from engine import methods
 from engine.base import Base
 from engine.frozen_weights import original_weights_kept

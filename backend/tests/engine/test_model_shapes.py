@@ -9,9 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from domain.activations import missing_targets
-from domain.architectures.registry import FAMILIES, read_shape
-from domain.model_shape import ModelShape
+from domain.memory.activations import missing_targets
+from domain.models.architectures.registry import FAMILIES, read_shape
+from domain.models.shape import ModelShape
 from engine.methods import linear_layers
 
 RECORDED = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "configs"

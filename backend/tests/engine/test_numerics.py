@@ -9,19 +9,19 @@ import pytest
 import torch
 from peft import PeftModelForCausalLM
 from peft.utils.integrations import dequantize_module_weight
-from test_methods import PROBE, config_for, create, disturb, load, logits
-from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
-from variants import VARIANTS
 
-from domain.algorithms import Algorithm
-from domain.architectures.registry import read_shape
-from domain.memory_estimate import adapter_parameters
-from domain.peft_config import DECOMPOSED, PeftConfig
+from domain.memory.estimate import adapter_parameters
+from domain.models.architectures.registry import read_shape
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import DECOMPOSED, PeftConfig
 from engine import methods
 from engine.base import Base
 from engine.frozen_weights import adapted_layer, base_layer, parts
 from engine.merged_weights import MergedWeights
+from tests.engine.test_methods import PROBE, config_for, create, disturb, load, logits
+from tests.support.tiny_model import make_tiny_model
+from tests.support.variants import VARIANTS
 
 every_variant = pytest.mark.parametrize(("algorithm", "overrides"), VARIANTS.values(), ids=VARIANTS)
 EXACT = 0.0

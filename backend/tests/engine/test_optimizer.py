@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from test_methods import config_for, create, load
 
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine.optimizer import make_optimizer, make_scheduler
+from tests.engine.test_methods import config_for, create, load
 
 
 @pytest.mark.parametrize(("use_dora", "floor"), [(False, 0.0), (True, 0.0), (False, 0.25)])

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_methods import config_for
-from test_trainer import make_rows
-from three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
 
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine.rows import RowStore
+from tests.engine.test_methods import config_for
+from tests.engine.test_trainer import make_rows
+from tests.support.three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
 
 # Relative. Of fp32: the engine's head runs only where there is a loss, so that sums are made in another order; one or
 # two units in the last place (2e-7) were measured, after 15 steps.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import WRITTEN, tokenizer_with, trl_templates, unsloth_templates
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -19,6 +18,7 @@ from engine.batches import FALLBACK_TEMPLATE, RowTokenizer
 from engine.errors import BadData
 from engine.rendering import ChatRenderer, _shaped
 from engine.rows import IGNORED
+from tests.support.chat_templates import WRITTEN, tokenizer_with, trl_templates, unsloth_templates
 
 MARKED = trl_templates(with_marks=True)
 # Made for a model that does not learn token by token.

@@ -1,22 +1,22 @@
-"""The formulas of domain.activations against what autograd really holds, family by family."""
+"""The formulas of domain.memory.activations against what autograd really holds, family by family."""
 
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModelForCausalLM
-from saved_bytes import saved_bytes
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from domain.activations import Batch, kept_by_layers
-from domain.algorithms import Algorithm
-from domain.architectures.registry import FAMILIES, read_shape
 from domain.configure import MachineFacts, configure
-from domain.peft_config import PeftConfig
+from domain.memory.activations import Batch, kept_by_layers
+from domain.models.architectures.registry import FAMILIES, read_shape
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from engine import methods
 from engine.dora import use_blocks
 from engine.transformers_backend import DTYPES
+from tests.support.saved_bytes import saved_bytes
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 ROWS, LENGTH = 2, 64

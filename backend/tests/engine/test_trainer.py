@@ -6,11 +6,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModelForCausalLM
-from test_methods import config_for, load
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
 
-from domain.algorithms import Algorithm
-from domain.peft_config import PeftConfig
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from domain.protocol import Evaluated, StepMetrics
 from engine import methods
 from engine.base import Base
@@ -19,6 +18,7 @@ from engine.errors import NotFinite
 from engine.optimizer import planned_steps
 from engine.rows import Row, RowStore
 from engine.trainer import Outcome, Trainer
+from tests.engine.test_methods import config_for, load
 
 
 def make_rows(count: int = 10) -> list[Row]:

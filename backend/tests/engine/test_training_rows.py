@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from test_methods import config_for
-from training_command import train_tiny
 
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine.errors import BadData
+from tests.engine.test_methods import config_for
+from tests.support.training_command import train_tiny
 
 
 def conversations(*prompts: str) -> str:

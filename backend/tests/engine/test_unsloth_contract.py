@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from server import BACKEND
-from test_methods import config_for
 
-from domain.algorithms import Algorithm
-from domain.unsloth_rules import FAST_FAMILIES, loaded_length, not_fused, obstacle
+from domain.peft.algorithms import Algorithm
+from domain.peft.unsloth_rules import FAST_FAMILIES, loaded_length, not_fused, obstacle
 from engine.batches import Row, pack, pad
 from engine.unsloth_backend import FusedLoss, forward_arguments, load_arguments, packed_lengths
+from tests.engine.test_methods import config_for
+from tests.support.server import BACKEND
 
 SCRIPT = """
 import inspect, json
@@ -188,10 +188,10 @@ hide_broken_torchvision()
 import unsloth
 import torch
 from peft import LoraConfig, PeftModelForCausalLM
-from test_methods import config_for
-from tiny_model import make_tiny_model
+from tests.engine.test_methods import config_for
+from tests.support.tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM, Trainer
-from domain.algorithms import Algorithm
+from domain.peft.algorithms import Algorithm
 from engine.unsloth_backend import UnslothBackend
 
 def _fast_inner_training_loop(self):
@@ -246,7 +246,7 @@ def test_unsloths_patches_are_on_for_the_run_and_gone_after_it(tmp_path: Path) -
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_COMPILE_LOCATION": str(tmp_path / "compiled"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
-        "PYTHONPATH": os.pathsep.join(str(BACKEND / part) for part in ("", "tests", "tests/engine")),
+        "PYTHONPATH": str(BACKEND),
     }
     done = subprocess.run(
         [sys.executable, "-c", PATCHED], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets_double import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import DatasetNotTrainable, DatasetRejected, TooLarge
+from services.dataset_service import DatasetService
+from services.datasets.intake import IntakeRequest, IntakeResult
+from services.datasets.worker import read_in_process
+from tests.support.datasets_double import (
     as_csv,
     as_json,
     as_jsonl,
@@ -18,13 +25,6 @@ from datasets_double import (
     upload,
     zipped,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from core.errors import DatasetNotTrainable, DatasetRejected, TooLarge
-from services.dataset_intake import IntakeRequest, IntakeResult
-from services.dataset_service import DatasetService
-from services.dataset_worker import read_in_process
 
 GOOD = '{"prompt": "p", "completion": "c"}'
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data" / "datasets"
@@ -198,7 +198,7 @@ def test_the_reader_of_its_own_process_says_the_same(tmp_path: Path, monkeypatch
     with pytest.raises(DatasetRejected, match="not JSON") as caught:
         read_in_process(request, lambda *_: None)
     assert caught.value.extras["errors"][0]["line"] == 1
-    monkeypatch.setattr("services.dataset_worker._BACKEND", tmp_path)  # no module there: it dies at once
+    monkeypatch.setattr("services.datasets.worker._BACKEND", tmp_path)  # no module there: it dies at once
     with pytest.raises(DatasetRejected, match="exit code 1"):
         read_in_process(request, lambda *_: None)
 

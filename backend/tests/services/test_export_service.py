@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hub_double import ManualClock
-from server import wait_until
 
 from core.errors import (
     AdapterInUse,
@@ -22,14 +20,16 @@ from core.errors import (
     TransitionNotPermitted,
 )
 from core.files import whole_folder
-from domain.export_states import FINAL_STATES, ExportKind, ExportState, may_change
+from domain.jobs.export_states import FINAL_STATES, ExportKind, ExportState, may_change
 from services.adapter_service import AdapterService
-from services.engine_process import EngineDied
-from services.export_control import ExportControl
+from services.engines.process import EngineDied
 from services.export_service import ExportFileNotFound, ExportService
+from services.exports.control import ExportControl
 from store.database import Database
 from store.records import AdapterRecord, ExportRecord
 from store.repositories import Adapters
+from tests.support.hub_double import ManualClock
+from tests.support.server import wait_until
 
 Act = Callable[[ExportRecord, Path, ExportControl], dict[str, Any]]
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_host_probe import FakeSystem, Stopwatch
-from test_nvml_probe import FakeNvml, h100, lost, no_driver, t4
 
-from services.cuda_checks import CudaCheck, run_cuda_checks
+from services.hardware.cuda_checks import CudaCheck, run_cuda_checks
+from services.hardware.host_probe import HostProbe
+from services.hardware.nvml_probe import GpuReading, NvmlProbe
 from services.hardware_service import PACKAGES, HardwareService, installed_versions, select_engine
-from services.host_probe import HostProbe
-from services.nvml_probe import GpuReading, NvmlProbe
+from tests.services.hardware.test_host_probe import FakeSystem, Stopwatch
+from tests.services.hardware.test_nvml_probe import FakeNvml, h100, lost, no_driver, t4
 
 
 class Clock:

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
-from registries import make_registry
 
 from core.errors import (
     AccessDenied,
@@ -20,13 +18,15 @@ from core.errors import (
     TaskNotFound,
 )
 from core.settings import Settings
-from domain.model_records import Fit, ModelSummary, SearchPage, SearchQuery
-from services.hub_errors import QueryRejected
-from services.hub_http import HubHttp, request_token
-from services.local_models import LocalModel
-from services.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S
+from domain.models.records import Fit, ModelSummary, SearchPage, SearchQuery
+from services.hub.errors import QueryRejected
+from services.hub.http import HubHttp, request_token
+from services.hub.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S
 from services.model_registry_service import FitOf, ModelRegistryService, build_model_registry_service
-from services.model_safety import check_safe
+from services.models.local import LocalModel
+from services.models.safety import check_safe
+from tests.support.hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from tests.support.registries import make_registry
 
 TEXT = {"pipeline_tag": "text-generation"}
 SAFE: dict[str, Any] = TEXT | {"safetensors": {"parameters": {"BF16": 4}, "total": 4}}  # as the Hub describes FILES

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_double import ManualClock
 
-import services.base_pool as module
+import services.loading.pool as module
 from core.errors import DoesNotFit, HubUnavailable
-from domain.algorithms import Algorithm
-from domain.architectures.registry import read_shape
 from domain.configure import MachineFacts
-from domain.memory_estimate import loading_bytes
-from services.devices import Device, EngineChoice
-from services.embedded_model import CONFIG
+from domain.memory.estimate import loading_bytes
+from domain.models.architectures.registry import read_shape
+from domain.peft.algorithms import Algorithm
 from services.generation_service import GenerationRequest, GenerationService
-from services.loaded_base import LoadState
+from services.hardware.devices import Device, EngineChoice
+from services.loading.loaded_base import LoadState
+from services.models.embedded import CONFIG
 from services.peft_service import LoadedModel, LoadRequest, PeftService
+from tests.support.hub_double import ManualClock
 
 GRACE_S, IDLE_S = 60.0, 1800.0
 SHAPE = read_shape(CONFIG)

@@ -8,21 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from commit_cutter import CommitCutter
-from postgres import postgres
-from server import wait_until
 
 from core.clock import SystemClock
 from core.errors import DatabaseUnavailable, HubUnavailable, ModelRejected, StudioError, TransitionNotPermitted
-from domain.algorithms import Algorithm
 from domain.configure import MachineFacts, configure
-from domain.job_states import FINAL_STATES, JobState
-from services.checkpoint_store import CheckpointStore
-from services.engine_process import CommandFailed
+from domain.jobs.states import FINAL_STATES, JobState
+from domain.peft.algorithms import Algorithm
+from services.engines.process import CommandFailed
+from services.training.checkpoint_store import CheckpointStore
 from services.training_service import TrainingService
 from store.database import Database
 from store.records import DatasetRecord, JobRecord
 from store.repositories import Datasets, Jobs
+from tests.support.commit_cutter import CommitCutter
+from tests.support.postgres import postgres
+from tests.support.server import wait_until
 
 CONFIG = configure(
     Algorithm.LORA, use_case=None, overrides={}, machine=MachineFacts(has_gpu=False, supports_bf16=False)

@@ -12,18 +12,18 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from commit_cutter import CommitCutter, Cut
-from postgres import Postgres, postgres
-from small_disk import fill
 from sqlalchemy import JSON, Column, MetaData, Table, event, inspect, text
 
 from core.errors import DatabaseUnavailable, StorageFull
-from domain.job_states import JobState
+from domain.jobs.states import JobState
 from store import database as module
 from store.database import HEAD, Database
 from store.records import DatasetRecord, JobRecord
 from store.repositories import Adapters, Datasets, Exports, Jobs
 from store.tables import metadata
+from tests.support.commit_cutter import CommitCutter, Cut
+from tests.support.postgres import Postgres, postgres
+from tests.support.small_disk import fill
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server import BACKEND
-from small_disk import fill
 
 from core.errors import StorageFull
 from store.database import Database
 from store.sqlite_file import DatabaseDamaged, back_up, backup_of, check
+from tests.support.server import BACKEND
+from tests.support.small_disk import fill
 
 
 def make(path: Path) -> Path:

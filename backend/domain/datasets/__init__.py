@@ -1,0 +1,1 @@
+"""The formats of datasets, and the parts of a row."""

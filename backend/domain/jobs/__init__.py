@@ -1,0 +1,1 @@
+"""The states of jobs and exports, and when one is tried again."""

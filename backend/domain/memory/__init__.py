@@ -1,0 +1,1 @@
+"""What a fine-tune needs, and whether a device has it."""

@@ -1,0 +1,209 @@
+"""What a forward pass leaves in memory for the backward pass.
+
+Symbols: B rows, T tokens a row, L layers, H hidden size, V vocabulary, r rank, a bytes of the compute type.
+tests/engine/test_saved_activations.py compares the formulas with what autograd really holds, family by family.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from domain.models.shape import Block, Linear, ModelShape
+from domain.peft.config import PeftConfig
+
+WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a training program does its own way.
+
+    Attributes:
+        adapter_width: Bytes of an adapter's numbers, gradients included. Four in our engine: over a 16-bit base, PEFT
+            keeps adapters in fp32 (`autocast_adapter_dtype=True`).
+        loss_width: Bytes a logit at the peak. Twelve in our engine: at the first step of the backward pass three fp32
+            tensors of the logits' size are there at once: log-softmax's output, the gradient of the loss, and
+            log-softmax's gradient (ATen, `_log_softmax_backward_data`).
+        makes_masks: Whether a batch of rows of different length needs a mask of T × T.
+    """
+
+    adapter_width: int = 4
+    loss_width: int = 12
+    makes_masks: bool = True
+
+
+OURS = Stack()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass.
+
+    Attributes:
+        rows: B.
+        length: T, the longest row's; the others are padded to it.
+        masked: Whether an attention mask is passed: rows of different length, or several rows in one sequence.
+        trained: Part of the positions whose logits are computed, 0..1.
+    """
+
+    rows: int
+    length: int
+    masked: bool
+    trained: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """B · T."""
+        return self.rows * self.length
+
+
+def largest_batch(config: PeftConfig) -> Batch:
+    """Return the largest forward pass a configuration allows: every row as long as is permitted.
+
+    Rows of one batch are rarely equally long, so a batch of several is assumed to need a mask; one row never does.
+    """
+    return Batch(config.batch_size, config.max_seq_length, config.packing or config.batch_size > 1)
+
+
+def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
+    """Return the linear modules that the configuration adapts, with how many there are of each."""
+    found = [pair for block in shape.blocks for pair in _targeted_in(block, config)]
+    loose = [linear for linear in shape.loose_linears if _wanted(linear.path, config)]
+    return found + [(linear, 1) for linear in loose]
+
+
+def missing_targets(shape: ModelShape, names: str | Sequence[str]) -> list[str]:
+    """Return those of the target modules that are no linear module of the model, by the engine's rule for names.
+
+    Of a family that the engine loads every linear module is known (tests/engine/test_model_shapes.py); of one that it
+    does not load, nothing is said.
+    """
+    if isinstance(names, str) or shape.obstacle is not None:
+        return []
+    return [name for name in names if not _is_there(shape, name)]
+
+
+def _is_there(shape: ModelShape, name: str) -> bool:
+    in_layers = any(_matching(block, linear.path, name) for block in shape.blocks for linear in block.part.linears)
+    return in_layers or any(_means(name, linear.path) for linear in shape.loose_linears)
+
+
+def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
+    if config.target_modules == "all-linear":
+        return [(linear, block.count) for linear in block.part.linears]
+    return [
+        (linear, count)
+        for linear in block.part.linears
+        if (count := max(_matching(block, linear.path, wanted) for wanted in config.target_modules))
+    ]
+
+
+def _wanted(path: str, config: PeftConfig) -> bool:
+    names = config.target_modules
+    return names == "all-linear" or any(_means(name, path) for name in names)
+
+
+def _means(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _matching(block: Block, path: str, wanted: str) -> int:
+    """Count the layers of a block in which a name means a module: the end of its full path, from a dot on."""
+    if _means(wanted, path):
+        return block.count
+    if not wanted.endswith(f".{path}"):
+        return 0
+    head, dot, index = wanted.removesuffix(f".{path}").rpartition(".")
+    if not _is_one_of(index, block.indexes):
+        return 0
+    return 1 if not dot or head == block.container or block.container.endswith(f".{head}") else 0
+
+
+def _is_one_of(text: str, indexes: tuple[int, ...]) -> bool:
+    """Tell whether a text is a number as a path has it; nobody has looked yet at how long it is."""
+    return text.isdecimal() and len(text) < 9 and str(int(text)) == text and int(text) in indexes
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Bytes that layers keep, adapters included.
+
+    Attributes:
+        all_bytes: Of every layer as it is computed, whether it is kept or computed again.
+        plain_bytes: The same without dropout and DoRA.
+        peak_bytes: What is there at once. Without checkpointing, all of it; with it, the input of each layer (Chen et
+            al., arXiv 1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is
+            computed again.
+    """
+
+    all_bytes: int
+    plain_bytes: int
+    peak_bytes: int
+
+
+def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS, *, on_gpu: bool) -> Layers:
+    """Count what all layers keep."""
+    plain = config.model_copy(update={"dropout": 0.0, "use_dora": False})
+    kept, kept_plainly = (
+        [
+            (block.count, _kept_by_block(block, settings, batch, stack, on_gpu=on_gpu))
+            for block in shape.blocks
+            if block.passed
+        ]
+        for settings in (config, plain)
+    )
+    last_norm = 4 * batch.tokens * shape.hidden
+    everything, plainly = (sum(count * size for count, size in sizes) + last_norm for sizes in (kept, kept_plainly))
+    if not config.gradient_checkpointing:
+        return Layers(everything, plainly, everything)
+    boundaries = shape.layers * batch.tokens * shape.hidden * WIDTH_BYTES[config.precision]
+    return Layers(everything, plainly, boundaries + last_norm + max((size for _, size in kept), default=0))
+
+
+def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
+    """Bytes that one layer of a block keeps."""
+    width, kept = WIDTH_BYTES[config.precision], block.part.kept
+    masked = batch.masked and stack.makes_masks
+    plain = kept.plain + (kept.masked if masked else 0)
+    own = batch.tokens * (4 * kept.fp32 + width * plain)
+    # A boolean mask becomes one of the compute type in each attention, which keeps it
+    # (ATen, transformers/sdp_utils.h, `convert_boolean_attn_mask`).
+    squares = 0 if on_gpu else 4 * kept.squares  # the unfused kernel computes in fp32
+    matrices = (kept.attentions * width if masked else 0) + squares
+    return own + matrices * batch.rows * batch.length**2 + _kept_by_adapters(block, config, batch, stack, on_gpu=on_gpu)
+
+
+def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
+    """Bytes that the adapters of one layer keep: their input as they see it, and A's output.
+
+    Source: PEFT, tuners/lora/layer.py, `Linear.forward`: `lora_B(lora_A(dropout(x)))` with x in the adapter's type.
+    """
+    targets = [linear for linear, _ in _targeted_in(block, config)]
+    if config.dropout > 0:
+        # The dropped input, and what drops it: a mask of one byte on a GPU, one in fp32 on a CPU (ATen, Dropout.cpp).
+        per_token = sum((stack.adapter_width + (1 if on_gpu else 4)) * linear.fan_in for linear in targets)
+    elif WIDTH_BYTES[config.precision] < stack.adapter_width:
+        per_token = sum(stack.adapter_width * linear.fan_in for linear in targets)  # each makes its own fp32 copy
+    else:
+        shared = {linear.reads: linear.fan_in for linear in targets if linear.reads in ("attention", "mlp")}
+        own = sum(linear.fan_in for linear in targets if linear.reads == "own")
+        per_token = stack.adapter_width * (sum(shared.values()) + own)
+    per_token += stack.adapter_width * config.rank * len(targets)
+    if not config.use_dora:
+        return batch.tokens * per_token
+    return batch.tokens * (per_token + _dora_per_token(targets, config, stack))
+
+
+def _dora_per_token(targets: list[Linear], config: PeftConfig, stack: Stack) -> int:
+    """Bytes a token that DoRA keeps beside LoRA: the base's output and the adapter's, which the magnitudes multiply.
+
+    Source: PEFT, tuners/lora/dora.py, `DoraLinearLayer.forward`; no dense weight (engine/dora.py).
+    """
+    base = stack.adapter_width if config.dropout > 0 else WIDTH_BYTES[config.precision]
+    return sum((base + stack.adapter_width) * linear.fan_out for linear in targets)
+
+
+def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS) -> int:
+    """Bytes of logits and loss at their peak. Capped logits keep their tanh as well."""
+    positions = batch.rows * max(1, round(batch.length * batch.trained))
+    capped = WIDTH_BYTES[config.precision] if shape.softcapped else 0
+    return positions * shape.vocab * (stack.loss_width + capped)

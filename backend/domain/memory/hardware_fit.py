@@ -1,0 +1,80 @@
+"""What the memory at hand decides: rows a pass, passes a step, recomputation, and on a CPU the precision."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from domain.memory.estimate import estimate
+from domain.memory.verdict import judge
+from domain.models.shape import ModelShape
+from domain.peft.config import PeftConfig
+
+# The parameters that it may choose.
+FITTED = ("batch_size", "gradient_accumulation", "gradient_checkpointing", "precision")
+_BATCH = frozenset({"batch_size", "gradient_accumulation"})
+
+
+def fit_to_memory(
+    shape: ModelShape, config: PeftConfig, available_bytes: int, kept: Collection[str], *, on_gpu: bool
+) -> Mapping[str, Any]:
+    """Return the changes that make a configuration fit the device, and on a GPU use it.
+
+    The fastest that fits is chosen: all rows of a step in one pass, then fewer rows with more passes, then activations
+    computed twice, and last, on a CPU, weights in bf16 instead of fp32. The effective batch stays what it was. What the
+    client set itself is left alone, and so is everything else that changes what is learned.
+
+    Args:
+        shape: The model.
+        config: The configuration as it would be if nothing were known of the memory.
+        available_bytes: What is free on the device.
+        kept: Parameters that must not change.
+        on_gpu: Whether the device is a CUDA GPU.
+
+    Returns:
+        Parameter → value, empty where nothing has to change; if nothing fits, what needs least.
+    """
+    needs: list[tuple[int, Mapping[str, Any]]] = []
+    tight: Mapping[str, Any] | None = None
+    for changes in _options(config, kept, on_gpu=on_gpu):
+        if tight is not None and changes["precision"] != config.precision:
+            break  # what may fit in fp32 is not worth a type several times slower
+        found = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu)
+        verdict = judge(found, available_bytes)
+        if verdict == "fits":
+            return _changed(config, changes)
+        if verdict == "tight" and tight is None:
+            tight = changes
+        needs.append((found.total_bytes, changes))
+    return _changed(config, tight if tight is not None else min(needs, key=lambda item: item[0])[1])
+
+
+def _changed(config: PeftConfig, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: value for name, value in values.items() if value != getattr(config, name)}
+
+
+def _options(config: PeftConfig, kept: Collection[str], *, on_gpu: bool) -> Iterator[Mapping[str, Any]]:
+    """Yield all ways from the fastest to the leanest.
+
+    Recomputing activations costs a quarter of the speed, so it comes after smaller batches; a CPU without matrix units
+    for bf16 is several times slower in it, so that comes last.
+    """
+    batches = [{}] if _BATCH & set(kept) else list(_batches(config, on_gpu=on_gpu))
+    recomputes = [config.gradient_checkpointing]
+    if "gradient_checkpointing" not in kept:
+        recomputes = [False, True]
+    precisions = [config.precision]
+    if not on_gpu and "precision" not in kept and config.precision == "fp32":
+        precisions.append("bf16")
+    for precision in precisions:
+        for recompute in recomputes:
+            for batch in batches:
+                yield {**batch, "gradient_checkpointing": recompute, "precision": precision}
+
+
+def _batches(config: PeftConfig, *, on_gpu: bool) -> Iterator[Mapping[str, Any]]:
+    """Yield ways to split the effective batch, the largest pass first; a CPU gains nothing from a larger one."""
+    passes = 1 if on_gpu else config.gradient_accumulation
+    rows = config.batch_size * config.gradient_accumulation // passes
+    yield {"batch_size": rows, "gradient_accumulation": passes}
+    while rows > 1 and rows % 2 == 0:
+        rows, passes = rows // 2, passes * 2
+        yield {"batch_size": rows, "gradient_accumulation": passes}

@@ -1,0 +1,1 @@
+"""Models: their records, dimensions and files."""

@@ -1,0 +1,1 @@
+"""The methods, and the settings of a fine-tune."""

@@ -1,0 +1,41 @@
+"""What Unsloth's fast layers can hold, and what goes to plain transformers + PEFT instead, with the reason.
+
+Source: `unsloth/models/loader.py` and `llama.py` of unsloth 2026.10.7, read for what they refuse or quietly change;
+tests/engine/test_unsloth_contract.py checks these rules against the installed version.
+"""
+
+from domain.peft.config import PeftConfig
+
+LEAST_CAPABILITY = (7, 0)  # Unsloth's kernels are for Volta and later
+# `FastLanguageModel` has layers of its own for these, on which it fuses the adapter's products. Any other family it
+# hands to a generic, compiled path; Gemma 2 it has too, but with soft-capped logits in a loss of its own.
+FAST_FAMILIES = frozenset({"llama", "mistral", "gemma", "qwen2", "qwen3"})
+# Beyond the length that a base was loaded for, Unsloth cuts what it is given without an error. Loading for more
+# than is asked costs little and lets requests share a base.
+SHARED_LENGTH = 2048
+
+
+def obstacle(config: PeftConfig, model_type: str | None) -> str | None:
+    """Say why Unsloth cannot hold a base as it is asked for; None if it can."""
+    if model_type is None:
+        return "the model's family is not known, and Unsloth is fast for known ones only"
+    if model_type not in FAST_FAMILIES:
+        return f"Unsloth has no fast layers for the family {model_type}"
+    if config.quantization == "int8":
+        return "Unsloth hands 8-bit bases to a generic path without its fused kernels"
+    if config.precision == "fp32":
+        return "Unsloth's fused kernels take 16-bit bases only"
+    return None
+
+
+def loaded_length(config: PeftConfig, max_positions: int | None) -> int:
+    """Return the tokens to load a base for: never more than the model knows, or Unsloth would stretch its positions."""
+    wanted = max(SHARED_LENGTH, config.max_seq_length)
+    return wanted if max_positions is None else min(wanted, max_positions)
+
+
+def not_fused(config: PeftConfig) -> str | None:
+    """Say why an adapter runs through PEFT's own layers on a base that Unsloth loaded; None if it is fused."""
+    if config.use_dora:
+        return "Unsloth's fused kernels leave DoRA's magnitudes out"
+    return None

@@ -1,0 +1,1 @@
+"""Adapters that come from elsewhere: received, checked, stored."""

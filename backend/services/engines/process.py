@@ -1,0 +1,360 @@
+"""A handle on one engine process: start it, send commands, receive events, know how it ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import ValidationError
+
+from core import allocator, telemetry
+from core.errors import EngineFailed, EngineUnavailable, StudioError
+from core.logging import get_logger
+from domain import protocol
+
+_BACKEND = Path(__file__).resolve().parents[2]
+_LOG_CAP_BYTES = 4 * 2**20
+_LOG_TAIL_LINES = 40
+# An engine beats every two seconds, on a thread that torch lets run; one that is silent for so long hangs.
+_SILENCE_S = 60.0
+# Where core/allocator.py leaves it to glibc: that gives freed tensors back to the kernel at once by default and faults
+# them in again at the next step. 1.11-1.25 times the training speed with these thresholds.
+ENGINE_ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**31),
+    "MALLOC_TOP_PAD_": str(64 * 2**20),
+    "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**50),  # large tensors are no news
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",  # an engine reads local files only; the server does the downloading
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONUNBUFFERED": "1",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
+    # What an environment could change about how Unsloth computes: all of them as engine/unsloth_backend.py expects.
+    "UNSLOTH_RETURN_LOGITS": "0",
+    "UNSLOTH_RETURN_HIDDEN_STATES": "0",
+    "UNSLOTH_FUSED_LORA_DROPOUT": "1",
+    "UNSLOTH_USE_NEW_MODEL": "0",
+    "UNSLOTH_ENABLE_FULL_FINETUNING": "0",
+    "UNSLOTH_TILED_MLP": "0",
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # torch then numbers GPUs as NVML does, and not the fastest first
+}
+# PR_SET_PDEATHSIG fires when the *thread* that forked ends, so one thread that never ends starts all engines.
+_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
+_log = get_logger(__name__)
+
+EventHandler = Callable[[Any], None]
+
+
+class EngineDied(EngineFailed):
+    """The engine process ended while a command was running.
+
+    `exit_code` or `signal` says how, `unresponsive` whether it was ended for its silence, `log_tail` holds the last
+    lines that it wrote.
+    """
+
+    slug, title = "engine-died", "Engine died"
+
+
+def death_class(error: EngineDied, *, out_of_memory: bool) -> str:
+    """Name how an engine ended, as jobs and exports record it.
+
+    Args:
+        error: Its death.
+        out_of_memory: Whether the kernel has meanwhile killed a process for want of memory. It sends SIGKILL, and
+            counts; so may a person, who does not.
+    """
+    if error.extras.get("unresponsive"):
+        return "engine_unresponsive"
+    if error.extras.get("signal") != signal.SIGKILL:
+        return "engine_crash"
+    return "out_of_host_memory" if out_of_memory else "engine_killed"
+
+
+class CommandFailed(EngineFailed):
+    """The engine carried on but could not do what was asked; `error_class` says why."""
+
+    slug, title = "engine-command-failed", "Engine command failed"
+
+
+class EngineProcess:
+    """One engine.
+
+    Args:
+        log_path: Where its stdout and stderr go, capped at 4 MiB with one older part kept.
+        on_exit: Called once, from a thread of this class, when the process has ended.
+        silence_s: Seconds without a heartbeat after which it is killed.
+        gpu_uuid: The one GPU that its libraries will see; None for every one there is.
+        backend: What will load its base; Unsloth has to be imported before everything that it patches.
+    """
+
+    def __init__(
+        self,
+        log_path: Path,
+        on_exit: Callable[[], None] | None = None,
+        silence_s: float = _SILENCE_S,
+        gpu_uuid: str | None = None,
+        backend: str = "transformers",
+    ) -> None:
+        self._log_path = log_path
+        self._on_exit = on_exit
+        self._silence_s, self._heard_s = silence_s, time.monotonic()
+        self._unresponsive, self._handling = False, False
+        self._pending: dict[str, tuple[Future[dict[str, Any]], EventHandler | None]] = {}
+        self._lock = threading.Lock()
+        self._tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
+        self._closing = False
+        self._ended = threading.Event()
+        self.garbage_lines = 0
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent, gpu_uuid, backend).result()
+        except OSError as error:
+            raise EngineUnavailable(f"No engine process could be started: {error}") from error
+        telemetry.engine_starts.inc()
+        self._log_thread = threading.Thread(target=self._copy_log, name="engine-log", daemon=True)
+        self._log_thread.start()
+        threading.Thread(target=self._read_events, args=(events,), name="engine-events", daemon=True).start()
+        threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def resident_bytes(self) -> int:
+        """Return the memory that the process holds now; 0 if it has ended."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.NoSuchProcess:
+            return 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs and takes commands."""
+        return not self._closing and not self._ended.is_set()
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a command has not had its final event yet."""
+        with self._lock:
+            return bool(self._pending)
+
+    def log_tail(self) -> list[str]:
+        """Return the last lines of the engine's own output."""
+        return list(self._tail)
+
+    def request(
+        self, make: Callable[[str], Any], on_event: EventHandler | None = None
+    ) -> tuple[str, "Future[dict[str, Any]]"]:
+        """Send a command.
+
+        Args:
+            make: Builds the command from its request id.
+            on_event: Takes every event before the final one, in order, on the reader's thread.
+
+        Returns:
+            The request id, and a future of the `done` event's result. The future fails with CommandFailed
+            or EngineDied.
+        """
+        request_id = uuid.uuid4().hex
+        future: Future[dict[str, Any]] = Future()
+        with self._lock:
+            if not self.alive:
+                future.set_exception(self._death())
+                return request_id, future
+            self._pending[request_id] = (future, on_event)
+        self._send(make(request_id))
+        return request_id, future
+
+    def stop(self, request_id: str, mode: protocol.StopMode = "discard") -> None:
+        """Ask the engine to end a command early; its future still gets the final event."""
+        self._send(protocol.Stop(request_id=uuid.uuid4().hex, target_id=request_id, mode=mode))
+
+    def write_checkpoint(self, request_id: str) -> None:
+        """Ask the engine for a checkpoint of a training run; an event says when it is written."""
+        self._send(protocol.WriteCheckpoint(request_id=uuid.uuid4().hex, target_id=request_id))
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """End the process: by closing its pipe, or by force after `timeout_s`. Its memory is free on return."""
+        self._closing = True
+        with suppress(BrokenPipeError):  # it is already gone; the wait below collects it
+            self._commands.close()
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._ended.wait(timeout_s)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+
+    def _send(self, command: Any) -> None:
+        try:
+            with self._lock:
+                self._commands.write(protocol.encode(command))
+                self._commands.flush()
+        except (BrokenPipeError, ValueError):
+            # The process ended; the events thread sees end-of-file and fails what is pending.
+            _log.warning("engine.gone", pid=self.pid, command=command.kind)
+
+    def _watch(self) -> None:
+        """Kill an engine that has fallen silent: stopped, swapped out for good, or stuck in a driver."""
+        tick_s = min(protocol.HEARTBEAT_S, self._silence_s / 4)
+        looked_s = time.monotonic()
+        while not self._ended.wait(tick_s):
+            now_s = time.monotonic()
+            if now_s - looked_s > 2 * tick_s:
+                self._heard_s = now_s  # this process was itself stopped meanwhile: the engine gets its time again
+            looked_s = now_s
+            if self._handling:
+                self._heard_s = now_s
+            if now_s - self._heard_s > self._silence_s:
+                _log.error("engine.silent", pid=self.pid, silent_s=round(now_s - self._heard_s))
+                self._unresponsive = True
+                self._process.kill()
+                return
+
+    def _read_events(self, events: Any) -> None:
+        with events:
+            for line in events:
+                try:
+                    event = protocol.EVENTS.validate_json(line)
+                except ValidationError:
+                    self.garbage_lines += 1
+                    _log.warning("engine.garbage", pid=self.pid, size_bytes=len(line))
+                    continue
+                self._heard_s = time.monotonic()
+                if not isinstance(event, protocol.Heartbeat):
+                    self._deliver(event)
+        self._process.wait()
+        self._log_thread.join(timeout=5)
+        if not self._closing:
+            code = self._process.returncode
+            telemetry.engine_deaths.labels(f"signal {-code}" if code < 0 else f"exit code {code}").inc()
+        with self._lock:
+            self._ended.set()
+            pending, self._pending = self._pending, {}
+        for future, _ in pending.values():
+            future.set_exception(self._death())
+        if self._on_exit is not None:
+            self._on_exit()
+
+    def _deliver(self, event: Any) -> None:
+        final = isinstance(event, protocol.Done | protocol.Failed)
+        with self._lock:
+            found = self._pending.pop(event.request_id, None) if final else self._pending.get(event.request_id)
+        if found is None:
+            return
+        future, on_event = found
+        if isinstance(event, protocol.Done):
+            future.set_result(event.result)
+        elif isinstance(event, protocol.Failed):
+            extras = {"error_class": event.error_class, "suggestions": event.suggestions}
+            future.set_exception(CommandFailed(event.message, **extras, log_tail=self.log_tail()))
+        elif on_event is not None:
+            self._handle(event, on_event, future)
+
+    def _handle(self, event: Any, on_event: EventHandler, future: "Future[dict[str, Any]]") -> None:
+        """Hand an event on. If that fails (the disk is full, say), the command fails: this thread must live."""
+        self._handling = True  # nobody listens for heartbeats meanwhile
+        try:
+            on_event(event)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the reader goes on
+            _log.exception("engine.event_lost", pid=self.pid, event_kind=event.kind)
+            with self._lock:
+                known = self._pending.pop(event.request_id, None)
+            if known is not None:
+                detail = error.detail if isinstance(error, StudioError) else type(error).__name__
+                future.set_exception(EngineFailed(f"An event of the engine could not be recorded: {detail}"))
+            self.stop(event.request_id)
+        finally:
+            self._heard_s, self._handling = time.monotonic(), False
+
+    def _death(self) -> EngineDied:
+        code = self._process.poll()
+        number = -code if code is not None and code < 0 else None
+        how = f"by signal {number} ({signal.Signals(number).name})" if number else f"with exit code {code}"
+        why = f" after {self._silence_s:g} s of silence" if self._unresponsive else ""
+        return EngineDied(
+            f"The engine process {self.pid} ended {how}{why}.",
+            unresponsive=self._unresponsive,
+            exit_code=code if code is not None and code >= 0 else None,
+            signal=number,
+            log_tail=self.log_tail(),
+        )
+
+    def _copy_log(self) -> None:
+        """Copy the engine's output to its file, starting a new one at the cap; drains whatever it prints."""
+        stream = self._process.stdout
+        if stream is None:
+            raise EngineUnavailable("The engine has no output pipe.")
+        file, size = self._log_path.open("ab"), self._log_path.stat().st_size
+        with stream:
+            # Bounded reads: a line of a gigabyte must not be held in memory.
+            for line in iter(lambda: stream.readline(65536), b""):
+                self._tail.append(line.decode("utf-8", "replace").rstrip())
+                try:
+                    if size + len(line) > _LOG_CAP_BYTES:
+                        file.close()
+                        os.replace(self._log_path, self._log_path.with_suffix(".log.1"))
+                        file, size = self._log_path.open("ab"), 0
+                    size += file.write(line)
+                    file.flush()
+                except (OSError, ValueError):  # a full disk: an engine whose output nobody takes would stop
+                    continue
+        with suppress(OSError):
+            file.close()
+
+
+def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subprocess.Popen[bytes]", Any, Any]:
+    """Start `python -m engine` with a private pair of pipes. Runs on the spawner's thread."""
+    command_read, command_write = os.pipe()
+    event_read, event_write = os.pipe()
+    environment = {
+        **os.environ,
+        **ENGINE_ENVIRONMENT,
+        # Unsloth writes the code it generates to the working directory unless it is told where.
+        "UNSLOTH_COMPILE_LOCATION": str(work_dir / "unsloth_compiled_cache"),
+        protocol.BACKEND_VARIABLE: backend,
+        protocol.COMMAND_FD_VARIABLE: str(command_read),
+        protocol.EVENT_FD_VARIABLE: str(event_write),
+        "PEFT_STUDIO_PARENT_PID": str(os.getpid()),
+    }
+    if gpu_uuid is not None:
+        # By uuid: an index would depend on what the server itself is shown, and Unsloth names cuda:0 in places.
+        environment["CUDA_VISIBLE_DEVICES"] = gpu_uuid
+    elif library := allocator.preload():  # of no use where tensors are in a GPU's memory, and untried there
+        environment["LD_PRELOAD"] = str(library)
+    for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"):
+        environment.pop(secret, None)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "engine"],
+            cwd=_BACKEND,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(command_read, event_write),
+            start_new_session=True,  # a terminal's Ctrl-C is for the server, which then ends its engines
+        )
+    except OSError:
+        os.close(command_write)
+        os.close(event_read)
+        raise
+    finally:
+        os.close(command_read)
+        os.close(event_write)
+    return process, os.fdopen(command_write, "wb"), os.fdopen(event_read, "rb")

@@ -1,0 +1,1 @@
+"""What is made of an adapter: a merged model, a GGUF file, a push to the Hub."""

@@ -1,0 +1,1 @@
+"""What this machine is: its probes, its devices, and the checks of CUDA."""

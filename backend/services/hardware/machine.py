@@ -1,0 +1,43 @@
+"""The machine as the services need it: devices by name, and the engine that runs on each."""
+
+from core.singleton import singleton
+from services.hardware.devices import Device, EngineChoice, choose_device, choose_engine
+from services.hardware_service import HardwareService, get_hardware_service
+
+
+class Machine:
+    """Answers from the hardware profile; free memory is read anew each time, since admission depends on it."""
+
+    def __init__(self, hardware: HardwareService) -> None:
+        self._hardware = hardware
+
+    def device(self, wanted: str | int) -> Device:
+        """Resolve `auto`, `cpu` or a GPU's index.
+
+        Raises:
+            SettingRejected: There is no such GPU.
+        """
+        gpus, memory = self._hardware.memory()
+        return choose_device(wanted, [gpu for gpu in gpus if gpu.error is None], memory.available_bytes)
+
+    def training_devices(self) -> tuple[str, ...]:
+        """Return what trains here, a job each at a time: every GPU that answers, or else the CPU."""
+        gpus, _ = self._hardware.memory()
+        return tuple(str(gpu.index) for gpu in gpus if gpu.error is None) or ("cpu",)
+
+    def engine(self, wanted: str, device: Device, obstacle: str | None) -> EngineChoice:
+        """Resolve `auto`, `transformers` or `unsloth` for a base on a device.
+
+        Args:
+            obstacle: Why Unsloth cannot hold the base; None if it can.
+
+        Raises:
+            SettingRejected: Unsloth was asked for and cannot do it.
+        """
+        return choose_engine(wanted, device, self._hardware.profile().value.engine, obstacle)
+
+
+@singleton
+def get_machine() -> Machine:
+    """Return the process's machine."""
+    return Machine(get_hardware_service())

@@ -1,0 +1,1 @@
+"""The way to the Hub: its requests, its answers kept, its files brought into the cache."""

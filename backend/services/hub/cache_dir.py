@@ -1,0 +1,281 @@
+"""The Hub's cache folder as huggingface_hub lays it out, with content that is checked against its name.
+
+`<root>/models--owner--name/` holds `blobs/<digest>`, `refs/<branch>` (a commit) and `snapshots/<commit>/<path>`, links
+into the blobs. A blob is named by the sha256 of its content, or by git's sha1 for what lies in git itself, so that a
+blob can be checked without the network. huggingface_hub does not: it takes a file of any content for whole.
+Source: huggingface_hub's guide "Understand caching", and its file_download.py.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from core.errors import StorageFull
+from core.files import fsync_folder, write_atomic
+from core.logging import get_logger
+from domain.models.repo_tree import RepoFile, content_hash, is_blob_name, is_commit
+
+REPO_PREFIX = "models--"  # what a model's folder begins with
+_READ_BYTES = 4 * 2**20
+_LOCK_POLL_S = 0.2
+_log = get_logger(__name__)
+
+
+class Partial:
+    """Content that is arriving: appended to a file of its own, digested on the way, and kept over a break.
+
+    Args:
+        path: Where it is written until it is whole.
+        file: What it is to become.
+        check: Called now and then while what is there already is digested; may raise.
+    """
+
+    def __init__(self, path: Path, file: RepoFile, check: Callable[[], None]) -> None:
+        self._file = file
+        self._handle: BinaryIO = path.open("a+b")
+        self._path = path
+        self._digest: Any = content_hash(file.blob, file.size_bytes)
+        self.size_bytes = 0
+        self._handle.seek(0)
+        while chunk := self._handle.read(_READ_BYTES):
+            check()
+            self._digest.update(chunk)
+            self.size_bytes += len(chunk)
+        if self.size_bytes > file.size_bytes:
+            self.restart()
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.close()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as much has arrived as there is."""
+        return self.size_bytes == self._file.size_bytes
+
+    def write(self, chunk: bytes) -> None:
+        """Append what arrived."""
+        self._handle.write(chunk)
+        self._digest.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def restart(self) -> None:
+        """Forget what arrived."""
+        self._handle.truncate(0)
+        self._digest = content_hash(self._file.blob, self._file.size_bytes)
+        self.size_bytes = 0
+
+    def matches(self) -> bool:
+        """Tell whether what arrived is what the Hub has."""
+        return self.is_full and self._digest.hexdigest() == self._file.blob
+
+    def move_to(self, blob: Path) -> None:
+        """Flush it to the disk and give it its name."""
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        os.replace(self._path, blob)
+        fsync_folder(blob.parent)
+
+
+class HubCacheDir:
+    """One cache folder.
+
+    Args:
+        root: The folder: HF_HUB_CACHE.
+        verified_dir: Where it is remembered which blobs were checked, so that each is read whole only once.
+        free_bytes: Tells what is free on a folder's device.
+    """
+
+    def __init__(
+        self, root: Callable[[], Path], verified_dir: Path, free_bytes: Callable[[Path], int] | None = None
+    ) -> None:
+        self._root, self._verified_dir = root, verified_dir
+        self._free_bytes = free_bytes or (lambda path: shutil.disk_usage(path).free)
+
+    def snapshot(self, model_id: str, commit: str) -> Path:
+        """Return the folder of a commit, whether or not it is there."""
+        return self._repo(model_id) / "snapshots" / commit
+
+    def commit_of(self, model_id: str, revision: str) -> str | None:
+        """Return the commit that a branch or tag was at when it was last downloaded."""
+        return commit_at(self._repo(model_id), revision)
+
+    def note_commit(self, model_id: str, revision: str, commit: str) -> None:
+        """Remember which commit a branch or tag is at."""
+        if revision == commit or self.commit_of(model_id, revision) == commit:
+            return
+        path = self._repo(model_id) / "refs" / revision
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, commit.encode(), mode=0o644)
+
+    def partial(self, model_id: str, file: RepoFile) -> Path:
+        """Return where a file's content is written until it is whole."""
+        return self.blob(model_id, file).with_name(f"{file.blob}.peft-studio.incomplete")
+
+    def blob(self, model_id: str, file: RepoFile) -> Path:
+        """Return where a file's content belongs."""
+        return self._repo(model_id) / "blobs" / file.blob
+
+    def missing_bytes(self, model_id: str, file: RepoFile) -> int:
+        """Return how much of a file is still to be downloaded, as far as sizes tell."""
+        if _size_bytes(self.blob(model_id, file)) == file.size_bytes:
+            return 0
+        have = _size_bytes(self.partial(model_id, file)) or 0
+        return file.size_bytes - have if have <= file.size_bytes else file.size_bytes
+
+    def require_space(self, needed_bytes: int, reserve_bytes: int) -> None:
+        """Refuse a download that the device cannot hold.
+
+        Raises:
+            StorageFull: Less than `needed_bytes` and `reserve_bytes` beside them are free.
+        """
+        folder = self._root()
+        while not folder.exists():
+            folder = folder.parent
+        free = self._free_bytes(folder)
+        if needed_bytes > 0 and free < needed_bytes + reserve_bytes:
+            raise StorageFull(
+                f"{needed_bytes} bytes are to be downloaded to {self._root()}, whose device has {free} free "
+                f"({reserve_bytes} are kept free). Delete something there, or set HF_HOME to another device.",
+                needed_bytes=needed_bytes,
+                free_bytes=free,
+            )
+
+    @contextmanager
+    def locked(self, model_id: str, file: RepoFile, check: Callable[[], None]) -> Iterator[None]:
+        """Keep others, huggingface_hub in other processes too, from downloading the same content.
+
+        Args:
+            model_id: The repository.
+            file: The file.
+            check: Called now and then while another holds it; may raise.
+        """
+        from filelock import Timeout
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
+
+        path = self._root() / ".locks" / self._repo(model_id).name / f"{file.blob}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            while True:
+                check()
+                try:
+                    stack.enter_context(WeakFileLock(path, timeout=_LOCK_POLL_S))
+                    break
+                except Timeout:
+                    continue
+            yield
+
+    def link(self, model_id: str, commit: str, file: RepoFile) -> None:
+        """Make the snapshot's entry of a file whose content is there."""
+        entry = self.snapshot(model_id, commit) / file.path
+        if ".." in Path(file.path).parts or Path(file.path).is_absolute():
+            raise ValueError(f"{file.path!r} leaves the snapshot")  # the tree was checked; this is the last line
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        blob = self.blob(model_id, file)
+        target = os.path.relpath(blob, entry.parent)
+        if entry.is_symlink() and str(entry.readlink()) == target:
+            return
+        fresh = entry.with_name(f".{entry.name}.{os.getpid()}.tmp")
+        fresh.unlink(missing_ok=True)
+        try:
+            fresh.symlink_to(target)
+        except OSError:  # no links on this file system, or none for this user: Windows without developer mode
+            shutil.copyfile(blob, fresh)
+        os.replace(fresh, entry)
+
+    def is_intact(self, blob: Path) -> bool:
+        """Tell whether a blob's content is what its name says; read only if it changed since the last time."""
+        try:
+            stamp = _stamp(blob)
+        except OSError:
+            return False
+        try:
+            if json.loads(self._note(blob, stamp).read_bytes()) == stamp:
+                return True
+        except (OSError, ValueError):
+            pass  # not checked yet, or the note is broken: then it is checked now
+        digest = content_hash(blob.name, blob.stat().st_size)
+        with blob.open("rb") as handle:
+            while chunk := handle.read(_READ_BYTES):
+                digest.update(chunk)
+        if digest.hexdigest() != blob.name:
+            _log.warning("hub_cache.corrupt_blob", blob=str(blob))
+            return False
+        self.note_verified(blob)
+        return True
+
+    def note_verified(self, blob: Path) -> None:
+        """Remember that a blob is what its name says."""
+        try:
+            stamp = _stamp(blob)
+            self._verified_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_atomic(self._note(blob, stamp), json.dumps(stamp).encode())
+        except (StorageFull, OSError) as error:
+            _log.warning("hub_cache.note_not_kept", reason=str(error))  # it is checked again the next time
+
+    def damaged(self, snapshot: Path) -> list[Path]:
+        """Return the blobs that a snapshot's entries lead to and whose content is not what their names say."""
+        found = []
+        for entry in sorted(snapshot.iterdir()):
+            blob = _blob_of(entry)
+            if blob is not None and not self.is_intact(blob):
+                found.append(blob)
+        return found
+
+    def holds(self, folder: Path) -> bool:
+        """Tell whether a folder is a snapshot in this cache."""
+        return folder.parent.name == "snapshots" and folder.parent.parent.parent.resolve() == self._root().resolve()
+
+    def _note(self, blob: Path, stamp: list[int]) -> Path:
+        return self._verified_dir / f"{blob.name}-{stamp[0]}.json"
+
+    def _repo(self, model_id: str) -> Path:
+        return cached_repo(self._root(), model_id)
+
+
+def cached_repo(root: Path, model_id: str) -> Path:
+    """Return a repository's folder in a cache, whether or not it is there."""
+    return root / f"{REPO_PREFIX}{model_id.replace('/', '--')}"
+
+
+def commit_at(repo: Path, revision: str) -> str | None:
+    """Return the commit that a branch or tag of a cached repository was at when it was last fetched, or None.
+
+    Args:
+        repo: The repository's folder.
+        revision: Its name may hold slashes, but leads nowhere out of `refs`.
+    """
+    refs = repo / "refs"
+    try:
+        path = (refs / revision).resolve(strict=True)
+        commit = path.read_text().strip() if path.is_relative_to(refs.resolve()) else None
+    except (OSError, ValueError, RuntimeError):  # not there, no name of a file, not text, or links in a circle
+        return None
+    return commit if is_commit(commit) else None
+
+
+def _blob_of(entry: Path) -> Path | None:
+    """Return the blob that an entry links to; None for what is no link, and so has no digest for a name."""
+    if not entry.is_symlink():
+        return None
+    blob = Path(os.path.normpath(entry.parent / entry.readlink()))
+    return blob if is_blob_name(blob.name) else None
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return what changes whenever a file's content does; the change time cannot be set back by a program."""
+    status = path.stat()
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _size_bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,274 @@
+"""The Hugging Face Hub: its lists, its models and their files.
+
+huggingface_hub's own `list_models`, `model_info` and `list_repo_tree` are not called: they hide the `Link` and
+`ETag` headers, have no time limit and do not retry.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from core import errors
+from core.logging import get_logger
+from domain.models.records import (
+    HubPage,
+    ModelDetails,
+    ModelSummary,
+    SearchQuery,
+    check_model_id,
+    check_revision,
+    details_from_wire,
+    files_from_wire,
+    in_bounds,
+    summary_from_wire,
+    text,
+)
+from domain.models.repo_tree import RepoFile, is_commit, tree_from_wire
+from services.hub.errors import QueryRejected
+from services.hub.http import HubHttp, Params, nonsense
+from services.hub.metadata_cache import Fetched
+
+R = TypeVar("R")
+_SORT = {
+    "downloads": "downloads",
+    "likes": "likes",
+    "trending": "trendingScore",
+    "created": "createdAt",
+    "modified": "lastModified",
+}
+_EXPAND = (
+    *("author", "cardData", "config", "createdAt", "downloads", "gated", "lastModified"),
+    *("library_name", "likes", "pipeline_tag", "safetensors", "sha", "tags"),
+)
+# As clients see it: base64 of something of the Hub's own, or what a mirror has, url-encoded so that it is no address.
+_CURSOR = re.compile(r"(?:[A-Za-z0-9+/=_.~-]|%[0-9A-F]{2})+")
+_MAX_CURSOR_CHARACTERS = 2000
+_MAX_TREE_FILES = 100_000
+_log = get_logger(__name__)
+
+
+class HubClient:
+    """Asks the Hub.
+
+    Args:
+        http: Sends the requests.
+    """
+
+    def __init__(self, http: HubHttp) -> None:
+        self._http = http
+
+    @property
+    def endpoint(self) -> str:
+        """The Hub's URL."""
+        return self._http.endpoint
+
+    @property
+    def identity(self) -> str:
+        """Who asks, as a digest: answers differ by it."""
+        return self._http.identity
+
+    def search(self, query: SearchQuery, etag: str | None = None) -> Fetched[HubPage]:
+        """Return one page of models. Bounds on parameters are exact: the Hub's own are rounded outwards.
+
+        Raises:
+            QueryRejected: The cursor, or another part of the query, is not one of the Hub's.
+            HubUnavailable: It does not answer, or not sensibly.
+        """
+        answer = self._http.get_json("/api/models", search_params(query), etag=etag)
+        if answer.body is None:
+            return Fetched(None, answer.etag)
+        if not isinstance(answer.body, list):
+            raise nonsense("/api/models")
+        kept = tuple(model for model in _summaries(answer.body) if in_bounds(model, query))
+        return Fetched(HubPage(kept, _encoded(_next_cursor("/api/models", answer.next_url))), answer.etag)
+
+    def details(self, model_id: str, revision: str | None = None, etag: str | None = None) -> Fetched[ModelDetails]:
+        """Return one model at a revision, with its config.json as far as it may be read.
+
+        Raises:
+            ModelRejected: The id or the revision cannot be one.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+        """
+        check_model_id(model_id)
+        if revision is not None:
+            check_revision(revision)
+        at = f"/revision/{quote(revision, safe='')}" if revision is not None else ""
+        answer = self._http.get_json(f"/api/models/{model_id}{at}", [("blobs", "true")], model_id=model_id, etag=etag)
+        if answer.body is None:
+            return Fetched(None, answer.etag)
+        name = _record(summary_from_wire, answer.body).model_id
+        check_model_id(name)
+        files = {file.path for file in files_from_wire(answer.body)}
+        commit = text(answer.body.get("sha")) or revision or "main"
+        config, tokenizer = (
+            self._json_file(name, commit, path) if path in files else None
+            for path in ("config.json", "tokenizer_config.json")
+        )
+        details = _record(lambda body: details_from_wire(body, revision, config, tokenizer), answer.body)
+        # The ETag is of the description, not of the files: with it, access granted since would never be noticed.
+        return Fetched(details, None if config is None and "config.json" in files else answer.etag)
+
+    def listed_config(self, model_id: str, revision: str) -> dict[str, Any] | None:
+        """Return config.json for a list, which does without it rather than wait; None if it is no JSON object.
+
+        Raises:
+            ModelRejected: There is none.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+        """
+        check_model_id(model_id)
+        path = f"/{model_id}/resolve/{quote(revision, safe='')}/config.json"
+        body = self._http.get_json(path, [], model_id=model_id, is_file=True, patient=False).body
+        return body if isinstance(body, dict) else None
+
+    def _json_file(self, model_id: str, commit: str, path: str) -> dict[str, Any] | None:
+        """Return a repository's small JSON file, or None where it may not be read or is not an object."""
+        try:
+            body = self._http.get_json(
+                f"/{model_id}/resolve/{quote(commit, safe='')}/{path}", [], model_id=model_id, is_file=True
+            ).body
+        except (errors.AccessDenied, errors.ModelNotFound, errors.ModelRejected) as error:
+            _log.warning("hub.file_not_read", model_id=model_id, file=path, reason=error.detail)
+            return None
+        return body if isinstance(body, dict) else None
+
+    def commit(self, model_id: str, revision: str) -> str:
+        """Return the commit that a branch or tag is at now.
+
+        Raises:
+            ModelRejected: The id or the revision cannot be one.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+        """
+        check_model_id(model_id)
+        check_revision(revision)
+        path = f"/api/models/{model_id}/revision/{quote(revision, safe='')}"
+        body = self._http.get_json(path, [], model_id=model_id).body
+        commit = text(body.get("sha")) if isinstance(body, dict) else None
+        if commit is None or not is_commit(commit):
+            raise nonsense(path, "names no commit")
+        return commit
+
+    def tree(self, model_id: str, commit: str) -> tuple[RepoFile, ...]:
+        """Return every file of a commit.
+
+        Raises:
+            ModelRejected: The listing names a path outside of the repository, or is without end.
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+        """
+        check_model_id(model_id)
+        path = f"/api/models/{model_id}/tree/{commit}"
+        params: Params = [("recursive", "true"), ("expand", "false")]
+        entries: list[Any] = []
+        cursor: str | None = None
+        while True:
+            more: Params = [("cursor", cursor)] if cursor is not None else []
+            answer = self._http.get_json(path, params + more, model_id=model_id)
+            if not isinstance(answer.body, list):
+                raise nonsense(path)
+            entries += answer.body
+            cursor = _next_cursor(path, answer.next_url)
+            if cursor is None:
+                return tree_from_wire(model_id, entries)
+            if not answer.body or len(entries) > _MAX_TREE_FILES:
+                raise errors.ModelRejected(f"{model_id} lists more than {_MAX_TREE_FILES} files, or never ends.")
+
+
+def search_params(query: SearchQuery) -> Params:
+    """Return the Hub's query string of a search, in order.
+
+    Raises:
+        QueryRejected: The cursor cannot be one.
+    """
+    filters = [*query.tags, *([query.library] if query.library else [])]
+    filters += [f"license:{query.license}"] if query.license else []
+    bounds = {"min": query.min_parameters, "max": query.max_parameters}
+    optional = {
+        "search": query.query,
+        "author": query.author,
+        "pipeline_tag": query.task,
+        "gated": None if query.gated is None else str(query.gated).lower(),
+        "num_parameters": ",".join(f"{k}:{_rounded(v, up=k == 'max')}" for k, v in bounds.items() if v is not None),
+        "cursor": None if query.cursor is None else _decoded(query.cursor),
+    }
+    return [
+        *(("filter", value) for value in filters),
+        *((name, value) for name, value in optional.items() if value),
+        ("sort", _SORT[query.sort]),
+        ("limit", str(query.limit)),
+        *(("expand", name) for name in _EXPAND),
+    ]
+
+
+def _next_cursor(path: str, next_url: str | None) -> str | None:
+    """Take the cursor out of a `Link`; its address is not followed, since it may be another host's.
+
+    Raises:
+        HubUnavailable: It cannot be read: the list would end here without being whole.
+    """
+    try:
+        cursors = parse_qs(urlsplit(next_url or "").query, errors="strict").get("cursor", [])
+    except ValueError as error:
+        raise nonsense(path, "has a `Link` that is no address") from error
+    return cursors[0] if cursors else None
+
+
+def _encoded(cursor: str | None) -> str | None:
+    """Write a cursor as it is handed to clients; the Hub's own stays as it is.
+
+    Raises:
+        HubUnavailable: It is longer than a client may send.
+    """
+    encoded = None if cursor is None else quote(cursor, safe="+/=")
+    if encoded is not None and len(encoded) > _MAX_CURSOR_CHARACTERS:
+        raise nonsense("/api/models", "has a `Link` whose cursor is too long")
+    return encoded
+
+
+def _decoded(cursor: str) -> str:
+    """Read a cursor that a client sends.
+
+    Raises:
+        QueryRejected: It cannot be one.
+    """
+    try:
+        if len(cursor) <= _MAX_CURSOR_CHARACTERS and _CURSOR.fullmatch(cursor):
+            return unquote(cursor, errors="strict")
+    except ValueError:
+        pass  # bytes that are no text: never handed out
+    raise QueryRejected("`cursor` is not one that a search returned.")
+
+
+def _summaries(items: list[Any]) -> tuple[ModelSummary, ...]:
+    """Read a list's models; what is none is left out, but a list of nothing else is not the Hub's.
+
+    Raises:
+        HubUnavailable: There are items, and none of them is a model.
+    """
+    found = []
+    for item in items:
+        try:
+            found.append(_record(summary_from_wire, item))
+        except errors.StudioError as error:
+            _log.warning("hub.item_not_read", reason=error.detail, item=repr(item)[:100])
+    if items and not found:
+        raise nonsense("/api/models")
+    return tuple(found)
+
+
+def _record(read: Callable[[Any], R], body: Any) -> R:
+    try:
+        if not isinstance(body, dict):
+            raise ValueError("not an object")
+        return read(body)
+    except ValueError as error:
+        raise nonsense("/api/models") from error
+
+
+def _rounded(parameters: int, *, up: bool) -> str:
+    """Write a number in the units of the Hub's range syntax (`min:6B,max:8B`), rounded outwards to three digits."""
+    for unit, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if parameters % unit == 0 and parameters:
+            return f"{parameters // unit}{letter}"
+    step = 10**6 if parameters >= 10**6 else 10**3
+    units = -(-parameters // step) if up else parameters // step
+    return f"{units}{'M' if step == 10**6 else 'K'}" if units else "0"

@@ -1,0 +1,1 @@
+"""Bases in memory: who gets one, where it is put, and who gives way."""

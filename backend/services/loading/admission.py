@@ -1,0 +1,89 @@
+"""Whether a load or a run may begin: what is free, what is promised already, and the refusals that say what to do."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+
+from core.errors import DoesNotFit, ModelRejected
+from domain.memory.verdict import Assessment
+from services.hardware.devices import Device
+from services.loading.loaded_base import LoadedBase
+
+
+def with_room(device: Device, bases: Iterable[LoadedBase], own: LoadedBase | None = None) -> Device:
+    """Return a device with what a new load, or a run on a loaded base, may use of it.
+
+    Loads under way have not taken yet what they will need, so that is not free; what the run's own base holds
+    already is in its estimate, so it counts as free.
+
+    Args:
+        device: With what the system reports as free.
+        bases: Every base there is.
+        own: The base that the run will use.
+    """
+    if device.available_bytes is None:
+        return device
+    under_way = [base for base in bases if base.under_way and base.key.device == device.torch_name and base is not own]
+    promised = sum(max(0, (base.needed_bytes or 0) - base.resident_bytes) for base in under_way)
+    held = own.resident_bytes if own is not None else 0
+    return replace(device, available_bytes=max(0, device.available_bytes - promised + held))
+
+
+def next_to_give_way(
+    device: Device,
+    bases: Iterable[LoadedBase],
+    judge: Callable[[Device], Assessment],
+    own: LoadedBase | None,
+    idle_s: float,
+) -> LoadedBase | None:
+    """Return the idle base to unload next for something that does not fit; None if unloading would not help.
+
+    The longest unused goes first. What a job loaded for itself and has left goes at once, and what a client asked for
+    once nothing has used it for `idle_s`.
+
+    Args:
+        device: With what may be used of it now.
+        bases: Every base there is.
+        judge: Says whether the thing fits on a device.
+        own: The base that it will run on, which stays.
+        idle_s: Seconds without use after which a client's base gives way.
+    """
+    if device.available_bytes is None:
+        return None
+    idle = [
+        base
+        for base in bases
+        if base is not own and base.key.device == device.torch_name and base.idle_for(idle_s, unkept_s=0.0)
+    ]
+    freed = sum(base.resident_bytes for base in idle)
+    roomy = replace(device, available_bytes=device.available_bytes + freed)
+    if not idle or judge(roomy).verdict == "does_not_fit":
+        return None
+    return min(idle, key=lambda base: base.last_used)
+
+
+def refuse_what_is_blocked(found: Assessment, what: str) -> None:
+    """Raise for an assessment that knows of what no memory would help against, before anything is downloaded.
+
+    Raises:
+        ModelRejected: With the reasons.
+    """
+    if found.blockers:
+        raise ModelRejected(f"{what} would fail: {'; '.join(found.blockers)}.")
+
+
+def refuse_what_does_not_fit(found: Assessment, what: str, device: Device) -> None:
+    """Raise for an assessment that says so; what is not known is admitted.
+
+    Raises:
+        DoesNotFit: With the estimate and the changes that would make it fit.
+    """
+    if found.verdict != "does_not_fit" or found.estimate is None:
+        return
+    raise DoesNotFit(
+        f"{what} needs about {found.estimate.total_bytes} bytes on {device.torch_name}, where {found.available_bytes} "
+        "can be had. Unload another model, make one of the suggested changes, or send force=true to try all the same.",
+        estimate_bytes=found.estimate.total_bytes,
+        available_bytes=found.available_bytes,
+        estimate=asdict(found.estimate),
+        suggestions=[{**asdict(item), "overrides": dict(item.overrides)} for item in found.suggestions],
+    )

@@ -1,0 +1,183 @@
+"""From a model id to a folder of safe weights on this machine, downloading it if need be."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from core.clock import SystemClock
+from core.errors import ModelGated, NeedsRemoteCode, SettingRejected
+from core.settings import get_settings
+from core.singleton import singleton
+from domain.models.config_checks import check_asks_for_no_code, check_dimensions
+from domain.models.records import ModelDetails, weight_files
+from domain.models.repo_tree import pickled_weights
+from services.hub.cache_dir import HubCacheDir
+from services.hub.client import HubClient
+from services.hub.download_flight import Progress
+from services.hub.downloads import Downloads
+from services.hub.wanted import MODEL, PICKLED_MODEL, TOKENIZER, Wanted
+from services.loading.loaded_base import LoadProgress
+from services.model_registry_service import get_hub_http, get_model_registry_service
+from services.models.blockers import disabled
+from services.models.embedded import MODEL_ID, EmbeddedModel, get_embedded_model
+from services.models.local import LocalModel, hub_cache_dir
+from services.models.pickled import PickledModels, get_pickled_models
+from services.models.safety import check_safe, check_snapshot, no_safe_weights
+
+OnProgress = Callable[[str, LoadProgress], None]  # the state of a load (downloading or loading), and how far it is
+
+
+class Registry(Protocol):
+    """What is known of models, here and on the Hub."""
+
+    def resolve_local(self, model_id: str, revision: str | None) -> LocalModel | None:
+        """Return the model on this machine, at a commit if one is named, or None."""
+        ...
+
+    def details_of(self, model_id: str, revision: str | None) -> ModelDetails:
+        """Return what its files are."""
+        ...
+
+
+class ModelFiles:
+    """Makes sure that a model's files are here and safe to load.
+
+    Args:
+        embedded: The model that needs no Hub.
+        registry: Finds what is on this machine already, and what the Hub says of the rest.
+        downloads: Fetches what is not here.
+        pickled: Converts pickled weights.
+    """
+
+    def __init__(
+        self, embedded: EmbeddedModel, registry: Registry, downloads: Downloads, pickled: PickledModels
+    ) -> None:
+        self._embedded, self._registry, self._downloads, self._pickled = embedded, registry, downloads, pickled
+
+    def check(self, model_id: str, revision: str | None, *, allow_pickle: bool = False) -> None:
+        """Refuse at once what `ensure` would refuse later; nothing is downloaded.
+
+        Raises:
+            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+            NeedsRemoteCode, NoSafeWeights, ModelRejected: As `ensure` says.
+            SettingRejected: Pickled weights are asked for at a revision.
+        """
+        if allow_pickle and revision is not None:
+            raise SettingRejected("allow_pickle: weights are converted at `main` only; leave the revision out.")
+        if model_id == MODEL_ID and revision is None:
+            return
+        local = self._registry.resolve_local(model_id, revision)
+        if local is not None and local.path is not None:
+            names = [file.name for file in local.path.iterdir()]
+            if allow_pickle and not weight_files(names) and pickled_weights(names):
+                return check_snapshot(local.path, model_id)  # downloaded, and not converted yet
+            return check_safe(local.path, model_id)
+        details = self._registry.details_of(model_id, revision)
+        if details.disabled:
+            raise disabled(model_id)
+        paths = [file.path for file in details.files]
+        if details.requires_remote_code:
+            raise NeedsRemoteCode(f"{model_id} asks to run its own Python (auto_map); it is never run here.")
+        if not weight_files(paths) and not (allow_pickle and pickled_weights(paths)):
+            raise no_safe_weights(model_id, paths)
+        if details.config is not None:
+            check_asks_for_no_code(model_id, "config.json", details.config)
+            check_dimensions(model_id, details.config)
+        elif details.summary.gated:
+            raise ModelGated(
+                f"{model_id} is gated: accept its licence on its page, and set HF_TOKEN or send X-HF-Token."
+            )
+
+    def ensure(
+        self,
+        model_id: str,
+        revision: str | None,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool] = lambda: False,
+        *,
+        allow_pickle: bool = False,
+    ) -> Path:
+        """Return the folder. What the Hub's cache holds is checked against its digests, and mended if need be.
+
+        Args:
+            model_id: Which model.
+            revision: Branch, tag or commit; what is here, or else `main`, if None.
+            on_progress: Takes the state of the load and how far it is.
+            cancelled: Asked now and then; a download that nobody waits for any more stops.
+            allow_pickle: Whether pickled weights will do where there are no safetensors; they are converted once.
+
+        Raises:
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+            NeedsRemoteCode: A config asks to run code from elsewhere.
+            NoSafeWeights: There are no safetensors.
+            StorageFull, DownloadCorrupt, DownloadCancelled: As `Downloads.fetch` says.
+        """
+        wanted = PICKLED_MODEL if allow_pickle else MODEL
+        path = self._locate(model_id, revision, on_progress, cancelled, wanted)
+        if allow_pickle and not weight_files(file.name for file in path.iterdir()):
+            path = self._pickled.convert(
+                model_id, path, lambda fraction: on_progress("loading", LoadProgress(fraction)), cancelled
+            )
+        check_safe(path, model_id)
+        return path
+
+    def ensure_tokenizer(self, model_id: str, revision: str | None) -> Path:
+        """Return a folder with the model's tokenizer and configs; weights need not be in it.
+
+        Raises:
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+            NeedsRemoteCode, ModelRejected: A config asks to run code from elsewhere, or there is none.
+        """
+        path = self._locate(model_id, revision, lambda *_: None, lambda: False, TOKENIZER)
+        check_snapshot(path, model_id)
+        return path
+
+    def _locate(
+        self,
+        model_id: str,
+        revision: str | None,
+        on_progress: OnProgress,
+        cancelled: Callable[[], bool],
+        wanted: Wanted,
+    ) -> Path:
+        if model_id == MODEL_ID and revision is None:
+            return self._embedded.prepare(lambda _stage, fraction: on_progress("loading", LoadProgress(fraction)))
+        local = self._registry.resolve_local(model_id, revision)
+        if local is not None and local.path is not None:
+            if not self._downloads.cache.holds(local.path) or not self._downloads.cache.damaged(local.path):
+                return local.path
+            revision = local.revision  # the same commit again, as whole as it was
+        on_progress("downloading", LoadProgress())
+        return self._downloads.fetch(
+            model_id,
+            revision,
+            lambda progress: on_progress("downloading", _load_progress(progress)),
+            cancelled,
+            wanted=wanted,
+        )
+
+
+def _load_progress(progress: Progress) -> LoadProgress:
+    left_bytes = progress.total_bytes - progress.done_bytes
+    return LoadProgress(
+        progress.done_bytes / progress.total_bytes if progress.total_bytes else None,
+        progress.done_bytes,
+        progress.total_bytes,
+        progress.bytes_per_s,
+        left_bytes / progress.bytes_per_s if progress.bytes_per_s else None,
+    )
+
+
+@singleton
+def get_downloads() -> Downloads:
+    """Return the process's downloads."""
+    http = get_hub_http()
+    cache = HubCacheDir(hub_cache_dir, get_settings().resolved_cache_dir / "verified")
+    return Downloads(http, HubClient(http), cache, SystemClock(), time.sleep)
+
+
+@singleton
+def get_model_files() -> ModelFiles:
+    """Return the process's model files."""
+    return ModelFiles(get_embedded_model(), get_model_registry_service(), get_downloads(), get_pickled_models())

@@ -1,0 +1,60 @@
+"""Whether a fine-tune fits this machine, from the model's config alone."""
+
+from dataclasses import replace
+from typing import Any
+
+from core.errors import AccessDenied, ModelRejected
+from core.singleton import singleton
+from domain.memory.verdict import Assessment, assess
+from domain.peft.algorithms import Algorithm
+from services.models.facts import ModelFacts, get_model_facts
+from services.peft_service import PeftService, get_peft_service
+
+
+class CompatibilityService:
+    """Estimates and judges."""
+
+    def __init__(self, facts: ModelFacts, peft: PeftService) -> None:
+        self._facts, self._peft = facts, peft
+
+    def check(
+        self,
+        model_id: str,
+        revision: str | None,
+        algorithm: Algorithm,
+        overrides: dict[str, Any],
+        device_name: str | int,
+        memory_bytes: int | None,
+    ) -> Assessment:
+        """Judge a fine-tune against a device's free memory, or against `memory_bytes`.
+
+        What a load would refuse the model for is a blocker, and the verdict then unknown.
+
+        Raises:
+            ModelNotFound, HubUnavailable: As the Hub says.
+            SettingRejected: A setting cannot take effect.
+        """
+        device = self._peft.device(device_name)
+        if memory_bytes is not None:
+            device = replace(device, available_bytes=memory_bytes)
+        blockers = self._facts.blockers(model_id, revision)
+        try:
+            shape = self._facts.shape(model_id, revision)
+        except (AccessDenied, ModelRejected):
+            if not blockers:
+                raise
+            self._peft.configure(algorithm, None, overrides, device=device)
+            return Assessment("unknown", device.available_bytes, None, ["config.json is not to be had"], [], blockers)
+        config = self._peft.configure(
+            algorithm, None, overrides, model_id=model_id, revision=revision, device=device
+        ).config
+        found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+        if blockers:
+            return replace(found, verdict="unknown", suggestions=[], blockers=[*blockers, *found.blockers])
+        return found
+
+
+@singleton
+def get_compatibility_service() -> CompatibilityService:
+    """Return the process's compatibility service."""
+    return CompatibilityService(get_model_facts(), get_peft_service())

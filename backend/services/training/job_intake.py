@@ -1,0 +1,224 @@
+"""What a client wants trained becomes a job, or is refused with the reason."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from core.errors import CheckpointUnusable, SettingRejected
+from domain.configure import Configuration
+from domain.jobs.states import JobState
+from domain.memory.activations import Batch
+from domain.memory.hardware_fit import FITTED
+from domain.peft.algorithms import SPECS, Algorithm
+from domain.peft.config import PeftConfig, recorded
+from domain.peft.use_cases import UseCaseId
+from services.dataset_service import DatasetService
+from services.peft_service import LoadedModel, PeftService
+from services.training.checkpoint_store import CheckpointStore
+from services.training.dataset_analysis import DatasetAnalysisService
+from store.records import JobRecord
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What a client wants trained."""
+
+    model_id: str | None
+    loaded_model_id: str | None
+    revision: str | None
+    dataset_id: str
+    validation_dataset_id: str | None
+    validation_fraction: float
+    use_case: UseCaseId | None
+    algorithm: Algorithm
+    overrides: dict[str, Any]
+    name: str | None
+    priority: int
+    resume_from: str | None
+    idempotency_key: str | None
+    force: bool
+
+
+_MUST_MATCH = ("model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction")
+# What may differ between a run and the one whose checkpoint it begins with.
+_MAY_DIFFER = frozenset({
+    "epochs", "max_steps", "eval_every_steps", "early_stopping_patience",
+    "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
+})  # fmt: skip
+
+
+class JobIntake:
+    """Checks requests and writes their records."""
+
+    def __init__(
+        self,
+        datasets: DatasetService,
+        peft: PeftService,
+        analyses: DatasetAnalysisService,
+        checkpoints: CheckpointStore,
+    ) -> None:
+        self.datasets, self.peft, self.analyses, self.checkpoints = datasets, peft, analyses, checkpoints
+
+    def record(self, request: JobRequest, job_id: str, source: JobRecord | None, now: str) -> JobRecord:
+        """Return the job that a request asks for; its sequence number is given when it is stored.
+
+        Args:
+            request: What is wanted.
+            job_id: The new job's id.
+            source: The job whose checkpoint it begins with, if `resume_from` names one.
+            now: The time.
+
+        Raises:
+            SettingRejected: A setting cannot take effect.
+            DatasetNotFound, ModelNotFound, LoadedModelNotFound, CheckpointNotFound: What it names does not exist.
+            CheckpointUnusable: The checkpoint is damaged or belongs to another kind of run.
+            DoesNotFit: It needs more memory than there is, and `force` is not set.
+        """
+        model_id, revision = self._model_of(request)
+        config = self._configure(request, model_id, revision, source).config
+        self._check_data(request, config)
+        for dataset_id in filter(None, (request.dataset_id, request.validation_dataset_id)):
+            self.analyses.check_learnable(dataset_id, model_id, revision, config)
+        record = JobRecord(
+            id=job_id,
+            sequence=0,
+            name=request.name or f"{request.algorithm.value} on {model_id.rsplit('/', 1)[-1]}",
+            state=JobState.QUEUED,
+            priority=request.priority,
+            idempotency_key=request.idempotency_key,
+            request_sha256=digest_of(request),
+            model_id=model_id,
+            revision=revision,
+            loaded_model_id=request.loaded_model_id,
+            load_options=self._load_options(request),
+            algorithm=request.algorithm.value,
+            config=config.model_dump(mode="json"),
+            dataset_id=request.dataset_id,
+            validation_dataset_id=request.validation_dataset_id,
+            validation_fraction=request.validation_fraction,
+            progress={"forced": True} if request.force else {},
+            result={},
+            attempts=0,
+            stalls=0,
+            resumed_from=None,
+            cancel_wish=None,
+            adapter_id=None,
+            error=None,
+            created_at=now,
+            started_at=None,
+            finished_at=None,
+        )
+        found = self._checkpoint_for(record, source, request.resume_from)
+        if not request.force:
+            # The last of what may refuse it: idle models are unloaded for this.
+            self._check_memory(request, model_id, revision, config)
+        return self._begin_with(*found, record) if found is not None else record
+
+    def _configure(
+        self, request: JobRequest, model_id: str, revision: str | None, source: JobRecord | None
+    ) -> Configuration:
+        """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused.
+
+        What the client set itself when it loaded the model holds for its jobs of the same algorithm.
+        What was fitted to the memory for an earlier job stays for one that goes on from its checkpoint.
+        """
+        loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
+        device = self.peft.device_of(loaded) if loaded is not None else None
+        overrides = dict(request.overrides)
+        if loaded is not None:
+            if loaded.algorithm == request.algorithm:
+                overrides = _asked_of(loaded, overrides) | overrides
+            for name in ("quantization", "precision"):
+                have = getattr(loaded.base.key, name)
+                wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
+                if wanted != have:
+                    raise _rejected(
+                        name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another"
+                    )
+                overrides[name] = have
+        if source is not None:
+            overrides = {name: getattr(recorded(source.config), name) for name in FITTED} | overrides
+        if "train_on" not in overrides and self.datasets.get(request.dataset_id).format == "text":
+            overrides["train_on"] = "all"  # a text has no answers
+        return self.peft.configure(
+            request.algorithm, request.use_case, overrides, model_id=model_id, revision=revision, device=device
+        )
+
+    def _model_of(self, request: JobRequest) -> tuple[str, str | None]:
+        if request.loaded_model_id is None:
+            if request.model_id is None:
+                raise _rejected("model_id", "name a model_id or a loaded_model_id")
+            return request.model_id, request.revision
+        loaded = self.peft.get(request.loaded_model_id)
+        if request.model_id is not None and request.model_id != loaded.model_id:
+            raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
+        return loaded.model_id, loaded.revision
+
+    def _load_options(self, request: JobRequest) -> dict[str, Any]:
+        if request.loaded_model_id is None:
+            return {}
+        return asdict(self.peft.get(request.loaded_model_id).base.options)
+
+    def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
+        record = self.datasets.check_trainable(request.dataset_id, config.train_on)
+        repeated = self.datasets.manifest(request.dataset_id).duplicates or 0
+        if request.validation_fraction > 0 and record.rows - repeated < 2:
+            raise _rejected("validation_fraction", "all rows are the same: none can be held out for validation")
+        if request.validation_dataset_id is not None:
+            self.datasets.check_trainable(request.validation_dataset_id, config.train_on)
+            if request.validation_fraction > 0:
+                raise _rejected("validation_fraction", "use it or validation_dataset_id, not both")
+        has_validation = request.validation_dataset_id is not None or request.validation_fraction > 0
+        for name in ("early_stopping_patience", "eval_every_steps"):
+            if getattr(config, name) is not None and not has_validation:
+                raise _rejected(name, "needs validation_dataset_id or validation_fraction")
+
+    def _check_memory(self, request: JobRequest, model_id: str, revision: str | None, config: PeftConfig) -> None:
+        loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
+        rows = min(config.batch_size, self.datasets.get(request.dataset_id).rows)
+        longest = self.analyses.longest_row(request.dataset_id, model_id, revision)
+        if config.packing or longest is None:
+            longest = config.max_seq_length
+        batch = Batch(rows, min(longest, config.max_seq_length), config.packing or rows > 1)
+        self.peft.admit_run(model_id, revision, config, loaded=loaded, batch=batch)
+
+    def _checkpoint_for(
+        self, record: JobRecord, source: JobRecord | None, resume_from: str | None
+    ) -> tuple[str, str, int] | None:
+        """Return the job, the id and the step of the checkpoint that a new job begins with, if it is to have one."""
+        if source is None or resume_from is None:
+            return None
+        checkpoint_id, about = self.checkpoints.about(source.id, resume_from.partition("/")[2] or None)
+        pairs = {name: (getattr(source, name), getattr(record, name)) for name in _MUST_MATCH}
+        earlier = recorded(source.config).model_dump(mode="json")
+        pairs |= {name: (earlier[name], value) for name, value in record.config.items() if name not in _MAY_DIFFER}
+        different = [f"{name} was {old!r}, not {new!r}" for name, (old, new) in sorted(pairs.items()) if old != new]
+        if different:
+            raise CheckpointUnusable(f"{resume_from} belongs to another kind of run: {'; '.join(different)}.")
+        last = record.config["max_steps"]
+        if last is not None and last <= about["step"]:
+            raise CheckpointUnusable(f"{resume_from} is at step {about['step']} already; max_steps={last} adds none.")
+        return source.id, checkpoint_id, about["step"]
+
+    def _begin_with(self, source_id: str, checkpoint_id: str, step: int, record: JobRecord) -> JobRecord:
+        """Give the new job a checkpoint of another."""
+        self.checkpoints.copy(source_id, checkpoint_id, record.id)
+        progress = record.progress | {"step": step, "recorded_step": step}
+        return replace(record, progress=progress, resumed_from=f"{source_id}/{checkpoint_id}")
+
+
+def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Return what was set for a loaded model, less the length of the run if the job has its own."""
+    own_length = {"epochs", "max_steps"} & overrides.keys()
+    return {name: value for name, value in loaded.asked.items() if not (own_length and name in ("epochs", "max_steps"))}
+
+
+def digest_of(request: JobRequest) -> str:
+    """Return a sum over a request, to tell whether two are the same."""
+    return hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _rejected(location: str, message: str) -> SettingRejected:
+    named = f"{location}: {message}"
+    return SettingRejected(named, errors=[{"location": [location], "message": named}])

@@ -1,0 +1,128 @@
+"""The memory estimate: components add up and move the way they must."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core import allocator
+from domain.configure import MachineFacts, configure
+from domain.memory.activations import targeted
+from domain.memory.estimate import (
+    GLIBC,
+    GPU,
+    TCMALLOC,
+    Platform,
+    adapter_parameters,
+    estimate,
+    estimate_loading,
+    loading_bytes,
+    platform,
+)
+from domain.models.architectures.registry import read_shape
+from domain.models.shape import ModelShape
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
+from services.models.embedded import CONFIG, PARAMETERS
+
+CPU = MachineFacts(has_gpu=False, supports_bf16=False)
+
+
+def _shape() -> ModelShape:
+    shape = read_shape(CONFIG)
+    assert shape is not None
+    return shape
+
+
+def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: object) -> PeftConfig:
+    return configure(algorithm, use_case=None, overrides=overrides, machine=CPU).config
+
+
+def test_the_embedded_models_parameters_are_counted_exactly() -> None:
+    assert _shape().parameters == PARAMETERS
+
+
+def test_adapter_parameters_are_those_that_peft_counts() -> None:
+    assert adapter_parameters(_shape(), _config()) == 4_884_480
+    assert adapter_parameters(_shape(), _config(Algorithm.DORA)) == 5_040_000
+
+
+@given(st.sampled_from(Algorithm), st.integers(1, 16), st.integers(8, 4096), st.integers(1, 64), st.booleans())
+def test_the_components_are_the_total_and_lie_in_the_range(
+    algorithm: Algorithm, batch: int, length: int, rank: int, checkpointing: bool
+) -> None:
+    config = _config(
+        algorithm, batch_size=batch, max_seq_length=length, rank=rank, gradient_checkpointing=checkpointing
+    )
+    found = estimate(_shape(), config, on_gpu=False)
+    parts = found.weights_bytes + found.adapter_bytes + found.gradients_bytes + found.optimizer_bytes
+    assert parts + found.activations_bytes + found.logits_bytes + found.overhead_bytes == found.total_bytes
+    assert found.low_bytes <= found.total_bytes <= found.high_bytes
+
+
+@given(
+    st.sampled_from(["batch_size", "max_seq_length", "rank"]), st.integers(8, 500), st.integers(1, 500), st.booleans()
+)
+def test_more_never_needs_less(name: str, value: int, more: int, checkpointing: bool) -> None:
+    small = estimate(_shape(), _config(**{name: value, "gradient_checkpointing": checkpointing}), on_gpu=False)
+    large = estimate(_shape(), _config(**{name: value + more, "gradient_checkpointing": checkpointing}), on_gpu=False)
+    assert small.total_bytes <= large.total_bytes  # equal where loading needs more than a small run
+
+
+def test_four_bits_checkpointing_and_dora_move_the_estimate_the_right_way() -> None:
+    plain = estimate(_shape(), _config(), on_gpu=False)
+    assert estimate(_shape(), _config(Algorithm.QLORA), on_gpu=False).weights_bytes < plain.weights_bytes
+    checkpointed = estimate(_shape(), _config(gradient_checkpointing=True), on_gpu=False)
+    assert checkpointed.activations_bytes < plain.activations_bytes
+    assert estimate(_shape(), _config(Algorithm.DORA), on_gpu=False).total_bytes > plain.total_bytes
+
+
+@pytest.mark.parametrize(("has_tcmalloc", "constants"), [(True, TCMALLOC), (False, GLIBC)])
+def test_a_cpu_is_judged_by_the_allocator_that_engines_have(
+    monkeypatch: pytest.MonkeyPatch, has_tcmalloc: bool, constants: Platform
+) -> None:
+    monkeypatch.setattr(allocator, "engines_have_tcmalloc", lambda: has_tcmalloc)
+    assert platform(on_gpu=False) is constants and platform(on_gpu=True) is GPU
+    for config in (_config(), _config(Algorithm.QLORA)):
+        found = estimate_loading(_shape(), config, on_gpu=False)
+        assert found.low_bytes == int(found.total_bytes * constants.low)
+        assert found.overhead_bytes >= constants.overhead_bytes
+
+
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_glibcs_heap_is_never_taken_for_the_smaller_one(monkeypatch: pytest.MonkeyPatch, algorithm: Algorithm) -> None:
+    for checkpointing in (False, True):
+        config = _config(algorithm, gradient_checkpointing=checkpointing)
+        totals = []
+        for has_tcmalloc in (True, False):
+            monkeypatch.setattr(allocator, "engines_have_tcmalloc", lambda has=has_tcmalloc: has)
+            totals.append(estimate(_shape(), config, on_gpu=False).total_bytes)
+        assert totals[0] < totals[1]
+
+
+def test_loading_needs_the_file_beside_the_weights_only_where_these_are_converted() -> None:
+    shape = _shape()
+    kept = loading_bytes(shape, _config(precision="bf16"), on_gpu=False)
+    converted = loading_bytes(shape, _config(precision="fp32"), on_gpu=False)
+    assert converted - kept == shape.parameters * (4 - 2 + 2)
+    published = replace(shape, dtype="float32")
+    assert loading_bytes(published, _config(precision="fp32"), on_gpu=False) == converted - shape.parameters * 2
+
+
+@pytest.mark.parametrize(
+    ("names", "layers"),
+    [
+        (["q_proj"], 30),
+        (["self_attn.q_proj"], 30),
+        (["model.layers.3.self_attn.q_proj"], 1),
+        (["layers.3.self_attn.q_proj", "q_proj"], 30),
+        (["3.self_attn.q_proj"], 1),
+        (["model.layers.99.self_attn.q_proj"], 0),
+        (["other.3.self_attn.q_proj"], 0),
+        (["proj"], 0),
+    ],
+)
+def test_a_name_means_the_modules_whose_path_ends_with_it(names: list[str], layers: int) -> None:
+    found = targeted(_shape(), _config(target_modules=names))
+    assert sum(count for _, count in found) == layers

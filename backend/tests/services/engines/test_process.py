@@ -1,0 +1,169 @@
+"""The handle on an engine: its answers, its log, its death."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from core import allocator
+from domain import protocol
+from domain.configure import MachineFacts, configure
+from domain.peft.algorithms import Algorithm
+from services.engines.process import CommandFailed, EngineDied, EngineProcess
+from tests.support.server import BACKEND, wait_until
+
+pytestmark = pytest.mark.engine
+CONFIG = configure(
+    Algorithm.LORA, use_case=None, overrides={}, machine=MachineFacts(has_gpu=False, supports_bf16=False)
+).config
+
+
+def _load(path: Path) -> Any:
+    return lambda request_id: protocol.LoadBase(
+        request_id=request_id, model_path=str(path), config=CONFIG, device="cpu", engine="transformers"
+    )
+
+
+def test_a_failed_command_leaves_the_engine_alive_and_says_why(tmp_path: Path, tiny_path: Path) -> None:
+    engine = EngineProcess(tmp_path / "engine.log")
+    try:
+        with pytest.raises(CommandFailed) as caught:
+            engine.request(_load(tmp_path / "nothing"))[1].result(60)
+        assert caught.value.extras["error_class"] == "bad_model"
+        result = engine.request(_load(tiny_path))[1].result(60)
+        assert result["total_parameters"] > 0 and engine.alive
+    finally:
+        engine.close()
+    assert not psutil.pid_exists(engine.pid)
+
+
+def test_kill_9_fails_what_is_pending_with_the_signal(tmp_path: Path, tiny_path: Path) -> None:
+    ended: list[bool] = []
+    engine = EngineProcess(tmp_path / "engine.log", on_exit=lambda: ended.append(True))
+    _, future = engine.request(_load(tiny_path))
+    os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied) as caught:
+        future.result(30)
+    assert caught.value.extras["signal"] == 9
+    with pytest.raises(EngineDied):
+        engine.request(_load(tiny_path))[1].result(5)
+    wait_until(lambda: ended == [True])
+    engine.close()
+
+
+@pytest.mark.parametrize("blocks", [1, pytest.param(128, marks=pytest.mark.slow)])
+def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """A double that prints 8 MB, or 1 GB, and garbage on the event pipe before it answers."""
+    package = tmp_path / "double" / "engine"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import os, json, sys\n"
+        "commands = os.fdopen(int(os.environ['PEFT_STUDIO_ENGINE_COMMAND_FD']))\n"
+        "events = os.fdopen(int(os.environ['PEFT_STUDIO_ENGINE_EVENT_FD']), 'w')\n"
+        "request = json.loads(commands.readline())['request_id']\n"
+        f"for _ in range({blocks}): print('x' * 8_000_000)\n"
+        "for _ in range(40_000): print('y' * 99, file=sys.stderr)\n"
+        'events.write(\'not json\\n{"kind": "unknown"}\\n\')\n'
+        "events.write(json.dumps({'kind': 'done', 'request_id': request, 'result': {'ok': True}}) + '\\n')\n"
+        "events.flush()\n"
+        "commands.readline()\n"
+    )
+    monkeypatch.setattr("services.engines.process._BACKEND", package.parent)
+    engine = EngineProcess(tmp_path / "engine.log")
+    try:
+        detach = lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id="a")  # noqa: E731
+        assert engine.request(detach)[1].result(30 * blocks) == {"ok": True}
+    finally:
+        engine.close()
+    assert engine.garbage_lines == 2
+    written = sum(file.stat().st_size for file in tmp_path.glob("engine.log*"))
+    assert written <= 9 * 2**20
+
+
+def test_an_engine_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; sys.path.insert(0, '.')\n"
+        "from pathlib import Path\n"
+        "from services.engines.process import EngineProcess\n"
+        f"print(EngineProcess(Path({str(tmp_path / 'engine.log')!r})).pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=BACKEND, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert psutil.pid_exists(pid)
+        parent.kill()
+    wait_until(lambda: not psutil.pid_exists(pid))
+
+
+def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
+    tmp_path: Path, tiny_path: Path
+) -> None:
+    engine = EngineProcess(tmp_path / "engine.log", silence_s=2.0)
+    try:
+        engine.request(_load(tiny_path))[1].result(60)
+        slept: list[float] = []
+
+        def slow(_event: Any) -> None:
+            if not slept:
+                slept.append(5.0)
+                time.sleep(5.0)  # the slow database itself
+
+        command = protocol.Generate(
+            request_id="", messages=None, prompt="the", adapter_id=None, max_new_tokens=4, temperature=0.0,
+            top_p=1.0, seed=0, stop=[],
+        )  # fmt: skip
+        _, future = engine.request(lambda request_id: command.model_copy(update={"request_id": request_id}), slow)
+        future.result(60)
+        assert slept and engine.alive
+    finally:
+        engine.close()
+
+
+def test_an_engine_is_shown_its_one_gpu_by_uuid(tmp_path: Path) -> None:
+    engine = EngineProcess(tmp_path / "engine.log", gpu_uuid="GPU-1234")
+    try:
+        environment = psutil.Process(engine.pid).environ()
+        assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-1234"
+        assert environment["UNSLOTH_COMPILE_LOCATION"].startswith(str(tmp_path))
+    finally:
+        engine.close()
+
+
+def _libraries(engine: EngineProcess) -> set[str]:
+    """Names of what an engine that has answered has mapped."""
+    with pytest.raises(CommandFailed):
+        engine.request(_load(Path("nothing")))[1].result(120)
+    return {Path(mapped.path).name for mapped in psutil.Process(engine.pid).memory_maps()}
+
+
+@pytest.mark.skipif(allocator.preload() is None, reason="tcmalloc is not installed here")
+def test_an_engine_on_the_cpu_has_tcmalloc_and_one_on_a_gpu_has_not(tmp_path: Path) -> None:
+    for folder, gpu_uuid in (("a", None), ("b", "GPU-1234")):
+        engine = EngineProcess(tmp_path / folder / "engine.log", gpu_uuid=gpu_uuid)
+        try:
+            assert any("tcmalloc" in name for name in _libraries(engine)) == (gpu_uuid is None)
+        finally:
+            engine.close()
+
+
+def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSLOTH_ALLOW_CPU", "1")
+    engine = EngineProcess(tmp_path / "engine.log", backend="unsloth")
+    try:
+        with pytest.raises(CommandFailed):  # the answer comes once everything is imported
+            engine.request(_load(tmp_path / "nothing"))[1].result(120)
+        said = "\n".join(engine.log_tail())
+        assert "Unsloth: Will patch" in said
+        assert "should be imported before" not in said  # its warning that something was imported too early
+    finally:
+        engine.close()

@@ -1,0 +1,91 @@
+"""What a load or a run may use: what is free, less what is promised, and what its own base holds already."""
+
+from typing import Any
+
+import pytest
+
+from core.clock import SystemClock
+from core.errors import DoesNotFit
+from domain.configure import MachineFacts, configure
+from domain.memory.verdict import assess
+from domain.models.architectures.registry import read_shape
+from domain.peft.algorithms import Algorithm
+from services.hardware.devices import Device
+from services.loading.admission import refuse_what_does_not_fit, with_room
+from services.loading.loaded_base import BaseKey, LoadedBase, LoadState
+from services.models.embedded import CONFIG
+
+CPU = MachineFacts(has_gpu=False, supports_bf16=False)
+DEVICE = Device("cpu", CPU, 1000)
+
+
+class Holding:
+    """An engine that holds so much."""
+
+    def __init__(self, resident_bytes: int) -> None:
+        self._resident_bytes = resident_bytes
+
+    def resident_bytes(self) -> int:
+        return self._resident_bytes
+
+
+def _base(state: LoadState, needed: int, resident: int | None = None, device: str = "cpu") -> LoadedBase:
+    base = LoadedBase(BaseKey("me/model", None, "none", "fp32", device, "transformers"), SystemClock())
+    base.state, base.needed_bytes = state, needed
+    process: Any = Holding(resident) if resident is not None else None
+    base.process = process
+    return base
+
+
+@pytest.mark.parametrize(
+    ("bases", "room"),
+    [
+        ([], 1000),
+        ([_base(LoadState.QUEUED, 300), _base(LoadState.DOWNLOADING, 200)], 500),
+        ([_base(LoadState.LOADING, 300, resident=100)], 800),
+        ([_base(LoadState.LOADING, 300, resident=400)], 1000),
+        ([_base(LoadState.READY, 300, resident=300), _base(LoadState.FAILED, 300)], 1000),
+        ([_base(LoadState.QUEUED, 300, device="cuda:0")], 1000),
+        ([_base(LoadState.QUEUED, 3000)], 0),
+    ],
+)
+def test_loads_under_way_are_promised_what_they_have_not_taken(bases: list[LoadedBase], room: int) -> None:
+    assert with_room(DEVICE, bases).available_bytes == room
+
+
+def test_a_run_counts_what_its_own_base_holds_or_is_promised_as_its_own() -> None:
+    own, other = _base(LoadState.READY, 300, resident=350), _base(LoadState.QUEUED, 100)
+    assert with_room(DEVICE, [own, other], own).available_bytes == 1250
+    waiting = _base(LoadState.QUEUED, 300)
+    assert with_room(DEVICE, [waiting, other], waiting).available_bytes == 900
+
+
+def test_a_device_that_does_not_say_what_is_free_stays_so() -> None:
+    assert with_room(Device("cuda:0", CPU, None), [_base(LoadState.QUEUED, 1)]).available_bytes is None
+
+
+def test_the_refusal_carries_the_estimate_and_what_to_do() -> None:
+    config = configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 256}, machine=CPU).config
+    found = assess(read_shape(CONFIG), config, 10**9, on_gpu=False)
+    with pytest.raises(DoesNotFit) as caught:
+        refuse_what_does_not_fit(found, "Training me/model", DEVICE)
+    extras = caught.value.extras
+    assert extras["estimate_bytes"] == extras["estimate"]["total_bytes"] > extras["available_bytes"] == 10**9
+    assert extras["suggestions"][0].keys() == {"change", "overrides", "estimate_bytes", "verdict"}
+
+
+@pytest.mark.parametrize("available", [None, 2**50])
+def test_what_fits_or_is_not_known_is_admitted(available: int | None) -> None:
+    config = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU).config
+    refuse_what_does_not_fit(assess(read_shape(CONFIG), config, available, on_gpu=False), "x", DEVICE)
+    refuse_what_does_not_fit(assess(None, config, available, on_gpu=False), "x", DEVICE)
+
+
+def test_a_base_of_unsloth_serves_what_is_no_longer_than_it_was_loaded_for() -> None:
+    config = configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 256}, machine=CPU).config
+    transformers = BaseKey("me/model", None, "none", config.precision, "cpu", "transformers")
+    unsloth = BaseKey("me/model", None, "none", config.precision, "cuda:0", "unsloth", 256)
+    longer = config.model_copy(update={"max_seq_length": 257})
+    assert transformers.serves(config) and transformers.serves(longer)
+    assert unsloth.serves(config) and not unsloth.serves(longer)
+    assert not unsloth.serves(config.model_copy(update={"quantization": "nf4"}))
