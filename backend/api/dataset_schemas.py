@@ -7,9 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 from api.peft_schemas import Response, Revision
 from domain.datasets.formats import TRAINABLE_FORMATS, DatasetFormat
-from services.dataset_service import BadRows, ReadSettings
 from services.datasets.files import Manifest
 from services.datasets.imports import Import
+from services.datasets.read_settings import BadRows, ReadSettings
 from services.datasets.reading.text_rows import TextRows
 from store.records import DatasetRecord, to_text
 

@@ -17,8 +17,8 @@ from api.hub_token import ASKS_THE_HUB
 from api.upload_form import read_upload
 from api.waiting import may_ask_the_hub, until_done
 from core.errors import Rejected
-from services.dataset_service import DatasetService, Form, get_dataset_service
-from services.datasets.sources import DatasetSources, get_dataset_sources
+from services.dataset_service import DatasetService, Form, get_dataset_service, get_dataset_sources
+from services.datasets.sources import DatasetSources
 from services.training.dataset_analysis import AnalysisRequest, DatasetAnalysisService, get_dataset_analysis_service
 from store.records import DatasetRecord
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, StringConstraints
 
 from api.peft_schemas import Request, Response
-from domain.memory.verdict import Verdict
-from domain.models.records import DetailsAnswer, Fit, ModelSummary, SearchPage, SearchQuery, SortKey, Source
+from domain.models.records import DetailsAnswer, Fit, ModelSummary, SearchPage, SearchQuery, SortKey, Source, Verdict
 from domain.peft.algorithms import Algorithm, AlgorithmName
 from services.models.local import LocalModel
 

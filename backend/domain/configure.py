@@ -10,7 +10,8 @@ from core.errors import SettingRejected
 from domain.memory.activations import missing_targets
 from domain.memory.estimate import estimate
 from domain.memory.hardware_fit import fit_to_memory
-from domain.memory.verdict import Verdict, judge
+from domain.memory.verdict import judge
+from domain.models.records import Verdict
 from domain.models.shape import ModelShape
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PARAMETER_NAMES, PeftConfig

@@ -16,41 +16,22 @@ from core.files import storage_errors
 from core.settings import get_settings
 from core.singleton import singleton
 from core.zip_stream import zip_files
-from domain.datasets.formats import TRAINABLE_FORMATS, DatasetFormat
+from domain.datasets.formats import TRAINABLE_FORMATS
 from domain.jobs.states import FINAL_STATES
 from services.datasets.draft import Draft
 from services.datasets.files import DatasetFiles, Manifest
 from services.datasets.imports import Import, Imports
 from services.datasets.intake import IntakeRequest, IntakeResult
-from services.datasets.reading.text_rows import TextRows
+from services.datasets.read_settings import ReadSettings
+from services.datasets.sources import DatasetSources
 from services.datasets.worker import Reader, read_in_process
 from store.database import Database, get_database
 from store.records import DatasetRecord, to_text
 from store.repositories import Datasets
 
 _CHUNK_BYTES = 2**20
-BadRows = Literal["reject", "skip"]
 Form = Literal["original", "normalised"]
 _KINDS = {"preference": "preferences", "kto": "judged answers (KTO)"}
-
-
-@dataclass(frozen=True)
-class ReadSettings:
-    """How a client wants its files read.
-
-    Attributes:
-        format: How to read the rows, or None to recognise it.
-        column_map: The format's field → the file's column, for columns under other names.
-        on_bad_rows: Refuse the files, or keep the good rows.
-        encoding: Of text, or None to recognise it.
-        text_rows: What is a row of plain text, or None to choose.
-    """
-
-    format: DatasetFormat | None
-    column_map: Mapping[str, str]
-    on_bad_rows: BadRows
-    encoding: str | None
-    text_rows: TextRows | None
 
 
 @dataclass(frozen=True)
@@ -281,3 +262,10 @@ def get_dataset_service() -> DatasetService:
     settings, clock = get_settings(), SystemClock()
     files = DatasetFiles(settings.home / "datasets")
     return DatasetService(get_database(), files, Imports(clock), clock, settings.max_upload_bytes)
+
+
+@singleton
+def get_dataset_sources() -> DatasetSources:
+    """Return the process's sources of datasets."""
+    settings = get_settings()
+    return DatasetSources(get_dataset_service(), settings.home / "imports", settings.max_upload_bytes)

@@ -26,15 +26,15 @@ from core.settings import get_settings
 from core.singleton import singleton
 from core.zip_stream import zip_files
 from domain.jobs.export_states import FINAL_STATES, MAX_ATTEMPTS, ExportKind, ExportState, may_change
+from domain.jobs.failures import failure
 from services.adapter_service import AdapterService, get_adapter_service
 from services.exports.control import ExportControl, ExportProgress, ExportStopped
 from services.exports.model_export import ModelExport
 from services.exports.push import HubPush
-from services.hardware.host_probe import HostProbe
-from services.model_registry_service import get_hub_http
-from services.models.facts import get_model_facts
+from services.hardware.host_probe import get_host_probe
+from services.hub.http import get_hub_http
+from services.model_registry_service import get_model_facts
 from services.peft_service import get_peft_service
-from services.training.run import failure
 from store.database import Database, get_database
 from store.records import AdapterRecord, ExportRecord, to_text
 from store.repositories import Adapters, Exports
@@ -355,7 +355,7 @@ class ExportService:
 def get_export_service() -> ExportService:
     """Return the process's export service."""
     adapters, clock = get_adapter_service(), SystemClock()
-    model_export = ModelExport(get_peft_service(), adapters, get_model_facts(), HostProbe().oom_kills)
+    model_export = ModelExport(get_peft_service(), adapters, get_model_facts(), get_host_probe().oom_kills)
     works: dict[ExportKind, Work] = {
         ExportKind.MERGED: model_export,
         ExportKind.GGUF: model_export,

@@ -13,7 +13,8 @@ from core.ttl_cache import Timed, TtlCell
 from domain.peft.unsloth_rules import LEAST_CAPABILITY
 from services.hardware.cuda_checks import CudaCheck, run_cuda_checks
 from services.hardware.devices import EngineChoice, capability_of
-from services.hardware.host_probe import CpuReading, DiskReading, HostProbe, MemoryReading
+from services.hardware.host_probe import CpuReading, DiskReading, HostProbe, MemoryReading, get_host_probe
+from services.hardware.machine import Machine
 from services.hardware.nvml_probe import DriverFacts, GpuReading, NvmlProbe
 
 PROFILE_TTL_S = 300.0
@@ -130,6 +131,10 @@ class HardwareService:
         """Return the profile, measured at most five minutes ago, or now with `refresh`."""
         return self._profile.get(refresh=refresh)
 
+    def engine(self) -> EngineChoice:
+        """Return the best engine that this machine has, by the profile."""
+        return self.profile().value.engine
+
     def _measure(self) -> HardwareProfile:
         usage, packages = self.usage(), self._packages()
         return HardwareProfile(
@@ -192,5 +197,11 @@ def _device_check(gpus: tuple[GpuReading, ...]) -> CudaCheck:
 def get_hardware_service() -> HardwareService:
     """Return the process's hardware service."""
     return HardwareService(
-        SystemClock(), NvmlProbe(), HostProbe(), installed_versions, get_settings().home, run_cuda_checks
+        SystemClock(), NvmlProbe(), get_host_probe(), installed_versions, get_settings().home, run_cuda_checks
     )
+
+
+@singleton
+def get_machine() -> Machine:
+    """Return the process's machine."""
+    return Machine(get_hardware_service())

@@ -1,10 +1,10 @@
 """Which models there are: the Hub's, through the cache, and this machine's."""
 
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,21 @@ from domain.models.records import (
 )
 from domain.models.repo_tree import is_commit
 from domain.peft.algorithms import Algorithm
-from services.hub.client import HubClient, search_params
+from services.hardware_service import get_machine
+from services.hub.cache_dir import hub_cache_dir
+from services.hub.client import HubClient, get_hub_client, search_params
+from services.hub.downloads import get_downloads
 from services.hub.errors import QueryRejected, partly_here
-from services.hub.http import HubHttp
 from services.hub.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, MetadataCache
 from services.models.blockers import blockers_of, is_loadable, local_blockers, no_config
+from services.models.embedded import get_embedded_model
 from services.models.embedded_listing import embedded_local_model
+from services.models.facts import ModelFacts
+from services.models.files import ModelFiles
 from services.models.fit import fit_of
 from services.models.listed_configs import ListedConfigs, config_cache
-from services.models.local import LocalModel, LocalModels, hub_cache_dir
+from services.models.local import LocalModel, LocalModels
+from services.models.pickled import get_pickled_models
 
 # config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
 FitOf = Callable[[dict[str, Any] | None, ModelSummary, str], Fit | None]
@@ -313,7 +319,7 @@ class ModelRegistryService:
 
 
 def build_model_registry_service(
-    settings: Settings, http: HubHttp, *, embedded: Callable[[], LocalModel | None] | None, fit_of: FitOf | None
+    settings: Settings, hub: HubClient, *, embedded: Callable[[], LocalModel | None] | None, fit_of: FitOf | None
 ) -> ModelRegistryService:
     """Build the service on the settings' folders and the environment's Hub."""
     clock = SystemClock()
@@ -323,19 +329,26 @@ def build_model_registry_service(
         hub_cache_dir=hub_cache_dir,
         embedded=embedded,
     )
-    hub = HubClient(http)
     cache = MetadataCache(settings.resolved_cache_dir / "hub", clock)
     configs = ListedConfigs(hub, config_cache(settings.resolved_cache_dir / "hub-configs", clock), clock)
     return ModelRegistryService(hub, cache, configs, local, clock, fit_of=fit_of)
 
 
 @singleton
-def get_hub_http() -> HubHttp:
-    """Return the process's way to the Hub: one, so that a pause it asks for holds for everything."""
-    return HubHttp(SystemClock(), time.sleep)
+def get_model_registry_service() -> ModelRegistryService:
+    """Return the process's model registry."""
+    return build_model_registry_service(
+        get_settings(), get_hub_client(), embedded=embedded_local_model, fit_of=partial(fit_of, get_machine())
+    )
 
 
 @singleton
-def get_model_registry_service() -> ModelRegistryService:
-    """Return the process's model registry."""
-    return build_model_registry_service(get_settings(), get_hub_http(), embedded=embedded_local_model, fit_of=fit_of)
+def get_model_facts() -> ModelFacts:
+    """Return the process's model facts."""
+    return ModelFacts(get_model_registry_service())
+
+
+@singleton
+def get_model_files() -> ModelFiles:
+    """Return the process's model files."""
+    return ModelFiles(get_embedded_model(), get_model_registry_service(), get_downloads(), get_pickled_models())

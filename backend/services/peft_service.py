@@ -20,13 +20,15 @@ from domain.peft.config import PeftConfig
 from domain.peft.use_cases import UseCaseId
 from services.engines.process import EngineProcess
 from services.hardware.devices import Device, device_name
-from services.hardware.machine import Machine, get_machine
+from services.hardware.machine import Machine
+from services.hardware_service import get_machine
 from services.loading.loaded_base import BaseKey, LoadedBase
 from services.loading.loaded_model import LoadedModel, LoadRequest
 from services.loading.placement import place
 from services.loading.pool import BasePool, BaseRequest
-from services.models.facts import ModelFacts, get_model_facts
-from services.models.files import ModelFiles, get_model_files
+from services.model_registry_service import get_model_facts, get_model_files
+from services.models.facts import ModelFacts
+from services.models.files import ModelFiles
 
 __all__ = ["LoadRequest", "LoadedModel", "PeftService", "get_peft_service"]
 

@@ -19,18 +19,19 @@ from core.errors import (
 from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
+from domain.jobs.failures import failure
 from domain.jobs.retries import MAX_STALLS
 from domain.jobs.states import ACTIVE_STATES, FINAL_STATES, JobState, may_change
 from services.adapter_service import AdapterService, get_adapter_service
 from services.dataset_service import DatasetService, get_dataset_service
-from services.hardware.host_probe import HostProbe
-from services.hardware.machine import get_machine
+from services.hardware.host_probe import get_host_probe
+from services.hardware_service import get_machine
 from services.hub.http import request_token
 from services.peft_service import PeftService, get_peft_service
 from services.training.checkpoint_store import CheckpointStore
 from services.training.dataset_analysis import DatasetAnalysisService, get_dataset_analysis_service
 from services.training.job_intake import JobIntake, JobRequest, digest_of
-from services.training.run import ENDINGS, RunEnded, TrainingRun, failure
+from services.training.run import ENDINGS, RunEnded, TrainingRun
 from store.database import Database, get_database
 from store.records import AdapterRecord, EventRecord, JobRecord, to_text
 from store.repositories import Adapters, Jobs
@@ -471,5 +472,5 @@ def get_training_service() -> TrainingService:
         get_dataset_analysis_service(),
         CheckpointStore(settings.home / "checkpoints"),
         settings.max_checkpoint_bytes,
-        HostProbe().oom_kills,
+        get_host_probe().oom_kills,
     )

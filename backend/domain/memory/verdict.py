@@ -3,14 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from domain.memory.activations import Batch, missing_targets
 from domain.memory.estimate import MemoryEstimate, estimate, estimate_loading
+from domain.models.records import Verdict
 from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
 
-Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 # What PEFT takes for experts' names of transformers 4 (peft/utils/transformers_weight_conversion.py).
 _EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "router"})
 _SHORTEST = 128  # tokens; a shorter row holds no turn and answer

@@ -11,8 +11,8 @@ from datetime import datetime
 from typing import Any, Literal
 
 from core.errors import ModelRejected
-from domain.memory.verdict import Verdict
 
+Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 SortKey = Literal["downloads", "likes", "trending", "created", "modified"]
 Source = Literal["hub", "cache", "local"]
 

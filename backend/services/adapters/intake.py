@@ -24,19 +24,22 @@ from core.manifest import NAME as MANIFEST
 from core.manifest import FolderDamaged, verify, write_manifest
 from core.settings import get_settings
 from core.singleton import singleton
-from domain.adapter_files import CONFIG, AdapterFacts
+from domain.adapter_files import CONFIG, WEIGHTS, AdapterFacts, choose_adapter
 from domain.models.records import check_model_id, check_revision
-from services.adapters.checks import check_adapter, read_card, read_json
+from services.adapters.checks import check_adapter, check_small_files, read_card, read_json
 from services.adapters.staging import allowed_folder, copy_folder, unzip
-from services.hub.downloads import Downloads
-from services.hub.wanted import ADAPTER
-from services.models.files import ModelFiles, get_downloads, get_model_files
+from services.hub.downloads import Downloads, get_downloads
+from services.hub.wanted import Part, Wanted
+from services.model_registry_service import get_model_files
+from services.models.files import ModelFiles
 from store.database import Database, get_database
 from store.records import AdapterRecord, to_text
 from store.repositories import Adapters
 
 _log = get_logger(__name__)
 _MAX_MANIFEST_BYTES = 2**20
+# What is read of an adapter's repository on the Hub.
+_WANTED = Wanted((Part.named(CONFIG), Part.named(WEIGHTS)), choose_adapter, check_small_files)
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class AdapterIntake:
             NoSafeWeights, AdapterRejected, NeedsRemoteCode, TooLarge, StorageFull: What is wrong with it.
         """
         check_model_id(model_id)
-        snapshot = self._downloads.fetch(model_id, revision, lambda _: None, lambda: False, wanted=ADAPTER)
+        snapshot = self._downloads.fetch(model_id, revision, lambda _: None, lambda: False, wanted=_WANTED)
         blobs = snapshot.parent.parent / "blobs"
         source = {"kind": "hub", "model_id": model_id, "revision": revision, "commit": snapshot.name}
         return self._store(

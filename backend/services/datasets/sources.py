@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from core.errors import (
     AccessDenied,
@@ -19,11 +19,10 @@ from core.errors import (
     TooLarge,
 )
 from core.logging import get_logger
-from core.settings import get_settings
-from core.singleton import singleton
 from domain.datasets.parts import Parts, PartsNotFound, choose
-from services.dataset_service import DatasetService, ReadSettings, get_dataset_service
 from services.datasets.draft import Draft
+from services.datasets.imports import Import, Imports
+from services.datasets.read_settings import ReadSettings
 from services.hub.errors import map_hub_error
 from services.hub.http import hub_token
 from store.records import DatasetRecord
@@ -49,15 +48,34 @@ class HubFile:
     sha256: str | None
 
 
+class Datasets(Protocol):
+    """Keeps datasets; the dataset service does."""
+
+    imports: Imports
+
+    def draft(self, progress: Import) -> Draft:
+        """Begin a dataset. It must be finished or discarded."""
+        ...
+
+    def discard(self, draft: Draft) -> None:
+        """Forget a draft and what came of it."""
+        ...
+
+    def finish(self, draft: Draft, name: str, settings: ReadSettings, source: Mapping[str, Any]) -> DatasetRecord:
+        """Read a draft's files and store the dataset."""
+        ...
+
+
 class DatasetSources:
     """Brings datasets in from elsewhere than an upload.
 
     Args:
+        datasets: Stores them.
         folder: What may be taken from this machine is below it.
         max_bytes: Larger datasets are refused before they are fetched.
     """
 
-    def __init__(self, datasets: DatasetService, folder: Path, max_bytes: int) -> None:
+    def __init__(self, datasets: Datasets, folder: Path, max_bytes: int) -> None:
         self._datasets, self._folder, self._max_bytes = datasets, folder, max_bytes
 
     # The Hub
@@ -288,10 +306,3 @@ def _byte_counter(on_progress: Callable[[str, float | None, int | None, int | No
             on_progress("downloading", min(1.0, finished / total) if total else None, finished, total or None)
 
     return ByteCounter
-
-
-@singleton
-def get_dataset_sources() -> DatasetSources:
-    """Return the process's sources."""
-    settings = get_settings()
-    return DatasetSources(get_dataset_service(), settings.home / "imports", settings.max_upload_bytes)

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from core.singleton import singleton
+
 # CPU features that decide how fast matrix products are, as /proc/cpuinfo spells them (x86, then Arm).
 _FEATURES = (
     *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
@@ -196,6 +198,12 @@ class HostProbe:
             field, _, value = line.partition(":")
             found.setdefault(field.strip(), value.strip())
         return found
+
+
+@singleton
+def get_host_probe() -> HostProbe:
+    """Return the process's probe of the host: one, so that all readers share the window of the CPU's load."""
+    return HostProbe()
 
 
 class _CpuLoad:

@@ -1,14 +1,28 @@
 """The machine as the services need it: devices by name, and the engine that runs on each."""
 
-from core.singleton import singleton
+from typing import Protocol
+
 from services.hardware.devices import Device, EngineChoice, choose_device, choose_engine
-from services.hardware_service import HardwareService, get_hardware_service
+from services.hardware.host_probe import MemoryReading
+from services.hardware.nvml_probe import GpuReading
+
+
+class Hardware(Protocol):
+    """What is measured; the hardware service does it."""
+
+    def memory(self) -> tuple[tuple[GpuReading, ...], MemoryReading]:
+        """Return what is free now on each GPU and on the host."""
+        ...
+
+    def engine(self) -> EngineChoice:
+        """Return the best engine that this machine has."""
+        ...
 
 
 class Machine:
     """Answers from the hardware profile; free memory is read anew each time, since admission depends on it."""
 
-    def __init__(self, hardware: HardwareService) -> None:
+    def __init__(self, hardware: Hardware) -> None:
         self._hardware = hardware
 
     def device(self, wanted: str | int) -> Device:
@@ -34,10 +48,4 @@ class Machine:
         Raises:
             SettingRejected: Unsloth was asked for and cannot do it.
         """
-        return choose_engine(wanted, device, self._hardware.profile().value.engine, obstacle)
-
-
-@singleton
-def get_machine() -> Machine:
-    """Return the process's machine."""
-    return Machine(get_hardware_service())
+        return choose_engine(wanted, device, self._hardware.engine(), obstacle)

@@ -25,6 +25,13 @@ _LOCK_POLL_S = 0.2
 _log = get_logger(__name__)
 
 
+def hub_cache_dir() -> Path:
+    """Return where huggingface_hub keeps downloads: HF_HUB_CACHE, or `hub` in HF_HOME."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 class Partial:
     """Content that is arriving: appended to a file of its own, digested on the way, and kept over a break.
 

@@ -11,6 +11,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from core import errors
 from core.logging import get_logger
+from core.singleton import singleton
 from domain.models.records import (
     HubPage,
     ModelDetails,
@@ -26,7 +27,7 @@ from domain.models.records import (
 )
 from domain.models.repo_tree import RepoFile, is_commit, tree_from_wire
 from services.hub.errors import QueryRejected
-from services.hub.http import HubHttp, Params, nonsense
+from services.hub.http import HubHttp, Params, get_hub_http, nonsense
 from services.hub.metadata_cache import Fetched
 
 R = TypeVar("R")
@@ -272,3 +273,9 @@ def _rounded(parameters: int, *, up: bool) -> str:
     step = 10**6 if parameters >= 10**6 else 10**3
     units = -(-parameters // step) if up else parameters // step
     return f"{units}{'M' if step == 10**6 else 'K'}" if units else "0"
+
+
+@singleton
+def get_hub_client() -> HubClient:
+    """Return the process's client of the Hub."""
+    return HubClient(get_hub_http())

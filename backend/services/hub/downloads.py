@@ -15,18 +15,20 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from core import errors
-from core.clock import Clock
+from core.clock import Clock, SystemClock
 from core.files import storage_errors
 from core.logging import get_logger
 from core.parallel import start_workers
+from core.settings import get_settings
+from core.singleton import singleton
 from domain.models.records import check_model_id, check_revision
 from domain.models.repo_tree import RepoFile, is_commit
-from services.hub.cache_dir import HubCacheDir, Partial
-from services.hub.client import HubClient
+from services.hub.cache_dir import HubCacheDir, Partial, hub_cache_dir
+from services.hub.client import HubClient, get_hub_client
 from services.hub.download_flight import DownloadCancelled, Flight, Progress
 from services.hub.errors import may_pass, partly_here
-from services.hub.http import HubHttp
-from services.hub.wanted import MODEL, Wanted
+from services.hub.http import HubHttp, get_hub_http
+from services.hub.wanted import Wanted
 
 if TYPE_CHECKING:
     import httpx
@@ -86,7 +88,7 @@ class Downloads:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         *,
-        wanted: Wanted = MODEL,
+        wanted: Wanted,
     ) -> Path:
         """Return the snapshot's folder with everything a load reads, each file's content checked.
 
@@ -95,7 +97,7 @@ class Downloads:
             revision: Branch, tag or commit; `main` if None.
             on_progress: Called on this thread about ten times a second.
             cancelled: Asked as often; the download itself stops when the last who waits has left.
-            wanted: What is read of it; a model with safetensors by default.
+            wanted: What is read of it.
 
         Raises:
             ModelRejected: The id cannot be one, or the repository is not fit to be read.
@@ -301,3 +303,10 @@ def _continues(response: "httpx.Response", from_bytes: int) -> bool:
         return from_bytes == 0
     begins = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
     return begins == str(from_bytes) and "Content-Encoding" not in response.headers
+
+
+@singleton
+def get_downloads() -> Downloads:
+    """Return the process's downloads."""
+    cache = HubCacheDir(hub_cache_dir, get_settings().resolved_cache_dir / "verified")
+    return Downloads(get_hub_http(), get_hub_client(), cache, SystemClock())

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic_core import from_json
 
 from core import errors, telemetry
-from core.clock import Clock
+from core.clock import Clock, SystemClock
 from core.logging import get_logger
+from core.singleton import singleton
 from core.version import VERSION
 from services.hub.errors import map_hub_error, may_pass, told_wait_s, unavailable
 
@@ -299,3 +301,9 @@ def _parse(content: bytes, path: str, *, is_file: bool) -> Any:
     if body is None:  # it would be taken for "nothing has changed"
         raise nonsense(path, is_file=is_file)
     return body
+
+
+@singleton
+def get_hub_http() -> HubHttp:
+    """Return the process's way to the Hub: one, so that a pause it asks for holds for everything."""
+    return HubHttp(SystemClock(), time.sleep)

@@ -15,6 +15,7 @@ from core.errors import ModelBusy, ModelNotReady, StudioError
 from domain.peft.config import PeftConfig
 from services.engines.process import EngineProcess
 from services.hardware.devices import EngineName, device_name
+from services.models.progress import LoadProgress
 
 
 class LoadState(StrEnum):
@@ -63,17 +64,6 @@ class LoadOptions:
     device: str | int
     force: bool
     allow_pickle: bool
-
-
-@dataclass(frozen=True)
-class LoadProgress:
-    """How far a load is; None where it cannot be known."""
-
-    fraction: float | None = None
-    downloaded_bytes: int | None = None
-    total_bytes: int | None = None
-    bytes_per_s: float | None = None
-    eta_s: float | None = None
 
 
 class LoadedBase:

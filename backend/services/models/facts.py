@@ -3,11 +3,9 @@
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from core.singleton import singleton
 from domain.memory.verdict import Sibling
 from domain.models.architectures.registry import read_shape
 from domain.models.shape import ModelShape
-from services.model_registry_service import get_model_registry_service
 from services.models.embedded import CONFIG, MODEL_ID
 
 
@@ -59,9 +57,3 @@ class ModelFacts:
         """Return the models on this machine that are of a shape's family and that a load would take."""
         found = [(model_id, read_shape(config)) for model_id, config in self._configs.local_configs()]
         return [Sibling(model_id, other) for model_id, other in found if other and other.model_type == shape.model_type]
-
-
-@singleton
-def get_model_facts() -> ModelFacts:
-    """Return the process's model facts."""
-    return ModelFacts(get_model_registry_service())

@@ -1,31 +1,22 @@
 """From a model id to a folder of safe weights on this machine, downloading it if need be."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from core.clock import SystemClock
 from core.errors import ModelGated, NeedsRemoteCode, SettingRejected
-from core.settings import get_settings
-from core.singleton import singleton
 from domain.models.config_checks import check_asks_for_no_code, check_dimensions
 from domain.models.records import ModelDetails, weight_files
 from domain.models.repo_tree import pickled_weights
-from services.hub.cache_dir import HubCacheDir
-from services.hub.client import HubClient
-from services.hub.download_flight import Progress
 from services.hub.downloads import Downloads
-from services.hub.wanted import MODEL, PICKLED_MODEL, TOKENIZER, Wanted
-from services.loading.loaded_base import LoadProgress
-from services.model_registry_service import get_hub_http, get_model_registry_service
+from services.hub.wanted import Wanted
 from services.models.blockers import disabled
-from services.models.embedded import MODEL_ID, EmbeddedModel, get_embedded_model
-from services.models.local import LocalModel, hub_cache_dir
-from services.models.pickled import PickledModels, get_pickled_models
+from services.models.embedded import MODEL_ID, EmbeddedModel
+from services.models.local import LocalModel
+from services.models.pickled import PickledModels
+from services.models.progress import LoadProgress, OnProgress
 from services.models.safety import check_safe, check_snapshot, no_safe_weights
-
-OnProgress = Callable[[str, LoadProgress], None]  # the state of a load (downloading or loading), and how far it is
+from services.models.wanted import MODEL, PICKLED_MODEL, TOKENIZER
 
 
 class Registry(Protocol):
@@ -152,32 +143,7 @@ class ModelFiles:
         return self._downloads.fetch(
             model_id,
             revision,
-            lambda progress: on_progress("downloading", _load_progress(progress)),
+            lambda progress: on_progress("downloading", LoadProgress.of_download(progress)),
             cancelled,
             wanted=wanted,
         )
-
-
-def _load_progress(progress: Progress) -> LoadProgress:
-    left_bytes = progress.total_bytes - progress.done_bytes
-    return LoadProgress(
-        progress.done_bytes / progress.total_bytes if progress.total_bytes else None,
-        progress.done_bytes,
-        progress.total_bytes,
-        progress.bytes_per_s,
-        left_bytes / progress.bytes_per_s if progress.bytes_per_s else None,
-    )
-
-
-@singleton
-def get_downloads() -> Downloads:
-    """Return the process's downloads."""
-    http = get_hub_http()
-    cache = HubCacheDir(hub_cache_dir, get_settings().resolved_cache_dir / "verified")
-    return Downloads(http, HubClient(http), cache, SystemClock(), time.sleep)
-
-
-@singleton
-def get_model_files() -> ModelFiles:
-    """Return the process's model files."""
-    return ModelFiles(get_embedded_model(), get_model_registry_service(), get_downloads(), get_pickled_models())

@@ -8,13 +8,14 @@ from domain.memory.verdict import judge_run
 from domain.models.architectures.registry import read_shape
 from domain.models.records import Fit, ModelSummary
 from domain.peft.algorithms import Algorithm
-from services.hardware.machine import get_machine
+from services.hardware.machine import Machine
 
 
-def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str) -> Fit | None:
+def fit_of(machine: Machine, config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str) -> Fit | None:
     """Judge an algorithm with its defaults against what is free now; what else a load is refused for is not seen here.
 
     Args:
+        machine: Has the device that the fine-tune would run on.
         config: config.json, if it is at hand: nothing is fetched for a list.
         algorithm: Its id.
 
@@ -24,7 +25,7 @@ def fit_of(config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str
     shape = read_shape(config) if config is not None else None
     if shape is None:
         return None
-    device = get_machine().device("auto")
+    device = machine.device("auto")
     try:
         settings = configure(
             Algorithm(algorithm),

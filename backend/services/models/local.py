@@ -29,8 +29,8 @@ from domain.models.records import (
 from domain.models.repo_tree import is_commit
 from domain.models.safetensors_header import SafetensorsHeader
 from services.hub.cache_dir import REPO_PREFIX, cached_repo, commit_at
-from services.hub.wanted import MODEL
 from services.models.folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk
+from services.models.wanted import MODEL
 
 _MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
 # What the Hub derives a task from, for the class names that leave no doubt. Source: huggingface/transformers,
@@ -309,13 +309,6 @@ class LocalModels:
                 self._headers.clear()
             self._headers[key] = header
         return header
-
-
-def hub_cache_dir() -> Path:
-    """Return where huggingface_hub keeps downloads: HF_HUB_CACHE, or `hub` in HF_HOME."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 def _summary(model_id: str, config: dict[str, Any], parameters: int | None, size_bytes: int) -> ModelSummary:

@@ -7,7 +7,8 @@ from core.errors import AccessDenied, ModelRejected
 from core.singleton import singleton
 from domain.memory.verdict import Assessment, assess
 from domain.peft.algorithms import Algorithm
-from services.models.facts import ModelFacts, get_model_facts
+from services.model_registry_service import get_model_facts
+from services.models.facts import ModelFacts
 from services.peft_service import PeftService, get_peft_service
 
 

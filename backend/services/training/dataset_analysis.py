@@ -22,7 +22,8 @@ from domain.peft.config import PeftConfig, recorded
 from domain.peft.use_cases import UseCaseId
 from services.dataset_service import DatasetService, get_dataset_service
 from services.engines.process import CommandFailed, EngineProcess
-from services.models.files import ModelFiles, get_model_files
+from services.model_registry_service import get_model_files
+from services.models.files import ModelFiles
 from services.peft_service import PeftService, get_peft_service
 from store.database import Database, get_database
 from store.records import JobRecord

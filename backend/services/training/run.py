@@ -16,6 +16,7 @@ from core.clock import Clock
 from core.errors import DatabaseUnavailable, JobNotFound, LoadedModelNotFound, ModelBusy, StorageFull, StudioError
 from core.logging import get_logger
 from domain import protocol
+from domain.jobs.failures import failure
 from domain.jobs.retries import MAX_STALLS, TRANSIENT, wait_s
 from domain.jobs.states import ACTIVE_STATES, JobState, may_change
 from domain.peft.algorithms import Algorithm
@@ -431,32 +432,3 @@ class TrainingRun:
 
     def _death_class(self, error: EngineDied) -> str:
         return death_class(error, out_of_memory=self._service.oom_kills() > self._oom_kills)
-
-
-_SUGGESTIONS = {
-    "out_of_host_memory": [
-        "halve batch_size and double gradient_accumulation: the effective batch stays",
-        "halve max_seq_length",
-        "algorithm qlora: a 4-bit base",
-        "unload other models",
-    ],
-    "disk_full": ["free space, then POST …/resume"],
-}
-
-
-def failure(error_class: str, error: StudioError) -> dict[str, Any]:
-    """Write an error as the job keeps it."""
-    extras = error.extras
-    return {
-        "class": error_class,
-        "message": error.detail,
-        "exit_code": extras.get("exit_code"),
-        "signal": extras.get("signal"),
-        "log_tail": extras.get("log_tail", []),
-        "suggestions": _in_words(extras.get("suggestions", [])) or _SUGGESTIONS.get(error_class, []),
-    }
-
-
-def _in_words(suggestions: list[Any]) -> list[str]:
-    """Return suggestions as sentences; those of an estimate carry figures as well."""
-    return [item["change"] if isinstance(item, dict) else item for item in suggestions]

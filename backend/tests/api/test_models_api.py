@@ -1,6 +1,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastapi.testclient import TestClient
 from api import models, problems
 from api.model_schemas import ConfigResponse
 from domain.models.records import Fit
+from services.hardware_service import get_machine
 from services.model_registry_service import FitOf, get_model_registry_service
 from services.models.fit import fit_of
 from tests.support.hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
@@ -265,7 +267,7 @@ def test_one_odd_model_leaves_lists_and_details_as_they_are(bench: Bench) -> Non
         folder.mkdir(parents=True)
         for name, data in files.items():
             (folder / name).write_bytes(data)
-    client = bench.client(fit_of)
+    client = bench.client(partial(fit_of, get_machine()))
     for response in (
         client.post("/api/models/search", json={}),
         client.get("/api/models/popular/text-generation"),

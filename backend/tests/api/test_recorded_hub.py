@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from api import models, problems
+from services.hardware_service import get_machine
 from services.model_registry_service import get_model_registry_service
 from services.models.fit import fit_of
 from tests.support.hub_double import HubDouble, ManualClock
@@ -51,7 +53,7 @@ REFUSALS = [item for item in recorded() if item.status == 401]
 
 @pytest.fixture
 def client(hub: HubDouble, tmp_path: Path) -> TestClient:
-    registry = make_registry(hub, tmp_path, ManualClock(), fit_of=fit_of)
+    registry = make_registry(hub, tmp_path, ManualClock(), fit_of=partial(fit_of, get_machine()))
     app = FastAPI()
     problems.install(app)
     app.include_router(models.router)

@@ -19,6 +19,7 @@ from core.errors import (
 )
 from core.settings import Settings
 from domain.models.records import Fit, ModelSummary, SearchPage, SearchQuery
+from services.hub.client import HubClient
 from services.hub.errors import QueryRejected
 from services.hub.http import HubHttp, request_token
 from services.hub.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S
@@ -575,7 +576,7 @@ def test_the_service_is_built_from_settings_and_environment(bench: Bench, monkey
     folder = bench.put_local("me/here")
     settings = Settings(home=bench.folder / "home", model_dirs=(bench.folder / "models",))
     registry = build_model_registry_service(
-        settings, HubHttp(bench.clock, bench.clock.sleep), embedded=None, fit_of=None
+        settings, HubClient(HubHttp(bench.clock, bench.clock.sleep)), embedded=None, fit_of=None
     )
 
     assert ids(registry.search(SearchQuery())) == ["me/m"]

@@ -11,10 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from services.dataset_service import DatasetService, ReadSettings
+from services.dataset_service import DatasetService
 from services.datasets.files import DatasetFiles
 from services.datasets.imports import Imports
 from services.datasets.intake import read_dataset
+from services.datasets.read_settings import ReadSettings
 from store.database import Database
 from store.records import DatasetRecord
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from core import errors
-from services.dataset_service import DatasetService, ReadSettings
+from services.dataset_service import DatasetService
+from services.datasets.read_settings import ReadSettings
 from services.datasets.sources import DatasetGated, DatasetSources, PathNotAllowed
 from store.records import DatasetRecord
 from tests.support.datasets_double import as_jsonl, as_parquet, dataset_service, gzipped, left_in, rows_of

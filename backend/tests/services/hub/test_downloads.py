@@ -16,7 +16,8 @@ from services.hub.client import HubClient
 from services.hub.download_flight import DownloadCancelled, Progress
 from services.hub.downloads import DownloadCorrupt, Downloads
 from services.hub.http import HubHttp
-from services.hub.wanted import PICKLED_MODEL
+from services.hub.wanted import Wanted
+from services.models.wanted import MODEL, PICKLED_MODEL
 from tests.support.hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
 
 WEIGHTS = safetensors_bytes({"w": ("BF16", (64, 64))})
@@ -47,8 +48,8 @@ class Bench:
         cache = HubCacheDir(lambda: self.root, self.folder / "verified", lambda _: self.free_bytes)
         return Downloads(http, HubClient(http), cache, self.clock, self.clock.sleep, **more)
 
-    def fetch(self, model_id: str = "me/m", revision: str | None = None, **more: Any) -> Path:
-        return self.downloads().fetch(model_id, revision, lambda _: None, lambda: False, **more)
+    def fetch(self, model_id: str = "me/m", revision: str | None = None, wanted: Wanted = MODEL) -> Path:
+        return self.downloads().fetch(model_id, revision, lambda _: None, lambda: False, wanted=wanted)
 
     def blobs(self) -> list[str]:
         return sorted(path.name for path in self.root.glob("models--*/blobs/*"))
@@ -274,7 +275,7 @@ def test_a_host_that_hangs_is_given_up(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
     bench.hub.fail("cdn", "hang", times=5)
     with pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
-        bench.downloads(timeout_s=0.05).fetch("me/m", None, lambda _: None, lambda: False)
+        bench.downloads(timeout_s=0.05).fetch("me/m", None, lambda _: None, lambda: False, wanted=MODEL)
     assert bench.hub.requests["cdn"] == 5
 
 
@@ -297,7 +298,7 @@ def test_however_many_ask_it_is_downloaded_once(bench: Bench) -> None:
                     met = True
                     waiting.wait(30)
 
-            return downloads.fetch("me/m", None, seen, lambda: False)
+            return downloads.fetch("me/m", None, seen, lambda: False, wanted=MODEL)
 
         asked = [pool.submit(ask) for _ in range(20)]
         waiting.wait(30)  # all of them have seen the one download's progress
@@ -325,7 +326,7 @@ def test_progress_tells_bytes_and_speed(bench: Bench) -> None:
         if progress.done_bytes >= total - len(WEIGHTS) // 2:
             bench.hub.release()
 
-    bench.downloads().fetch("me/m", None, watch, lambda: False)
+    bench.downloads().fetch("me/m", None, watch, lambda: False, wanted=MODEL)
 
     assert {progress.total_bytes for progress in seen} == {total}
     assert [progress.done_bytes for progress in seen] == sorted(progress.done_bytes for progress in seen)
@@ -336,7 +337,7 @@ def test_a_cancelled_download_stops_and_is_resumed_later(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
     bench.hub.fail("cdn", "stall")
     with pytest.raises(DownloadCancelled):
-        bench.downloads().fetch("me/m", None, lambda _: None, bench.hub.stalled.is_set)
+        bench.downloads().fetch("me/m", None, lambda _: None, bench.hub.stalled.is_set, wanted=MODEL)
     bench.hub.release()
 
     assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
@@ -352,7 +353,9 @@ def test_a_host_that_drips_is_listened_to_and_can_be_left(bench: Bench) -> None:
         return bool(arrived) and arrived[-1] > len(FILES["config.json"]) + len(FILES["tokenizer.json"])
 
     with pytest.raises(DownloadCancelled):
-        bench.downloads().fetch("me/m", None, lambda progress: arrived.append(progress.done_bytes), enough)
+        bench.downloads().fetch(
+            "me/m", None, lambda progress: arrived.append(progress.done_bytes), enough, wanted=MODEL
+        )
     bench.hub.release()
     assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -363,10 +366,10 @@ def test_who_still_waits_gets_what_another_has_cancelled(bench: Bench) -> None:
     downloads = bench.downloads()
     joined = threading.Event()
     with ThreadPoolExecutor(2) as pool:
-        stays = pool.submit(downloads.fetch, "me/m", None, lambda _: joined.set(), lambda: False)
+        stays = pool.submit(downloads.fetch, "me/m", None, lambda _: joined.set(), lambda: False, wanted=MODEL)
         assert joined.wait(30)
         with pytest.raises(DownloadCancelled):
-            downloads.fetch("me/m", None, lambda _: None, lambda: True)
+            downloads.fetch("me/m", None, lambda _: None, lambda: True, wanted=MODEL)
         bench.hub.release()
         assert (stays.result(30) / "model.safetensors").read_bytes() == WEIGHTS
 

@@ -11,10 +11,10 @@ from services.hub.cache_dir import HubCacheDir
 from services.hub.client import HubClient
 from services.hub.downloads import Downloads
 from services.hub.http import HubHttp
-from services.loading.loaded_base import LoadProgress
 from services.models.embedded import MODEL_ID, EmbeddedModel
 from services.models.files import ModelFiles
 from services.models.pickled import PickledModels
+from services.models.progress import LoadProgress
 from tests.support.hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
 from tests.support.registries import make_registry
 

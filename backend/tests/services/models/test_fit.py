@@ -1,7 +1,13 @@
+from dataclasses import dataclass
+
 import pytest
 
 from domain.models.records import ModelSummary
 from domain.peft.algorithms import Algorithm
+from services.hardware.devices import EngineChoice
+from services.hardware.host_probe import MemoryReading
+from services.hardware.machine import Machine
+from services.hardware.nvml_probe import GpuReading
 from services.models.fit import fit_of
 
 CONFIG = {
@@ -16,16 +22,40 @@ CONFIG = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+SUMMARY = ModelSummary(model_id="me/m")
+
+
+@dataclass
+class FixedHardware:
+    """A machine without a GPU, and so many bytes free."""
+
+    available_bytes: int
+
+    def memory(self) -> tuple[tuple[GpuReading, ...], MemoryReading]:
+        return (), MemoryReading(self.available_bytes, self.available_bytes, 0, 0.0, None)
+
+    def engine(self) -> EngineChoice:
+        return EngineChoice("transformers", "the only one")
+
+
+def with_memory(available_bytes: int) -> Machine:
+    return Machine(FixedHardware(available_bytes))
 
 
 def test_a_model_of_which_nothing_is_known_is_not_judged() -> None:
-    summary = ModelSummary(model_id="me/m")
-    assert fit_of(None, summary, "lora") is fit_of({"model_type": "nobodys"}, summary, "lora") is None
+    machine, unknown = with_memory(2**34), {"model_type": "nobodys"}
+    assert fit_of(machine, None, SUMMARY, "lora") is fit_of(machine, unknown, SUMMARY, "lora") is None
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)
 @pytest.mark.parametrize("positions", [1, 7])
 def test_a_model_that_no_default_goes_with_is_not_judged(algorithm: Algorithm, positions: int) -> None:
-    config = CONFIG | {"max_position_embeddings": positions}
-    assert fit_of(config, ModelSummary(model_id="me/m"), algorithm.value) is None
-    assert fit_of(CONFIG | {"max_position_embeddings": 8}, ModelSummary(model_id="me/m"), algorithm.value) is not None
+    machine, config = with_memory(2**34), CONFIG | {"max_position_embeddings": positions}
+    assert fit_of(machine, config, SUMMARY, algorithm.value) is None
+    assert fit_of(machine, CONFIG | {"max_position_embeddings": 8}, SUMMARY, algorithm.value) is not None
+
+
+def test_the_machine_that_is_given_decides() -> None:
+    large, small = (fit_of(with_memory(size), CONFIG, SUMMARY, "lora") for size in (2**34, 2**20))
+    assert large is not None and small is not None
+    assert (large.verdict, small.verdict) == ("fits", "does_not_fit")

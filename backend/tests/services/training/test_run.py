@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import StudioError
+from domain.jobs.failures import failure
 from domain.jobs.retries import MAX_STALLS, TRANSIENT, wait_s
 from services.engines.process import EngineDied
 from services.hardware.host_probe import HostProbe
-from services.training.run import TrainingRun, failure
+from services.training.run import TrainingRun
 
 
 def run_with(oom_kills: list[int]) -> TrainingRun:

@@ -1,0 +1,38 @@
+"""Why a job or an export failed, as its record keeps it."""
+
+from typing import Any
+
+from core.errors import StudioError
+
+_SUGGESTIONS = {
+    "out_of_host_memory": [
+        "halve batch_size and double gradient_accumulation: the effective batch stays",
+        "halve max_seq_length",
+        "algorithm qlora: a 4-bit base",
+        "unload other models",
+    ],
+    "disk_full": ["free space, then POST …/resume"],
+}
+
+
+def failure(error_class: str, error: StudioError) -> dict[str, Any]:
+    """Write an error as the record of a job or an export keeps it.
+
+    Args:
+        error_class: What kind of failure it is.
+        error: Its message; its extras may hold `exit_code`, `signal`, `log_tail` and `suggestions`.
+    """
+    extras = error.extras
+    return {
+        "class": error_class,
+        "message": error.detail,
+        "exit_code": extras.get("exit_code"),
+        "signal": extras.get("signal"),
+        "log_tail": extras.get("log_tail", []),
+        "suggestions": _in_words(extras.get("suggestions", [])) or _SUGGESTIONS.get(error_class, []),
+    }
+
+
+def _in_words(suggestions: list[Any]) -> list[str]:
+    """Return suggestions as sentences; those of an estimate carry figures as well."""
+    return [item["change"] if isinstance(item, dict) else item for item in suggestions]
