@@ -46,7 +46,7 @@ class Build:
     download_bytes: int
 
 
-CUDA = Build("CUDA", int(5.9 * GB), int(3.0 * GB))
+CUDA = Build("CUDA", int(6.3 * GB), int(3.0 * GB))
 CPU = Build("CPU", int(3.4 * GB), int(0.7 * GB))
 
 
