@@ -9,19 +9,21 @@ import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import IO
 
 import uvicorn
 from fastapi import FastAPI
-from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.cors import CORSMiddleware
 
 from api import adapters, compatibility, datasets, exports, hardware, models, peft, problems, service, training
 from api.guard import Guard
 from api.strict_json import StrictJson
-from core.errors import StorageFull
-from core.home_lock import HomeTaken, lock_home
+from core.errors import StorageFull, StudioError
+from core.home_lock import HomeTaken
 from core.logging import configure_logging, get_logger
-from core.settings import Settings, get_settings
+from core.settings import Settings, SettingsRejected, get_settings
+from core.start_checks import check_host, make_cache_dir, open_home, unreadable_model_dirs
 from core.version import VERSION
 from services.adapter_service import get_adapter_service
 from services.dataset_service import get_dataset_service
@@ -100,22 +102,42 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
+def _prepare(settings: Settings) -> IO[str]:
+    """Try everything that could make a start fail, with one plain line for what does.
+
+    Returns:
+        The open lock file of the data directory; keep it.
+
+    Raises:
+        SettingsRejected, HomeTaken, DatabaseDamaged, OSError: The server cannot start; the message says why.
+    """
+    check_host(settings)
+    lock = open_home(settings)
+    make_cache_dir(settings)
+    if settings.sqlite_path is not None:
+        sqlite_file.check(settings.sqlite_path)
+    configure_logging(settings)
+    try:
+        get_database()
+    except (StudioError, SQLAlchemyError, OSError, ImportError) as error:  # the last: a driver that is not installed
+        place = "PEFT_STUDIO_DATABASE_URL" if settings.database_url is not None else str(settings.sqlite_path)
+        raise SettingsRejected((f"{place}: the database cannot be used: {error}",)) from error
+    for folder, reason in unreadable_model_dirs(settings):
+        get_logger(__name__).warning(
+            "model_folder.left_out", variable="PEFT_STUDIO_MODEL_DIRS", path=str(folder), reason=reason
+        )
+    return lock
+
+
 def main() -> int:
     """Serve until a signal; returns the exit code."""
     try:
         settings = get_settings()
-    except ValidationError as error:
-        for item in error.errors(include_input=False):
-            print(f"peft-studio: {'.'.join(str(part) for part in item['loc'])}: {item['msg']}", file=sys.stderr)  # noqa: T201
+        lock = _prepare(settings)
+    except (SettingsRejected, HomeTaken, sqlite_file.DatabaseDamaged, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"peft-studio: {line}", file=sys.stderr)  # noqa: T201
         return 2
-    try:
-        lock = lock_home(settings.home)
-        if settings.sqlite_path is not None:
-            sqlite_file.check(settings.sqlite_path)
-    except (HomeTaken, sqlite_file.DatabaseDamaged, OSError) as error:
-        print(f"peft-studio: {error}", file=sys.stderr)  # noqa: T201
-        return 2
-    configure_logging(settings)
     with lock:
         uvicorn.run(
             create_app(settings),

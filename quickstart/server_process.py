@@ -20,14 +20,22 @@ class ServerFailed(Exception):
     """The server did not come up; the message says why."""
 
 
+def _home() -> Path:
+    """Return the data directory as a full path, since the server's working directory is not ours."""
+    chosen = Path(os.environ.get("PEFT_STUDIO_HOME") or _ROOT / ".studio")
+    try:
+        return chosen.expanduser().absolute()
+    except RuntimeError:
+        raise SystemExit(f"quickstart: PEFT_STUDIO_HOME={chosen}: this machine knows no such home folder") from None
+
+
 class Server:
     """The server at an address: one that is there already, or one of our own in a process group of its own."""
 
     def __init__(self, host: str, port: int) -> None:
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._host, self._port = host, port
-        # Absolute, since the server's working directory is not ours.
-        self.home = Path(os.environ.get("PEFT_STUDIO_HOME") or _ROOT / ".studio").absolute()
+        self.home = _home()
         self._log = self.home / "logs" / "quickstart-server.log"
         self._process: subprocess.Popen[bytes] | None = None
 

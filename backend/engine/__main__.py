@@ -11,7 +11,7 @@ def main() -> None:
     """Serve commands until the command pipe closes."""
     die_with_parent(int(os.environ["PEFT_STUDIO_PARENT_PID"]))
     # Training gives way to the server's answers at no cost in speed: a process at nice 19 takes what is left.
-    os.nice(int(os.environ.get("PEFT_STUDIO_ENGINE_NICE", "10")))
+    os.nice(int(os.environ["PEFT_STUDIO_ENGINE_NICE"]))
     command_fd = int(os.environ[protocol.COMMAND_FD_VARIABLE])
     event_fd = int(os.environ[protocol.EVENT_FD_VARIABLE])
     for descriptor in (command_fd, event_fd):

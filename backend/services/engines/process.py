@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from core import allocator, telemetry
 from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
+from core.settings import get_settings
 from domain import protocol
 
 _BACKEND = Path(__file__).resolve().parents[2]
@@ -331,6 +332,7 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
         protocol.COMMAND_FD_VARIABLE: str(command_read),
         protocol.EVENT_FD_VARIABLE: str(event_write),
         "PEFT_STUDIO_PARENT_PID": str(os.getpid()),
+        "PEFT_STUDIO_ENGINE_NICE": str(get_settings().engine_nice),
     }
     if gpu_uuid is not None:
         # By uuid: an index would depend on what the server itself is shown, and Unsloth names cuda:0 in places.
