@@ -59,6 +59,7 @@ check: setup-dev check-requirements
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy backend/main.py backend/reproduce.py backend/core backend/domain backend/store backend/services backend/api backend/engine scripts/*.py
 	cd backend && ../$(VENV)/bin/lint-imports --config ../pyproject.toml
+	@$(PY) scripts/settings_table.py
 
 # For every platform and Python that the README names, against the package index alone.
 check-requirements: setup-dev
