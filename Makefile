@@ -5,13 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup setup-dev quickstart serve test test-slow test-pythons check check-requirements lock bench gpu-check clean
+.PHONY: help setup setup-dev quickstart serve test test-slow test-pythons check check-requirements check-container lock bench gpu-check clean
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
 	@echo "make serve       the server alone (HOST=, PORT=)"
 	@echo "make test        the tests; make test-slow: long fault runs"
 	@echo "make check       linters, types, import contracts"
+	@echo "make check-container  every step of the Dockerfile, without a container engine (Linux, as root)"
 	@echo "make bench       benchmarks, as ratios"
 	@echo "make setup       the environment alone (PYTHON=python3.12: with that Python)"
 	@echo "make lock        the exact versions anew, from pyproject.toml (UPGRADE=1: the newest)"
@@ -57,13 +58,18 @@ test-pythons: setup-dev
 check: setup-dev check-requirements
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy backend/main.py backend/reproduce.py backend/core backend/domain backend/store backend/services backend/api backend/engine scripts/*.py
+	$(VENV)/bin/hadolint Dockerfile
+	$(VENV)/bin/mypy backend/main.py backend/reproduce.py backend/core backend/domain backend/store backend/services backend/api backend/engine scripts/*.py container/*.py
 	cd backend && ../$(VENV)/bin/lint-imports --config ../pyproject.toml
 	@$(PY) scripts/settings_table.py
 
 # For every platform and Python that the README names, against the package index alone.
 check-requirements: setup-dev
 	@$(PY) scripts/check_resolution.py
+
+# Builds the image and runs it in a root directory of its own: scripts/container_steps.py.
+check-container: setup-dev
+	@$(PY) scripts/container_steps.py
 
 lock: setup-dev
 	@$(PY) scripts/lock_requirements.py $(if $(UPGRADE),--upgrade)
