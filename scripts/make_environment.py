@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,6 +210,16 @@ def check_disk(needed: dict[Path, int], build: Build, free: Callable[[Path], int
             )
 
 
+def bytes_on_disk(folder: Path) -> int:
+    """Count the bytes of a folder's files on the disk; one that the installer renames meanwhile is left out."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).lstat().st_blocks * 512
+    return total
+
+
 @contextmanager
 def progress(environment: Path) -> Iterator[None]:
     """Say every 15 seconds how much is installed: neither pip nor uv does while it unpacks."""
@@ -218,7 +228,7 @@ def progress(environment: Path) -> Iterator[None]:
 
     def say() -> None:
         while not done.wait(_SAYS_EVERY_S):
-            size = sum(file.stat().st_blocks * 512 for file in environment.rglob("*") if not file.is_symlink())
+            size = bytes_on_disk(environment)
             print(f"... {time.monotonic() - start:.0f} s, {size / GB:.1f} GB installed", flush=True)
 
     speaker = threading.Thread(target=say, daemon=True)

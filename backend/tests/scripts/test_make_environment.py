@@ -15,6 +15,7 @@ from make_environment import (
     Installer,
     NotReady,
     build_of,
+    bytes_on_disk,
     check_disk,
     check_imports,
     check_python_parts,
@@ -170,3 +171,11 @@ def test_what_is_installed_here_imports_as_a_users_script_would() -> None:
     modules = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "transformers.models.clip")
     errors = {module: import_error(Path(sys.executable), module) for module in modules}
     assert errors == dict.fromkeys(modules)
+
+
+def test_what_is_installed_is_counted_while_files_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").write_bytes(b"x" * 8192)
+    expected = bytes_on_disk(tmp_path)
+    assert expected >= 8192
+    monkeypatch.setattr(os, "walk", lambda folder: [(str(folder), [], ["there", "gone"])])
+    assert bytes_on_disk(tmp_path) == expected
