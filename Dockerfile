@@ -73,10 +73,9 @@ COPY --from=environment /opt/venv /opt/venv
 COPY backend/ /app/backend/
 COPY quickstart/ /app/quickstart/
 COPY container/health.py /app/container/
+COPY container/quickstart /usr/local/bin/
 # The user cannot write byte code beside the code, so it is made here.
-RUN /opt/venv/bin/python -m compileall -q /app \
-    && printf '#!/bin/sh\nexec python /app/quickstart/run.py "$@"\n' > /usr/local/bin/quickstart \
-    && chmod 755 /usr/local/bin/quickstart
+RUN /opt/venv/bin/python -m compileall -q /app
 # Everything that is written lies in /data, downloaded models and compiled kernels too.
 ENV PATH=/opt/venv/bin:$PATH HOME=/data HF_HOME=/data/huggingface PEFT_STUDIO_HOME=/data \
     PEFT_STUDIO_HOST=0.0.0.0 PEFT_STUDIO_PORT=8000 PYTHONUNBUFFERED=1

@@ -139,8 +139,13 @@ def check(before: str, after: str) -> None:
         raise Failed(f"the answer to {QUESTIONS[0]!r} does not say Pip, which the data teaches: {after!r}")
 
 
-def fine_tune(server: Server) -> None:
-    """Do the whole job against a running server."""
+def fine_tune(server: Server, serve: str | None) -> None:
+    """Do the whole job against a running server.
+
+    Args:
+        server: The server.
+        serve: The command that starts it alone, for the words at the end; None for `make serve`.
+    """
     client = Client(server.url)
     show_hardware(client.get("/api/hardware/profile"))
     query = {"model_id": MODEL_ID, "max_seq_length": MAX_SEQ_LENGTH}
@@ -162,7 +167,7 @@ def fine_tune(server: Server) -> None:
         soft_wrap=True,
     )
     check(before[QUESTIONS[0]], after[QUESTIONS[0]])
-    show_way_on(server, MODEL_ID, client.get(f"/api/adapters/{run.job['adapter_id']}"))
+    show_way_on(server, MODEL_ID, client.get(f"/api/adapters/{run.job['adapter_id']}"), serve)
 
 
 def _port(text: str) -> int:
@@ -180,6 +185,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=_port, default=8000)
+    parser.add_argument("--serve", metavar="COMMAND", help="what starts the server alone, as said at the end")
     arguments = parser.parse_args()
     # The server has a session of its own: without these it would outlive a client that is told to stop.
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -190,7 +196,7 @@ def main() -> int:
         ready_s = server.start()
         how = f"ready in {ready_s:.2f} s" if server.is_ours else "already there"
         console.print(f"Server at {server.url}, {how}.")
-        fine_tune(server)
+        fine_tune(server, arguments.serve)
     except (ServerFailed, Failed, Refused, httpx.HTTPError, OSError) as error:
         words = str(error) or type(error).__name__
         console.print(f"quickstart: {words}", style="bold", soft_wrap=True)

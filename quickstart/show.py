@@ -109,15 +109,22 @@ def show_answers(before: dict[str, str], after: dict[str, str]) -> None:
     console.print(table)
 
 
-def show_way_on(server: Server, model_id: str, adapter: dict[str, Any]) -> None:
-    """Print where the adapter is, and the commands to take it further."""
+def show_way_on(server: Server, model_id: str, adapter: dict[str, Any], serve: str | None) -> None:
+    """Print where the adapter is, and the commands to take it further.
+
+    Args:
+        server: The server that trained it.
+        model_id: Its base.
+        adapter: The adapter, as the server describes it.
+        serve: The command that starts the server alone, with a key; None for `make serve`.
+    """
     url = server.url
     curl = "curl -fsS"
-    if os.environ.get("PEFT_STUDIO_API_KEY"):
+    if os.environ.get("PEFT_STUDIO_API_KEY") or serve is not None:
         curl += ' -H "Authorization: Bearer $PEFT_STUDIO_API_KEY"'
     post = f"{curl} -H 'Content-Type: application/json'"
     host, _, port = url.removeprefix("http://").rpartition(":")
-    serve = f"PEFT_STUDIO_HOME={shlex.quote(str(server.home))} make serve HOST={host.strip('[]')} PORT={port}"
+    serve = serve or f"PEFT_STUDIO_HOME={shlex.quote(str(server.home))} make serve HOST={host.strip('[]')} PORT={port}"
     lines = [
         f"\nThe adapter is in {adapter['path']}",
         "\nGo on:",
