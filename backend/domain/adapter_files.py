@@ -12,8 +12,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import AdapterRejected, NoSafeWeights
+from domain.hub.tree import RepoFile, Selection
 from domain.models.config_checks import check_asks_for_no_code
-from domain.models.repo_tree import RepoFile, Selection
 from domain.models.safetensors_header import SafetensorsHeader
 from domain.peft.algorithms import Algorithm
 

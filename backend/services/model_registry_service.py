@@ -22,6 +22,7 @@ from core.errors import (
 from core.logging import get_logger
 from core.settings import Settings, get_settings
 from core.singleton import singleton
+from domain.hub.tree import is_commit
 from domain.models.config_checks import check_dimensions
 from domain.models.records import (
     TASKS,
@@ -37,7 +38,6 @@ from domain.models.records import (
     check_model_id,
     check_revision,
 )
-from domain.models.repo_tree import is_commit
 from domain.peft.algorithms import Algorithm
 from services.hardware_service import get_machine
 from services.hub.cache_dir import hub_cache_dir

@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from core.errors import ModelRejected
+from domain.hub.wire import count, mapping, moment, text, texts
 
 Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
 SortKey = Literal["downloads", "likes", "trending", "created", "modified"]
@@ -331,33 +332,3 @@ def weights_bytes(files: Iterable[ModelFile]) -> int | None:
     weights = weight_files(sizes)
     known = [size for path in weights if (size := sizes[path]) is not None]
     return sum(known) if known and len(known) == len(weights) else None
-
-
-def text(value: Any) -> str | None:
-    """Return a string that says something, or None."""
-    return value if isinstance(value, str) and value else None
-
-
-def texts(value: Any) -> tuple[str, ...]:
-    """Return the strings of a list, or a string as the only one: cards are written both ways."""
-    values = value if isinstance(value, list) else [value]
-    return tuple(item for item in values if isinstance(item, str) and item)
-
-
-def count(value: Any) -> int | None:
-    """Return a number of things, or None."""
-    return value if type(value) is int and value >= 0 else None
-
-
-def mapping(value: Any) -> Mapping[str, Any]:
-    """Return a JSON object, empty if the value is none."""
-    return value if isinstance(value, dict) else {}
-
-
-def moment(value: Any) -> datetime | None:
-    """Return an RFC 3339 time, or None."""
-    try:
-        parsed = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
-    return parsed if parsed is not None and parsed.tzinfo is not None else None

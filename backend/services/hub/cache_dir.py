@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from core.errors import StorageFull
 from core.files import fsync_folder, write_atomic
 from core.logging import get_logger
-from domain.models.repo_tree import RepoFile, content_hash, is_blob_name, is_commit
+from domain.hub.tree import RepoFile, content_hash, is_blob_name, is_commit
 
 REPO_PREFIX = "models--"  # what a model's folder begins with
 _READ_BYTES = 4 * 2**20

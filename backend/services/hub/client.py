@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from core import errors
 from core.logging import get_logger
 from core.singleton import singleton
+from domain.hub.tree import RepoFile, is_commit, tree_from_wire
+from domain.hub.wire import text
 from domain.models.records import (
     HubPage,
     ModelDetails,
@@ -23,9 +25,7 @@ from domain.models.records import (
     files_from_wire,
     in_bounds,
     summary_from_wire,
-    text,
 )
-from domain.models.repo_tree import RepoFile, is_commit, tree_from_wire
 from services.hub.errors import QueryRejected
 from services.hub.http import HubHttp, Params, get_hub_http, nonsense
 from services.hub.metadata_cache import Fetched

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.clock import Clock
 from core.errors import Conflict
-from domain.models.repo_tree import RepoFile
+from domain.hub.tree import RepoFile
 
 _SPEED_WINDOW_S = 10.0
 _SAMPLE_S = 0.1  # arrivals within it count as one

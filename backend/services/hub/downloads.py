@@ -21,8 +21,8 @@ from core.logging import get_logger
 from core.parallel import start_workers
 from core.settings import get_settings
 from core.singleton import singleton
+from domain.hub.tree import RepoFile, is_commit
 from domain.models.records import check_model_id, check_revision
-from domain.models.repo_tree import RepoFile, is_commit
 from services.hub.cache_dir import HubCacheDir, Partial, hub_cache_dir
 from services.hub.client import HubClient, get_hub_client
 from services.hub.download_flight import DownloadCancelled, Flight, Progress

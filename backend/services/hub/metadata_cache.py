@@ -19,7 +19,7 @@ from core.clock import Clock
 from core.errors import HubUnavailable, StorageFull
 from core.files import write_atomic
 from core.logging import get_logger
-from domain.models.records import moment, text
+from domain.hub.wire import moment, text
 
 T = TypeVar("T")
 Stamp = tuple[int, int, int, int]  # changes with a file's content

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from domain.models.repo_tree import RepoFile, Selection
+from domain.hub.tree import RepoFile, Selection
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Protocol
 
 from core.errors import ModelGated, NeedsRemoteCode, SettingRejected
 from domain.models.config_checks import check_asks_for_no_code, check_dimensions
+from domain.models.load_files import pickled_weights
 from domain.models.records import ModelDetails, weight_files
-from domain.models.repo_tree import pickled_weights
 from services.hub.downloads import Downloads
 from services.hub.wanted import Wanted
 from services.models.blockers import disabled

@@ -14,8 +14,8 @@ from core.clock import Clock
 from core.errors import AccessDenied, HubUnavailable, ModelNotFound, ModelRejected, StudioError
 from core.logging import get_logger
 from core.parallel import start_workers
+from domain.hub.tree import is_commit
 from domain.models.records import ModelSummary
-from domain.models.repo_tree import is_commit
 from services.hub.client import HubClient
 from services.hub.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, Fetched, MetadataCache
 

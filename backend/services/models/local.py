@@ -13,6 +13,8 @@ from typing import Any
 
 from core.errors import ModelRejected, NoSafeWeights, StudioError
 from core.logging import get_logger
+from domain.hub.tree import is_commit
+from domain.hub.wire import text, texts
 from domain.models.records import (
     ModelDetails,
     ModelSummary,
@@ -22,11 +24,8 @@ from domain.models.records import (
     has_chat_template,
     in_bounds,
     needs_remote_code,
-    text,
-    texts,
     weight_files,
 )
-from domain.models.repo_tree import is_commit
 from domain.models.safetensors_header import SafetensorsHeader
 from services.hub.cache_dir import REPO_PREFIX, cached_repo, commit_at
 from services.models.folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk

@@ -10,7 +10,7 @@ from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
-from domain.models.repo_tree import pickled_weights
+from domain.models.load_files import pickled_weights
 from services.engines.process import CommandFailed, EngineProcess
 from services.hub.download_flight import DownloadCancelled
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from core.errors import ModelRejected, NoSafeWeights
 from domain.models.config_checks import check_asks_for_no_code, check_dimensions
+from domain.models.load_files import pickled_weights
 from domain.models.records import weight_files
-from domain.models.repo_tree import pickled_weights
 from services.models.folders import read_header
 
 _VOCABULARIES = frozenset({"tokenizer.json", "vocab.json"})  # names of tokens, 10 MB of them, and no setting

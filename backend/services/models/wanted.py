@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from core import errors
-from domain.models.repo_tree import RepoFile, Selection, indexed_weights, pickled_weights, select, vocabulary_files
+from domain.hub.tree import RepoFile, Selection
+from domain.models.load_files import indexed_weights, pickled_weights, select, vocabulary_files
 from services.hub.wanted import Part, Wanted
 from services.models.safety import check_snapshot, no_safe_weights
 

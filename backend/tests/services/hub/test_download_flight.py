@@ -1,6 +1,6 @@
 import pytest
 
-from domain.models.repo_tree import RepoFile
+from domain.hub.tree import RepoFile
 from services.hub.download_flight import DownloadCancelled, Flight, Progress
 from tests.support.hub_double import ManualClock
 

@@ -7,21 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.errors import ModelRejected
-from domain.models.records import count, mapping, text, weight_files
+from domain.hub.wire import count, mapping, text
 
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _MAX_PATH_BYTES = 1024
 _MAX_PART_BYTES = 255  # what the usual file systems allow
-# What transformers reads beside the weights, all of it at the top of the repository.
-_SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_TEMPLATES = "additional_chat_templates/"
-_INDEX = "model.safetensors.index.json"
-# Source: transformers, VOCAB_FILES_NAMES of models/*/tokenization_*.py; and what it converts (tiktoken, tekken).
-_VOCABULARY = re.compile(
-    r"tokenizer(?!_config\.json).*|.*vocab.*|.*\.(model|tiktoken|spm)|(tekken|encoder)\.json|bpe\.codes|dict\.txt"
-)
-_PICKLED = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
 
 
 @dataclass(frozen=True)
@@ -105,49 +96,6 @@ def tree_from_wire(model_id: str, entries: Iterable[Any]) -> tuple[RepoFile, ...
             raise ModelRejected(f"{model_id} lists {path[:100]!r} without its size or its digest.")
         files[path] = RepoFile(path, size, sha1, sha256)
     return tuple(files.values())
-
-
-def select(files: Iterable[RepoFile], *, pickled: bool = False) -> Selection:
-    """Choose what a load reads.
-
-    Args:
-        files: The whole tree.
-        pickled: Whether `pytorch_model.bin` will do where there are no safetensors.
-    """
-    known = {file.path: file for file in files}
-    weights = weight_files(known) or (pickled_weights(known) if pickled else ())
-    indices = {f"{stem}.index.json" for stem in ("model.safetensors", "pytorch_model.bin")}
-    wanted_indices = {f"{_stem(path)}.index.json" for path in weights}
-    small = [
-        file
-        for path, file in sorted(known.items())
-        if (path.removeprefix(_TEMPLATES).endswith(".jinja") or path.endswith(_SMALL_SUFFIXES))
-        and "/" not in path.removeprefix(_TEMPLATES)
-        and (path not in indices or path in wanted_indices)
-    ]
-    return Selection(tuple(small), tuple(known[path] for path in weights))
-
-
-def pickled_weights(paths: Iterable[str]) -> tuple[str, ...]:
-    """Choose the pickled weights that transformers would read."""
-    return tuple(sorted(path for path in paths if _PICKLED.fullmatch(path)))
-
-
-def vocabulary_files(paths: Iterable[str]) -> tuple[str, ...]:
-    """Choose what a tokenizer reads its vocabulary from; without any there is no tokenizer."""
-    return tuple(sorted(path for path in paths if _VOCABULARY.fullmatch(path) and "/" not in path))
-
-
-def indexed_weights(paths: Iterable[str]) -> tuple[str, ...]:
-    """Choose the safetensors that transformers would read from a folder: shards need their index."""
-    names = tuple(paths)
-    weights = weight_files(names)
-    return weights if all(_stem(name) == name for name in weights) or _INDEX in names else ()
-
-
-def _stem(path: str) -> str:
-    """Return `model.safetensors` of `model-00001-of-00002.safetensors`."""
-    return re.sub(r"-\d{5}-of-\d{5}", "", path)
 
 
 def _is_inside(path: str) -> bool:

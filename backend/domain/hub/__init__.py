@@ -1,0 +1,1 @@
+"""Repositories of the Hub: what they list, and the values of its answers."""
