@@ -9,7 +9,7 @@
     ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
     │                       DatasetInUse, AdapterInUse, AdapterDamaged, NeedsRemoteCode,
     │                       NoSafeWeights
-    ├── AccessDenied        ModelGated, PathNotAllowed
+    ├── AccessDenied        ModelGated, DatasetGated, PathNotAllowed
     ├── Unavailable         HubUnavailable, EngineUnavailable, DatabaseUnavailable
     ├── EngineFailed        the engine process died or reported an error
     └── StorageFull         no space left where the data lives
@@ -108,6 +108,9 @@ class DatasetRejected(Rejected):
     """The file cannot be read as training data; `errors` names the lines."""
 
     slug, title = "dataset-rejected", "Dataset rejected"
+
+    def __init__(self, detail: str, **extras: Any) -> None:
+        super().__init__(detail, **({"errors": []} | extras))
 
 
 class DatasetNotTrainable(Rejected):
@@ -216,6 +219,12 @@ class ModelGated(AccessDenied):
     """The model's licence must be accepted on the Hub, or a token is missing."""
 
     slug, title = "model-gated", "Model gated"
+
+
+class DatasetGated(AccessDenied):
+    """The dataset's terms must be accepted on the Hub, or a token is missing."""
+
+    slug, title = "dataset-gated", "Dataset gated"
 
 
 class PathNotAllowed(AccessDenied):

@@ -22,6 +22,7 @@ from core.errors import (
 from core.logging import get_logger
 from core.settings import Settings, get_settings
 from core.singleton import singleton
+from domain.hub.repos import model_repo
 from domain.hub.tree import is_commit
 from domain.models.config_checks import check_dimensions
 from domain.models.records import (
@@ -236,7 +237,7 @@ class ModelRegistryService:
                 if flaw is not None:
                     raise flaw from error
                 if isinstance(error, HubUnavailable) and (lacking := self._local.lacking(model_id, revision)):
-                    raise partly_here(error, model_id, lacking) from error
+                    raise partly_here(error, model_repo(model_id), lacking) from error
                 raise
             _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
             details = replace(self._local.details(local), revision=revision or local.revision)

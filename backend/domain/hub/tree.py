@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import ModelRejected
+from domain.hub.repos import Repo
 from domain.hub.wire import count, mapping, text
 
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
@@ -74,26 +74,26 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and bool(_SHA1.fullmatch(revision))
 
 
-def tree_from_wire(model_id: str, entries: Iterable[Any]) -> tuple[RepoFile, ...]:
+def tree_from_wire(repo: Repo, entries: Iterable[Any]) -> tuple[RepoFile, ...]:
     """Read the Hub's tree of a commit.
 
     Raises:
-        ModelRejected: A path leads out of the repository, stands there twice, or an entry is not one.
+        Rejected: The kind's own. A path leads out of the repository, stands there twice, or an entry is not one.
     """
     files: dict[str, RepoFile] = {}
     for entry in map(mapping, entries):
         path = text(entry.get("path"))
         if path is None or not _is_inside(path):
-            raise ModelRejected(f"{model_id} lists {str(path)[:100]!r}, which is no path in a repository.")
+            raise repo.kind.rejected(f"{repo} lists {str(path)[:100]!r}, which is no path in a repository.")
         if entry.get("type") != "file":
             continue
         if path in files:
-            raise ModelRejected(f"{model_id} lists {path[:100]!r} twice.")
+            raise repo.kind.rejected(f"{repo} lists {path[:100]!r} twice.")
         lfs = mapping(entry.get("lfs"))
         size, sha1, sha256 = count(entry.get("size")), text(entry.get("oid")), text(lfs.get("oid"))
         named = sha1 is not None and _SHA1.fullmatch(sha1) and (sha256 is None or _SHA256.fullmatch(sha256))
         if sha1 is None or size is None or not named or (lfs and sha256 is None):
-            raise ModelRejected(f"{model_id} lists {path[:100]!r} without its size or its digest.")
+            raise repo.kind.rejected(f"{repo} lists {path[:100]!r} without its size or its digest.")
         files[path] = RepoFile(path, size, sha1, sha256)
     return tuple(files.values())
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from core.errors import ModelRejected
+from domain.hub.repos import MODELS, model_repo
 from domain.hub.wire import count, mapping, moment, text, texts
 
 Verdict = Literal["fits", "tight", "does_not_fit", "unknown"]
@@ -33,11 +33,6 @@ TASKS = (
     *("zero-shot-classification", "zero-shot-image-classification", "zero-shot-object-detection"),
 )
 
-# Source: huggingface_hub/utils/_validators.py, REPO_ID_REGEX and validate_repo_id.
-_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
-_MODEL_ID = re.compile(rf"(?:{_NAME}/)?{_NAME}")
-_MAX_ID_CHARACTERS = 96
-_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,99}")
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 # The Hub began to store creation dates then and gives older repositories this one.
 # Source: huggingface_hub/hf_api.py, ModelInfo.created_at.
@@ -182,24 +177,18 @@ def check_model_id(model_id: str) -> None:
     """Refuse what cannot be a model id of the Hub.
 
     Raises:
-        ModelRejected: It is not `name` or `owner/name` in the Hub's characters, or is too long.
+        ModelRejected: As `Repo.check` says.
     """
-    allowed = _MODEL_ID.fullmatch(model_id) and len(model_id) <= _MAX_ID_CHARACTERS
-    if not allowed or "--" in model_id or ".." in model_id or model_id.endswith(".git"):
-        raise ModelRejected(
-            "A model id is `name` or `owner/name` of letters, digits, '-', '_' and '.', without '--' or '..', "
-            f"{_MAX_ID_CHARACTERS} characters at most; {model_id[:_MAX_ID_CHARACTERS]!r} is not."
-        )
+    model_repo(model_id).check()
 
 
 def check_revision(revision: str) -> None:
-    """Refuse what cannot be a branch, tag or commit.
+    """Refuse what cannot be a model's branch, tag or commit.
 
     Raises:
-        ModelRejected: It has characters that no revision has, or is too long.
+        ModelRejected: As `RepoKind.check_revision` says.
     """
-    if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith("/"):
-        raise ModelRejected(f"{revision[:100]!r} is not the name of a branch, a tag or a commit.")
+    MODELS.check_revision(revision)
 
 
 def in_bounds(summary: ModelSummary, query: SearchQuery) -> bool:

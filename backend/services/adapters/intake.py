@@ -25,6 +25,7 @@ from core.manifest import FolderDamaged, verify, write_manifest
 from core.settings import get_settings
 from core.singleton import singleton
 from domain.adapter_files import CONFIG, WEIGHTS, AdapterFacts, choose_adapter
+from domain.hub.repos import model_repo
 from domain.models.records import check_model_id, check_revision
 from services.adapters.checks import check_adapter, check_small_files, read_card, read_json
 from services.adapters.staging import allowed_folder, copy_folder, unzip
@@ -148,8 +149,7 @@ class AdapterIntake:
             ModelNotFound, AccessDenied, HubUnavailable, DownloadCorrupt: As the Hub says.
             NoSafeWeights, AdapterRejected, NeedsRemoteCode, TooLarge, StorageFull: What is wrong with it.
         """
-        check_model_id(model_id)
-        snapshot = self._downloads.fetch(model_id, revision, lambda _: None, lambda: False, wanted=_WANTED)
+        snapshot = self._downloads.fetch(model_repo(model_id), revision, lambda _: None, lambda: False, wanted=_WANTED)
         blobs = snapshot.parent.parent / "blobs"
         source = {"kind": "hub", "model_id": model_id, "revision": revision, "commit": snapshot.name}
         return self._store(

@@ -8,18 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from core.errors import (
-    AccessDenied,
     DatasetNotFound,
     DatasetRejected,
-    ModelGated,
-    ModelNotFound,
-    ModelRejected,
     PathNotAllowed,
-    StudioError,
     TooLarge,
 )
 from core.logging import get_logger
 from domain.datasets.parts import Parts, PartsNotFound, choose
+from domain.hub.repos import dataset_repo
 from services.datasets.draft import Draft
 from services.datasets.imports import Import, Imports
 from services.datasets.read_settings import ReadSettings
@@ -31,12 +27,6 @@ _MAX_CARD_BYTES = 4 * 2**20
 _MAX_FILES = 10_000
 _CHUNK_BYTES = 2**20
 _log = get_logger(__name__)
-
-
-class DatasetGated(AccessDenied):
-    """The dataset's terms must be accepted on the Hub, or a token is missing."""
-
-    slug, title = "dataset-gated", "Dataset gated"
 
 
 @dataclass(frozen=True)
@@ -236,7 +226,7 @@ def _hub_files(hub_id: str, revision: str | None) -> tuple[str, list[HubFile]]:
         sha = str(api.dataset_info(hub_id, revision=revision, timeout=30).sha)
         entries = list(api.list_repo_tree(hub_id, repo_type="dataset", revision=sha, recursive=True))
     except Exception as error:
-        raise _of_datasets(map_hub_error(error, hub_id), hub_id) from error
+        raise map_hub_error(error, dataset_repo(hub_id)) from error
     files = [entry for entry in entries if isinstance(entry, RepoFile)]
     for file in files:
         parts = PurePosixPath(file.path).parts
@@ -262,19 +252,7 @@ def _download(hub_id: str, sha: str, path: str, folder: Path, bar: Any) -> Path:
             )
         )
     except Exception as error:
-        raise _of_datasets(map_hub_error(error, hub_id), hub_id) from error
-
-
-def _of_datasets(error: StudioError, hub_id: str) -> StudioError:
-    """Say of a dataset what the Hub client says of models."""
-    if isinstance(error, ModelNotFound):
-        what = f"{hub_id} has no such revision." if "revision" in error.detail else None
-        return DatasetNotFound(what or f"The Hub has no dataset {hub_id}, or it is private and HF_TOKEN has no access.")
-    if isinstance(error, ModelGated):
-        return DatasetGated(
-            f"{hub_id} is gated: accept its terms, and set HF_TOKEN, or send X-HF-Token, with that account's token."
-        )
-    return DatasetRejected(error.detail, errors=[]) if isinstance(error, ModelRejected) else error
+        raise map_hub_error(error, dataset_repo(hub_id)) from error
 
 
 def _byte_counter(on_progress: Callable[[str, float | None, int | None, int | None], None]) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AccessDenied, Rejected, StudioError
+from domain.hub.repos import model_repo
 from domain.jobs.export_states import ExportKind
 from domain.models.records import check_model_id
 from services.adapter_service import AdapterService
@@ -218,4 +219,4 @@ def _mapped(error: Exception, repo_id: str) -> StudioError:
         cause = cause.__cause__
     if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError):
         return PushRejected(f"{repo_id}: {str(cause)[:500]}")
-    return map_hub_error(cause if isinstance(cause, Exception) else error, repo_id)
+    return map_hub_error(cause if isinstance(cause, Exception) else error, model_repo(repo_id))

@@ -1,8 +1,9 @@
 """The Hub's cache folder as huggingface_hub lays it out, with content that is checked against its name.
 
-`<root>/models--owner--name/` holds `blobs/<digest>`, `refs/<branch>` (a commit) and `snapshots/<commit>/<path>`, links
-into the blobs. A blob is named by the sha256 of its content, or by git's sha1 for what lies in git itself, so that a
-blob can be checked without the network. huggingface_hub does not: it takes a file of any content for whole.
+`<root>/models--owner--name/` (or `datasets--owner--name/`) holds `blobs/<digest>`, `refs/<branch>` (a commit) and
+`snapshots/<commit>/<path>`, links into the blobs. A blob is named by the sha256 of its content, or by git's sha1 for
+what lies in git itself, so that a blob can be checked without the network. huggingface_hub does not: it takes a file of
+any content for whole.
 Source: huggingface_hub's guide "Understand caching", and its file_download.py.
 """
 
@@ -17,9 +18,9 @@ from typing import Any, BinaryIO
 from core.errors import StorageFull
 from core.files import fsync_folder, write_atomic
 from core.logging import get_logger
+from domain.hub.repos import Repo
 from domain.hub.tree import RepoFile, content_hash, is_blob_name, is_commit
 
-REPO_PREFIX = "models--"  # what a model's folder begins with
 _READ_BYTES = 4 * 2**20
 _LOCK_POLL_S = 0.2
 _log = get_logger(__name__)
@@ -105,35 +106,35 @@ class HubCacheDir:
         self._root, self._verified_dir = root, verified_dir
         self._free_bytes = free_bytes or (lambda path: shutil.disk_usage(path).free)
 
-    def snapshot(self, model_id: str, commit: str) -> Path:
+    def snapshot(self, repo: Repo, commit: str) -> Path:
         """Return the folder of a commit, whether or not it is there."""
-        return self._repo(model_id) / "snapshots" / commit
+        return self._folder(repo) / "snapshots" / commit
 
-    def commit_of(self, model_id: str, revision: str) -> str | None:
+    def commit_of(self, repo: Repo, revision: str) -> str | None:
         """Return the commit that a branch or tag was at when it was last downloaded."""
-        return commit_at(self._repo(model_id), revision)
+        return commit_at(self._folder(repo), revision)
 
-    def note_commit(self, model_id: str, revision: str, commit: str) -> None:
+    def note_commit(self, repo: Repo, revision: str, commit: str) -> None:
         """Remember which commit a branch or tag is at."""
-        if revision == commit or self.commit_of(model_id, revision) == commit:
+        if revision == commit or self.commit_of(repo, revision) == commit:
             return
-        path = self._repo(model_id) / "refs" / revision
+        path = self._folder(repo) / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, commit.encode(), mode=0o644)
 
-    def partial(self, model_id: str, file: RepoFile) -> Path:
+    def partial(self, repo: Repo, file: RepoFile) -> Path:
         """Return where a file's content is written until it is whole."""
-        return self.blob(model_id, file).with_name(f"{file.blob}.peft-studio.incomplete")
+        return self.blob(repo, file).with_name(f"{file.blob}.peft-studio.incomplete")
 
-    def blob(self, model_id: str, file: RepoFile) -> Path:
+    def blob(self, repo: Repo, file: RepoFile) -> Path:
         """Return where a file's content belongs."""
-        return self._repo(model_id) / "blobs" / file.blob
+        return self._folder(repo) / "blobs" / file.blob
 
-    def missing_bytes(self, model_id: str, file: RepoFile) -> int:
+    def missing_bytes(self, repo: Repo, file: RepoFile) -> int:
         """Return how much of a file is still to be downloaded, as far as sizes tell."""
-        if _size_bytes(self.blob(model_id, file)) == file.size_bytes:
+        if _size_bytes(self.blob(repo, file)) == file.size_bytes:
             return 0
-        have = _size_bytes(self.partial(model_id, file)) or 0
+        have = _size_bytes(self.partial(repo, file)) or 0
         return file.size_bytes - have if have <= file.size_bytes else file.size_bytes
 
     def require_space(self, needed_bytes: int, reserve_bytes: int) -> None:
@@ -155,18 +156,18 @@ class HubCacheDir:
             )
 
     @contextmanager
-    def locked(self, model_id: str, file: RepoFile, check: Callable[[], None]) -> Iterator[None]:
+    def locked(self, repo: Repo, file: RepoFile, check: Callable[[], None]) -> Iterator[None]:
         """Keep others, huggingface_hub in other processes too, from downloading the same content.
 
         Args:
-            model_id: The repository.
+            repo: The repository.
             file: The file.
             check: Called now and then while another holds it; may raise.
         """
         from filelock import Timeout
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-        path = self._root() / ".locks" / self._repo(model_id).name / f"{file.blob}.lock"
+        path = self._root() / ".locks" / self._folder(repo).name / f"{file.blob}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             while True:
@@ -178,13 +179,13 @@ class HubCacheDir:
                     continue
             yield
 
-    def link(self, model_id: str, commit: str, file: RepoFile) -> None:
+    def link(self, repo: Repo, commit: str, file: RepoFile) -> None:
         """Make the snapshot's entry of a file whose content is there."""
-        entry = self.snapshot(model_id, commit) / file.path
+        entry = self.snapshot(repo, commit) / file.path
         if ".." in Path(file.path).parts or Path(file.path).is_absolute():
             raise ValueError(f"{file.path!r} leaves the snapshot")  # the tree was checked; this is the last line
         entry.parent.mkdir(parents=True, exist_ok=True)
-        blob = self.blob(model_id, file)
+        blob = self.blob(repo, file)
         target = os.path.relpath(blob, entry.parent)
         if entry.is_symlink() and str(entry.readlink()) == target:
             return
@@ -242,13 +243,13 @@ class HubCacheDir:
     def _note(self, blob: Path, stamp: list[int]) -> Path:
         return self._verified_dir / f"{blob.name}-{stamp[0]}.json"
 
-    def _repo(self, model_id: str) -> Path:
-        return cached_repo(self._root(), model_id)
+    def _folder(self, repo: Repo) -> Path:
+        return cached_repo(self._root(), repo)
 
 
-def cached_repo(root: Path, model_id: str) -> Path:
+def cached_repo(root: Path, repo: Repo) -> Path:
     """Return a repository's folder in a cache, whether or not it is there."""
-    return root / f"{REPO_PREFIX}{model_id.replace('/', '--')}"
+    return root / repo.folder_name
 
 
 def commit_at(repo: Path, revision: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: its lists, its models and their files.
+"""The Hugging Face Hub: its lists, its models, and what every repository has: commits, trees and files.
 
 huggingface_hub's own `list_models`, `model_info` and `list_repo_tree` are not called: they hide the `Link` and
 `ETag` headers, have no time limit and do not retry.
@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 from core import errors
 from core.logging import get_logger
 from core.singleton import singleton
+from domain.hub.repos import Repo, model_repo
 from domain.hub.tree import RepoFile, is_commit, tree_from_wire
 from domain.hub.wire import text
 from domain.models.records import (
@@ -19,8 +20,6 @@ from domain.models.records import (
     ModelDetails,
     ModelSummary,
     SearchQuery,
-    check_model_id,
-    check_revision,
     details_from_wire,
     files_from_wire,
     in_bounds,
@@ -91,19 +90,19 @@ class HubClient:
             ModelRejected: The id or the revision cannot be one.
             ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
         """
-        check_model_id(model_id)
-        if revision is not None:
-            check_revision(revision)
+        repo = model_repo(model_id)
+        repo.check(revision)
         at = f"/revision/{quote(revision, safe='')}" if revision is not None else ""
-        answer = self._http.get_json(f"/api/models/{model_id}{at}", [("blobs", "true")], model_id=model_id, etag=etag)
+        answer = self._http.get_json(f"{repo.api_path}{at}", [("blobs", "true")], repo=repo, etag=etag)
         if answer.body is None:
             return Fetched(None, answer.etag)
         name = _record(summary_from_wire, answer.body).model_id
-        check_model_id(name)
+        named = model_repo(name)
+        named.check()
         files = {file.path for file in files_from_wire(answer.body)}
         commit = text(answer.body.get("sha")) or revision or "main"
         config, tokenizer = (
-            self._json_file(name, commit, path) if path in files else None
+            self._json_file(named, commit, path) if path in files else None
             for path in ("config.json", "tokenizer_config.json")
         )
         details = _record(lambda body: details_from_wire(body, revision, config, tokenizer), answer.body)
@@ -117,61 +116,65 @@ class HubClient:
             ModelRejected: There is none.
             ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
         """
-        check_model_id(model_id)
-        path = f"/{model_id}/resolve/{quote(revision, safe='')}/config.json"
-        body = self._http.get_json(path, [], model_id=model_id, is_file=True, patient=False).body
+        repo = model_repo(model_id)
+        repo.check()
+        body = self._http.get_json(
+            file_path(repo, revision, "config.json"), [], repo=repo, is_file=True, patient=False
+        ).body
         return body if isinstance(body, dict) else None
 
-    def _json_file(self, model_id: str, commit: str, path: str) -> dict[str, Any] | None:
+    def _json_file(self, repo: Repo, commit: str, path: str) -> dict[str, Any] | None:
         """Return a repository's small JSON file, or None where it may not be read or is not an object."""
         try:
-            body = self._http.get_json(
-                f"/{model_id}/resolve/{quote(commit, safe='')}/{path}", [], model_id=model_id, is_file=True
-            ).body
+            body = self._http.get_json(file_path(repo, commit, path), [], repo=repo, is_file=True).body
         except (errors.AccessDenied, errors.ModelNotFound, errors.ModelRejected) as error:
-            _log.warning("hub.file_not_read", model_id=model_id, file=path, reason=error.detail)
+            _log.warning("hub.file_not_read", model_id=repo.id, file=path, reason=error.detail)
             return None
         return body if isinstance(body, dict) else None
 
-    def commit(self, model_id: str, revision: str) -> str:
+    def commit(self, repo: Repo, revision: str) -> str:
         """Return the commit that a branch or tag is at now.
 
         Raises:
-            ModelRejected: The id or the revision cannot be one.
-            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+            Rejected: The kind's own. The id or the revision cannot be one.
+            NotFound, AccessDenied, HubUnavailable: As the Hub says.
         """
-        check_model_id(model_id)
-        check_revision(revision)
-        path = f"/api/models/{model_id}/revision/{quote(revision, safe='')}"
-        body = self._http.get_json(path, [], model_id=model_id).body
+        repo.check(revision)
+        path = f"{repo.api_path}/revision/{quote(revision, safe='')}"
+        body = self._http.get_json(path, [], repo=repo).body
         commit = text(body.get("sha")) if isinstance(body, dict) else None
         if commit is None or not is_commit(commit):
             raise nonsense(path, "names no commit")
         return commit
 
-    def tree(self, model_id: str, commit: str) -> tuple[RepoFile, ...]:
+    def tree(self, repo: Repo, commit: str) -> tuple[RepoFile, ...]:
         """Return every file of a commit.
 
         Raises:
-            ModelRejected: The listing names a path outside of the repository, or is without end.
-            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says.
+            Rejected: The kind's own. The listing names a path outside of the repository, or is without end.
+            NotFound, AccessDenied, HubUnavailable: As the Hub says.
         """
-        check_model_id(model_id)
-        path = f"/api/models/{model_id}/tree/{commit}"
+        repo.check()
+        path = f"{repo.api_path}/tree/{commit}"
         params: Params = [("recursive", "true"), ("expand", "false")]
         entries: list[Any] = []
         cursor: str | None = None
         while True:
             more: Params = [("cursor", cursor)] if cursor is not None else []
-            answer = self._http.get_json(path, params + more, model_id=model_id)
+            answer = self._http.get_json(path, params + more, repo=repo)
             if not isinstance(answer.body, list):
                 raise nonsense(path)
             entries += answer.body
             cursor = _next_cursor(path, answer.next_url)
             if cursor is None:
-                return tree_from_wire(model_id, entries)
+                return tree_from_wire(repo, entries)
             if not answer.body or len(entries) > _MAX_TREE_FILES:
-                raise errors.ModelRejected(f"{model_id} lists more than {_MAX_TREE_FILES} files, or never ends.")
+                raise repo.kind.rejected(f"{repo} lists more than {_MAX_TREE_FILES} files, or never ends.")
+
+
+def file_path(repo: Repo, revision: str, path: str) -> str:
+    """Return where a repository's file is, below the endpoint."""
+    return f"{repo.file_path}/resolve/{quote(revision, safe='')}/{quote(path)}"
 
 
 def search_params(query: SearchQuery) -> Params:

@@ -1,4 +1,4 @@
-"""Downloads of models into the Hub's cache: once however many ask, resumed, checked, and stopped when nobody waits.
+"""Downloads into the Hub's cache: once however many ask, resumed, checked, and stopped when nobody waits.
 
 huggingface_hub's `snapshot_download` is not used: it begins a file anew after a break, checks lengths but no digest,
 cannot be stopped, and hides a rate limit behind "not found locally".
@@ -12,7 +12,6 @@ from concurrent.futures import wait
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from core import errors
 from core.clock import Clock, SystemClock
@@ -21,10 +20,10 @@ from core.logging import get_logger
 from core.parallel import start_workers
 from core.settings import get_settings
 from core.singleton import singleton
+from domain.hub.repos import Repo
 from domain.hub.tree import RepoFile, is_commit
-from domain.models.records import check_model_id, check_revision
 from services.hub.cache_dir import HubCacheDir, Partial, hub_cache_dir
-from services.hub.client import HubClient, get_hub_client
+from services.hub.client import HubClient, file_path, get_hub_client
 from services.hub.download_flight import DownloadCancelled, Flight, Progress
 from services.hub.errors import may_pass, partly_here
 from services.hub.http import HubHttp, get_hub_http
@@ -40,8 +39,8 @@ _MAX_WAIT_S = 300.0  # the Hub's rate limit windows are as long; a download has 
 _RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
 _POLL_S = 0.1  # how soon a waiter sees progress, and that it need not wait any more
 _log = get_logger(__name__)
-# The id, the revision, who asks, and what is read of it.
-_Key = tuple[str, str, str, Wanted]
+# The repository, the revision, who asks, and what is read of it.
+_Key = tuple[Repo, str, str, Wanted]
 
 
 class DownloadCorrupt(errors.Unavailable):
@@ -55,7 +54,7 @@ class _TooLong(Exception):
 
 
 class Downloads:
-    """Brings models and adapters onto this machine.
+    """Brings what is in repositories onto this machine.
 
     Args:
         http: Sends the requests for files.
@@ -83,7 +82,7 @@ class Downloads:
 
     def fetch(
         self,
-        model_id: str,
+        repo: Repo,
         revision: str | None,
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
@@ -93,24 +92,22 @@ class Downloads:
         """Return the snapshot's folder with everything a load reads, each file's content checked.
 
         Args:
-            model_id: Which model.
+            repo: Which repository.
             revision: Branch, tag or commit; `main` if None.
             on_progress: Called on this thread about ten times a second.
             cancelled: Asked as often; the download itself stops when the last who waits has left.
             wanted: What is read of it.
 
         Raises:
-            ModelRejected: The id cannot be one, or the repository is not fit to be read.
+            Rejected: The kind's own. The id cannot be one, or the repository is not fit to be read.
             NeedsRemoteCode, NoSafeWeights: It could not be loaded safely; no weights were downloaded.
             StorageFull: The device cannot hold it; nothing was downloaded.
             DownloadCorrupt: What arrives is not what the Hub says that it has.
             DownloadCancelled: `cancelled` said so.
-            ModelNotFound, AccessDenied, HubUnavailable: As the Hub says, and it is not here either.
+            NotFound, AccessDenied, HubUnavailable: As the Hub says, and it is not here either.
         """
-        check_model_id(model_id)
-        if revision is not None:
-            check_revision(revision)
-        key = (model_id, revision or "main", self._http.identity, wanted)
+        repo.check(revision)
+        key = (repo, revision or "main", self._http.identity, wanted)
         flight = self._join(key)
         try:
             while True:
@@ -120,7 +117,7 @@ class Downloads:
                 if done:
                     return flight.future.result()
                 if cancelled():
-                    raise DownloadCancelled(f"The download of {model_id} was cancelled.")
+                    raise DownloadCancelled(f"The download of {repo} was cancelled.")
         finally:
             self._leave(key, flight)
 
@@ -145,52 +142,52 @@ class Downloads:
                     del self._flights[key]
 
     def _run(self, key: _Key, flight: Flight) -> None:
-        model_id, revision, _, wanted = key
+        repo, revision, _, wanted = key
         try:
-            flight.future.set_result(self._download(model_id, revision, flight, wanted))
+            flight.future.set_result(self._download(repo, revision, flight, wanted))
         except BaseException as error:  # noqa: BLE001 - it is raised again where the result is waited for
             flight.future.set_exception(error)
 
-    def _download(self, model_id: str, revision: str, flight: Flight, wanted: Wanted) -> Path:
-        here = self._whole(model_id, revision if is_commit(revision) else None, wanted)
+    def _download(self, repo: Repo, revision: str, flight: Flight, wanted: Wanted) -> Path:
+        here = self._whole(repo, revision if is_commit(revision) else None, wanted)
         if here is not None:
             return here
         try:
-            commit = revision if is_commit(revision) else self._client.commit(model_id, revision)
-            chosen = wanted.choose(model_id, self._client.tree(model_id, commit))
+            commit = revision if is_commit(revision) else self._client.commit(repo, revision)
+            chosen = wanted.choose(repo.id, self._client.tree(repo, commit))
         except errors.HubUnavailable as error:
-            held = revision if is_commit(revision) else self.cache.commit_of(model_id, revision)
-            here = self._whole(model_id, held, wanted)
+            held = revision if is_commit(revision) else self.cache.commit_of(repo, revision)
+            here = self._whole(repo, held, wanted)
             if here is None:
-                raise self._explained(error, model_id, held, wanted) from error
-            _log.warning("hub_download.served_from_disk", model_id=model_id, reason=error.detail)
+                raise self._explained(error, repo, held, wanted) from error
+            _log.warning("hub_download.served_from_disk", repo=repo.id, reason=error.detail)
             return here
         flight.total_bytes = sum(file.size_bytes for file in chosen.all)
-        missing = sum(self.cache.missing_bytes(model_id, file) for file in chosen.all)
+        missing = sum(self.cache.missing_bytes(repo, file) for file in chosen.all)
         self.cache.require_space(missing, _RESERVE_BYTES)
-        snapshot = self.cache.snapshot(model_id, commit)
-        self._fetch_all(model_id, commit, chosen.small, flight)
-        wanted.check(snapshot, model_id)  # before the weights: what may not be loaded is not downloaded
-        self._fetch_all(model_id, commit, chosen.weights, flight)
-        self.cache.note_commit(model_id, revision, commit)
+        snapshot = self.cache.snapshot(repo, commit)
+        self._fetch_all(repo, commit, chosen.small, flight)
+        wanted.check(snapshot, repo.id)  # before the weights: what may not be loaded is not downloaded
+        self._fetch_all(repo, commit, chosen.weights, flight)
+        self.cache.note_commit(repo, revision, commit)
         return snapshot
 
-    def _whole(self, model_id: str, commit: str | None, wanted: Wanted) -> Path | None:
+    def _whole(self, repo: Repo, commit: str | None, wanted: Wanted) -> Path | None:
         """Return a commit's folder if it is on this machine, whole and undamaged."""
         if commit is None:
             return None
-        snapshot = self.cache.snapshot(model_id, commit)
+        snapshot = self.cache.snapshot(repo, commit)
         return snapshot if not wanted.lacking(snapshot) and not self.cache.damaged(snapshot) else None
 
     def _explained(
-        self, error: errors.HubUnavailable, model_id: str, commit: str | None, wanted: Wanted
+        self, error: errors.HubUnavailable, repo: Repo, commit: str | None, wanted: Wanted
     ) -> errors.HubUnavailable:
         """Say beside it what is missing of a commit that is on this machine in part."""
-        snapshot = self.cache.snapshot(model_id, commit) if commit is not None else None
+        snapshot = self.cache.snapshot(repo, commit) if commit is not None else None
         lacking = wanted.lacking(snapshot) if snapshot is not None and snapshot.is_dir() else ()
-        return partly_here(error, model_id, lacking) if lacking else error
+        return partly_here(error, repo, lacking) if lacking else error
 
-    def _fetch_all(self, model_id: str, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:
+    def _fetch_all(self, repo: Repo, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:
         """Fetch files, a few at once; the first error stops the others and is raised."""
         files = tuple(files)
         failures: list[BaseException] = []
@@ -198,7 +195,7 @@ class Downloads:
         def fetch(file: RepoFile) -> None:
             try:
                 flight.check()
-                self._fetch_file(model_id, commit, file, flight)
+                self._fetch_file(repo, commit, file, flight)
             except BaseException as error:  # noqa: BLE001 - raised below, on the thread that asked
                 failures.append(error)
                 flight.stopped.set()
@@ -207,30 +204,30 @@ class Downloads:
             worker.join()
         if any(isinstance(failure, errors.StorageFull) for failure in failures):
             for file in files:  # room for what keeps the service going
-                self.cache.partial(model_id, file).unlink(missing_ok=True)
+                self.cache.partial(repo, file).unlink(missing_ok=True)
         if failures:
             raise failures[0]
 
-    def _fetch_file(self, model_id: str, commit: str, file: RepoFile, flight: Flight) -> None:
-        blob = self.cache.blob(model_id, file)
+    def _fetch_file(self, repo: Repo, commit: str, file: RepoFile, flight: Flight) -> None:
+        blob = self.cache.blob(repo, file)
         blob.parent.mkdir(parents=True, exist_ok=True)
-        with self.cache.locked(model_id, file, flight.check), storage_errors(blob):
+        with self.cache.locked(repo, file, flight.check), storage_errors(blob):
             if blob.exists() and not self.cache.is_intact(blob):
                 blob.unlink()
             if not blob.exists():
-                with Partial(self.cache.partial(model_id, file), file, flight.check) as arriving:
-                    self._fill(model_id, commit, file, arriving, flight)
+                with Partial(self.cache.partial(repo, file), file, flight.check) as arriving:
+                    self._fill(repo, commit, file, arriving, flight)
                     arriving.move_to(blob)
                 self.cache.note_verified(blob)
             flight.has(file, file.size_bytes)
-            self.cache.link(model_id, commit, file)
+            self.cache.link(repo, commit, file)
 
-    def _fill(self, model_id: str, commit: str, file: RepoFile, arriving: Partial, flight: Flight) -> None:
+    def _fill(self, repo: Repo, commit: str, file: RepoFile, arriving: Partial, flight: Flight) -> None:
         """Download until the content matches its digest; once more from the beginning if it does not."""
         import httpx
 
         unreachable = (httpx.ConnectError, httpx.ConnectTimeout)
-        path = f"/{model_id}/resolve/{commit}/{quote(file.path)}"
+        path = file_path(repo, commit, file.path)
         for _ in range(2):
             before = arriving.size_bytes
 
@@ -243,7 +240,7 @@ class Downloads:
             with suppress(_TooLong):
                 self._http.attempt(
                     path,
-                    model_id,
+                    repo,
                     lambda: self._receive(path, file, arriving, flight),
                     attempts=_ATTEMPTS,
                     max_wait_s=_MAX_WAIT_S,
@@ -254,10 +251,10 @@ class Downloads:
                 )
                 if arriving.matches():
                     return
-            _log.warning("hub_download.wrong_digest", model_id=model_id, file=file.path, bytes=arriving.size_bytes)
+            _log.warning("hub_download.wrong_digest", repo=repo.id, file=file.path, bytes=arriving.size_bytes)
             arriving.restart()
             flight.has(file, 0)
-        raise DownloadCorrupt(f"{file.path} of {model_id} arrived twice as something else than the Hub's {file.blob}.")
+        raise DownloadCorrupt(f"{file.path} of {repo} arrived twice as something else than the Hub's {file.blob}.")
 
     def _receive(self, path: str, file: RepoFile, arriving: Partial, flight: Flight) -> None:
         """Append one answer's bytes, from where the last one broke off."""

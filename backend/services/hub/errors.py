@@ -6,6 +6,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from core import errors
+from domain.hub.repos import MODELS, Repo
 
 if TYPE_CHECKING:
     import httpx
@@ -19,41 +20,39 @@ class QueryRejected(errors.Rejected):
     slug, title = "query-rejected", "Query rejected"
 
 
-def map_hub_error(error: Exception, model_id: str | None) -> errors.StudioError:
+def map_hub_error(error: Exception, repo: Repo | None) -> errors.StudioError:
     """Turn an error of huggingface_hub, of its HTTP client or of its files into one of this service's.
 
     Args:
         error: What was caught.
-        model_id: The model that was asked for; None for a search.
+        repo: What was asked for; None for a search of models.
     """
     import httpx
     from huggingface_hub import errors as hub
 
-    subject = model_id or "the list of models"
+    kind = repo.kind if repo is not None else MODELS
+    subject = repo or "the list of models"
     match error:
         case errors.StudioError():
             return error
         case hub.OfflineModeIsEnabled():
             return unavailable("HF_HUB_OFFLINE is set: the Hub is not asked.")
-        case hub.GatedRepoError():
-            return errors.ModelGated(
-                f"{subject} is gated: accept its licence, and set HF_TOKEN, or send X-HF-Token, with your token.",
-                model_id=model_id,
-            )
+        case hub.GatedRepoError() if repo is not None:
+            return repo.access_to_ask_for()
         case hub.DisabledRepoError():
             return errors.AccessDenied(f"The Hub has disabled {subject}.")
-        case hub.RevisionNotFoundError():
-            return errors.ModelNotFound(f"{subject} has no such revision.")
+        case hub.RevisionNotFoundError() if repo is not None:
+            return repo.no_such_revision()
         case hub.RemoteEntryNotFoundError():
-            return errors.ModelRejected(f"{subject} lacks a file that it should have.")
-        case hub.RepositoryNotFoundError() if not _blames_the_token(error.response):
-            return errors.ModelNotFound(f"The Hub has no model {subject}, or it is private and HF_TOKEN has no access.")
+            return kind.rejected(f"{subject} lacks a file that it should have.")
+        case hub.RepositoryNotFoundError() if repo is not None and not _blames_the_token(error.response):
+            return repo.not_found()
         case hub.HFValidationError():
-            return errors.ModelRejected(f"The Hub's client refuses the id: {error}")
+            return kind.rejected(f"The Hub's client refuses the id: {error}")
         case hub.HfHubHTTPError():
-            return _map_status(error.response, model_id, subject)
+            return _map_status(error.response, repo)
         case hub.LocalEntryNotFoundError() if isinstance(error.__cause__, Exception):
-            return map_hub_error(error.__cause__, model_id)  # a download hides the Hub's answer behind this one
+            return map_hub_error(error.__cause__, repo)  # a download hides the Hub's answer behind this one
         case hub.LocalEntryNotFoundError() | httpx.HTTPError() | ConnectionError() | TimeoutError():
             return unavailable(f"The Hub cannot be reached ({type(error).__name__}).")
         case httpx.InvalidURL():
@@ -70,9 +69,9 @@ def unavailable(detail: str, retry_after_s: float | None = None) -> errors.HubUn
     return errors.HubUnavailable(detail, **({} if retry_after_s is None else {"retry_after_s": retry_after_s}))
 
 
-def partly_here(error: errors.HubUnavailable, model_id: str, lacking: Sequence[str]) -> errors.HubUnavailable:
+def partly_here(error: errors.HubUnavailable, repo: Repo, lacking: Sequence[str]) -> errors.HubUnavailable:
     """Make the error of a Hub that does not answer when part of what is asked for is on this machine."""
-    missing = f"{error.detail} {model_id} is on this machine only in part, without {' and without '.join(lacking)}."
+    missing = f"{error.detail} {repo} is on this machine only in part, without {' and without '.join(lacking)}."
     return errors.HubUnavailable(missing, **error.extras)
 
 
@@ -109,19 +108,19 @@ def told_wait_s(response: "httpx.Response") -> float | None:
     return max(0.0, wait.total_seconds())
 
 
-def _map_status(response: "httpx.Response", model_id: str | None, subject: str) -> errors.StudioError:
+def _map_status(response: "httpx.Response", repo: Repo | None) -> errors.StudioError:
     status, message = response.status_code, response.headers.get("X-Error-Message", "")
-    if _blames_the_token(response) or (status == 401 and model_id is None):
+    if _blames_the_token(response) or (status == 401 and repo is None):
+        public = f"public {repo.kind.plural if repo is not None else MODELS.plural}"
         return errors.AccessDenied(
-            "The Hub refuses the token (of the request's header, or HF_TOKEN): renew it, or leave it out for public "
-            "models."
+            f"The Hub refuses the token (of the request's header, or HF_TOKEN): renew it, or leave it out for {public}."
         )
-    if status in (401, 404) and model_id is not None:
-        return errors.ModelNotFound(f"The Hub has no model {model_id}, or it is private and HF_TOKEN has no access.")
+    if status in (401, 404) and repo is not None:
+        return repo.not_found()
     if status == 403:
-        return errors.AccessDenied(f"The Hub denies access to {subject}.")
+        return errors.AccessDenied(f"The Hub denies access to {repo or 'the list of models'}.")
     if status in (400, 422):
-        kind = QueryRejected if model_id is None else errors.ModelRejected
+        kind = QueryRejected if repo is None else repo.kind.rejected
         return kind(f"The Hub refuses the request: {message[:200] or 'it does not say why'}.")
     return unavailable(f"The Hub answers {status} {response.reason_phrase}.", told_wait_s(response))
 

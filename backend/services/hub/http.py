@@ -22,6 +22,7 @@ from core.clock import Clock, SystemClock
 from core.logging import get_logger
 from core.singleton import singleton
 from core.version import VERSION
+from domain.hub.repos import Repo
 from services.hub.errors import map_hub_error, may_pass, told_wait_s, unavailable
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class HubHttp:
         path: str,
         params: Params,
         *,
-        model_id: str | None = None,
+        repo: Repo | None = None,
         etag: str | None = None,
         is_file: bool = False,
         patient: bool = True,
@@ -89,7 +90,7 @@ class HubHttp:
         Args:
             path: Below the endpoint.
             params: The query.
-            model_id: The model that it is about; None for a search.
+            repo: What it is about; None for a search.
             etag: Of what is held already.
             is_file: Whether it is a file of a repository: its nonsense is the repository's, not the Hub's.
             patient: Whether to wait for a slow Hub, and to try again.
@@ -105,8 +106,8 @@ class HubHttp:
         try:
             return self.attempt(
                 path,
-                model_id,
-                lambda: self._fetch_json(path, params, etag, timeout_s, is_file=is_file),
+                repo,
+                lambda: self._fetch_json(path, params, etag, timeout_s, repo if is_file else None),
                 attempts=_ATTEMPTS if patient else 1,
                 max_wait_s=_MAX_WAIT_S if patient else 0.0,
             )
@@ -118,7 +119,7 @@ class HubHttp:
     def attempt(
         self,
         path: str,
-        model_id: str | None,
+        repo: Repo | None,
         once: Callable[[], R],
         *,
         attempts: int = _ATTEMPTS,
@@ -131,7 +132,7 @@ class HubHttp:
 
         Args:
             path: Tells which of the Hub's rate limits applies.
-            model_id: The model that it is about; None for a search.
+            repo: What it is about; None for a search.
             once: One attempt.
             attempts: How many may fail in a row.
             max_wait_s: A longer pause is an error that tells its length.
@@ -153,7 +154,7 @@ class HubHttp:
             except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
                 if isinstance(error, httpx.TransportError):
                     telemetry.hub_requests.labels("0").inc()
-                mapped = map_hub_error(error, model_id)
+                mapped = map_hub_error(error, repo)
                 failures = 1 if progressed() else failures + 1
                 told_s: float | None = mapped.extras.get("retry_after_s")
                 if told_s is not None:
@@ -196,7 +197,9 @@ class HubHttp:
                 hf_raise_for_status(response)
             yield response
 
-    def _fetch_json(self, path: str, params: Params, etag: str | None, timeout_s: float, *, is_file: bool) -> Answer:
+    def _fetch_json(
+        self, path: str, params: Params, etag: str | None, timeout_s: float, file_of: Repo | None
+    ) -> Answer:
         import httpx
 
         begun = self._clock.monotonic()
@@ -208,10 +211,10 @@ class HubHttp:
             for part in response.iter_bytes():
                 content += part
                 if len(content) > _MAX_BODY_BYTES:
-                    raise nonsense(path, f"is larger than {_MAX_BODY_BYTES} bytes", is_file=is_file)
+                    raise nonsense(path, f"is larger than {_MAX_BODY_BYTES} bytes", file_of=file_of)
                 if self._clock.monotonic() - begun > _MAX_REQUEST_S:
                     raise unavailable(f"The Hub took more than {_MAX_REQUEST_S:.0f} s to answer.")
-            body = _parse(bytes(content), path, is_file=is_file)
+            body = _parse(bytes(content), path, file_of)
             return Answer(body, response.headers.get("ETag"), response.links.get("next", {}).get("url"))
 
     def _pause(self, path: str, seconds: float) -> None:
@@ -235,9 +238,19 @@ class HubHttp:
         return self.identity, "api" if path.startswith("/api/") else "resolvers"
 
 
-def nonsense(path: str, what: str = "is not the JSON it should be", *, is_file: bool = False) -> errors.StudioError:
-    """Make the error of an answer that cannot be used."""
-    return errors.ModelRejected(f"{path} {what}.") if is_file else unavailable(f"The Hub's answer to {path} {what}.")
+def nonsense(
+    path: str, what: str = "is not the JSON it should be", *, file_of: Repo | None = None
+) -> errors.StudioError:
+    """Make the error of an answer that cannot be used.
+
+    Args:
+        path: What was asked for.
+        what: What is wrong with the answer.
+        file_of: The repository that the answer is a file of, and to blame; None for an answer of the Hub's own.
+    """
+    if file_of is not None:
+        return file_of.kind.rejected(f"{path} {what}.")
+    return unavailable(f"The Hub's answer to {path} {what}.")
 
 
 def hub_token() -> str | None:
@@ -293,13 +306,13 @@ def _followed(session: "httpx.Client", request: "httpx.Request") -> Iterator["ht
     raise httpx.TooManyRedirects("Exceeded maximum allowed redirects.", request=request)
 
 
-def _parse(content: bytes, path: str, *, is_file: bool) -> Any:
+def _parse(content: bytes, path: str, file_of: Repo | None) -> Any:
     try:
         body = from_json(content)  # unlike json.loads it refuses deep nesting and lone surrogates with a ValueError
     except ValueError as error:
-        raise nonsense(path, is_file=is_file) from error
+        raise nonsense(path, file_of=file_of) from error
     if body is None:  # it would be taken for "nothing has changed"
-        raise nonsense(path, is_file=is_file)
+        raise nonsense(path, file_of=file_of)
     return body
 
 

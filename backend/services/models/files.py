@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from core.errors import ModelGated, NeedsRemoteCode, SettingRejected
+from domain.hub.repos import model_repo
 from domain.models.config_checks import check_asks_for_no_code, check_dimensions
 from domain.models.load_files import pickled_weights
 from domain.models.records import ModelDetails, weight_files
@@ -141,7 +142,7 @@ class ModelFiles:
             revision = local.revision  # the same commit again, as whole as it was
         on_progress("downloading", LoadProgress())
         return self._downloads.fetch(
-            model_id,
+            model_repo(model_id),
             revision,
             lambda progress: on_progress("downloading", LoadProgress.of_download(progress)),
             cancelled,

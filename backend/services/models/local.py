@@ -13,6 +13,7 @@ from typing import Any
 
 from core.errors import ModelRejected, NoSafeWeights, StudioError
 from core.logging import get_logger
+from domain.hub.repos import MODELS, model_repo
 from domain.hub.tree import is_commit
 from domain.hub.wire import text, texts
 from domain.models.records import (
@@ -27,7 +28,7 @@ from domain.models.records import (
     weight_files,
 )
 from domain.models.safetensors_header import SafetensorsHeader
-from services.hub.cache_dir import REPO_PREFIX, cached_repo, commit_at
+from services.hub.cache_dir import cached_repo, commit_at
 from services.models.folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk
 from services.models.wanted import MODEL
 
@@ -118,7 +119,7 @@ class LocalModels:
             check_revision(revision)
         except ModelRejected:
             return None
-        commit = commit_at(cached_repo(cache_dir, model_id), revision) if cache_dir is not None else None
+        commit = commit_at(cached_repo(cache_dir, model_repo(model_id)), revision) if cache_dir is not None else None
         return self.find(model_id, commit) if commit is not None else None
 
     def lacking(self, model_id: str, revision: str | None) -> tuple[str, ...]:
@@ -126,7 +127,7 @@ class LocalModels:
         cache_dir = self._hub_cache_dir()
         if cache_dir is None:
             return ()
-        repo = cached_repo(cache_dir, model_id)
+        repo = cached_repo(cache_dir, model_repo(model_id))
         commit = revision if is_commit(revision) else commit_at(repo, revision or "main")
         folder = repo / "snapshots" / commit if commit is not None else None
         return MODEL.lacking(folder) if folder is not None and folder.is_dir() else ()
@@ -222,7 +223,7 @@ class LocalModels:
                 yield from self._read(model_id, folder, None) if folder is not None else ()
         cache_dir = self._hub_cache_dir()
         if cache_dir is not None:
-            yield from self._cached(cached_repo(cache_dir, model_id), revision)
+            yield from self._cached(cached_repo(cache_dir, model_repo(model_id)), revision)
         if revision is None:
             yield from (model for model in self._embedded_model() if model.model_id == model_id)
 
@@ -234,14 +235,14 @@ class LocalModels:
     def _cached_repos(self) -> list[Path]:
         cache_dir = self._hub_cache_dir()
         try:
-            return sorted(cache_dir.glob(f"{REPO_PREFIX}*")) if cache_dir is not None else []
+            return sorted(cache_dir.glob(f"{MODELS.folder_prefix}*")) if cache_dir is not None else []
         except OSError as error:
             _log.warning("local_models.cache_not_read", path=str(cache_dir), reason=str(error))
             return []
 
     def _cached(self, repo: Path, revision: str | None) -> Iterator[LocalModel]:
         """Yield a repository of the Hub's cache: at a commit, or at `main`, or else at the revision fetched last."""
-        model_id = repo.name.removeprefix(REPO_PREFIX).replace("--", "/")
+        model_id = repo.name.removeprefix(MODELS.folder_prefix).replace("--", "/")
         try:
             commits = {path.name: path for path in (repo / "snapshots").iterdir() if path.is_dir()}
         except OSError:  # not there

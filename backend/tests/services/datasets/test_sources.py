@@ -10,7 +10,7 @@ import pytest
 from core import errors
 from services.dataset_service import DatasetService
 from services.datasets.read_settings import ReadSettings
-from services.datasets.sources import DatasetGated, DatasetSources, PathNotAllowed
+from services.datasets.sources import DatasetSources
 from store.records import DatasetRecord
 from tests.support.datasets_double import as_jsonl, as_parquet, dataset_service, gzipped, left_in, rows_of
 from tests.support.hub_double import RATE_LIMITED, HubDouble, quiet_environment
@@ -94,7 +94,7 @@ def test_what_the_hub_refuses_is_told_of_a_dataset(
 ) -> None:
     before = left_in(service._files._folder)
     hub.add_dataset("someone/gated", {"train.jsonl": as_jsonl(TEST)}, gated="auto")
-    with pytest.raises(DatasetGated, match="accept its terms"):
+    with pytest.raises(errors.DatasetGated, match="accept its terms"):
         bring(sources, "someone/gated")
     with pytest.raises(errors.DatasetNotFound, match="no dataset nobody/nothing"):
         bring(sources, "nobody/nothing")
@@ -163,7 +163,7 @@ def test_nothing_outside_the_folder_is_taken(
     os.symlink(tmp_path / "secret" / "train.jsonl", imports / "linked" / "train.jsonl")
     os.symlink("loop", imports / "loop")
     before = left_in(service._files._folder)
-    with pytest.raises(PathNotAllowed):
+    with pytest.raises(errors.PathNotAllowed):
         sources.from_folder(path, None, None, "", AUTO)
     assert left_in(service._files._folder) == before
 

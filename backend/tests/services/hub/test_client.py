@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core import errors
+from domain.hub.repos import dataset_repo, model_repo
 from domain.models.records import ModelFile, SearchQuery, check_model_id, details_from_wire
 from services.hub.client import HubClient, search_params
 from services.hub.errors import QueryRejected, map_hub_error
@@ -167,7 +168,7 @@ def test_a_tree_whose_next_page_cannot_be_told_does_not_end_there(hub: HubDouble
     commit = hub.add_model("me/m", FILES)
     hub.fail("tree", status=200, body=b"[]", headers={"Link": '<http://[bad>; rel="next"'})
     with pytest.raises(errors.HubUnavailable, match="Link"):
-        client.tree("me/m", commit)
+        client.tree(model_repo("me/m"), commit)
 
 
 def test_items_of_a_list_that_are_no_models_are_left_out(hub: HubDouble, client: HubClient) -> None:
@@ -644,12 +645,15 @@ def local_entry(cause: Exception | None) -> Exception:
     ],
 )
 def test_every_error_of_the_client_has_one_of_ours(error: Exception, expected: type[errors.StudioError]) -> None:
-    assert type(map_hub_error(error, "a/b")) is expected
+    assert type(map_hub_error(error, model_repo("a/b"))) is expected
+    if not isinstance(error, errors.StudioError):
+        slug = map_hub_error(error, dataset_repo("a/b")).slug
+        assert slug == expected.slug.replace("model-", "dataset-")
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "x"), RuntimeError("x")])
 def test_an_error_that_is_not_the_hubs_is_not_blamed_on_it(error: Exception) -> None:
-    assert type(map_hub_error(error, "a/b")) is errors.StudioError
+    assert type(map_hub_error(error, model_repo("a/b"))) is errors.StudioError
 
 
 # The double, and the real Hub's answers

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
 
 from core import errors
+from domain.hub.repos import model_repo
 from services.hub.cache_dir import HubCacheDir
 from services.hub.client import HubClient
 from services.hub.download_flight import DownloadCancelled, Progress
@@ -49,7 +50,7 @@ class Bench:
         return Downloads(http, HubClient(http), cache, self.clock, self.clock.sleep, **more)
 
     def fetch(self, model_id: str = "me/m", revision: str | None = None, wanted: Wanted = MODEL) -> Path:
-        return self.downloads().fetch(model_id, revision, lambda _: None, lambda: False, wanted=wanted)
+        return self.downloads().fetch(model_repo(model_id), revision, lambda _: None, lambda: False, wanted=wanted)
 
     def blobs(self) -> list[str]:
         return sorted(path.name for path in self.root.glob("models--*/blobs/*"))
@@ -275,7 +276,7 @@ def test_a_host_that_hangs_is_given_up(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
     bench.hub.fail("cdn", "hang", times=5)
     with pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
-        bench.downloads(timeout_s=0.05).fetch("me/m", None, lambda _: None, lambda: False, wanted=MODEL)
+        bench.downloads(timeout_s=0.05).fetch(model_repo("me/m"), None, lambda _: None, lambda: False, wanted=MODEL)
     assert bench.hub.requests["cdn"] == 5
 
 
@@ -298,7 +299,7 @@ def test_however_many_ask_it_is_downloaded_once(bench: Bench) -> None:
                     met = True
                     waiting.wait(30)
 
-            return downloads.fetch("me/m", None, seen, lambda: False, wanted=MODEL)
+            return downloads.fetch(model_repo("me/m"), None, seen, lambda: False, wanted=MODEL)
 
         asked = [pool.submit(ask) for _ in range(20)]
         waiting.wait(30)  # all of them have seen the one download's progress
@@ -326,7 +327,7 @@ def test_progress_tells_bytes_and_speed(bench: Bench) -> None:
         if progress.done_bytes >= total - len(WEIGHTS) // 2:
             bench.hub.release()
 
-    bench.downloads().fetch("me/m", None, watch, lambda: False, wanted=MODEL)
+    bench.downloads().fetch(model_repo("me/m"), None, watch, lambda: False, wanted=MODEL)
 
     assert {progress.total_bytes for progress in seen} == {total}
     assert [progress.done_bytes for progress in seen] == sorted(progress.done_bytes for progress in seen)
@@ -337,7 +338,7 @@ def test_a_cancelled_download_stops_and_is_resumed_later(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
     bench.hub.fail("cdn", "stall")
     with pytest.raises(DownloadCancelled):
-        bench.downloads().fetch("me/m", None, lambda _: None, bench.hub.stalled.is_set, wanted=MODEL)
+        bench.downloads().fetch(model_repo("me/m"), None, lambda _: None, bench.hub.stalled.is_set, wanted=MODEL)
     bench.hub.release()
 
     assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
@@ -354,7 +355,7 @@ def test_a_host_that_drips_is_listened_to_and_can_be_left(bench: Bench) -> None:
 
     with pytest.raises(DownloadCancelled):
         bench.downloads().fetch(
-            "me/m", None, lambda progress: arrived.append(progress.done_bytes), enough, wanted=MODEL
+            model_repo("me/m"), None, lambda progress: arrived.append(progress.done_bytes), enough, wanted=MODEL
         )
     bench.hub.release()
     assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
@@ -366,10 +367,12 @@ def test_who_still_waits_gets_what_another_has_cancelled(bench: Bench) -> None:
     downloads = bench.downloads()
     joined = threading.Event()
     with ThreadPoolExecutor(2) as pool:
-        stays = pool.submit(downloads.fetch, "me/m", None, lambda _: joined.set(), lambda: False, wanted=MODEL)
+        stays = pool.submit(
+            downloads.fetch, model_repo("me/m"), None, lambda _: joined.set(), lambda: False, wanted=MODEL
+        )
         assert joined.wait(30)
         with pytest.raises(DownloadCancelled):
-            downloads.fetch("me/m", None, lambda _: None, lambda: True, wanted=MODEL)
+            downloads.fetch(model_repo("me/m"), None, lambda _: None, lambda: True, wanted=MODEL)
         bench.hub.release()
         assert (stays.result(30) / "model.safetensors").read_bytes() == WEIGHTS
 
