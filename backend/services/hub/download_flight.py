@@ -1,15 +1,19 @@
 """One download, whoever waits for it: how far it is, and whether anybody still wants it."""
 
+import contextvars
 import threading
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, TypeVar
 
 from core.clock import Clock
 from core.errors import Conflict
 from domain.hub.tree import RepoFile
 
+T = TypeVar("T")
+_POLL_S = 0.1  # how soon a waiter sees progress, and that it need not wait any more
 _SPEED_WINDOW_S = 10.0
 _SAMPLE_S = 0.1  # arrivals within it count as one
 
@@ -40,7 +44,7 @@ class Flight:
         self.total_bytes: int | None = None
         self.waiting = 0
         self.stopped = threading.Event()
-        self.future: Future[Path] = Future()
+        self.future: Future[Any] = Future()
 
     def check(self) -> None:
         """Raise DownloadCancelled once nobody waits."""
@@ -69,3 +73,78 @@ class Flight:
             span_s = now - recent[0][0] if recent else _SPEED_WINDOW_S
             speed = sum(size for _, size in recent) / span_s if span_s > 0 and self._arrived else None
             return Progress(sum(self._done.values()), self.total_bytes, speed)
+
+
+class Flights:
+    """The downloads under way: one for each question, however many ask it.
+
+    Args:
+        clock: Measures speeds.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._flights: dict[Hashable, Flight] = {}
+
+    def join(
+        self,
+        key: Hashable,
+        name: str,
+        work: Callable[[Flight], T],
+        on_progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> T:
+        """Return what the work returns. It is done on a thread of its own, and is waited for by all who ask.
+
+        Args:
+            key: Names the question.
+            name: What is fetched, for people.
+            work: Answers it; not called where that is under way already.
+            on_progress: Called on this thread about ten times a second.
+            cancelled: Asked as often; the work itself is told to stop when the last who waits has left.
+
+        Raises:
+            DownloadCancelled: `cancelled` said so.
+            Exception: Whatever the work raises.
+        """
+        flight = self._enter(key, work)
+        try:
+            while True:
+                done, _ = wait([flight.future], timeout=_POLL_S)
+                if (progress := flight.progress()) is not None:
+                    on_progress(progress)
+                if done:
+                    result: T = flight.future.result()
+                    return result
+                if cancelled():
+                    raise DownloadCancelled(f"The download of {name} was cancelled.")
+        finally:
+            self._leave(key, flight)
+
+    def _enter(self, key: Hashable, work: Callable[[Flight], Any]) -> Flight:
+        with self._lock:
+            flight = self._flights.get(key)
+            if flight is None:
+                flight = self._flights[key] = Flight(self._clock)
+                # The context carries the request's token. A daemon, because a Hub that hangs must not keep the
+                # process from ending; what has arrived is resumed.
+                run = contextvars.copy_context().run
+                threading.Thread(target=run, args=(_fly, flight, work), name="download", daemon=True).start()
+            flight.waiting += 1
+            return flight
+
+    def _leave(self, key: Hashable, flight: Flight) -> None:
+        with self._lock:
+            flight.waiting -= 1
+            if flight.waiting == 0:
+                flight.stopped.set()
+                if self._flights.get(key) is flight:
+                    del self._flights[key]
+
+
+def _fly(flight: Flight, work: Callable[[Flight], Any]) -> None:
+    try:
+        flight.future.set_result(work(flight))
+    except BaseException as error:  # noqa: BLE001 - it is raised again where the result is waited for
+        flight.future.set_exception(error)

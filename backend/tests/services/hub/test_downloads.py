@@ -15,7 +15,8 @@ from domain.hub.repos import model_repo
 from services.hub.cache_dir import HubCacheDir
 from services.hub.client import HubClient
 from services.hub.download_flight import DownloadCancelled, Progress
-from services.hub.downloads import DownloadCorrupt, Downloads
+from services.hub.downloads import Downloads
+from services.hub.file_transfer import DownloadCorrupt
 from services.hub.http import HubHttp
 from services.hub.wanted import Wanted
 from services.models.wanted import MODEL, PICKLED_MODEL
