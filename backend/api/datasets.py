@@ -61,7 +61,8 @@ async def add(request: Request, datasets: Datasets, sources: Sources) -> schemas
     """Store a dataset: a file that is sent as a form, one of the Hub, or files below `imports/`.
 
     Conversations, instructions, prompts with answers, preferences and text are recognised. A file is read as it
-    comes, and stored whole or not at all. `GET /api/datasets/imports` shows how far it is.
+    comes, and stored whole or not at all. `GET /api/datasets/imports` shows how far it is. A download from the Hub that
+    broke off, or was cancelled, goes on where it was when the dataset is asked for again.
     """
     if request.headers.get("content-type", "").startswith("application/json"):
         record = await may_ask_the_hub(_bring, await request.json(), sources)
@@ -114,6 +115,12 @@ def list_datasets(datasets: Datasets) -> schemas.DatasetList:
 def imports(datasets: Datasets) -> schemas.ImportList:
     """Uploads and downloads under way, with how far they are."""
     return schemas.ImportList(imports=[schemas.import_view(item) for item in datasets.imports.all()])
+
+
+@router.post("/imports/{import_id}/cancel", status_code=202)
+def cancel_import(import_id: str, datasets: Datasets) -> schemas.ImportResponse:
+    """End an import at once. Nothing of it is kept but what was downloaded, which the next import goes on with."""
+    return schemas.import_view(datasets.imports.cancel(import_id))
 
 
 @router.get("/{dataset_id}")

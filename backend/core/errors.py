@@ -2,7 +2,7 @@
 
     StudioError
     ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
-    │                       JobNotFound, CheckpointNotFound, AdapterNotFound, ExportNotFound
+    │                       ImportNotFound, JobNotFound, CheckpointNotFound, AdapterNotFound, ExportNotFound
     ├── Rejected            SettingRejected, DatasetRejected, DatasetNotTrainable, ModelRejected,
     │                       CheckpointUnusable, AdapterRejected, ExportRejected
     ├── TooLarge            more bytes than the service takes
@@ -66,6 +66,12 @@ class DatasetNotFound(NotFound):
     """No dataset has that id."""
 
     slug, title = "dataset-not-found", "Dataset not found"
+
+
+class ImportNotFound(NotFound):
+    """No import of a dataset that is under way has that id."""
+
+    slug, title = "import-not-found", "Import not found"
 
 
 class JobNotFound(NotFound):

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,11 +19,13 @@ from domain.datasets.formats import TRAINABLE_FORMATS
 from domain.jobs.states import FINAL_STATES
 from services.datasets.draft import Draft
 from services.datasets.files import DatasetFiles, Manifest
+from services.datasets.hub_files import HubDatasets
 from services.datasets.imports import Import, Imports
 from services.datasets.intake import IntakeRequest, IntakeResult
 from services.datasets.read_settings import ReadSettings
 from services.datasets.sources import DatasetSources
 from services.datasets.worker import Reader, read_in_process
+from services.hub.downloads import get_downloads
 from store.database import Database, get_database
 from store.records import DatasetRecord, to_text
 from store.repositories import Datasets
@@ -77,16 +78,17 @@ class DatasetService:
         """Read a draft's files and store the dataset; on any error nothing is left of it.
 
         Raises:
+            ImportCancelled: It is no longer wanted.
             DatasetRejected: They cannot be read, have no usable row, or have bad rows that are not to be skipped.
             StorageFull: There is no room for the rows.
         """
         try:
             with storage_errors(draft.folder):
                 draft.progress.stage = "reading"
-                shutil.rmtree(draft.folder / "hub", ignore_errors=True)
                 result = self._read_rows(draft, settings)
                 record = self._record(draft, name, result)
                 manifest = _manifest(draft, settings, result, source)
+                draft.progress.check()
                 self._files.commit(draft.id, manifest)
         except BaseException:
             self.discard(draft)
@@ -114,6 +116,7 @@ class DatasetService:
         )
 
         def report(rows: int, _size: int) -> None:
+            draft.progress.check()
             draft.progress.rows = rows
 
         return self._read(request, report)
@@ -268,4 +271,5 @@ def get_dataset_service() -> DatasetService:
 def get_dataset_sources() -> DatasetSources:
     """Return the process's sources of datasets."""
     settings = get_settings()
-    return DatasetSources(get_dataset_service(), settings.home / "imports", settings.max_upload_bytes)
+    hub = HubDatasets(get_downloads(), settings.max_upload_bytes)
+    return DatasetSources(get_dataset_service(), hub, settings.home / "imports", settings.max_upload_bytes)

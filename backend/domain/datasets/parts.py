@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from core.errors import DatasetRejected
+
 _KINDS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # the likeliest first
 _PACKED = (".gz", ".zip")
 # Files that stand beside the data and are none.
@@ -22,10 +24,6 @@ _SPLITS = {
 }
 _KEYWORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 _SHOWN = 20
-
-
-class PartsNotFound(ValueError):
-    """No file fits what was asked for; the message says what there is."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def choose(paths: Sequence[str], card: Mapping[str, Any] | None, config: str | N
         split: The split asked for; `train` if None, or the only one.
 
     Raises:
-        PartsNotFound: There is no such configuration or split, or several and none was named.
+        DatasetRejected: There is no such configuration or split, or several and none was named.
     """
     data = [path for path in paths if _kind(path) is not None and _is_data(path)]
     configs = (card or {}).get("configs")
@@ -63,14 +61,14 @@ def choose(paths: Sequence[str], card: Mapping[str, Any] | None, config: str | N
     if not splits:
         script = next((path for path in paths if path.endswith(".py")), None)
         made = f"it is made by a script ({script}), which is never run; try revision=refs/convert/parquet. "
-        raise PartsNotFound(
+        raise DatasetRejected(
             f"There are no data files ({', '.join(_KINDS)}): {made if script is not None else ''}"
             f"the files are {list(paths)[:_SHOWN]}."
         )
     wanted = split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None)
     if wanted not in splits:
         asked = f"no split {split!r}" if split is not None else "more than one split, and none is named"
-        raise PartsNotFound(f"There is {asked}; there are {sorted(splits)}.")
+        raise DatasetRejected(f"There is {asked}; there are {sorted(splits)}.")
     return _of_one_kind(name, wanted, splits[wanted])
 
 
@@ -101,7 +99,7 @@ def _from_names(data: Sequence[str], config: str | None) -> tuple[str, dict[str,
         if not named:
             known = sorted(folders or {path.split("/")[0] for path in data if "/" in path})[:_SHOWN]
             what = f"no configuration {config!r}" if config is not None else "more than one configuration"
-            raise PartsNotFound(f"There is {what}; there are {known or ['default']}.")
+            raise DatasetRejected(f"There is {what}; there are {known or ['default']}.")
         data = named
     splits: dict[str, list[str]] = {}
     for path in data:
@@ -117,7 +115,7 @@ def _from_card(data: Sequence[str], configs: list[Any], config: str | None) -> t
     name = config or (defaults[0] if defaults else next(iter(known)) if len(known) == 1 else None)
     if name not in known:
         asked = f"no configuration {config!r}" if config is not None else "more than one configuration"
-        raise PartsNotFound(f"There is {asked}; there are {sorted(known)[:_SHOWN]}.")
+        raise DatasetRejected(f"There is {asked}; there are {sorted(known)[:_SHOWN]}.")
     item = known[name]
     folder = str(item.get("data_dir", "")).strip("/")
     inside = [path for path in data if not folder or path.startswith(f"{folder}/")]

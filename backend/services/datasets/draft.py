@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from core.errors import TooLarge
-from core.files import fsync_file, storage_errors
+from core.files import storage_errors
 from services.datasets.files import SourceFile
 from services.datasets.imports import Import
 
@@ -16,36 +16,25 @@ class Draft:
     def __init__(self, dataset_id: str, folder: Path, progress: Import, max_bytes: int) -> None:
         self.id, self.folder, self.progress = dataset_id, folder, progress
         self._max_bytes = max_bytes
+        self._size_bytes = 0
         self.files: list[SourceFile] = []
 
     def receive(self, name: str) -> "DraftFile":
         """Open the next file of the dataset."""
         return DraftFile(self, name, Path("original") / f"{len(self.files):04d}")
 
-    def adopt(self, path: Path, name: str) -> str:
-        """Take a file that was written below the draft's folder, and return its sha256.
-
-        Raises:
-            TooLarge: It is more than a dataset may have.
-        """
-        size = path.stat().st_size
-        self.count(size)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        place = Path("original") / f"{len(self.files):04d}"
-        os.replace(path, self.folder / place)
-        fsync_file(self.folder / place)
-        self.files.append(SourceFile(name, str(place), size, digest))
-        return digest
-
     def count(self, size: int) -> None:
         """Count what came.
 
         Raises:
+            ImportCancelled: It is no longer wanted.
             TooLarge: It is more than a dataset may have.
         """
-        self.progress.received_bytes += size
-        if self.progress.received_bytes > self._max_bytes:
+        self.progress.check()
+        self._size_bytes += size
+        # What was downloaded first is counted already.
+        self.progress.received_bytes = max(self.progress.received_bytes, self._size_bytes)
+        if self._size_bytes > self._max_bytes:
             raise TooLarge(f"The dataset is larger than {self._max_bytes} bytes.")
 
 
@@ -61,6 +50,7 @@ class DraftFile:
         """Append.
 
         Raises:
+            ImportCancelled: It is no longer wanted.
             TooLarge: It is more than a dataset may have.
             StorageFull: There is no room for it.
         """

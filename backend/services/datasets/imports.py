@@ -4,13 +4,20 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
 from core.clock import Clock
+from core.errors import Conflict, ImportNotFound
 
 Stage = Literal["receiving", "downloading", "reading"]
+
+
+class ImportCancelled(Conflict):
+    """Somebody cancelled the import; nothing of the dataset is kept."""
+
+    slug, title = "import-cancelled", "Import cancelled"
 
 
 @dataclass
@@ -21,6 +28,7 @@ class Import:
         received_bytes: Of the files, as they come.
         total_bytes: What the sender says they have, or None.
         rows: Read so far.
+        cancelled: Set once it is no longer wanted.
     """
 
     id: str
@@ -30,6 +38,12 @@ class Import:
     total_bytes: int | None
     rows: int
     started_at: datetime
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """Raise ImportCancelled once it is no longer wanted."""
+        if self.cancelled.is_set():
+            raise ImportCancelled(f"The import of {self.name} was cancelled.")
 
 
 class Imports:
@@ -56,3 +70,16 @@ class Imports:
         """Return what is running, oldest first."""
         with self._lock:
             return list(self._running.values())
+
+    def cancel(self, import_id: str) -> Import:
+        """Say that an import is no longer wanted. It ends within a second or so, and leaves nothing.
+
+        Raises:
+            ImportNotFound: None of that id is running.
+        """
+        with self._lock:
+            item = self._running.get(import_id)
+        if item is None:
+            raise ImportNotFound(f"No import of the id {import_id} is running.")
+        item.cancelled.set()
+        return item

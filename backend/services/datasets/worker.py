@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
 from typing import IO, Any
 
 from core.errors import DatasetRejected, StorageFull
@@ -16,6 +17,7 @@ from services.datasets.intake import IntakeRequest, IntakeResult
 
 _BACKEND = Path(__file__).resolve().parents[2]
 _TAIL_BYTES = 4096
+_SILENCE_S = 0.5
 # A reader needs no secret, and asks nobody for anything.
 _ENVIRONMENT = (
     "PATH",
@@ -37,6 +39,10 @@ Reader = Callable[[IntakeRequest, Report], IntakeResult]
 def read_in_process(request: IntakeRequest, report: Report) -> IntakeResult:
     """Do what `read_dataset` does, in a process of its own.
 
+    Args:
+        request: What to read.
+        report: Told rows read and bytes written, twice a second at least; what it raises ends the process.
+
     Raises:
         DatasetRejected: As it says; or the process died over the file.
         StorageFull: There is no room for the rows.
@@ -48,10 +54,11 @@ def read_in_process(request: IntakeRequest, report: Report) -> IntakeResult:
         try:
             process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
             process.stdin.close()
-            for line in process.stdout:
-                message = json.loads(line)
-                if "rows" in message:
-                    report(message["rows"], message["bytes"])
+            told = (0, 0)
+            for message in _messages(process.stdout):
+                if message is None or "rows" in message:
+                    told = (message["rows"], message["bytes"]) if message is not None else told
+                    report(*told)
                 else:
                     final = message
         except BrokenPipeError:
@@ -68,6 +75,22 @@ def read_in_process(request: IntakeRequest, report: Report) -> IntakeResult:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise DatasetRejected(f"The process that read the file ended with {how}; its file is broken.", errors=[])
     return _outcome(final)
+
+
+def _messages(pipe: IO[bytes]) -> Iterator[dict[str, Any] | None]:
+    """Yield what the process says, and None whenever it has said nothing for a while."""
+    unfinished = b""
+    with DefaultSelector() as selector:
+        selector.register(pipe, EVENT_READ)
+        while True:
+            if not selector.select(_SILENCE_S):
+                yield None
+                continue
+            part = os.read(pipe.fileno(), 2**16)
+            if not part:
+                return
+            *lines, unfinished = (unfinished + part).split(b"\n")
+            yield from map(json.loads, lines)
 
 
 def _outcome(final: dict[str, Any]) -> IntakeResult:

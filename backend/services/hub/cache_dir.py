@@ -20,6 +20,7 @@ from core.files import fsync_folder, write_atomic
 from core.logging import get_logger
 from domain.hub.repos import Repo
 from domain.hub.tree import RepoFile, content_hash, is_blob_name, is_commit
+from services.hub.tree_cache import read_tree, write_tree
 
 _READ_BYTES = 4 * 2**20
 _LOCK_POLL_S = 0.2
@@ -121,6 +122,15 @@ class HubCacheDir:
         path = self._folder(repo) / "refs" / revision
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, commit.encode(), mode=0o644)
+
+    def tree(self, repo: Repo, commit: str) -> tuple[RepoFile, ...] | None:
+        """Return every file of a commit, if its listing was kept."""
+        return read_tree(self._folder(repo), repo, commit)
+
+    def note_tree(self, repo: Repo, commit: str, files: tuple[RepoFile, ...]) -> None:
+        """Keep the listing of a commit."""
+        if self.tree(repo, commit) != files:
+            write_tree(self._folder(repo), commit, files)
 
     def partial(self, repo: Repo, file: RepoFile) -> Path:
         """Return where a file's content is written until it is whole."""

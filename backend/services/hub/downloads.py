@@ -6,6 +6,7 @@ cannot be stopped, and hides a rate limit behind "not found locally".
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from core import errors
@@ -26,7 +27,26 @@ from services.hub.wanted import Wanted
 
 _WORKERS = 4  # files at once; one connection does not fill a fast line
 _RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
+_SHOWN = 3  # of the files that are missing, in a message
 _log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a repository holds at a commit.
+
+    Attributes:
+        revision: The branch, tag or commit that was asked for.
+        commit: What it is at.
+        files: All of them.
+        away: Why the Hub could not be asked; the listing is then the one of the last complete download.
+    """
+
+    repo: Repo
+    revision: str
+    commit: str
+    files: tuple[RepoFile, ...]
+    away: errors.HubUnavailable | None = None
 
 
 class Downloads:
@@ -91,6 +111,89 @@ class Downloads:
             cancelled,
         )
 
+    def list_files(self, repo: Repo, revision: str | None, cancelled: Callable[[], bool]) -> Listing:
+        """Return what there is at a revision. The Hub is not asked about a commit whose listing is kept.
+
+        Args:
+            repo: Which repository.
+            revision: Branch, tag or commit; `main` if None.
+            cancelled: Asked about ten times a second.
+
+        Raises:
+            Rejected: The kind's own. The id cannot be one, or the repository is not fit to be read.
+            DownloadCancelled: `cancelled` said so.
+            NotFound, AccessDenied, HubUnavailable: As the Hub says, and no listing is kept either.
+        """
+        repo.check(revision)
+        at = revision or "main"
+        key = (repo, at, self._http.identity)
+        return self._flights.join(key, repo.id, lambda _: self._listing(repo, at), lambda _: None, cancelled)
+
+    def fetch_files(
+        self,
+        listing: Listing,
+        paths: Iterable[str],
+        on_progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> Path:
+        """Return the snapshot's folder with some files of a listing, each one's content checked.
+
+        Args:
+            listing: What there is.
+            paths: Which of it.
+            on_progress: Called on this thread about ten times a second.
+            cancelled: Asked as often; the download itself stops when the last who waits has left.
+
+        Raises:
+            StorageFull: The device cannot hold them; nothing was downloaded.
+            DownloadCorrupt: What arrives is not what the Hub says that it has.
+            DownloadCancelled: `cancelled` said so.
+            NotFound, AccessDenied, HubUnavailable: As the Hub says, and they are not here either.
+        """
+        names = frozenset(paths)
+        files = tuple(file for file in listing.files if file.path in names)
+        key = (listing.repo, listing.commit, self._http.identity, names, listing.away is None)
+        return self._flights.join(
+            key,
+            listing.repo.id,
+            lambda flight: self._fetch_listed(listing, files, flight),
+            on_progress,
+            cancelled,
+        )
+
+    def _listing(self, repo: Repo, revision: str) -> Listing:
+        if is_commit(revision) and (files := self.cache.tree(repo, revision)) is not None:
+            return Listing(repo, revision, revision, files)
+        try:
+            commit = revision if is_commit(revision) else self._client.commit(repo, revision)
+            files = self.cache.tree(repo, commit)
+            return Listing(repo, revision, commit, files if files is not None else self._client.tree(repo, commit))
+        except errors.HubUnavailable as error:
+            held = self.cache.commit_of(repo, revision)
+            files = self.cache.tree(repo, held) if held is not None else None
+            if held is None or files is None:
+                raise
+            _log.warning("hub_download.served_from_disk", repo=repo.id, reason=error.detail)
+            return Listing(repo, revision, held, files, away=error)
+
+    def _fetch_listed(self, listing: Listing, files: tuple[RepoFile, ...], flight: Flight) -> Path:
+        repo, commit = listing.repo, listing.commit
+        if listing.away is not None:
+            lacking = [file.path for file in files if not self.cache.is_intact(self.cache.blob(repo, file))]
+            if lacking:
+                more = [f"{len(lacking) - _SHOWN} more files"] if len(lacking) > _SHOWN else []
+                raise partly_here(listing.away, repo, lacking[:_SHOWN] + more)
+        self._prepare(repo, files, flight)
+        self.cache.note_tree(repo, commit, listing.files)
+        self._fetch_all(repo, commit, files, flight)
+        return self.cache.snapshot(repo, commit)
+
+    def _prepare(self, repo: Repo, files: tuple[RepoFile, ...], flight: Flight) -> None:
+        """Say how much there is to do, and refuse what the device cannot hold."""
+        flight.total_bytes = sum(file.size_bytes for file in files)
+        missing = sum(self.cache.missing_bytes(repo, file) for file in files)
+        self.cache.require_space(missing, _RESERVE_BYTES)
+
     def _download(self, repo: Repo, revision: str, flight: Flight, wanted: Wanted) -> Path:
         here = self._whole(repo, revision if is_commit(revision) else None, wanted)
         if here is not None:
@@ -105,9 +208,7 @@ class Downloads:
                 raise self._explained(error, repo, held, wanted) from error
             _log.warning("hub_download.served_from_disk", repo=repo.id, reason=error.detail)
             return here
-        flight.total_bytes = sum(file.size_bytes for file in chosen.all)
-        missing = sum(self.cache.missing_bytes(repo, file) for file in chosen.all)
-        self.cache.require_space(missing, _RESERVE_BYTES)
+        self._prepare(repo, chosen.all, flight)
         snapshot = self.cache.snapshot(repo, commit)
         self._fetch_all(repo, commit, chosen.small, flight)
         wanted.check(snapshot, repo.id)  # before the weights: what may not be loaded is not downloaded

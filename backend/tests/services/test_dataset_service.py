@@ -5,13 +5,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.errors import DatasetNotTrainable, DatasetRejected, TooLarge
+from core.errors import DatasetNotTrainable, DatasetRejected, ImportNotFound, TooLarge
 from services.dataset_service import DatasetService
-from services.datasets.intake import IntakeRequest, IntakeResult
+from services.datasets.imports import ImportCancelled
+from services.datasets.intake import IntakeRequest, IntakeResult, read_dataset
 from services.datasets.worker import read_in_process
 from tests.support.datasets_double import (
     as_csv,
@@ -193,7 +195,7 @@ def test_the_reader_of_its_own_process_says_the_same(tmp_path: Path, monkeypatch
     request = IntakeRequest([(str(tmp_path / "file"), "a")], str(tmp_path), None, {}, False, None, None, 2**30)
     seen: list[int] = []
     result = read_in_process(request, lambda rows, _size: seen.append(rows))
-    assert (result.rows, result.format, seen) == (5000, "prompt_completion", [2000, 4000])
+    assert (result.rows, result.format, sorted({*seen} - {0})) == (5000, "prompt_completion", [2000, 4000])
     (tmp_path / "file").write_bytes(b"{broken")
     with pytest.raises(DatasetRejected, match="not JSON") as caught:
         read_in_process(request, lambda *_: None)
@@ -201,6 +203,41 @@ def test_the_reader_of_its_own_process_says_the_same(tmp_path: Path, monkeypatch
     monkeypatch.setattr("services.datasets.worker._BACKEND", tmp_path)  # no module there: it dies at once
     with pytest.raises(DatasetRejected, match="exit code 1"):
         read_in_process(request, lambda *_: None)
+
+
+def test_a_reader_is_ended_by_what_its_report_raises_however_long_it_is_silent(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "never")  # whoever opens it waits for a writer that does not come
+    request = IntakeRequest([(str(tmp_path / "never"), "a")], str(tmp_path), None, {}, False, None, None, 2**30)
+
+    def unwanted(*_: int) -> None:
+        raise ImportCancelled("as told")
+
+    with pytest.raises(ImportCancelled):
+        read_in_process(request, unwanted)
+    assert [child for child in psutil.Process().children() if "services.datasets.intake" in child.cmdline()] == []
+
+
+def test_an_import_that_is_cancelled_leaves_nothing_wherever_it_is(tmp_path: Path) -> None:
+    def cancel_while_reading(request: IntakeRequest, report: Any) -> IntakeResult:
+        result = read_dataset(request, report)
+        service.imports.cancel(service.imports.all()[0].id)
+        return result
+
+    with dataset_service(tmp_path, read=cancel_while_reading) as service:
+        with pytest.raises(ImportCancelled):
+            upload(service, GOOD.encode())
+        with service.imports.running("x", "receiving", None) as progress:
+            draft = service.draft(progress)
+            file = draft.receive("a.jsonl")
+            file.write(b"{")
+            assert service.imports.cancel(progress.id) is progress
+            with pytest.raises(ImportCancelled):
+                file.write(b"}")
+            file.abandon()
+            service.discard(draft)
+        with pytest.raises(ImportNotFound):
+            service.imports.cancel(progress.id)
+        assert left_in(folder(service)) == ["content"]
 
 
 # Whatever the format and the file, the same rows.

@@ -1,9 +1,11 @@
-"""A registry on the Hub's double, as a fresh process would make it."""
+"""A registry, and downloads, on the Hub's double, as a fresh process would make them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
+from services.hub.cache_dir import HubCacheDir
 from services.hub.client import HubClient
+from services.hub.downloads import Downloads
 from services.hub.http import HubHttp
 from services.hub.metadata_cache import MetadataCache
 from services.model_registry_service import FitOf, ModelRegistryService
@@ -29,3 +31,18 @@ def make_registry(
     )
     configs = ListedConfigs(client, config_cache(folder / "configs", clock), clock, limit_s=limit_s)
     return ModelRegistryService(client, MetadataCache(folder / "cache", clock), configs, local, clock, fit_of=fit_of)
+
+
+def make_downloads(
+    hub: HubDouble,
+    folder: Path,
+    clock: ManualClock,
+    *,
+    free_bytes: Callable[[Path], int] | None = None,
+    answer_timeout_s: float = 15.0,
+    timeout_s: float | None = None,
+) -> Downloads:
+    """Make them with the Hub's cache in `hub/` below a folder."""
+    http = HubHttp(clock, clock.sleep, endpoint=hub.url, timeout_s=answer_timeout_s)
+    cache = HubCacheDir(lambda: folder / "hub", folder / "verified", free_bytes)
+    return Downloads(http, HubClient(http), cache, clock, clock.sleep, timeout_s=timeout_s)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from domain.datasets.parts import PartsNotFound, choose
+from domain.datasets.parts import DatasetRejected, choose
 
 PLAIN = ["README.md", ".gitattributes", "train.jsonl", "test.jsonl", "dataset_infos.json"]
 SHARDED = [f"data/{split}-{n:05d}-of-00002.parquet" for split in ("train", "test") for n in range(2)]
@@ -79,5 +79,5 @@ def test_the_card_tells(card: Any, config: Any, split: Any, found: list[str]) ->
     ],
 )
 def test_what_is_not_there_is_told(files: list[str], card: Any, config: Any, split: Any, words: str) -> None:
-    with pytest.raises(PartsNotFound, match=words):
+    with pytest.raises(DatasetRejected, match=words):
         choose(files, card, config, split)

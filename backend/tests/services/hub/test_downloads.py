@@ -12,15 +12,13 @@ from huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download
 
 from core import errors
 from domain.hub.repos import model_repo
-from services.hub.cache_dir import HubCacheDir
-from services.hub.client import HubClient
 from services.hub.download_flight import DownloadCancelled, Progress
 from services.hub.downloads import Downloads
 from services.hub.file_transfer import DownloadCorrupt
-from services.hub.http import HubHttp
 from services.hub.wanted import Wanted
 from services.models.wanted import MODEL, PICKLED_MODEL
 from tests.support.hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
+from tests.support.registries import make_downloads
 
 WEIGHTS = safetensors_bytes({"w": ("BF16", (64, 64))})
 FILES = {
@@ -46,9 +44,7 @@ class Bench:
 
     def downloads(self, **more: Any) -> Downloads:
         """Make them as a fresh process would."""
-        http = HubHttp(self.clock, self.clock.sleep, endpoint=self.hub.url)
-        cache = HubCacheDir(lambda: self.root, self.folder / "verified", lambda _: self.free_bytes)
-        return Downloads(http, HubClient(http), cache, self.clock, self.clock.sleep, **more)
+        return make_downloads(self.hub, self.folder, self.clock, free_bytes=lambda _: self.free_bytes, **more)
 
     def fetch(self, model_id: str = "me/m", revision: str | None = None, wanted: Wanted = MODEL) -> Path:
         return self.downloads().fetch(model_repo(model_id), revision, lambda _: None, lambda: False, wanted=wanted)
