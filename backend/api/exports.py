@@ -16,20 +16,20 @@ Exports = Annotated[ExportService, Depends(get_export_service)]
 @router.get("")
 def list_exports(exports: Exports, adapter_id: Annotated[str | None, Query(max_length=64)] = None) -> ExportList:
     """Exports of one adapter or of all, newest first."""
-    return ExportList(exports=[show(exports, record) for record in exports.all(adapter_id)])
+    return ExportList(exports=[show(exports, record) for record in exports.ledger.all(adapter_id)])
 
 
 @router.get("/{export_id}")
 def get_export(export_id: str, exports: Exports) -> ExportResponse:
     """One export: its state, its progress, what it made, or why it failed."""
-    return show(exports, exports.get(export_id))
+    return show(exports, exports.ledger.get(export_id))
 
 
 @router.get("/{export_id}/download", response_class=StreamingResponse)
 def download(export_id: str, exports: Exports) -> StreamingResponse:
     """Everything that was made, as one zip."""
     content = exports.zipped(export_id)
-    headers = {"Content-Disposition": f'attachment; filename="{exports.get(export_id).id}.zip"'}
+    headers = {"Content-Disposition": f'attachment; filename="{exports.ledger.get(export_id).id}.zip"'}
     return StreamingResponse(content, media_type="application/zip", headers=headers)
 
 

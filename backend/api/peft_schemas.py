@@ -4,11 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm, AlgorithmName
 from domain.peft.config import PeftConfig, PeftOverrides
 from domain.peft.use_cases import UseCaseId
 from domain.protocol import ChatMessage
-from services.loading.loaded_base import LoadState
 
 ModelId = Annotated[
     str,

@@ -78,7 +78,7 @@ def configuration_view(body: schemas.ConfigureRequest, configuration: Configurat
 
 def loaded_model_view(model: LoadedModel) -> schemas.LoadedModelResponse:
     """Show a loaded model as it is now."""
-    base = model.base
+    base, loaded, last_used_at = model.base, model.base.loaded, model.base.use.last_at
     error = base.error
     return schemas.LoadedModelResponse(
         id=model.id,
@@ -87,16 +87,18 @@ def loaded_model_view(model: LoadedModel) -> schemas.LoadedModelResponse:
         algorithm=model.algorithm,
         config=model.configuration.config,
         engine=base.key.engine,
-        engine_reason=base.engine_reason,
+        engine_reason=base.wanted.engine_reason,
         device=base.key.device,
         state=base.state,
         progress=schemas.Progress.model_validate(base.progress),
         adapters=list(base.adapters),
-        parameters=schemas.Parameters(total=base.total_parameters, trainable=model.trainable_parameters),
+        parameters=schemas.Parameters(
+            total=loaded.total_parameters if loaded is not None else None, trainable=model.trainable_parameters
+        ),
         memory=schemas.Memory(estimated_bytes=model.estimated_bytes, measured_bytes=base.memory_bytes),
-        loaded_at=to_text(base.loaded_at) if base.loaded_at is not None else None,
-        last_used_at=to_text(base.last_used_at) if base.last_used_at is not None else None,
-        load_s=base.load_s,
+        loaded_at=to_text(loaded.at) if loaded is not None else None,
+        last_used_at=to_text(last_used_at) if last_used_at is not None else None,
+        load_s=loaded.load_s if loaded is not None else None,
         engine_pid=base.process.pid if base.process is not None else None,
         error=None
         if error is None

@@ -38,7 +38,7 @@ async def health() -> Health:
 @router.get("/metrics", response_class=PlainTextResponse)
 def metrics(training: Training, peft: Peft) -> PlainTextResponse:
     """Counters, gauges and histograms in Prometheus' text format."""
-    text = telemetry.exposition(training.count_by_state(), peft.memory_bytes())
+    text = telemetry.exposition(training.ledger.count_by_state(), peft.memory_bytes())
     return PlainTextResponse(text, media_type=telemetry.CONTENT_TYPE)
 
 

@@ -37,14 +37,14 @@ async def create(body: schemas.CreateJobRequest, response: Response, training: T
 @router.get("/jobs")
 def list_jobs(training: Training, state: Annotated[list[JobState] | None, Query()] = None) -> schemas.JobList:
     """Jobs, newest first, in all states or those named."""
-    records = training.all(frozenset(state) if state else None)
+    records = training.ledger.all(frozenset(state) if state else None)
     return schemas.JobList(jobs=[_view(training, record) for record in records])
 
 
 @router.get("/jobs/{job_id}")
 def get_job(job_id: str, training: Training) -> schemas.JobResponse:
     """One job, with its progress and, if it failed, why."""
-    return _view(training, training.get(job_id))
+    return _view(training, training.ledger.get(job_id))
 
 
 @router.get("/jobs/{job_id}/events", response_model=schemas.JobEvents)
@@ -62,21 +62,21 @@ def events(
     `Last-Event-ID` gets all that it missed. Every step is there once, however often the run was cut off. The stream of
     a paused or interrupted job stays open.
     """
-    training.get(job_id)
+    training.ledger.get(job_id)
     start = max(after, last_event_id or 0)
     if format == "json":
-        found = training.events(job_id, start, _PAGE)
+        found = training.ledger.events(job_id, start, _PAGE)
         return schemas.JobEvents(events=[schemas.JobEvent.model_validate(event) for event in found])
     return StreamingResponse(_stream(training, job_id, start), media_type="text/event-stream")
 
 
 async def _stream(training: TrainingService, job_id: str, after: int) -> AsyncIterator[bytes]:
-    with training.broadcast.listening(job_id) as changed:
+    with training.ledger.broadcast.listening(job_id) as changed:
         while True:
             changed.clear()
             # In this order: a job seen as final has written its last event before the events are read.
-            ended = (await asyncio.to_thread(training.get, job_id)).state in FINAL_STATES
-            found = await asyncio.to_thread(training.events, job_id, after, _PAGE)
+            ended = (await asyncio.to_thread(training.ledger.get, job_id)).state in FINAL_STATES
+            found = await asyncio.to_thread(training.ledger.events, job_id, after, _PAGE)
             for event in found:
                 after = event.sequence
                 yield _sse(event)
@@ -97,14 +97,14 @@ def _sse(event: EventRecord) -> bytes:
 @router.get("/jobs/{job_id}/metrics")
 def metrics(job_id: str, training: Training) -> schemas.JobMetricsList:
     """Every step's metrics, with the evaluation loss at the steps that were evaluated."""
-    training.get(job_id)
+    training.ledger.get(job_id)
     evaluations = {
-        event.data["step"]: event.data["eval_loss"] for event in training.events(job_id, 0, 10**7, "evaluation")
+        event.data["step"]: event.data["eval_loss"] for event in training.ledger.events(job_id, 0, 10**7, "evaluation")
     }
     return schemas.JobMetricsList(
         metrics=[
             schemas.MetricsRow.model_validate(event.data | {"eval_loss": evaluations.get(event.data["step"])})
-            for event in training.events(job_id, 0, 10**7, "metrics")
+            for event in training.ledger.events(job_id, 0, 10**7, "metrics")
         ],
         initial_eval_loss=evaluations.get(0),
     )
@@ -123,7 +123,7 @@ def checkpoints(
     verify: Annotated[bool, Query(description="Read every file and compare its sum.")] = False,
 ) -> schemas.CheckpointList:
     """The job's checkpoints, oldest first, with what is wrong with each."""
-    training.get(job_id)
+    training.ledger.get(job_id)
     found = training.checkpoints.all(job_id, check_sums=verify)
     return schemas.CheckpointList(checkpoints=[checkpoint_view(facts) for facts in found])
 

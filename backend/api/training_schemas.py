@@ -11,7 +11,7 @@ from domain.peft.algorithms import Algorithm, AlgorithmName
 from domain.peft.config import PeftConfig, PeftOverrides, recorded
 from domain.peft.use_cases import UseCaseId
 from services.training.checkpoint_store import CheckpointFacts
-from services.training_service import QueuePlace
+from services.training.queue import QueuePlace
 from store.records import JobRecord, to_text
 
 Id = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]

@@ -1,8 +1,6 @@
 """Configurations, and the models that are loaded: who asked for which base in memory, and how it is used."""
 
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,14 @@ from domain.memory.verdict import Assessment, assess, assess_loading, savings
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig
 from domain.peft.use_cases import UseCaseId
-from services.engines.process import EngineProcess
 from services.hardware.devices import Device, device_name
 from services.hardware.machine import Machine
 from services.hardware_service import get_machine
-from services.loading.loaded_base import BaseKey, LoadedBase
+from services.loading.base_request import BaseKey, BaseRequest
+from services.loading.loaded_base import LoadedBase
 from services.loading.loaded_model import LoadedModel, LoadRequest
 from services.loading.placement import place
-from services.loading.pool import BasePool, BaseRequest
+from services.loading.pool import BasePool
 from services.model_registry_service import get_model_facts, get_model_files
 from services.models.facts import ModelFacts
 from services.models.files import ModelFiles
@@ -271,20 +269,6 @@ class PeftService:
         return model
 
     # Using
-
-    @contextmanager
-    def lent(self, model: LoadedModel, purpose: str) -> Iterator[EngineProcess]:
-        """Hold the base for one long piece of work; others get ModelBusy meanwhile.
-
-        Raises:
-            ModelNotReady: It is still loading, or failed.
-            ModelBusy: Something else holds it.
-        """
-        process = model.base.acquire(purpose)
-        try:
-            yield process
-        finally:
-            model.base.release()
 
     def attach(self, model: LoadedModel, adapter_id: str, path: Path) -> None:
         """Make an adapter usable on a loaded base. It stays until the base is unloaded."""

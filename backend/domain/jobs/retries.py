@@ -2,6 +2,7 @@
 
 # A death after a checkpoint costs nothing, so only deaths without one in between count.
 MAX_STALLS = 5
+GIVEN_UP = f" This was the {MAX_STALLS}th time in a row without a checkpoint in between."  # the end of such an error
 _LONGEST_WAIT_S = 60.0
 # Classes that trying again cannot help: the same memory, data and settings fail the same way.
 TRANSIENT = frozenset(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from core.clock import Clock
 from core.errors import Conflict
 
+_POLL_S = 0.2
+
 
 class ExportStopped(Conflict):
     """The export was cancelled, or the server ends."""
@@ -57,6 +59,11 @@ class ExportControl:
         """Wait, or raise ExportStopped as soon as somebody stops it."""
         self._stopped.wait(seconds)
         self.check()
+
+    def wait_for(self, stage: str, fraction: float | None) -> None:
+        """Record what is waited for, and wait a moment, or raise ExportStopped as soon as somebody stops it."""
+        self.report(stage, fraction)
+        self.wait(_POLL_S)
 
     def call_on_stop(self, tell: Callable[[], None]) -> None:
         """Have something called when it is stopped; at once if it has been."""

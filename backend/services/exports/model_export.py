@@ -1,11 +1,9 @@
 """Exports that an engine computes: the base is found or loaded, lent, and given back as it was."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from core.errors import ModelBusy
 from domain import protocol
 from domain.jobs.export_states import ExportKind
 from domain.models.gguf import read_gguf_model
@@ -13,12 +11,10 @@ from domain.peft.algorithms import Algorithm
 from services.adapter_service import AdapterService
 from services.engines.process import CommandFailed, EngineDied, EngineProcess, death_class
 from services.exports.control import ExportControl, ExportStopped
-from services.loading.loaded_base import LoadState
+from services.loading.borrowing import borrow
 from services.models.facts import ModelFacts
 from services.peft_service import LoadedModel, LoadRequest, PeftService
 from store.records import AdapterRecord, ExportRecord
-
-_POLL_S = 0.2
 
 
 class ModelExport:
@@ -56,10 +52,8 @@ class ModelExport:
         """
         adapter = self._adapters.verified(record.adapter_id)
         model = self._load(adapter)
-        with model.base.awaited():
-            self._wait_for(model, control)
-            with self._borrowed(model, record, control) as process:
-                return self._request(process, control, lambda request_id: _command(request_id, adapter, record, folder))
+        with borrow(model, f"exporting {record.id}", control.wait_for) as process:
+            return self._request(process, control, lambda request_id: _command(request_id, adapter, record, folder))
 
     def _load(self, adapter: AdapterRecord) -> LoadedModel:
         """Load the base as it was held in the training; how precisely it computes is this machine's to choose."""
@@ -77,29 +71,6 @@ class ModelExport:
                 for_job=True,
             )
         )
-
-    def _wait_for(self, model: LoadedModel, control: ExportControl) -> None:
-        while not model.base.settled:
-            control.report(f"{model.base.state.value} the base", model.base.progress.fraction)
-            control.wait(_POLL_S)
-        if model.base.state is LoadState.FAILED and model.base.error is not None:
-            raise model.base.error
-
-    @contextmanager
-    def _borrowed(self, model: LoadedModel, record: ExportRecord, control: ExportControl) -> Iterator[EngineProcess]:
-        """Hold the base; wait while something else does."""
-        while True:
-            try:
-                lent = self._peft.lent(model, f"exporting {record.id}")
-                process = lent.__enter__()
-                break
-            except ModelBusy:
-                control.report(f"waiting for the base, which is {model.base.busy_with}", None)
-                control.wait(_POLL_S)
-        try:
-            yield process
-        finally:
-            lent.__exit__(None, None, None)
 
     def _request(self, process: EngineProcess, control: ExportControl, command: Callable[[str], Any]) -> dict[str, Any]:
         def on_event(event: Any) -> None:

@@ -23,7 +23,7 @@ def with_room(device: Device, bases: Iterable[LoadedBase], own: LoadedBase | Non
     if device.available_bytes is None:
         return device
     under_way = [base for base in bases if base.under_way and base.key.device == device.torch_name and base is not own]
-    promised = sum(max(0, (base.needed_bytes or 0) - base.resident_bytes) for base in under_way)
+    promised = sum(max(0, (base.wanted.needed_bytes or 0) - base.resident_bytes) for base in under_way)
     held = own.resident_bytes if own is not None else 0
     return replace(device, available_bytes=max(0, device.available_bytes - promised + held))
 
@@ -58,7 +58,7 @@ def next_to_give_way(
     roomy = replace(device, available_bytes=device.available_bytes + freed)
     if not idle or judge(roomy).verdict == "does_not_fit":
         return None
-    return min(idle, key=lambda base: base.last_used)
+    return min(idle, key=lambda base: base.use.last_s)
 
 
 def refuse_what_is_blocked(found: Assessment, what: str) -> None:

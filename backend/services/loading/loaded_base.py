@@ -7,123 +7,132 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
-from enum import StrEnum
 from typing import Any
 
 from core.clock import Clock
-from core.errors import ModelBusy, ModelNotReady, StudioError
-from domain.peft.config import PeftConfig
+from core.errors import ModelBusy, ModelNotReady, StudioError, TransitionNotPermitted
+from domain.models.load_states import GONE, UNDER_WAY, USABLE, LoadState, may_change
 from services.engines.process import EngineProcess
-from services.hardware.devices import EngineName, device_name
+from services.loading.base_request import BaseKey, BaseRequest
+from services.loading.base_use import BaseUse
 from services.models.progress import LoadProgress
 
 
-class LoadState(StrEnum):
-    """Where a base is."""
-
-    QUEUED = "queued"
-    DOWNLOADING = "downloading"
-    LOADING = "loading"
-    READY = "ready"
-    BUSY = "busy"
-    FAILED = "failed"
-    UNLOADING = "unloading"
-
-
 @dataclass(frozen=True)
-class BaseKey:
-    """What makes two requests the same base in memory: everything that changes how it is loaded.
+class Loaded:
+    """What is known of a base since it was loaded.
 
     Attributes:
-        max_seq_length: Tokens that Unsloth loads it for; None for transformers, where it makes no difference.
+        at: When that was.
+        load_s: How long it took the engine.
     """
 
-    model_id: str
-    revision: str | None
-    quantization: str
-    precision: str
-    device: str
-    engine: EngineName
-    max_seq_length: int | None = None
-
-    def serves(self, config: PeftConfig) -> bool:
-        """Whether a fine-tune of this configuration can run on the base."""
-        same = (self.quantization, self.precision) == (config.quantization, config.precision)
-        return same and (self.max_seq_length is None or config.max_seq_length <= self.max_seq_length)
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a client had a base loaded, beside what it is: what it takes to load the same again.
-
-    Attributes:
-        device: `cpu`, or a GPU's index.
-    """
-
-    engine: EngineName
-    device: str | int
-    force: bool
-    allow_pickle: bool
+    total_parameters: int
+    load_s: float
+    at: datetime
 
 
 class LoadedBase:
-    """The state of one base. Changes come from the loader's thread and the engine's; readers see them at once."""
+    """The state of one base. Changes come from the loader's thread and the engine's; readers see them at once.
 
-    def __init__(
-        self,
-        key: BaseKey,
-        clock: Clock,
-        engine_reason: str = "asked for",
-        *,
-        force: bool = False,
-        allow_pickle: bool = False,
-    ) -> None:
+    Attributes:
+        wanted: What was asked for.
+        use: Who uses it.
+        loading: Done when the load has ended, well or not.
+        error: Why there is no base.
+        process: The engine that holds it, or is to hold it.
+        loaded: None until it is loaded.
+        memory_bytes: What it holds on its device, by its engine.
+        adapters: The adapters that are on it.
+        busy_with: The long piece of work that holds it, if one does.
+    """
+
+    def __init__(self, wanted: BaseRequest, clock: Clock) -> None:
         self.id = uuid.uuid4().hex[:8]
-        self.key, self.engine_reason = key, engine_reason
-        self.options = LoadOptions(key.engine, device_name(key.device), force, allow_pickle)
-        self._clock = clock
+        self.wanted, self._clock = wanted, clock
         self._lock = threading.Lock()
-        self._done = threading.Event()
-        self.state = LoadState.QUEUED
+        self._settled = threading.Event()
+        self._state = LoadState.QUEUED
+        self._state_since_s = clock.monotonic()
         self.progress = LoadProgress()
-        self.process: EngineProcess | None = None
+        self.use = BaseUse(clock, for_client=wanted.for_client)
         self.loading: Future[None] | None = None
         self.error: StudioError | None = None
+        self.process: EngineProcess | None = None
+        self.loaded: Loaded | None = None
+        self.memory_bytes: int | None = None
         self.adapters: tuple[str, ...] = ()
         self.busy_with: str | None = None
-        self.total_parameters: int | None = None
-        self.memory_bytes: int | None = None
-        self.needed_bytes: int | None = None  # estimated for loading it
-        self.load_s: float | None = None
-        self.loaded_at: datetime | None = None
-        self.last_used_at: datetime | None = None
-        self.last_used = clock.monotonic()
-        self.kept_for_client = False  # a client asked for it, or used it; what a job loads for itself is nobody's
-        self._awaited = 0
-        self._stage_started = clock.monotonic()
+
+    @property
+    def key(self) -> BaseKey:
+        """Which base it is."""
+        return self.wanted.key
+
+    # States
+
+    @property
+    def state(self) -> LoadState:
+        """Where it is."""
+        return self._state
+
+    def _enter(self, following: LoadState) -> bool:
+        """Change the state. The caller holds the lock.
+
+        Returns:
+            Whether it is in that state now. A base that is being unloaded stays so, whatever its loader and its engine
+            still report.
+
+        Raises:
+            TransitionNotPermitted: The table of transitions does not allow it.
+        """
+        if self._state is following:
+            return True
+        if self._state is LoadState.UNLOADING:
+            return False
+        if not may_change(self._state, following):
+            raise TransitionNotPermitted(f"A base cannot go from {self._state.value} to {following.value}.")
+        self._state, self._state_since_s = following, self._clock.monotonic()
+        if following not in UNDER_WAY:
+            self._settled.set()
+        return True
 
     @property
     def cancelled(self) -> bool:
         """Whether it was unloaded before it was ready."""
-        return self.state is LoadState.UNLOADING
+        return self._state is LoadState.UNLOADING
+
+    @property
+    def settled(self) -> bool:
+        """Whether the load has ended, well or not."""
+        return self._settled.is_set()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it will still take memory for its weights."""
+        return self._state in UNDER_WAY
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is loaded and its engine lives."""
+        return self._state in USABLE
+
+    # Loading
 
     def report(self, state: str, progress: LoadProgress) -> None:
         """Record progress of the load. What says no time left gets one by the time that it took to get this far."""
         with self._lock:
-            if self.state is LoadState.UNLOADING:
+            if not self._enter(LoadState(state)):
                 return
-            if self.state.value != state:
-                self._stage_started = self._clock.monotonic()
-                self.state = LoadState(state)
             if progress.eta_s is None and progress.fraction and progress.downloaded_bytes is None:
-                elapsed = self._clock.monotonic() - self._stage_started
+                elapsed = self._clock.monotonic() - self._state_since_s
                 progress = replace(progress, eta_s=elapsed / progress.fraction * (1 - progress.fraction))
             self.progress = progress
 
     def adopt(self, process: EngineProcess) -> bool:
         """Take the engine that will hold the base; False if it was unloaded meanwhile and nobody will end it."""
         with self._lock:
-            if self.state is LoadState.UNLOADING:
+            if self._state is LoadState.UNLOADING:
                 return False
             self.process = process
             return True
@@ -131,40 +140,20 @@ class LoadedBase:
     def ready(self, result: dict[str, Any]) -> None:
         """Record what the engine said of the loaded base."""
         with self._lock:
-            self.total_parameters = result["total_parameters"]
+            self.loaded = Loaded(result["total_parameters"], result["load_s"], self._clock.now())
             self.memory_bytes = result["memory_bytes"]
-            self.load_s = result["load_s"]
-            self.loaded_at = self.last_used_at = self._clock.now()
-            self.last_used = self._clock.monotonic()
-            if self.state is not LoadState.UNLOADING:
-                self.state = LoadState.READY
+            self.use.now()
+            if self._enter(LoadState.READY):
                 self.progress = replace(self.progress, fraction=1.0, bytes_per_s=None, eta_s=0.0)
-        self._done.set()
 
     def fail(self, error: StudioError) -> None:
         """Record why there is no base."""
         with self._lock:
-            if self.state is not LoadState.UNLOADING:
-                self.state, self.error = LoadState.FAILED, error
             self.adapters = ()
             self.memory_bytes = None
-        self._done.set()
-
-    def finish(self, state: LoadState) -> None:
-        """Set a last state."""
-        with self._lock:
-            self.state = state
-        self._done.set()
-
-    @property
-    def settled(self) -> bool:
-        """Whether the load has ended, well or not."""
-        return self._done.is_set()
-
-    @property
-    def under_way(self) -> bool:
-        """Whether it will still take memory for its weights."""
-        return self.state in (LoadState.QUEUED, LoadState.DOWNLOADING, LoadState.LOADING)
+            if self._state is not LoadState.UNLOADING:
+                self.error = error  # first: whoever waits for the end of the load reads it then
+                self._enter(LoadState.FAILED)
 
     @property
     def resident_bytes(self) -> int:
@@ -176,10 +165,7 @@ class LoadedBase:
             return self.memory_bytes or 0
         return process.resident_bytes()
 
-    @property
-    def usable(self) -> bool:
-        """Whether it is loaded and its engine lives."""
-        return self.state in (LoadState.READY, LoadState.BUSY)
+    # Using
 
     def join(self, *, for_client: bool) -> bool:
         """Take part in a base that is there, which is a use of it; False if there is none any more.
@@ -188,22 +174,21 @@ class LoadedBase:
             for_client: Whether a client asks for it, and not a job.
         """
         with self._lock:
-            if self.state in (LoadState.FAILED, LoadState.UNLOADING):
+            if self._state in GONE:
                 return False
-            self.kept_for_client = self.kept_for_client or for_client
-            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
+            self.use.now(for_client=for_client)
             return True
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
         """Keep it from giving way while somebody waits for it to load, for another to leave it, or between commands."""
         with self._lock:
-            self._awaited += 1
+            self.use.awaited += 1
         try:
             yield
         finally:
             with self._lock:
-                self._awaited -= 1
+                self.use.awaited -= 1
 
     def engine(self, *, for_client: bool = False) -> EngineProcess:
         """Return the engine for a short command.
@@ -216,77 +201,42 @@ class LoadedBase:
             ModelBusy: A job holds it.
         """
         with self._lock:
-            if self.state is LoadState.BUSY:
-                raise ModelBusy(f"The model is {self.busy_with}; try again when it is done.")
-            if self.state is not LoadState.READY or self.process is None:
-                why = f": {self.error.detail}" if self.error is not None else ""
-                raise ModelNotReady(f"The model is {self.state.value}{why}")
-            self.kept_for_client = self.kept_for_client or for_client
-            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
-            return self.process
+            return self._engine(for_client=for_client)
+
+    def _engine(self, *, for_client: bool = False) -> EngineProcess:
+        if self._state is LoadState.BUSY:
+            raise ModelBusy(f"The model is {self.busy_with}; try again when it is done.")
+        if self._state is not LoadState.READY or self.process is None:
+            why = f": {self.error.detail}" if self.error is not None else ""
+            raise ModelNotReady(f"The model is {self._state.value}{why}")
+        self.use.now(for_client=for_client)
+        return self.process
 
     def acquire(self, purpose: str) -> EngineProcess:
-        """Take the engine for a long command."""
-        process = self.engine()
+        """Take the engine for a long command; `release` gives it back.
+
+        Raises:
+            ModelNotReady: There is no base yet, or no more.
+            ModelBusy: A job holds it.
+        """
         with self._lock:
-            if self.state is not LoadState.READY:
-                raise ModelBusy(f"The model is {self.busy_with or self.state.value}.")
-            self.state, self.busy_with = LoadState.BUSY, purpose
-        return process
+            process = self._engine()
+            self._enter(LoadState.BUSY)
+            self.busy_with = purpose
+            return process
 
     def release(self) -> None:
-        """Give the engine back."""
+        """Give the engine back. It may have died meanwhile, and the base with it."""
         with self._lock:
             self.busy_with = None
-            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
-            if self.state is LoadState.BUSY:
-                self.state = LoadState.READY
+            self.use.now()
+            if self._state is LoadState.BUSY:
+                self._enter(LoadState.READY)
 
     def touch(self) -> None:
         """Record that it was used until now."""
         with self._lock:
-            self.last_used_at, self.last_used = self._clock.now(), self._clock.monotonic()
-
-    def idle_for(self, idle_s: float, unkept_s: float | None = None) -> bool:
-        """Whether it is loaded, nobody waits for it, nothing runs on it, and nothing has for a while.
-
-        Args:
-            idle_s: How long.
-            unkept_s: How long if no client asked for it or used it; `idle_s` if None.
-        """
-        with self._lock:
-            return self._idle_for(idle_s, unkept_s)
-
-    def _idle_for(self, idle_s: float, unkept_s: float | None) -> bool:
-        if self.state is not LoadState.READY or self._awaited or self.process is None or self.process.has_pending:
-            return False
-        wanted_s = idle_s if unkept_s is None or self.kept_for_client else unkept_s
-        return self._clock.monotonic() - self.last_used >= wanted_s
-
-    def retire(self, idle_s: float, unkept_s: float | None = None) -> bool:
-        """Begin to unload it if it has been idle for so long; whoever asks for its engine from now on is refused.
-
-        Returns:
-            Whether it is to be unloaded. In one step with the look: no command can come in between.
-        """
-        with self._lock:
-            if not self._idle_for(idle_s, unkept_s):
-                return False
-            self.state = LoadState.UNLOADING
-        self._done.set()
-        return True
-
-    def begin_unloading(self) -> None:
-        """Begin to unload it, whatever it is doing but a job.
-
-        Raises:
-            ModelBusy: A job holds it.
-        """
-        with self._lock:
-            if self.busy_with is not None:
-                raise ModelBusy(f"The model is {self.busy_with}; cancel the job first.")
-            self.state = LoadState.UNLOADING
-        self._done.set()
+            self.use.now()
 
     def attached(self, adapter_id: str, memory_bytes: int) -> None:
         """Record that an adapter is on the base."""
@@ -304,6 +254,46 @@ class LoadedBase:
     def log_tail(self) -> list[str]:
         """Return the engine's last lines."""
         return self.process.log_tail() if self.process is not None else []
+
+    # Unloading
+
+    def idle_for(self, idle_s: float, unkept_s: float | None = None) -> bool:
+        """Whether it is loaded, nobody waits for it, nothing runs on it, and nothing has for a while.
+
+        Args:
+            idle_s: How long.
+            unkept_s: How long if no client asked for it or used it; `idle_s` if None.
+        """
+        with self._lock:
+            return self._idle_for(idle_s, unkept_s)
+
+    def _idle_for(self, idle_s: float, unkept_s: float | None) -> bool:
+        if self._state is not LoadState.READY or self.process is None or self.process.has_pending:
+            return False
+        return self.use.over_for(idle_s, unkept_s)
+
+    def retire(self, idle_s: float, unkept_s: float | None = None) -> bool:
+        """Begin to unload it if it has been idle for so long; whoever asks for its engine from now on is refused.
+
+        Returns:
+            Whether it is to be unloaded. In one step with the look: no command can come in between.
+        """
+        with self._lock:
+            return self._idle_for(idle_s, unkept_s) and self._enter(LoadState.UNLOADING)
+
+    def begin_unloading(self, *, though_busy: bool = False) -> None:
+        """Begin to unload it, whatever it is doing but a job.
+
+        Args:
+            though_busy: Whether a job does not matter: the server ends.
+
+        Raises:
+            ModelBusy: A job holds it.
+        """
+        with self._lock:
+            if self.busy_with is not None and not though_busy:
+                raise ModelBusy(f"The model is {self.busy_with}; cancel the job first.")
+            self._enter(LoadState.UNLOADING)
 
     def end_process(self) -> None:
         """End the engine; its memory is free on return."""

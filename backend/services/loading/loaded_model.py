@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from domain.configure import Configuration
+from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from domain.peft.use_cases import UseCaseId
-from services.loading.loaded_base import LoadedBase, LoadState
+from services.loading.loaded_base import LoadedBase
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
 from domain.peft.unsloth_rules import loaded_length, obstacle
 from services.hardware.devices import Device, EngineChoice
-from services.loading.loaded_base import BaseKey
+from services.loading.base_request import BaseKey
 
 
 class ChoosesEngines(Protocol):

@@ -4,7 +4,7 @@ import contextvars
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,39 +12,18 @@ from core.clock import Clock
 from core.errors import EngineUnavailable, ModelNotReady, StudioError
 from core.logging import get_logger
 from domain.memory.verdict import Assessment
-from domain.peft.config import PeftConfig
 from services.engines.process import EngineProcess
 from services.hardware.devices import Device, device_name
 from services.hardware.machine import Machine
 from services.loading.admission import next_to_give_way, refuse_what_does_not_fit, refuse_what_is_blocked, with_room
-from services.loading.loaded_base import BaseKey, LoadedBase, LoadState
+from services.loading.base_request import BaseKey, BaseRequest
+from services.loading.loaded_base import LoadedBase
 from services.loading.placement import load_command
 from services.models.files import ModelFiles
 
 _log = get_logger(__name__)
 _IDLE_CHECK_S = 15.0
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class BaseRequest:
-    """A base that is wanted, and how it is loaded if it is not there.
-
-    Attributes:
-        config: What decides how its weights are stored.
-        needed_bytes: Estimated for loading it; None where the model's layers are not known.
-        for_client: Whether a client wants it, and not a job.
-        force: Whether to load it even if it does not fit.
-    """
-
-    key: BaseKey
-    engine_reason: str
-    config: PeftConfig
-    device: Device
-    needed_bytes: int | None
-    for_client: bool
-    force: bool
-    allow_pickle: bool
 
 
 class BasePool:
@@ -192,44 +171,44 @@ class BasePool:
         """Put a base there and have it loaded. The caller holds both locks."""
         if self._closed.is_set():
             raise EngineUnavailable("The server is stopping.")
-        base = LoadedBase(
-            wanted.key, self._clock, wanted.engine_reason, force=wanted.force, allow_pickle=wanted.allow_pickle
-        )
-        base.kept_for_client, base.needed_bytes = wanted.for_client, wanted.needed_bytes  # before the load can fail
+        base = LoadedBase(wanted, self._clock)
         self._bases[wanted.key] = base
         self._held.append(base)
         # The context carries the request's Hub token to the download, and nowhere else.
         run = contextvars.copy_context().run
-        base.loading = self._loaders.submit(run, self._load, base, wanted.config, wanted.device)
+        base.loading = self._loaders.submit(run, self._load, base)
         return base
 
-    def _load(self, base: LoadedBase, config: PeftConfig, device: Device) -> None:
+    def _load(self, base: LoadedBase) -> None:
         """Bring the files here and load them in a new engine; every outcome is a state of the base."""
+        wanted = base.wanted
         try:
             path = self._files.ensure(
                 base.key.model_id,
                 base.key.revision,
                 base.report,
                 lambda: base.cancelled,
-                allow_pickle=base.options.allow_pickle,
+                allow_pickle=wanted.allow_pickle,
             )
             if base.cancelled:
-                base.finish(LoadState.UNLOADING)
                 return
             base.report("loading", replace(base.progress, fraction=None, bytes_per_s=None, eta_s=None))
             process = EngineProcess(
                 self._log_dir / f"engine-{base.id}.log",
                 on_exit=lambda: self._on_exit(base),
                 silence_s=self._engine_silence_s,
-                gpu_uuid=device.gpu_uuid,
+                gpu_uuid=wanted.device.gpu_uuid,
                 backend=base.key.engine,
             )
             if not base.adopt(process):
                 process.close()
                 return
-            _, future = process.request(lambda request_id: load_command(request_id, path, config, base.key, device))
-            base.ready(future.result())
-            _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=base.load_s)
+            _, future = process.request(
+                lambda request_id: load_command(request_id, path, wanted.config, base.key, wanted.device)
+            )
+            result = future.result()
+            base.ready(result)
+            _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=result["load_s"])
         except StudioError as error:
             _log.warning("model.load_failed", model_id=base.key.model_id, error=error.detail)
             self._fail(base, error)
@@ -240,7 +219,7 @@ class BasePool:
     def _fail(self, base: LoadedBase, error: StudioError) -> None:
         """Record why there is no base: with it for the client to see, or else with the job alone that wanted it."""
         base.fail(error)
-        if not base.kept_for_client:
+        if not base.use.for_client:
             self._forget(base)
         base.end_process()
 
@@ -296,6 +275,6 @@ class BasePool:
             for base in bases:
                 self._forget(base)
         for base in bases:
-            base.finish(LoadState.UNLOADING)
+            base.begin_unloading(though_busy=True)
             base.end_process()
         self._loaders.shutdown(wait=False, cancel_futures=True)

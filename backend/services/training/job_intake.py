@@ -158,7 +158,7 @@ class JobIntake:
     def _load_options(self, request: JobRequest) -> dict[str, Any]:
         if request.loaded_model_id is None:
             return {}
-        return asdict(self.peft.get(request.loaded_model_id).base.options)
+        return asdict(self.peft.get(request.loaded_model_id).base.wanted.options)
 
     def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
         record = self.datasets.check_trainable(request.dataset_id, config.train_on)

@@ -25,6 +25,7 @@ from services.adapter_service import AdapterService
 from services.engines.process import EngineDied
 from services.export_service import ExportFileNotFound, ExportService
 from services.exports.control import ExportControl
+from services.exports.ledger import ExportLedger
 from store.database import Database
 from store.records import AdapterRecord, ExportRecord
 from store.repositories import Adapters
@@ -72,8 +73,9 @@ class Bench:
         return self.act(record, folder, control)
 
     def open(self) -> None:
-        works = {ExportKind.MERGED: self}
-        self.service = ExportService(self.database, self.adapters, ManualClock(), self.home / "exports", works)
+        works, clock = {ExportKind.MERGED: self}, ManualClock()
+        self.ledger = ExportLedger(self.database, clock)
+        self.service = ExportService(self.ledger, self.adapters, works, self.home / "exports", clock)
 
     def add_adapter(self, adapter_id: str = "adp_1", name: str = "mine") -> None:
         folder = self.home / "adapters" / adapter_id
@@ -89,13 +91,13 @@ class Bench:
         return self.service.create("adp_1", ExportKind.MERGED, {}).id
 
     def wait(self, export_id: str, *states: ExportState) -> ExportRecord:
-        wait_until(lambda: self.service.get(export_id).state in states)
-        return self.service.get(export_id)
+        wait_until(lambda: self.ledger.get(export_id).state in states)
+        return self.ledger.get(export_id)
 
     def die(self) -> None:
         """End as a killed server does: the rows say what they said."""
-        self.service._closing.set()  # so that nothing is written any more
-        self.service._move = lambda *_, **__: False  # type: ignore[method-assign]
+        self.service._queue._closing.set()  # so that nothing is written any more
+        self.ledger.move = lambda *_, **__: False  # type: ignore[method-assign]
         self.service.close()
 
 
@@ -124,12 +126,12 @@ def test_an_export_is_queued_runs_and_keeps_its_folder(bench: Bench) -> None:
     bench.service.delete(export_id)
     assert not (bench.home / "exports" / export_id).exists()
     with pytest.raises(ExportNotFound):
-        bench.service.get(export_id)
+        bench.ledger.get(export_id)
     with pytest.raises(AdapterNotFound):
         bench.service.create("adp_none", ExportKind.MERGED, {})
     with pytest.raises(ExportRejected):
         bench.service.create("adp_1", ExportKind.MERGED, {"never": True})
-    assert bench.service.all() == []
+    assert bench.ledger.all() == []
 
 
 def test_running_and_queued_exports_are_cancelled(bench: Bench) -> None:
@@ -146,7 +148,7 @@ def test_running_and_queued_exports_are_cancelled(bench: Bench) -> None:
         bench.adapters.delete("adp_1")
     bench.service.cancel(running)
     record = bench.wait(running, ExportState.CANCELLED)
-    assert record.finished_at is not None and bench.service.get(queued).attempts == 0
+    assert record.finished_at is not None and bench.ledger.get(queued).attempts == 0
     bench.adapters.delete("adp_1")
 
 
@@ -179,7 +181,7 @@ def test_a_killed_server_takes_its_exports_up_again_in_order(bench: Bench) -> No
     bench.service.cancel(second)
     bench.die()
     (bench.home / "exports" / f".{first}.tmp").mkdir()
-    assert bench.service.get(first).state is ExportState.RUNNING
+    assert bench.ledger.get(first).state is ExportState.RUNNING
 
     done: list[str] = []
 
@@ -195,7 +197,7 @@ def test_a_killed_server_takes_its_exports_up_again_in_order(bench: Bench) -> No
     record = bench.wait(first, ExportState.SUCCEEDED)
     assert done == [first, third] and record.attempts == 2
     assert [change["state"] for change in record.history] == ["queued", "running", "queued", "running", "succeeded"]
-    assert bench.service.get(second).state is ExportState.CANCELLED
+    assert bench.ledger.get(second).state is ExportState.CANCELLED
 
 
 def test_a_cancelled_export_stays_cancelled_though_the_server_is_killed_before_it_obeys(bench: Bench) -> None:
@@ -209,7 +211,7 @@ def test_a_cancelled_export_stays_cancelled_though_the_server_is_killed_before_i
     export_id = bench.create()
     bench.wait(export_id, ExportState.RUNNING)
     assert bench.service.cancel(export_id).state is ExportState.RUNNING
-    bench.service._move = lambda *_, **__: False  # type: ignore[method-assign]  # as a killed server: no more rows
+    bench.ledger.move = lambda *_, **__: False  # type: ignore[method-assign]  # as a killed server: no more rows
     told.set()
     bench.die()
     (bench.home / "exports" / export_id).mkdir()  # whole, and not recorded
@@ -226,7 +228,7 @@ def test_a_server_that_is_stopped_lets_a_cancelled_export_be_cancelled(bench: Be
     bench.wait(export_id, ExportState.RUNNING)
     bench.service.cancel(export_id)
     bench.service.close()
-    assert bench.service.get(export_id).state is ExportState.CANCELLED
+    assert bench.ledger.get(export_id).state is ExportState.CANCELLED
 
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable("away"), StorageFull("full")])
@@ -234,8 +236,8 @@ def test_a_server_that_is_stopped_lets_a_cancelled_export_be_cancelled(bench: Be
 def test_a_database_that_is_away_for_a_while_loses_no_export(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, error: StudioError, heard: bool
 ) -> None:
-    monkeypatch.setattr("services.export_service._SAVE_AGAIN_S", 0.01)
-    get, move, moves = bench.service.get, bench.service._move, list[ExportState]()
+    monkeypatch.setattr("store.patience._TRY_AGAIN_S", 0.01)
+    get, move, moves = bench.ledger.get, bench.ledger.move, list[ExportState]()
 
     def unsure(record: ExportRecord, following: ExportState, **columns: Any) -> bool:
         moves.append(following)
@@ -252,7 +254,7 @@ def test_a_database_that_is_away_for_a_while_loses_no_export(
             raise first
         return get(export_id)
 
-    bench.service._move, bench.service.get = unsure, away_once  # type: ignore[method-assign]
+    bench.ledger.move, bench.ledger.get = unsure, away_once  # type: ignore[method-assign]
     record = bench.wait(bench.create(), ExportState.SUCCEEDED)
     assert [change["state"] for change in record.history] == ["queued", "running", "succeeded"]
     wait_until(lambda: moves == [ExportState.RUNNING] * 2 + [ExportState.SUCCEEDED] * 2)
@@ -264,7 +266,7 @@ def test_a_server_that_is_stopped_leaves_its_export_queued(bench: Bench) -> None
     export_id = bench.create()
     bench.wait(export_id, ExportState.RUNNING)
     bench.service.close()
-    assert bench.service.get(export_id).state is ExportState.QUEUED
+    assert bench.ledger.get(export_id).state is ExportState.QUEUED
 
 
 def test_an_export_that_ends_the_server_again_and_again_fails(bench: Bench) -> None:

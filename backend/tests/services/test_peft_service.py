@@ -14,10 +14,10 @@ from core.errors import DoesNotFit, HubUnavailable
 from domain.configure import MachineFacts
 from domain.memory.estimate import loading_bytes
 from domain.models.architectures.registry import read_shape
+from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.generation_service import GenerationRequest, GenerationService
 from services.hardware.devices import Device, EngineChoice
-from services.loading.loaded_base import LoadState
 from services.models.embedded import CONFIG
 from services.peft_service import LoadedModel, LoadRequest, PeftService
 from tests.support.hub_double import ManualClock

@@ -16,6 +16,10 @@ from domain.jobs.states import FINAL_STATES, JobState
 from domain.peft.algorithms import Algorithm
 from services.engines.process import CommandFailed
 from services.training.checkpoint_store import CheckpointStore
+from services.training.ledger import JobLedger
+from services.training.queue import TrainingQueue
+from services.training.request_contexts import RequestContexts
+from services.training.work import TrainingWork
 from services.training_service import TrainingService
 from store.database import Database
 from store.records import DatasetRecord, JobRecord
@@ -42,18 +46,12 @@ class Studio:
             Datasets(connection).add(DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], MOMENT))
         none: Any = SimpleNamespace()
         peft: Any = SimpleNamespace(models=list, load=load, savings=lambda *_, **__: ["batch_size=1 (needs less)"])
-        self.service = TrainingService(
-            self.database,
-            none,
-            none,
-            peft,
-            SystemClock(),
-            lambda: devices,
-            SimpleNamespace(begin_in_doubt=lambda _job: None),  # type: ignore[arg-type]
-            CheckpointStore(folder / "checkpoints"),
-            None,
-            lambda: 0,
-        )
+        analyses: Any = SimpleNamespace(begin_in_doubt=lambda _job: None)
+        self.checkpoints, contexts, clock = CheckpointStore(folder / "checkpoints"), RequestContexts(), SystemClock()
+        self.ledger = JobLedger(self.database, clock, contexts.drop)
+        work = TrainingWork(peft, none, none, analyses, self.checkpoints, None, lambda: 0)
+        self.queue = TrainingQueue(self.ledger, work, self.checkpoints, contexts, clock, lambda: devices)
+        self.service = TrainingService(self.ledger, self.queue, none, self.checkpoints, contexts, clock)
 
     def add(self, number: int, **changes: Any) -> str:
         record = JobRecord(
@@ -68,7 +66,7 @@ class Studio:
         return record.id
 
     def states(self) -> list[JobState]:
-        return [job.state for job in reversed(self.service.all())]
+        return [job.state for job in reversed(self.ledger.all())]
 
     def close(self) -> None:
         self.service.close()
@@ -98,24 +96,24 @@ def test_each_device_has_a_job_of_its_own_and_no_job_runs_twice(tmp_path: Path) 
     wait_until(lambda: set(studio.states()) == {JobState.FAILED})
     studio.close()
     assert len(seen) == 6 and sorted(seen) == ["0"] * 3 + ["1"] * 3
-    assert all(job.attempts == 1 for job in studio.service.all())
+    assert all(job.attempts == 1 for job in studio.ledger.all())
 
 
 def test_a_hub_that_is_away_is_tried_again_as_told_and_not_for_ever(tmp_path: Path) -> None:
     asked: list[float] = []
     studio = Studio(tmp_path, refuse(HubUnavailable("away", retry_after_s=0.01)))
-    retry_after = studio.service.retry_after
+    retry_after = studio.queue.retry_after
 
     def at_once(job_id: str, seconds: float) -> None:
         asked.append(seconds)
         retry_after(job_id, 0.0)
 
-    studio.service.retry_after = at_once  # type: ignore[method-assign]
+    studio.queue.retry_after = at_once  # type: ignore[method-assign]
     studio.add(1)
     studio.service.start()
     wait_until(lambda: studio.states() == [JobState.FAILED])
     studio.close()
-    (job,) = studio.service.all()
+    (job,) = studio.ledger.all()
     assert job.error is not None and job.error["class"] == "hub_unavailable" and "5th time" in job.error["message"]
     assert asked == [0.01, 2.0, 4.0, 8.0]
 
@@ -141,7 +139,7 @@ def test_a_wish_made_while_the_hub_does_not_answer_is_obeyed_when_it_fails(
 
     studio = Studio(tmp_path, load)
     job_id = studio.add(1)
-    (studio.service.checkpoints.folder_of(job_id) / "step-00000001").mkdir(parents=True)
+    (studio.checkpoints.folder_of(job_id) / "step-00000001").mkdir(parents=True)
     studio.service.start()
     assert asked.wait(60)
     for wish in filter(None, (first, then)):
@@ -153,7 +151,7 @@ def test_a_wish_made_while_the_hub_does_not_answer_is_obeyed_when_it_fails(
     wait_until(lambda: studio.states() == [after])
     studio.close()
     assert studio.states() == [after]
-    assert studio.service.checkpoints.folder_of(job_id).exists() == ("nothing" not in (first, then))
+    assert studio.checkpoints.folder_of(job_id).exists() == ("nothing" not in (first, then))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_what_the_engine_cannot_do_is_not_tried_again(tmp_path: Path, error_clas
     studio.service.start()
     wait_until(lambda: studio.states() == [JobState.FAILED])
     studio.close()
-    (job,) = studio.service.all()
+    (job,) = studio.ledger.all()
     assert job.attempts == 1 and job.error is not None
     assert (job.error["class"], job.error["suggestions"]) == (error_class, suggestions)
     assert job.error["log_tail"] == ["last line"]
@@ -184,7 +182,7 @@ def test_a_wish_that_came_too_late_for_its_run_is_obeyed_by_the_queue(tmp_path: 
 
 def test_a_database_that_is_away_leaves_the_job_in_the_queue(tmp_path: Path) -> None:
     studio = Studio(tmp_path, refuse(ModelRejected("enough seen")))
-    move, away = studio.service.move, [True, True]
+    move, away = studio.ledger.move, [True, True]
 
     def sometimes(*arguments: Any, **columns: Any) -> bool:
         if away:
@@ -192,12 +190,12 @@ def test_a_database_that_is_away_leaves_the_job_in_the_queue(tmp_path: Path) -> 
             raise DatabaseUnavailable("away")
         return move(*arguments, **columns)
 
-    studio.service.move = sometimes  # type: ignore[method-assign]
+    studio.ledger.move = sometimes  # type: ignore[method-assign]
     studio.add(1)
     studio.service.start()
     wait_until(lambda: studio.states() == [JobState.FAILED])
     studio.close()
-    (job,) = studio.service.all()
+    (job,) = studio.ledger.all()
     assert job.error is not None and job.error["class"] == "model_rejected" and job.attempts == 1
 
 
@@ -230,7 +228,7 @@ def test_a_base_is_loaded_again_as_the_client_had_it_loaded(
 
 def test_a_move_that_went_through_unheard_is_not_made_twice(tmp_path: Path) -> None:
     studio = Studio(tmp_path, refuse(ModelRejected("enough seen")))
-    move = studio.service.move
+    move = studio.ledger.move
 
     def unheard(*arguments: Any, **columns: Any) -> bool:
         changed = move(*arguments, **columns)
@@ -238,13 +236,13 @@ def test_a_move_that_went_through_unheard_is_not_made_twice(tmp_path: Path) -> N
             raise DatabaseUnavailable("away")
         return changed
 
-    studio.service.move = unheard  # type: ignore[method-assign]
+    studio.ledger.move = unheard  # type: ignore[method-assign]
     job_id = studio.add(1)
     studio.service.start()
     wait_until(lambda: studio.states() == [JobState.FAILED])
     studio.close()
-    states = [event.data["state"] for event in studio.service.events(job_id, 0, 10)]
-    assert states == ["preparing", "failed"] and studio.service.get(job_id).attempts == 1
+    states = [event.data["state"] for event in studio.ledger.events(job_id, 0, 10)]
+    assert states == ["preparing", "failed"] and studio.ledger.get(job_id).attempts == 1
 
 
 def test_an_event_that_was_written_unheard_is_not_written_twice(tmp_path: Path) -> None:
@@ -253,7 +251,7 @@ def test_an_event_that_was_written_unheard_is_not_written_twice(tmp_path: Path) 
 
     def record(step: int, after: int) -> int:
         data = {"step": step, "loss": 0.1 + 0.2}
-        return studio.service.record_event(job_id, "metrics", data, {"step": step}, 0, after=after)
+        return studio.ledger.record_event(job_id, "metrics", data, {"step": step}, 0, after=after)
 
     first = record(1, after=0)
     studio.service.pause(job_id)  # another's event in between
@@ -261,7 +259,7 @@ def test_an_event_that_was_written_unheard_is_not_written_twice(tmp_path: Path) 
     second = record(2, after=first)
     assert record(2, after=first) == second
     third = record(2, after=second)  # the same figures again are another event
-    kinds = [(event.sequence, event.kind, event.data.get("step")) for event in studio.service.events(job_id, 0, 10)]
+    kinds = [(event.sequence, event.kind, event.data.get("step")) for event in studio.ledger.events(job_id, 0, 10)]
     assert kinds == [(1, "metrics", 1), (2, "state", None), (3, "metrics", 2), (4, "metrics", 2)]
     assert (second, third) == (3, 4)
     studio.close()
@@ -277,7 +275,7 @@ def test_an_event_whose_commit_nobody_answered_is_there_once_when_postgresql_is_
         job_id = studio.add(1)
 
         def record() -> int:
-            return studio.service.record_event(job_id, "metrics", {"step": 1, "loss": 0.3}, {"step": 1}, 0, after=0)
+            return studio.ledger.record_event(job_id, "metrics", {"step": 1, "loss": 0.3}, {"step": 1}, 0, after=0)
 
         cutter.cut_next("after", then_away=True)
         for _ in range(2):  # nobody can say what became of the first; the second does not get through
@@ -285,8 +283,8 @@ def test_an_event_whose_commit_nobody_answered_is_there_once_when_postgresql_is_
                 record()
         cutter.back()
         assert record() == record() == 1
-        assert [event.data["step"] for event in studio.service.events(job_id, 0, 10)] == [1]
-        assert studio.service.get(job_id).progress == {"step": 1}
+        assert [event.data["step"] for event in studio.ledger.events(job_id, 0, 10)] == [1]
+        assert studio.ledger.get(job_id).progress == {"step": 1}
         studio.close()
 
 
@@ -306,9 +304,9 @@ def test_what_a_dead_server_left_is_taken_up(
 ) -> None:
     studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=())  # nobody works: what `start` does is all
     job_id = studio.add(1, state=state, cancel_wish=wish)
-    kept = studio.service.checkpoints.folder_of(job_id)
+    kept = studio.checkpoints.folder_of(job_id)
     (kept / "step-00000001").mkdir(parents=True)
-    unknown = studio.service.checkpoints.folder_of("job_of_another_database") / "step-00000001"
+    unknown = studio.checkpoints.folder_of("job_of_another_database") / "step-00000001"
     unknown.mkdir(parents=True)
     (kept / ".step-00000002.tmp").mkdir()
     studio.service.start()
@@ -324,7 +322,7 @@ def test_a_job_that_the_server_dies_of_is_given_up(tmp_path: Path) -> None:
     studio.add(1, state=JobState.RUNNING, stalls=4)
     studio.service.start()
     studio.close()
-    (job,) = studio.service.all()
+    (job,) = studio.ledger.all()
     assert job.state is JobState.FAILED and job.error is not None and job.error["class"] == "server_ended"
 
 
@@ -333,7 +331,7 @@ def test_cancel_against_completion_ends_in_one_final_state_a_thousand_times(tmp_
     studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=())
     won = {JobState.SUCCEEDED: 0, JobState.CANCELLED: 0}
     for number in range(1, 1001):
-        record = studio.service.get(studio.add(number, state=JobState.RUNNING))
+        record = studio.ledger.get(studio.add(number, state=JobState.RUNNING))
         together = threading.Barrier(2)
         moved: list[JobState] = []
 
@@ -341,7 +339,7 @@ def test_cancel_against_completion_ends_in_one_final_state_a_thousand_times(tmp_
             state: JobState, record: JobRecord = record, together: Any = together, moved: list[JobState] = moved
         ) -> None:
             together.wait()
-            if studio.service.move(record, state):
+            if studio.ledger.move(record, state):
                 moved.append(state)
 
         threads = [threading.Thread(target=move, args=(state,)) for state in won]
@@ -351,8 +349,8 @@ def test_cancel_against_completion_ends_in_one_final_state_a_thousand_times(tmp_
             thread.join()
         assert len(moved) == 1
         won[moved[0]] += 1
-        assert studio.service.get(record.id).state is moved[0]
-        assert [event.data["state"] for event in studio.service.events(record.id, 0, 10)] == [moved[0].value]
+        assert studio.ledger.get(record.id).state is moved[0]
+        assert [event.data["state"] for event in studio.ledger.events(record.id, 0, 10)] == [moved[0].value]
         with pytest.raises(TransitionNotPermitted):
             studio.service.cancel(record.id)
     assert sum(won.values()) == 1000 and set(studio.states()) <= FINAL_STATES

@@ -5,18 +5,19 @@ from typing import Any
 import pytest
 
 from core.clock import SystemClock
-from core.errors import DoesNotFit
-from domain.configure import MachineFacts, configure
+from core.errors import DoesNotFit, HubUnavailable
+from domain.configure import configure
 from domain.memory.verdict import assess
 from domain.models.architectures.registry import read_shape
+from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.hardware.devices import Device
 from services.loading.admission import refuse_what_does_not_fit, with_room
-from services.loading.loaded_base import BaseKey, LoadedBase, LoadState
+from services.loading.base_request import BaseKey
+from services.loading.loaded_base import LoadedBase
 from services.models.embedded import CONFIG
-
-CPU = MachineFacts(has_gpu=False, supports_bf16=False)
-DEVICE = Device("cpu", CPU, 1000)
+from services.models.progress import LoadProgress
+from tests.support.bases import CPU, DEVICE, base_request
 
 
 class Holding:
@@ -30,10 +31,18 @@ class Holding:
 
 
 def _base(state: LoadState, needed: int, resident: int | None = None, device: str = "cpu") -> LoadedBase:
-    base = LoadedBase(BaseKey("me/model", None, "none", "fp32", device, "transformers"), SystemClock())
-    base.state, base.needed_bytes = state, needed
+    base = LoadedBase(base_request("me/model", device=device, needed_bytes=needed), SystemClock())
     process: Any = Holding(resident) if resident is not None else None
     base.process = process
+    if state in (LoadState.LOADING, LoadState.READY):
+        base.report("loading", LoadProgress())
+    if state is LoadState.DOWNLOADING:
+        base.report("downloading", LoadProgress())
+    if state is LoadState.READY:
+        base.ready({"total_parameters": 1, "memory_bytes": 1, "load_s": 0.1})
+    if state is LoadState.FAILED:
+        base.fail(HubUnavailable("away"))
+    assert base.state is state
     return base
 
 

@@ -13,9 +13,10 @@ from domain.configure import MachineFacts
 from domain.memory.activations import Batch
 from domain.memory.estimate import loading_bytes
 from domain.models.architectures.registry import read_shape
+from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.hardware.devices import Device, EngineChoice
-from services.loading.loaded_base import LoadState
+from services.loading.borrowing import borrow
 from services.models.embedded import CONFIG
 from services.peft_service import LoadedModel, LoadRequest, PeftService
 from tests.support.hub_double import ManualClock
@@ -59,7 +60,7 @@ class _Machine:
     def device(self, _: str | int) -> Device:
         models = self.service.models() if self.service is not None else []
         bases = {id(model.base): model.base for model in models if model.base.usable}
-        held = sum(base.needed_bytes or 0 for base in bases.values())
+        held = sum(base.wanted.needed_bytes or 0 for base in bases.values())
         return Device("cpu", MachineFacts(has_gpu=False, supports_bf16=False), self.total_bytes - held)
 
     def engine(self, *_: Any) -> EngineChoice:
@@ -96,7 +97,7 @@ def _load(peft: PeftService, name: str, *, for_job: bool = False) -> LoadedModel
     assert model.state is LoadState.READY, model.base.error
     # What it holds by the estimate: the tiny model's engine is far smaller than the shape it stands for.
     process: Any = model.base.process
-    process.resident_bytes = lambda: model.base.needed_bytes
+    process.resident_bytes = lambda: model.base.wanted.needed_bytes
     return model
 
 
@@ -142,7 +143,7 @@ def test_a_client_who_asks_for_what_a_job_loaded_keeps_it(peft: PeftService) -> 
 
 def test_a_model_that_works_never_gives_way(peft: PeftService, clock: ManualClock) -> None:
     first = _load(peft, "a/first")
-    with peft.lent(first, "training"):
+    with borrow(first, "training", lambda *_: pytest.fail("it is free")):
         clock.advance(10 * GRACE_S)
         with pytest.raises(DoesNotFit):
             _load(peft, "a/second")
@@ -182,7 +183,7 @@ def test_an_answer_that_takes_long_is_no_idle_time(peft: PeftService, clock: Man
     assert not busy or not model.base.retire(IDLE_S)
     future.add_done_callback(lambda _: model.base.touch())
     future.result(60)
-    wait_until(lambda: model.base.last_used == clock.monotonic())
+    wait_until(lambda: model.base.use.last_s == clock.monotonic())
     assert not model.base.retire(IDLE_S)
     clock.advance(IDLE_S)
     assert model.base.retire(IDLE_S) and not model.base.retire(IDLE_S)

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +10,15 @@ import pytest
 
 import services.loading.pool as module
 from core.errors import EngineUnavailable, ModelBusy, ModelNotReady
-from domain.configure import MachineFacts, configure
 from domain.memory.verdict import Assessment
-from domain.peft.algorithms import Algorithm
+from domain.models.load_states import LoadState
 from services.hardware.devices import Device
-from services.loading.loaded_base import BaseKey, LoadedBase, LoadState
-from services.loading.pool import BasePool, BaseRequest
+from services.loading.loaded_base import LoadedBase
+from services.loading.pool import BasePool
+from tests.support.bases import DEVICE, FREE_BYTES, Engine, base_request
 from tests.support.hub_double import ManualClock
 
-CPU = MachineFacts(has_gpu=False, supports_bf16=False)
-CONFIG = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU).config
-FREE_BYTES = 1000
-DEVICE = Device("cpu", CPU, FREE_BYTES)
 IDLE_S = 1800.0
-
-
-class Engine:
-    """Has loaded whatever it is told to, and knows whether it was ended."""
-
-    pid, has_pending = 1, False
-
-    def __init__(self, *_: Any, on_exit: Any, **__: Any) -> None:
-        self.on_exit, self.ended = on_exit, False
-
-    def request(self, *_: Any) -> tuple[str, "Future[dict[str, Any]]"]:
-        future: Future[dict[str, Any]] = Future()
-        future.set_result({"total_parameters": 1, "memory_bytes": 1, "load_s": 0.1})
-        return "request", future
-
-    def resident_bytes(self) -> int:
-        return 1
-
-    def log_tail(self) -> list[str]:
-        return []
-
-    def close(self) -> None:
-        self.ended = True
 
 
 class Surroundings:
@@ -112,13 +85,8 @@ def fits(device: Device) -> Assessment:
     return Assessment("fits", device.available_bytes, None)
 
 
-def _wanted(name: str, *, for_client: bool = True) -> BaseRequest:
-    key = BaseKey(name, None, "none", "fp32", "cpu", "transformers")
-    return BaseRequest(key, "only", CONFIG, DEVICE, 1, for_client=for_client, force=False, allow_pickle=False)
-
-
 def _load(pool: BasePool, owner: Owner, name: str, *, for_client: bool = True) -> LoadedBase:
-    base = pool.join_or_start(_wanted(name, for_client=for_client), fits, owner.register)
+    base = pool.join_or_start(base_request(name, for_client=for_client), fits, owner.register)
     assert base.loading is not None
     base.loading.result(30)
     return base
@@ -142,7 +110,7 @@ def test_a_base_is_forgotten_before_its_engine_ends(pool: BasePool, owner: Owner
             return fits(device)
         return Assessment("does_not_fit", device.available_bytes, None)
 
-    pool.join_or_start(_wanted("a/next"), full_until_it_is_gone, owner.register)
+    pool.join_or_start(base_request("a/next"), full_until_it_is_gone, owner.register)
     assert engine.ended and base.state is LoadState.UNLOADING
     assert owner.engines_at_forgetting == [engine]  # it was still there
     assert list(owner.names) == ["a/next"]
@@ -176,7 +144,7 @@ def test_what_is_judged_is_judged_alone(pool: BasePool, owner: Owner) -> None:
 
     def come() -> None:
         second_came.set()
-        pool.admit_run("a run", second, DEVICE, _wanted("a/run").key)
+        pool.admit_run("a run", second, DEVICE, base_request("a/run").key)
 
     with ThreadPoolExecutor(1) as other:
 
@@ -186,7 +154,7 @@ def test_what_is_judged_is_judged_alone(pool: BasePool, owner: Owner) -> None:
             assert not second_judged.wait(0.2)
             return fits(device)
 
-        pool.join_or_start(_wanted("a/base"), first, owner.register)
+        pool.join_or_start(base_request("a/base"), first, owner.register)
         assert second_judged.wait(30)
 
 
@@ -206,5 +174,5 @@ def test_closing_ends_every_engine_also_of_a_base_that_another_has_replaced(pool
 def test_nothing_is_started_once_it_is_closed(pool: BasePool, owner: Owner) -> None:
     pool.close()
     with pytest.raises(EngineUnavailable):
-        pool.join_or_start(_wanted("a/late"), fits, owner.register)
+        pool.join_or_start(base_request("a/late"), fits, owner.register)
     assert owner.names == {} and pool.find(lambda _: True) is None

@@ -18,9 +18,9 @@ from services.training.run import TrainingRun
 
 def run_with(oom_kills: list[int]) -> TrainingRun:
     job: Any = SimpleNamespace(progress={}, stalls=0)
-    service: Any = SimpleNamespace(oom_kills=lambda: oom_kills.pop(0))
-    clock: Any = SimpleNamespace()
-    return TrainingRun(service, clock, job, "cpu")
+    work: Any = SimpleNamespace(oom_kills=lambda: oom_kills.pop(0))
+    none: Any = SimpleNamespace()
+    return TrainingRun(job, "cpu", ledger=none, work=work, checkpoints=none, clock=none, closing=none, retry_after=none)
 
 
 @pytest.mark.parametrize(

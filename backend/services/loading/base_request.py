@@ -1,0 +1,68 @@
+"""Which base is wanted, and how it is loaded."""
+
+from dataclasses import dataclass
+
+from domain.peft.config import PeftConfig
+from services.hardware.devices import Device, EngineName, device_name
+
+
+@dataclass(frozen=True)
+class BaseKey:
+    """What makes two requests the same base in memory: everything that changes how it is loaded.
+
+    Attributes:
+        max_seq_length: Tokens that Unsloth loads it for; None for transformers, where it makes no difference.
+    """
+
+    model_id: str
+    revision: str | None
+    quantization: str
+    precision: str
+    device: str
+    engine: EngineName
+    max_seq_length: int | None = None
+
+    def serves(self, config: PeftConfig) -> bool:
+        """Whether a fine-tune of this configuration can run on the base."""
+        same = (self.quantization, self.precision) == (config.quantization, config.precision)
+        return same and (self.max_seq_length is None or config.max_seq_length <= self.max_seq_length)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a client had a base loaded, beside what it is: what it takes to load the same again.
+
+    Attributes:
+        device: `cpu`, or a GPU's index.
+    """
+
+    engine: EngineName
+    device: str | int
+    force: bool
+    allow_pickle: bool
+
+
+@dataclass(frozen=True)
+class BaseRequest:
+    """A base that is wanted, and how it is loaded if it is not there.
+
+    Attributes:
+        config: What decides how its weights are stored.
+        needed_bytes: Estimated for loading it; None where the model's layers are not known.
+        for_client: Whether a client wants it, and not a job.
+        force: Whether to load it even if it does not fit.
+    """
+
+    key: BaseKey
+    engine_reason: str
+    config: PeftConfig
+    device: Device
+    needed_bytes: int | None
+    for_client: bool
+    force: bool
+    allow_pickle: bool
+
+    @property
+    def options(self) -> LoadOptions:
+        """What it takes to load the same again."""
+        return LoadOptions(self.key.engine, device_name(self.key.device), self.force, self.allow_pickle)

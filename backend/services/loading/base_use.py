@@ -1,0 +1,42 @@
+"""Who uses a base, and since when nobody does."""
+
+from datetime import datetime
+
+from core.clock import Clock
+
+
+class BaseUse:
+    """The uses of one base. The base's own lock protects them.
+
+    Attributes:
+        last_at: When it was last used; None before it is loaded.
+        last_s: The same on the monotonic clock; when it was asked for, before it is loaded.
+        for_client: Whether a client asked for it or used it. What a job loads for itself is nobody's.
+        awaited: How many wait for it to load, for another to leave it, or between two commands.
+    """
+
+    def __init__(self, clock: Clock, *, for_client: bool) -> None:
+        self._clock = clock
+        self.last_at: datetime | None = None
+        self.last_s = clock.monotonic()
+        self.for_client = for_client
+        self.awaited = 0
+
+    def now(self, *, for_client: bool = False) -> None:
+        """Record that it is used now.
+
+        Args:
+            for_client: Whether a client uses it, and not a job: it is kept for the client from now on.
+        """
+        self.last_at, self.last_s = self._clock.now(), self._clock.monotonic()
+        self.for_client = self.for_client or for_client
+
+    def over_for(self, idle_s: float, unkept_s: float | None) -> bool:
+        """Whether nobody waits for it, and nothing has used it for a while.
+
+        Args:
+            idle_s: How long.
+            unkept_s: How long if no client asked for it or used it; `idle_s` if None.
+        """
+        wanted_s = idle_s if unkept_s is None or self.for_client else unkept_s
+        return not self.awaited and self._clock.monotonic() - self.last_s >= wanted_s

@@ -1,0 +1,199 @@
+"""The queue of training jobs: its workers, the jobs that wait for another try, and each job's place."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from core.clock import Clock
+from core.errors import StudioError
+from core.logging import get_logger
+from domain.jobs.failures import failure
+from domain.jobs.retries import GIVEN_UP, MAX_STALLS
+from domain.jobs.states import ACTIVE_STATES, JobState
+from services.training.checkpoint_store import CheckpointStore
+from services.training.ledger import JobLedger
+from services.training.request_contexts import RequestContexts
+from services.training.run import TrainingRun
+from services.training.running_job import RunEnded
+from services.training.work import TrainingWork
+from store.patience import ServerEnds
+from store.records import JobRecord, to_text
+
+_log = get_logger(__name__)
+_CHECKPOINT_GRACE_S = 30.0
+
+
+@dataclass(frozen=True)
+class QueuePlace:
+    """A queued job's place, from 1, and when it may start; None where the run before it has no estimate yet."""
+
+    position: int
+    estimated_start_at: datetime | None
+
+
+class TrainingQueue:
+    """Runs the queued jobs: one at a time on each device, in one order for all.
+
+    Args:
+        ledger: Where the jobs are recorded.
+        work: Trains a job.
+        checkpoints: Where engines leave the state of their runs.
+        contexts: The contexts of the requests that brought a Hub token.
+        clock: For times and waits.
+        devices: Tells the devices that jobs are trained on, asked once at the start.
+    """
+
+    def __init__(
+        self,
+        ledger: JobLedger,
+        work: TrainingWork,
+        checkpoints: CheckpointStore,
+        contexts: RequestContexts,
+        clock: Clock,
+        devices: Callable[[], tuple[str, ...]],
+    ) -> None:
+        self._ledger, self._work, self._checkpoints, self._contexts = ledger, work, checkpoints, contexts
+        self._clock, self._devices = clock, devices
+        self._lock = threading.Lock()  # of the runs, together with whether there may be more
+        self._closing = threading.Event()
+        self._runs: dict[str, TrainingRun] = {}
+        self._retry_at_s: dict[str, float] = {}
+        self._workers: list[threading.Thread] = []
+
+    # What is running, and what waits
+
+    def run_of(self, record: JobRecord) -> TrainingRun | None:
+        """Return the run that carries a job, if there is one."""
+        return self._runs.get(record.id) if record.state in ACTIVE_STATES else None
+
+    def place_of(self, record: JobRecord) -> QueuePlace | None:
+        """Return where a queued job stands; None for any other.
+
+        The start is estimated for the first in the queue alone, from the run before it: what the others will take is
+        known once their data is tokenized, and not before.
+        """
+        if record.state is not JobState.QUEUED:
+            return None
+        ahead, running = self._ledger.around(record, ACTIVE_STATES)
+        now = self._clock.now()
+        etas = [eta for job in running if (eta := job.progress.get("eta_s")) is not None]
+        if ahead or len(etas) < len(running):
+            return QueuePlace(1 + ahead, None)
+        return QueuePlace(1, now + timedelta(seconds=max(etas, default=0.0)))
+
+    def retry_after(self, job_id: str, seconds: float) -> None:
+        """Have an interrupted job queued again after a while."""
+        self._retry_at_s[job_id] = self._clock.monotonic() + seconds
+
+    def queue_again(self, record: JobRecord, **columns: Any) -> None:
+        """Queue a paused or interrupted job now.
+
+        Raises:
+            TransitionNotPermitted: It is neither.
+        """
+        self._retry_at_s.pop(record.id, None)
+        self._ledger.move(record, JobState.QUEUED, **columns)
+
+    # Running
+
+    def start(self) -> None:
+        """Take up what a former server left unfinished, and start working."""
+        self._checkpoints.remove_leftovers()
+        for record in self._ledger.all(ACTIVE_STATES):
+            self._take_up(record)
+        for device in self._devices():
+            worker = threading.Thread(target=self._work_on, args=(device,), name=f"training-{device}", daemon=True)
+            self._workers.append(worker)
+            worker.start()
+
+    def _take_up(self, record: JobRecord) -> None:
+        if record.cancel_wish is not None:
+            self._cancel_as_wished(record)
+            return
+        if record.state is JobState.PAUSING:
+            self._ledger.move(record, JobState.PAUSED)
+            return
+        error = StudioError("The server ended while the job ran.")
+        stalls = record.stalls + 1
+        if stalls < MAX_STALLS:
+            self._ledger.move(record, JobState.INTERRUPTED, error=failure("server_ended", error), stalls=stalls)
+            return
+        error.detail += GIVEN_UP
+        details, now = failure("server_ended", error), to_text(self._clock.now())
+        self._ledger.move(record, JobState.FAILED, error=details, stalls=stalls, finished_at=now)
+
+    def _cancel_as_wished(self, record: JobRecord) -> None:
+        """Cancel a job whose run ended before it could obey."""
+        cancelled = self._ledger.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now()))
+        if cancelled and record.cancel_wish == "nothing":
+            self._checkpoints.delete(record.id)
+
+    def _work_on(self, device: str) -> None:
+        while not self._closing.is_set():
+            try:
+                self._queue_interrupted()
+                record = self._ledger.next_queued()
+                busy = record is not None and self._run(record, device)
+            except Exception:  # noqa: BLE001 - e.g. the disk is full: the log says so, and the next try may do better
+                _log.exception("training.worker_failed")
+                busy = False
+            if not busy:
+                with self._ledger.changed:
+                    # Woken by every change; the time-out only covers a wake-up between the look and the wait.
+                    self._ledger.changed.wait(timeout=1.0)
+
+    def _queue_interrupted(self) -> None:
+        """Queue the interrupted jobs whose wait is over."""
+        now_s = self._clock.monotonic()
+        for record in self._ledger.all(frozenset({JobState.INTERRUPTED})):
+            if record.cancel_wish is not None:
+                self._cancel_as_wished(record)
+            elif self._retry_at_s.get(record.id, now_s) <= now_s:
+                self.queue_again(record)
+
+    def _run(self, record: JobRecord, device: str) -> bool:
+        """Run a queued job; tell whether it was there to be run."""
+        run = TrainingRun(
+            record,
+            device,
+            ledger=self._ledger,
+            work=self._work,
+            checkpoints=self._checkpoints,
+            clock=self._clock,
+            closing=self._closing,
+            retry_after=self.retry_after,
+        )
+        with self._lock:
+            # Another device's worker may have found the same job: one of the two moves it on, the other goes by.
+            if self._closing.is_set() or record.id in self._runs:
+                return False
+            self._runs[record.id] = run
+        begun = False
+        try:
+            run.begin()
+            begun = True
+            self._contexts.of(record.id).run(run.execute)
+        except (RunEnded, ServerEnds):
+            pass
+        except Exception:  # noqa: BLE001 - the worker lives on; the job says failed, the log why
+            _log.exception("job.crashed", job_id=record.id)
+            run.fail_unexpectedly()
+        finally:
+            with self._lock:
+                del self._runs[record.id]
+        return begun
+
+    def close(self) -> None:
+        """Stop working; running jobs write a checkpoint and become `interrupted`."""
+        with self._lock:
+            self._closing.set()
+            runs = list(self._runs.values())
+        with self._ledger.changed:
+            self._ledger.changed.notify_all()
+        for run in runs:
+            run.end("server_ends")
+        deadline_s = self._clock.monotonic() + _CHECKPOINT_GRACE_S
+        for worker in self._workers:
+            worker.join(timeout=max(0.0, deadline_s - self._clock.monotonic()))

@@ -1,0 +1,120 @@
+"""What a run reports: its events and its progress, kept until the database has them."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from core import telemetry
+from core.errors import StorageFull, StudioError
+from core.logging import get_logger
+from domain import protocol
+from domain.jobs.states import JobState
+from services.training.ledger import JobLedger
+from services.training.running_job import RunningJob
+from store.patience import AWAY
+
+_log = get_logger(__name__)
+# Steps that wait for a database that is away; with more, the run is paused.
+_MOST_UNSAVED = 1000
+
+
+class RunJournal:
+    """Records the events of one run.
+
+    Args:
+        job: The job; it moves to `running` with the engine's first event.
+        ledger: Where the events go.
+        give_up: Called with the reason once events cannot be kept any longer.
+
+    Attributes:
+        progress: The job's progress as it is, recorded or not.
+        stalls: Deaths of the engine or of the server since the last checkpoint.
+    """
+
+    def __init__(self, job: RunningJob, ledger: JobLedger, give_up: Callable[[StudioError], None]) -> None:
+        self._job, self._ledger, self._give_up = job, ledger, give_up
+        self._started = False
+        self._unsaved: deque[tuple[str, dict[str, Any], dict[str, Any]]] = deque()
+        self._newest_event = 0
+        self.progress = dict(job.record.progress)
+        self.stalls = job.record.stalls
+
+    def begin(self) -> None:
+        """Go on from what is recorded of the job now."""
+        self._newest_event = self._job.patiently(lambda: self._ledger.newest_event(self._job.id))
+        self.progress, self.stalls = dict(self._job.record.progress), self._job.record.stalls
+
+    def on_event(self, event: Any) -> None:
+        """Record an event. Steps trained again after a crash are the same steps: they are not recorded twice."""
+        data = event.model_dump(mode="json", exclude={"request_id", "kind"})
+        if isinstance(event, protocol.TrainingStarted):
+            self._started = True
+            step = event.resumed_from_step or 0
+            self._save("started", data, {"step": step, "total_steps": event.total_steps})
+        elif isinstance(event, protocol.TrainingBuilt):
+            self._save("built", data, {})
+        elif isinstance(event, protocol.Computing):
+            self._save(None, {}, {"engine": self.progress["engine"] | {"computation": event.how}})
+        elif isinstance(event, protocol.StepMetrics):
+            algorithm = self._job.record.algorithm
+            telemetry.step_seconds.labels(algorithm).observe(event.step_s)
+            telemetry.tokens.labels(algorithm).inc(event.step_tokens)
+            new = event.step > self.progress.get("recorded_step", 0)
+            progress = {
+                "step": event.step,
+                "recorded_step": max(event.step, self.progress.get("recorded_step", 0)),
+                "total_steps": event.total_steps,
+                "epoch": event.epoch,
+                "fraction": event.step / event.total_steps,
+                "eta_s": event.eta_s,
+                "tokens_per_s": event.tokens_per_s,
+                "last": data,
+            }
+            self._save("metrics" if new else None, data, progress)
+        elif isinstance(event, protocol.Evaluated):
+            new = event.step > self.progress.get("evaluated_step", -1)
+            step = max(event.step, self.progress.get("evaluated_step", -1))
+            self._save("evaluation" if new else None, data, {"evaluated_step": step})
+        elif isinstance(event, protocol.CheckpointWritten):
+            if event.step > self.progress.get("checkpoint_step", -1):
+                self.stalls = 0
+            step = max(event.step, self.progress.get("checkpoint_step", -1))
+            data = {"step": event.step, "size_bytes": event.size_bytes}
+            self._save("checkpoint", data, {"checkpoint_step": step})
+        else:
+            self._save("progress", data, {})
+
+    def _save(self, kind: str | None, data: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Write an event and the progress. What a database that is away cannot take waits; a full disk pauses."""
+        self.progress |= progress
+        self._unsaved.append((kind or "", data, dict(self.progress)))
+        try:
+            self._flush()
+        except AWAY as error:
+            _log.warning("job.event_waits", job_id=self._job.id, event_kind=kind, unsaved=len(self._unsaved))
+            if isinstance(error, StorageFull) or len(self._unsaved) > _MOST_UNSAVED:
+                self._give_up(error)
+
+    def _flush(self) -> None:
+        with self._job.lock:
+            if self._started and self._job.state is JobState.PREPARING:  # and not, for one, pausing
+                self._job.move(JobState.RUNNING)
+        while self._unsaved:
+            kind, data, progress = self._unsaved[0]
+            try:
+                self._newest_event = self._ledger.record_event(
+                    self._job.id, kind or None, data, progress, self.stalls, after=self._newest_event
+                )
+            except SQLAlchemyError:  # and no outage: this one can never be written, and must not hold up the others
+                _log.exception("job.event_lost", job_id=self._job.id, event_kind=kind)
+            self._unsaved.popleft()
+
+    def flush(self) -> None:
+        """Write what could not be written before.
+
+        Raises:
+            ServerEnds: The server stops before the database can be used.
+        """
+        self._job.patiently(self._flush)

@@ -1,0 +1,169 @@
+"""What a run has an engine do: the base is found or loaded, lent, and trained on."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from core.errors import LoadedModelNotFound
+from domain import protocol
+from domain.models.load_states import GONE
+from domain.peft.algorithms import Algorithm
+from domain.peft.config import recorded
+from services.adapter_service import AdapterService
+from services.dataset_service import DatasetService
+from services.engines.process import EngineDied, EngineProcess
+from services.loading.borrowing import borrow
+from services.peft_service import LoadedModel, LoadRequest, PeftService
+from services.training.checkpoint_store import CheckpointStore
+from services.training.dataset_analysis import DatasetAnalysisService, require_learnable
+from services.training.run_card import about_run
+from services.training.run_control import RunControl
+from services.training.run_journal import RunJournal
+from services.training.running_job import RunningJob
+from store.records import JobRecord
+
+
+class TrainingWork:
+    """Trains a job's adapter.
+
+    Args:
+        peft: Loads the base.
+        datasets: Where the rows are.
+        adapters: Where the adapter goes.
+        analyses: Tell whether anything can be learned.
+        checkpoints: Where engines leave the state of their runs.
+        max_checkpoint_bytes: Most bytes of checkpoints a job keeps; None for no limit.
+        oom_kills: Counts the processes that the kernel has killed for want of memory.
+    """
+
+    def __init__(
+        self,
+        peft: PeftService,
+        datasets: DatasetService,
+        adapters: AdapterService,
+        analyses: DatasetAnalysisService,
+        checkpoints: CheckpointStore,
+        max_checkpoint_bytes: int | None,
+        oom_kills: Callable[[], int],
+    ) -> None:
+        self._peft, self._datasets, self._adapters, self._analyses = peft, datasets, adapters, analyses
+        self._checkpoints, self._max_checkpoint_bytes = checkpoints, max_checkpoint_bytes
+        self.oom_kills = oom_kills
+
+    def run(
+        self,
+        job: RunningJob,
+        device: str,
+        control: RunControl,
+        journal: RunJournal,
+        on_event: Callable[[Any], None],
+    ) -> tuple[LoadedModel, dict[str, Any]]:
+        """Train.
+
+        Args:
+            job: What is trained.
+            device: Where, unless the job names a loaded model: `cpu`, or a GPU's index.
+            control: Stops it.
+            journal: Knows how far former runs of the job came.
+            on_event: Takes the engine's events.
+
+        Returns:
+            The model that it was trained on, and what the engine says of the adapter, with `adapter_id`, `log_tail` and
+            `dataset_sha256`.
+
+        Raises:
+            RunStopped: Somebody stopped it before the engine began.
+            StudioError: As loading the base says, or the engine.
+        """
+        self._check_data(job, control, journal)
+        known = {model.id for model in self._peft.models()}
+        model = self._find_or_load(job.record, device)
+        try:
+            with borrow(model, f"training {job.id}", control.wait) as process:
+                return model, self._train(job, model, process, control, journal, on_event)
+        except EngineDied:
+            # What this job loaded and lost is of no use to anybody; what a client loaded stays listed as failed.
+            if model.id not in known:
+                with suppress(LoadedModelNotFound):
+                    self._peft.unload(model.id)
+            raise
+
+    def _check_data(self, job: RunningJob, control: RunControl, journal: RunJournal) -> None:
+        """End a job that would learn nothing before its base is downloaded and loaded."""
+        if journal.progress.get("step"):
+            return  # it has learned something
+        running = job.patiently(lambda: self._analyses.begin_in_doubt(job.record))
+        if running is None:
+            return
+        while not running.future.done():
+            control.wait()
+        require_learnable(job.record.dataset_id, job.record.config["max_seq_length"], running.future.result())
+
+    def _find_or_load(self, job: JobRecord, device: str) -> LoadedModel:
+        config = recorded(job.config)
+        if job.loaded_model_id is not None:
+            named = [model for model in self._peft.models() if model.id == job.loaded_model_id]
+            # Another precision, an unloaded model or a dead engine: the base is loaded (again).
+            for model in named:
+                if model.state not in GONE and model.base.key.serves(config):
+                    return model
+        # As the client had the named model loaded: another device or engine would round otherwise.
+        options = job.load_options
+        return self._peft.load(
+            LoadRequest(
+                model_id=job.model_id,
+                revision=job.revision,
+                algorithm=Algorithm(job.algorithm),
+                use_case=None,
+                overrides=config.model_dump(exclude={"epochs"} if config.max_steps is not None else None),
+                engine=options.get("engine", "auto"),
+                device=options.get("device", device),
+                force=bool(options.get("force") or job.progress.get("forced")),
+                allow_pickle=options.get("allow_pickle", False),
+                for_job=True,
+            )
+        )
+
+    def _train(
+        self,
+        job: RunningJob,
+        model: LoadedModel,
+        process: EngineProcess,
+        control: RunControl,
+        journal: RunJournal,
+        on_event: Callable[[Any], None],
+    ) -> dict[str, Any]:
+        record = job.record
+        adapter_id = f"adp_{record.id.removeprefix('job_')}"
+        validation = record.validation_dataset_id
+        rows = job.patiently(lambda: str(self._datasets.rows_path(record.dataset_id)))
+        held_out = job.patiently(lambda: str(self._datasets.rows_path(validation))) if validation else None
+        about = job.patiently(lambda: about_run(self._datasets, record))
+
+        def command(request_id: str) -> protocol.Train:
+            return protocol.Train(
+                request_id=request_id,
+                adapter_id=adapter_id,
+                config=recorded(record.config),
+                dataset_path=rows,
+                validation_path=held_out,
+                validation_fraction=record.validation_fraction,
+                output_path=str(self._adapters.path_for(adapter_id)),
+                base_model_id=model.model_id,
+                base_revision=model.revision,
+                checkpoints_path=str(self._checkpoints.folder_of(record.id)),
+                max_checkpoint_bytes=self._max_checkpoint_bytes,
+                recorded_step=journal.progress.get("recorded_step", 0),
+                about=about,
+            )
+
+        engine = {"name": model.base.key.engine, "reason": model.base.wanted.engine_reason, "computation": None}
+        journal.progress |= {"engine": engine}  # written with the next event
+        result = control.request(process, command, on_event).result()
+        model.base.attached(adapter_id, result["memory_bytes"])
+        extras = {"adapter_id": adapter_id, "dataset_sha256": about["dataset_sha256"], "log_tail": process.log_tail()}
+        return result | extras
+
+    def savings(self, job: JobRecord, device: str) -> list[str]:
+        """Say what would need less memory, and how much; nothing where the model's layers are not known."""
+        return self._peft.savings(job.model_id, job.revision, recorded(job.config), on_gpu=device != "cpu")
