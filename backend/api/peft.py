@@ -14,6 +14,7 @@ from api.hub_token import ASKS_THE_HUB
 from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
 from api.waiting import may_ask_the_hub, until_done
 from core.errors import StudioError
+from domain.configure import Configuration
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.use_cases import USE_CASES
 from services.adapter_service import AdapterService, get_adapter_service
@@ -41,15 +42,12 @@ def use_cases() -> schemas.UseCaseList:
 @router.post("/configure", dependencies=ASKS_THE_HUB)
 async def configure(body: schemas.ConfigureRequest, peft: Peft) -> schemas.ConfigureResponse:
     """A complete configuration, every parameter with its source and reason. Nothing is loaded."""
-    configuration = await may_ask_the_hub(
-        peft.configure,
-        body.algorithm,
-        body.use_case,
-        body.overrides.sent(),
-        model_id=body.model_id,
-        revision=body.revision,
-    )
-    return configuration_view(body, configuration)
+    return configuration_view(body, await may_ask_the_hub(_configure, body, peft))
+
+
+def _configure(body: schemas.ConfigureRequest, peft: PeftService) -> Configuration:
+    where = peft.on_device(body.model_id, body.revision) if body.model_id is not None else None
+    return peft.configure(body.algorithm, body.use_case, body.overrides.sent(), where)
 
 
 @router.post(

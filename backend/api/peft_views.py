@@ -85,7 +85,7 @@ def loaded_model_view(model: LoadedModel) -> schemas.LoadedModelResponse:
         model_id=model.model_id,
         revision=model.revision,
         algorithm=model.algorithm,
-        config=model.configuration.config,
+        config=model.config,
         engine=base.key.engine,
         engine_reason=base.wanted.engine_reason,
         device=base.key.device,

@@ -188,9 +188,7 @@ def _validated(
     shape: ModelShape | None,
 ) -> PeftConfig:
     values = {name: choices[name].value for name in PARAMETER_NAMES}
-    errors = _contradictions(algorithm, values, overrides, machine, shape)
-    if errors:
-        raise SettingRejected("; ".join(str(error["message"]) for error in errors), errors=errors)
+    _refuse(_contradictions(algorithm, values, overrides, machine, shape))
     try:
         return PeftConfig.model_validate(values)
     except ValidationError as error:
@@ -272,7 +270,7 @@ def _contradictions(
     overrides: Mapping[str, Any],
     machine: MachineFacts,
     shape: ModelShape | None,
-) -> list[dict[str, Any]]:
+) -> list[tuple[str, str]]:
     spec = SPECS[algorithm]
     found: list[tuple[str, str]] = []
     for name, value in overrides.items():
@@ -293,7 +291,25 @@ def _contradictions(
         found.append(("min_learning_rate_ratio", "has no effect with scheduler='constant', which does not decay"))
     if values["early_stopping_patience"] is not None and values["eval_every_steps"] is None:
         found.append(("early_stopping_patience", "early stopping needs eval_every_steps"))
-    return [{"location": [name], "message": f"{name}: {message}"} for name, message in found]
+    return found
+
+
+def _refuse(found: list[tuple[str, str]]) -> None:
+    if found:
+        errors = [{"location": [name], "message": f"{name}: {message}"} for name, message in found]
+        raise SettingRejected("; ".join(f"{name}: {message}" for name, message in found), errors=errors)
+
+
+def require_device(config: PeftConfig, machine: MachineFacts) -> None:
+    """Refuse a finished configuration that the device cannot compute: it was made for another machine.
+
+    The rules that `configure` has beside are for new configurations, and are not asked again.
+
+    Raises:
+        SettingRejected: The device lacks what it takes; `errors` says what, with its location.
+    """
+    if not machine.has_gpu:
+        _refuse(_cpu_refusals(config.model_dump()))
 
 
 def _model_refusals(shape: ModelShape, values: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from core.clock import Clock, SystemClock
-from core.errors import LoadedModelNotFound, ModelBusy, ModelNotReady
+from core.errors import LoadedModelNotFound
 from core.settings import get_settings
 from core.singleton import singleton
-from domain import protocol
-from domain.configure import Configuration, configure
+from domain.configure import Configuration, configure, require_device
 from domain.memory.activations import Batch
-from domain.memory.estimate import adapter_parameters, loading_bytes
+from domain.memory.estimate import adapter_parameters
 from domain.memory.verdict import Assessment, assess, assess_loading, savings
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig
@@ -19,16 +18,17 @@ from domain.peft.use_cases import UseCaseId
 from services.hardware.devices import Device, device_name
 from services.hardware.machine import Machine
 from services.hardware_service import get_machine
+from services.loading.attachment import attach, detach
 from services.loading.base_request import BaseKey, BaseRequest
 from services.loading.loaded_base import LoadedBase
-from services.loading.loaded_model import LoadedModel, LoadRequest
-from services.loading.placement import place
+from services.loading.loaded_model import ConfiguredLoad, LoadedModel, LoadRequest, ModelOnDevice
+from services.loading.placement import place, wanted_base
 from services.loading.pool import BasePool
 from services.model_registry_service import get_model_facts, get_model_files
 from services.models.facts import ModelFacts
 from services.models.files import ModelFiles
 
-__all__ = ["LoadRequest", "LoadedModel", "PeftService", "get_peft_service"]
+__all__ = ["ConfiguredLoad", "LoadRequest", "LoadedModel", "ModelOnDevice", "PeftService", "get_peft_service"]
 
 
 class PeftService:
@@ -72,32 +72,57 @@ class PeftService:
 
     # Configuration
 
+    def on_device(
+        self, model_id: str, revision: str | None, device: str | int = "auto", loaded: LoadedModel | None = None
+    ) -> ModelOnDevice:
+        """Look up a model, and the device for it: the one that is asked for, or that it is loaded on.
+
+        Raises:
+            SettingRejected: There is no such device.
+            ModelNotFound: There is no such model.
+        """
+        found = self._machine.device(device if loaded is None else device_name(loaded.base.key.device))
+        return ModelOnDevice(model_id, revision, self._facts.shape(model_id, revision), found, loaded)
+
     def configure(
         self,
         algorithm: Algorithm,
         use_case: UseCaseId | None,
         overrides: dict[str, Any],
-        *,
-        model_id: str | None = None,
-        revision: str | None = None,
-        device: Device | None = None,
+        where: ModelOnDevice | None = None,
     ) -> Configuration:
-        """Make a complete configuration for this machine and, if named, a model.
+        """Make a complete configuration for a model on a device, or without a model for this machine.
 
         Raises:
             SettingRejected: An override cannot take effect.
-            ModelNotFound: There is no such model.
         """
-        device = device or self._beside(self._machine.device("auto"), algorithm, overrides, model_id, revision)
-        shape = self._facts.shape(model_id, revision) if model_id is not None else None
+        if where is None:
+            machine = self._machine.device("auto").facts
+            return configure(algorithm, use_case=use_case, overrides=overrides, machine=machine)
+        # What the base that it will use holds already counts as free. Otherwise a base that fits would be loaded a
+        # second time in fewer bits.
+        with self._pool.lock:
+            own = where.loaded.base if where.loaded is not None else self._base_for(where, algorithm, overrides)
+            device = self._pool.room_on(where.device, own)
         return configure(
             algorithm,
             use_case=use_case,
             overrides=overrides,
             machine=device.facts,
-            shape=shape,
+            shape=where.shape,
             available_bytes=device.available_bytes,
         )
+
+    def _base_for(self, where: ModelOnDevice, algorithm: Algorithm, overrides: dict[str, Any]) -> LoadedBase | None:
+        """Return the base that is there already for what will be configured, if there is one."""
+        stored = SPECS[algorithm].fixed.get("quantization", overrides.get("quantization", "none"))
+        wanted = (where.model_id, where.revision, stored, where.device.torch_name)
+
+        def suits(key: BaseKey) -> bool:
+            same = (key.model_id, key.revision, key.quantization, key.device) == wanted
+            return same and overrides.get("precision", key.precision) == key.precision
+
+        return self._pool.find(suits)
 
     def device(self, wanted: str | int) -> Device:
         """Return a device with what a new load may use of it: what is free, less what loads under way will need.
@@ -107,58 +132,25 @@ class PeftService:
         """
         return self._pool.room_on(self._machine.device(wanted))
 
-    def _beside(
-        self,
-        device: Device,
-        algorithm: Algorithm,
-        overrides: dict[str, Any],
-        model_id: str | None,
-        revision: str | None,
-    ) -> Device:
-        """Return a device as it is for a run: what a base of the model holds that is there already counts as free.
-
-        Otherwise a base that fits would be loaded a second time in fewer bits.
-        """
-        stored = SPECS[algorithm].fixed.get("quantization", overrides.get("quantization", "none"))
-        wanted = (model_id, revision, stored, device.torch_name)
-
-        def suits(key: BaseKey) -> bool:
-            same = (key.model_id, key.revision, key.quantization, key.device) == wanted
-            return same and overrides.get("precision", key.precision) == key.precision
-
-        with self._pool.lock:
-            return self._pool.room_on(device, self._pool.find(suits))
-
-    def device_of(self, model: LoadedModel) -> Device:
-        """Return the device that a loaded model is on, with what a run on that model may use of it."""
-        return self._pool.room_on(self._machine.device(device_name(model.base.key.device)), model.base)
-
-    def admit_run(
-        self, model_id: str, revision: str | None, config: PeftConfig, *, loaded: LoadedModel | None, batch: Batch
-    ) -> None:
+    def admit_run(self, where: ModelOnDevice, config: PeftConfig, batch: Batch) -> None:
         """Refuse a fine-tune that does not fit, even once idle models have been unloaded for it.
 
         Args:
-            loaded: The loaded model it will use, if it names one; otherwise a base that is there is taken.
+            where: What it runs on. Without a loaded model, a base that is there is taken.
+            config: Its configuration.
             batch: The largest forward pass of the data.
 
         Raises:
             DoesNotFit: With the estimate and what would make it fit.
             ModelRejected: The engine cannot train the model.
         """
-        shape = self._facts.shape(model_id, revision)
 
         def judge(device: Device) -> Assessment:
-            available = device.available_bytes
-            return assess(shape, config, available, on_gpu=device.on_gpu, batch=batch, siblings=self._facts.siblings)
+            available, siblings = device.available_bytes, self._facts.siblings
+            return assess(where.shape, config, available, on_gpu=device.on_gpu, batch=batch, siblings=siblings)
 
-        if loaded is None:
-            device = self._machine.device("auto")
-            key, _ = place(self._machine, "auto", model_id, revision, config, shape, device)
-            self._pool.admit_run(f"Training {model_id}", judge, device, key)
-        else:
-            device = self._machine.device(device_name(loaded.base.key.device))
-            self._pool.admit_run(f"Training {model_id}", judge, device, loaded.base)
+        runs_on = where.loaded.base if where.loaded is not None else place(self._machine, "auto", where, config)[0]
+        self._pool.admit_run(f"Training {where.model_id}", judge, where.device, runs_on)
 
     def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
         """Say what would need less memory, and how much; nothing where the model's layers are not known."""
@@ -167,8 +159,11 @@ class PeftService:
 
     # Loading
 
-    def load(self, request: LoadRequest) -> LoadedModel:
+    def load(self, request: LoadRequest | ConfiguredLoad) -> LoadedModel:
         """Start loading a model, or join the load of the same base that is there already.
+
+        Args:
+            request: What a client asks for, which is configured first, or what a job needs, which is configured.
 
         Raises:
             SettingRejected: A setting cannot take effect.
@@ -178,61 +173,41 @@ class PeftService:
             DoesNotFit: Loading it needs more than the device has free beside the loads under way, even with every
                 idle model unloaded.
         """
-        device = self.device(request.device)
+        device = self._machine.device(request.device)
         self._files.check(request.model_id, request.revision, allow_pickle=request.allow_pickle)
         shape = self._facts.shape(request.model_id, request.revision)
-        model_id, revision = request.model_id, request.revision
-        beside = self._beside(
-            self._machine.device(request.device), request.algorithm, request.overrides, model_id, revision
-        )
-        configuration = self.configure(
-            request.algorithm, request.use_case, request.overrides, model_id=model_id, revision=revision, device=beside
-        )
-        config = configuration.config
-        key, engine = place(self._machine, request.engine, model_id, revision, config, shape, device)
-        needed = loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None
-        trainable = adapter_parameters(shape, config) if shape is not None else None
+        where = ModelOnDevice(request.model_id, request.revision, shape, device)
+        if isinstance(request, ConfiguredLoad):
+            config = request.config
+            require_device(config, device.facts)
+        else:
+            config = self.configure(request.algorithm, request.use_case, request.overrides, where).config
 
         def judge(device: Device) -> Assessment:
             available = device.available_bytes
             return assess_loading(shape, config, available, on_gpu=device.on_gpu, siblings=self._facts.siblings)
 
-        wanted = BaseRequest(
-            key,
-            engine.reason,
-            config,
-            device,
-            needed,
-            for_client=not request.for_job,
-            force=request.force,
-            allow_pickle=request.allow_pickle,
-        )
-        return self._pool.join_or_start(
-            wanted, judge, lambda base: self._on_base(base, request, configuration, needed, trainable)
-        )
+        wanted = wanted_base(self._machine, request, where, config)
+        trainable = adapter_parameters(shape, config) if shape is not None else None
+        return self._pool.join_or_start(wanted, judge, lambda base: self._on_base(base, request, wanted, trainable))
 
     def _on_base(
-        self,
-        base: LoadedBase,
-        request: LoadRequest,
-        configuration: Configuration,
-        needed: int | None,
-        trainable: int | None,
+        self, base: LoadedBase, request: LoadRequest | ConfiguredLoad, wanted: BaseRequest, trainable: int | None
     ) -> LoadedModel:
         """Return the loaded model of a request: one that is there, or a new one. The caller holds the pool's lock."""
         for model in self._models.values():
-            if model.answers(request, base, configuration):
+            if model.answers(request, base, wanted.config):
                 return model
         model = LoadedModel(
             f"mdl_{uuid.uuid4().hex[:12]}",
             request.model_id,
             request.revision,
             request.algorithm,
-            configuration,
+            wanted.config,
             base,
-            needed,
+            wanted.needed_bytes,
             trainable,
-            {} if request.for_job else request.overrides,
+            request.overrides if isinstance(request, LoadRequest) else {},
         )
         self._models[model.id] = model
         return model
@@ -272,15 +247,7 @@ class PeftService:
 
     def attach(self, model: LoadedModel, adapter_id: str, path: Path) -> None:
         """Make an adapter usable on a loaded base. It stays until the base is unloaded."""
-        if adapter_id in model.base.adapters:
-            return
-        process = model.base.engine()
-        _, future = process.request(
-            lambda request_id: protocol.AttachAdapter(request_id=request_id, adapter_id=adapter_id, path=str(path))
-        )
-        result = future.result()
-        model.base.touch()
-        model.base.attached(adapter_id, result["memory_bytes"])
+        attach(model.base, adapter_id, path)
 
     def detach_everywhere(self, adapter_id: str) -> None:
         """Take an adapter off every base that has it.
@@ -289,18 +256,7 @@ class PeftService:
             ModelBusy: A base that has it is training.
         """
         for base in {id(model.base): model.base for model in self.models()}.values():
-            if adapter_id not in base.adapters:
-                continue
-            if base.busy_with is not None:
-                raise ModelBusy(f"The base of the adapter is {base.busy_with}.")
-            try:
-                process = base.engine()
-            except ModelNotReady:
-                continue  # it is being unloaded, and the adapter with it
-            _, future = process.request(
-                lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id=adapter_id)
-            )
-            base.detached(adapter_id, future.result()["memory_bytes"])
+            detach(base, adapter_id)
 
     # Unloading
 

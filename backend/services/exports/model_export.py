@@ -13,7 +13,7 @@ from services.engines.process import CommandFailed, EngineDied, EngineProcess, d
 from services.exports.control import ExportControl, ExportStopped
 from services.loading.borrowing import borrow
 from services.models.facts import ModelFacts
-from services.peft_service import LoadedModel, LoadRequest, PeftService
+from services.peft_service import ConfiguredLoad, LoadedModel, PeftService
 from store.records import AdapterRecord, ExportRecord
 
 
@@ -57,20 +57,11 @@ class ModelExport:
 
     def _load(self, adapter: AdapterRecord) -> LoadedModel:
         """Load the base as it was held in the training; how precisely it computes is this machine's to choose."""
+        algorithm = Algorithm(adapter.algorithm)
         overrides = {"quantization": adapter.config["quantization"]} if adapter.config is not None else {}
-        return self._peft.load(
-            LoadRequest(
-                model_id=adapter.base_model_id,
-                revision=adapter.base_revision,
-                algorithm=Algorithm(adapter.algorithm),
-                use_case=None,
-                overrides=overrides,
-                engine="auto",
-                device="auto",
-                force=False,
-                for_job=True,
-            )
-        )
+        where = self._peft.on_device(adapter.base_model_id, adapter.base_revision)
+        config = self._peft.configure(algorithm, None, overrides, where).config
+        return self._peft.load(ConfiguredLoad(where.model_id, where.revision, algorithm, config))
 
     def _request(self, process: EngineProcess, control: ExportControl, command: Callable[[str], Any]) -> dict[str, Any]:
         def on_event(event: Any) -> None:

@@ -1,24 +1,21 @@
-"""What is asked for when a model is to be loaded, and what whoever asked then has."""
+"""What is asked for when a model is to be loaded, and the loaded model that answers it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from domain.configure import Configuration
 from domain.models.load_states import LoadState
+from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from domain.peft.use_cases import UseCaseId
+from services.hardware.devices import Device
 from services.loading.loaded_base import LoadedBase
 
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What a client wants loaded, or with `for_job` what a job needs.
-
-    Attributes:
-        for_job: Whether a job or an export wants it: `overrides` then says nothing about other jobs, and no client
-            asked for the model to stay.
-    """
+    """What a client wants loaded. The service configures it by the rules of today."""
 
     model_id: str
     revision: str | None
@@ -29,7 +26,20 @@ class LoadRequest:
     device: str | int
     force: bool
     allow_pickle: bool = False
-    for_job: bool = False
+
+
+@dataclass(frozen=True)
+class ConfiguredLoad:
+    """What a job or an export needs loaded. Its configuration is finished and is taken as it is."""
+
+    model_id: str
+    revision: str | None
+    algorithm: Algorithm
+    config: PeftConfig
+    engine: str = "auto"
+    device: str | int = "auto"
+    force: bool = False
+    allow_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class LoadedModel:
     model_id: str
     revision: str | None
     algorithm: Algorithm
-    configuration: Configuration
+    config: PeftConfig
     base: LoadedBase
     estimated_bytes: int | None
     trainable_parameters: int | None
@@ -54,8 +64,25 @@ class LoadedModel:
     def state(self) -> LoadState:
         return self.base.state
 
-    def answers(self, request: LoadRequest, base: LoadedBase, configuration: Configuration) -> bool:
+    def answers(self, request: LoadRequest | ConfiguredLoad, base: LoadedBase, config: PeftConfig) -> bool:
         """Whether it is what a request for this base and this configuration asks for: no second one is needed."""
         same = self.base is base and self.algorithm == request.algorithm
-        asked_alike = request.for_job or self.asked == request.overrides
-        return same and asked_alike and self.configuration.config == configuration.config
+        asked_alike = isinstance(request, ConfiguredLoad) or self.asked == request.overrides
+        return same and asked_alike and self.config == config
+
+
+@dataclass(frozen=True)
+class ModelOnDevice:
+    """A model and the device that it is to run on, looked up once for all that is asked about them.
+
+    Attributes:
+        shape: The model's dimensions; None where its family is not known.
+        device: With what the system reports as free.
+        loaded: The loaded model that is to be used; None where a base is found or loaded.
+    """
+
+    model_id: str
+    revision: str | None
+    shape: ModelShape | None
+    device: Device
+    loaded: LoadedModel | None = None

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Protocol
 
 from domain import protocol
-from domain.models.shape import ModelShape
+from domain.memory.estimate import loading_bytes
 from domain.peft.config import PeftConfig
 from domain.peft.unsloth_rules import loaded_length, obstacle
 from services.hardware.devices import Device, EngineChoice
-from services.loading.base_request import BaseKey
+from services.loading.base_request import BaseKey, BaseRequest
+from services.loading.loaded_model import ConfiguredLoad, LoadRequest, ModelOnDevice
 
 
 class ChoosesEngines(Protocol):
@@ -18,29 +19,53 @@ class ChoosesEngines(Protocol):
 
 
 def place(
-    machine: ChoosesEngines,
-    wanted: str,
-    model_id: str,
-    revision: str | None,
-    config: PeftConfig,
-    shape: ModelShape | None,
-    device: Device,
+    machine: ChoosesEngines, wanted: str, where: ModelOnDevice, config: PeftConfig
 ) -> tuple[BaseKey, EngineChoice]:
     """Say which base serves a request, loaded already or not, and why on that engine.
 
     Args:
+        machine: Tells the engines.
         wanted: `auto`, `transformers` or `unsloth`.
-        shape: The model's, where its family is known.
+        where: The model and its device.
+        config: What decides how its weights are stored.
 
     Raises:
         SettingRejected: Unsloth was asked for and cannot do it.
     """
+    shape, device = where.shape, where.device
     engine = machine.engine(wanted, device, obstacle(config, shape.model_type if shape is not None else None))
     fast = engine.name == "unsloth"
     length = loaded_length(config, shape.max_positions if shape is not None else None) if fast else None
-    quantization, precision = config.quantization, config.precision
-    key = BaseKey(model_id, revision, quantization, precision, device.torch_name, engine.name, length)
-    return key, engine
+    stored = config.quantization, config.precision
+    return BaseKey(where.model_id, where.revision, *stored, device.torch_name, engine.name, length), engine
+
+
+def wanted_base(
+    machine: ChoosesEngines, request: LoadRequest | ConfiguredLoad, where: ModelOnDevice, config: PeftConfig
+) -> BaseRequest:
+    """Say which base a load asks for, and how it is loaded if it is not there.
+
+    Args:
+        machine: Tells the engines.
+        request: A client's, or a job's.
+        where: The model and its device.
+        config: The configuration of the request.
+
+    Raises:
+        SettingRejected: Unsloth was asked for and cannot do it.
+    """
+    key, engine = place(machine, request.engine, where, config)
+    shape, device = where.shape, where.device
+    return BaseRequest(
+        key,
+        engine.reason,
+        config,
+        device,
+        loading_bytes(shape, config, on_gpu=device.on_gpu) if shape is not None else None,
+        for_client=isinstance(request, LoadRequest),
+        force=request.force,
+        allow_pickle=request.allow_pickle,
+    )
 
 
 def load_command(request_id: str, path: Path, config: PeftConfig, key: BaseKey, device: Device) -> protocol.LoadBase:

@@ -5,6 +5,7 @@ from typing import Any
 
 from core.errors import AccessDenied, ModelRejected
 from core.singleton import singleton
+from domain.configure import configure
 from domain.memory.verdict import Assessment, assess
 from domain.peft.algorithms import Algorithm
 from services.model_registry_service import get_model_facts
@@ -44,10 +45,15 @@ class CompatibilityService:
         except (AccessDenied, ModelRejected):
             if not blockers:
                 raise
-            self._peft.configure(algorithm, None, overrides, device=device)
+            configure(algorithm, use_case=None, overrides=overrides, machine=device.facts)
             return Assessment("unknown", device.available_bytes, None, ["config.json is not to be had"], [], blockers)
-        config = self._peft.configure(
-            algorithm, None, overrides, model_id=model_id, revision=revision, device=device
+        config = configure(
+            algorithm,
+            use_case=None,
+            overrides=overrides,
+            machine=device.facts,
+            shape=shape,
+            available_bytes=device.available_bytes,
         ).config
         found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings)
         if blockers:

@@ -179,9 +179,8 @@ class DatasetAnalysisService:
         overrides = dict(request.overrides)
         if "train_on" not in overrides and self._datasets.get(request.dataset_id).format == "text":
             overrides["train_on"] = "all"
-        return self._peft.configure(
-            request.algorithm, request.use_case, overrides, model_id=request.model_id, revision=request.revision
-        ).config
+        where = self._peft.on_device(request.model_id, request.revision)
+        return self._peft.configure(request.algorithm, request.use_case, overrides, where).config
 
     def _place(self, request: AnalysisRequest, config: PeftConfig, path: Path) -> Path:
         """Return the file in which an analysis is kept: named for all that it depends on."""

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from core.errors import CheckpointUnusable, SettingRejected
-from domain.configure import Configuration
 from domain.jobs.states import JobState
 from domain.memory.activations import Batch
 from domain.memory.hardware_fit import FITTED
@@ -14,10 +13,10 @@ from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig, recorded
 from domain.peft.use_cases import UseCaseId
 from services.dataset_service import DatasetService
-from services.peft_service import LoadedModel, PeftService
+from services.peft_service import LoadedModel, ModelOnDevice, PeftService
 from services.training.checkpoint_store import CheckpointStore
 from services.training.dataset_analysis import DatasetAnalysisService
-from store.records import JobRecord
+from store.records import DatasetRecord, JobRecord
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,14 @@ class JobIntake:
             CheckpointUnusable: The checkpoint is damaged or belongs to another kind of run.
             DoesNotFit: It needs more memory than there is, and `force` is not set.
         """
-        model_id, revision = self._model_of(request)
-        config = self._configure(request, model_id, revision, source).config
+        loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
+        model_id, revision = _model_of(request, loaded)
+        overrides = _overrides(request, loaded, source)
+        dataset = self.datasets.get(request.dataset_id)
+        if dataset.format == "text":
+            overrides = {"train_on": "all"} | overrides  # a text has no answers
+        where = self.peft.on_device(model_id, revision, loaded=loaded)
+        config = self.peft.configure(request.algorithm, request.use_case, overrides, where).config
         self._check_data(request, config)
         for dataset_id in filter(None, (request.dataset_id, request.validation_dataset_id)):
             self.analyses.check_learnable(dataset_id, model_id, revision, config)
@@ -91,7 +96,7 @@ class JobIntake:
             model_id=model_id,
             revision=revision,
             loaded_model_id=request.loaded_model_id,
-            load_options=self._load_options(request),
+            load_options=asdict(loaded.base.wanted.options) if loaded is not None else {},
             algorithm=request.algorithm.value,
             config=config.model_dump(mode="json"),
             dataset_id=request.dataset_id,
@@ -112,53 +117,8 @@ class JobIntake:
         found = self._checkpoint_for(record, source, request.resume_from)
         if not request.force:
             # The last of what may refuse it: idle models are unloaded for this.
-            self._check_memory(request, model_id, revision, config)
+            self.peft.admit_run(where, config, self._largest_batch(dataset, where, config))
         return self._begin_with(*found, record) if found is not None else record
-
-    def _configure(
-        self, request: JobRequest, model_id: str, revision: str | None, source: JobRecord | None
-    ) -> Configuration:
-        """Configure for the base that will be trained on: a loaded one is taken as it was loaded, or refused.
-
-        What the client set itself when it loaded the model holds for its jobs of the same algorithm.
-        What was fitted to the memory for an earlier job stays for one that goes on from its checkpoint.
-        """
-        loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
-        device = self.peft.device_of(loaded) if loaded is not None else None
-        overrides = dict(request.overrides)
-        if loaded is not None:
-            if loaded.algorithm == request.algorithm:
-                overrides = _asked_of(loaded, overrides) | overrides
-            for name in ("quantization", "precision"):
-                have = getattr(loaded.base.key, name)
-                wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
-                if wanted != have:
-                    raise _rejected(
-                        name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another"
-                    )
-                overrides[name] = have
-        if source is not None:
-            overrides = {name: getattr(recorded(source.config), name) for name in FITTED} | overrides
-        if "train_on" not in overrides and self.datasets.get(request.dataset_id).format == "text":
-            overrides["train_on"] = "all"  # a text has no answers
-        return self.peft.configure(
-            request.algorithm, request.use_case, overrides, model_id=model_id, revision=revision, device=device
-        )
-
-    def _model_of(self, request: JobRequest) -> tuple[str, str | None]:
-        if request.loaded_model_id is None:
-            if request.model_id is None:
-                raise _rejected("model_id", "name a model_id or a loaded_model_id")
-            return request.model_id, request.revision
-        loaded = self.peft.get(request.loaded_model_id)
-        if request.model_id is not None and request.model_id != loaded.model_id:
-            raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
-        return loaded.model_id, loaded.revision
-
-    def _load_options(self, request: JobRequest) -> dict[str, Any]:
-        if request.loaded_model_id is None:
-            return {}
-        return asdict(self.peft.get(request.loaded_model_id).base.wanted.options)
 
     def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
         record = self.datasets.check_trainable(request.dataset_id, config.train_on)
@@ -174,14 +134,12 @@ class JobIntake:
             if getattr(config, name) is not None and not has_validation:
                 raise _rejected(name, "needs validation_dataset_id or validation_fraction")
 
-    def _check_memory(self, request: JobRequest, model_id: str, revision: str | None, config: PeftConfig) -> None:
-        loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
-        rows = min(config.batch_size, self.datasets.get(request.dataset_id).rows)
-        longest = self.analyses.longest_row(request.dataset_id, model_id, revision)
+    def _largest_batch(self, dataset: DatasetRecord, where: ModelOnDevice, config: PeftConfig) -> Batch:
+        rows = min(config.batch_size, dataset.rows)
+        longest = self.analyses.longest_row(dataset.id, where.model_id, where.revision)
         if config.packing or longest is None:
             longest = config.max_seq_length
-        batch = Batch(rows, min(longest, config.max_seq_length), config.packing or rows > 1)
-        self.peft.admit_run(model_id, revision, config, loaded=loaded, batch=batch)
+        return Batch(rows, min(longest, config.max_seq_length), config.packing or rows > 1)
 
     def _checkpoint_for(
         self, record: JobRecord, source: JobRecord | None, resume_from: str | None
@@ -206,6 +164,38 @@ class JobIntake:
         self.checkpoints.copy(source_id, checkpoint_id, record.id)
         progress = record.progress | {"step": step, "recorded_step": step}
         return replace(record, progress=progress, resumed_from=f"{source_id}/{checkpoint_id}")
+
+
+def _model_of(request: JobRequest, loaded: LoadedModel | None) -> tuple[str, str | None]:
+    if loaded is None:
+        if request.model_id is None:
+            raise _rejected("model_id", "name a model_id or a loaded_model_id")
+        return request.model_id, request.revision
+    if request.model_id is not None and request.model_id != loaded.model_id:
+        raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
+    return loaded.model_id, loaded.revision
+
+
+def _overrides(request: JobRequest, loaded: LoadedModel | None, source: JobRecord | None) -> dict[str, Any]:
+    """Return what is set for a job: by its client, by the base that it names, and by the job that it goes on from.
+
+    A loaded base is taken as it was loaded, or refused. What the client set itself when it loaded the model holds for
+    its jobs of the same algorithm. What was fitted to the memory for an earlier job stays for one that goes on from its
+    checkpoint.
+    """
+    overrides = dict(request.overrides)
+    if loaded is not None:
+        if loaded.algorithm == request.algorithm:
+            overrides = _asked_of(loaded, overrides) | overrides
+        for name in ("quantization", "precision"):
+            have = getattr(loaded.base.key, name)
+            wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
+            if wanted != have:
+                raise _rejected(name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another")
+            overrides[name] = have
+    if source is not None:
+        overrides = {name: getattr(recorded(source.config), name) for name in FITTED} | overrides
+    return overrides
 
 
 def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from services.adapter_service import AdapterService
 from services.dataset_service import DatasetService
 from services.engines.process import EngineDied, EngineProcess
 from services.loading.borrowing import borrow
-from services.peft_service import LoadedModel, LoadRequest, PeftService
+from services.peft_service import ConfiguredLoad, LoadedModel, PeftService
 from services.training.checkpoint_store import CheckpointStore
 from services.training.dataset_analysis import DatasetAnalysisService, require_learnable
 from services.training.run_card import about_run
@@ -110,17 +110,15 @@ class TrainingWork:
         # As the client had the named model loaded: another device or engine would round otherwise.
         options = job.load_options
         return self._peft.load(
-            LoadRequest(
+            ConfiguredLoad(
                 model_id=job.model_id,
                 revision=job.revision,
                 algorithm=Algorithm(job.algorithm),
-                use_case=None,
-                overrides=config.model_dump(exclude={"epochs"} if config.max_steps is not None else None),
+                config=config,
                 engine=options.get("engine", "auto"),
                 device=options.get("device", device),
                 force=bool(options.get("force") or job.progress.get("forced")),
                 allow_pickle=options.get("allow_pickle", False),
-                for_job=True,
             )
         )
 

@@ -11,6 +11,8 @@ from typing import Any
 import psutil
 import pytest
 
+from store.database import Database
+from store.repositories import Jobs
 from tests.support.rows import messages_jsonl
 from tests.support.server import StudioServer, start_server, wait_until
 from tests.support.small_disk import fill
@@ -182,6 +184,32 @@ def test_a_queued_job_is_paused_at_once_and_shows_its_place(studio: StudioServer
     for job_id in (running, waiting, later, urgent):
         studio.http.post(f"/api/training/jobs/{job_id}/cancel")
         studio.wait_for_state(job_id, "cancelled")
+
+
+def test_a_queued_job_runs_as_it_was_configured_though_the_rules_refuse_it_by_now(own: StudioServer) -> None:
+    running = submit(own, overrides=HARD | {"max_steps": 10**6})
+    own.wait_for_step(running, 2)
+    waiting = submit(own, overrides=HARD | {"max_steps": 4, "scheduler": "constant", "warmup_ratio": 0.0})
+    assert own.http.post(f"/api/training/jobs/{waiting}/pause").json()["state"] == "paused"
+    own.http.post(f"/api/training/jobs/{running}/cancel")
+    own.wait_for_state(running, "cancelled")
+    own.stop()
+    refused_by_now = {"scheduler": "constant", "min_learning_rate_ratio": 0.5}
+    database = Database(f"sqlite:///{own.home / 'studio.db'}")
+    with database.begin() as connection:  # as a former version may have accepted it
+        record = Jobs(connection).get(waiting)
+        assert record is not None and record.attempts == 0
+        config = record.config | refused_by_now
+        Jobs(connection).set(waiting, config=config)
+    database.close()
+    own.start()
+    assert own.http.post("/api/peft/configure", json={"overrides": refused_by_now}).status_code == 422
+    assert own.http.post(f"/api/training/jobs/{waiting}/resume").status_code == 202
+    own.events(waiting)
+    job = own.job(waiting)
+    assert job["state"] == "succeeded", job["error"]
+    assert job["config"] == config == own.http.get(f"/api/adapters/{job['adapter_id']}").json()["config"]
+    assert sorted(own.metrics(waiting)) == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_on_demand_and_what_cancelling_keeps(studio: StudioServer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import services.loading.pool as module
-from core.errors import DoesNotFit, HubUnavailable
+from core.errors import DoesNotFit, HubUnavailable, SettingRejected
 from domain.configure import MachineFacts
 from domain.memory.estimate import loading_bytes
 from domain.models.architectures.registry import read_shape
@@ -19,7 +19,7 @@ from domain.peft.algorithms import Algorithm
 from services.generation_service import GenerationRequest, GenerationService
 from services.hardware.devices import Device, EngineChoice
 from services.models.embedded import CONFIG
-from services.peft_service import LoadedModel, LoadRequest, PeftService
+from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from tests.support.hub_double import ManualClock
 
 GRACE_S, IDLE_S = 60.0, 1800.0
@@ -111,9 +111,17 @@ def _any(*values: Any) -> tuple[Any, ...]:
     return values
 
 
+def _for_client(name: str) -> LoadRequest:
+    return LoadRequest(name, None, Algorithm.LORA, None, {}, "auto", "auto", force=False)
+
+
+def _for_job(peft: PeftService, name: str) -> ConfiguredLoad:
+    config = peft.configure(Algorithm.LORA, None, {}, peft.on_device(name, None)).config
+    return ConfiguredLoad(name, None, Algorithm.LORA, config)
+
+
 def _load(peft: PeftService, name: str, *, for_job: bool = False) -> LoadedModel:
-    request = LoadRequest(name, None, Algorithm.LORA, None, {}, "auto", "auto", force=False, for_job=for_job)
-    model = peft.load(request)
+    model = peft.load(_for_job(peft, name) if for_job else _for_client(name))
     assert model.base.loading is not None
     model.base.loading.result(30)
     assert model.state is LoadState.READY, model.base.error
@@ -171,14 +179,13 @@ def test_what_a_client_begins_to_use_does_not_give_way_as_a_jobs(peft: PeftServi
 
 
 def test_a_load_that_failed_is_shown_to_the_client_who_asked_and_not_kept_for_a_job(peft: PeftService) -> None:
-    request = LoadRequest("a/far", None, Algorithm.LORA, None, {}, "auto", "auto", force=False, for_job=True)
     for _ in range(3):  # as often as the job is tried again
-        model = peft.load(request)
+        model = peft.load(_for_job(peft, "a/far"))
         assert model.base.loading is not None
         model.base.loading.result(30)
         assert model.state is LoadState.FAILED and isinstance(model.base.error, HubUnavailable)
     assert peft.models() == []
-    model = peft.load(replace(request, for_job=False))
+    model = peft.load(_for_client("a/far"))
     assert model.base.loading is not None
     model.base.loading.result(30)
     assert peft.models() == [model] and model.state is LoadState.FAILED
@@ -190,6 +197,33 @@ def test_an_adapter_on_a_base_that_is_being_unloaded_is_off_it(peft: PeftService
     clock.advance(IDLE_S)
     assert first.base.retire(IDLE_S)
     peft.detach_everywhere("adp_1")
+
+
+def test_what_a_job_needs_is_loaded_as_configured_though_the_rules_refuse_it_by_now(
+    peft: PeftService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = _for_job(peft, "a/first")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SettingRejected("rank: no rank is allowed any more")
+
+    monkeypatch.setattr("services.peft_service.configure", refuse)
+    with pytest.raises(SettingRejected):
+        peft.load(_for_client("a/first"))
+    model = peft.load(request)
+    assert model.base.loading is not None
+    model.base.loading.result(30)
+    assert model.state is LoadState.READY and model.config == request.config == model.base.wanted.config
+    assert peft.load(request) is model
+
+
+def test_what_a_job_needs_is_refused_on_a_device_that_cannot_compute_it(peft: PeftService) -> None:
+    request = _for_job(peft, "a/first")
+    of_a_gpu = request.config.model_copy(update={"precision": "fp16", "optimizer": "adamw_8bit"})
+    with pytest.raises(SettingRejected, match=r"fp16 needs a CUDA GPU.*8-bit optimizer needs") as caught:
+        peft.load(replace(request, config=of_a_gpu))
+    assert [error["location"] for error in caught.value.extras["errors"]] == [["precision"], ["optimizer"]]
+    assert peft.models() == []
 
 
 def test_a_model_does_not_give_way_between_the_look_and_the_command(peft: PeftService) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from core.clock import SystemClock
-from core.errors import DatabaseUnavailable, HubUnavailable, ModelRejected, StudioError, TransitionNotPermitted
+from core.errors import (
+    DatabaseUnavailable,
+    HubUnavailable,
+    ModelRejected,
+    SettingRejected,
+    StudioError,
+    TransitionNotPermitted,
+)
 from domain.configure import MachineFacts, configure
 from domain.jobs.states import FINAL_STATES, JobState
 from domain.peft.algorithms import Algorithm
@@ -28,9 +35,8 @@ from tests.support.commit_cutter import CommitCutter
 from tests.support.postgres import postgres
 from tests.support.server import wait_until
 
-CONFIG = configure(
-    Algorithm.LORA, use_case=None, overrides={}, machine=MachineFacts(has_gpu=False, supports_bf16=False)
-).config
+CPU = MachineFacts(has_gpu=False, supports_bf16=False)
+CONFIG = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU).config
 MOMENT = "2026-01-01T00:00:00.000000Z"
 
 
@@ -224,6 +230,24 @@ def test_a_base_is_loaded_again_as_the_client_had_it_loaded(
     wait_until(lambda: studio.states() == [JobState.FAILED])
     studio.close()
     assert seen == [expected]
+
+
+def test_a_base_is_loaded_for_the_configuration_that_was_stored_and_no_other(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def load(request: Any) -> Any:
+        seen.append(request.config)
+        raise ModelRejected("enough seen")
+
+    studio = Studio(tmp_path, load)
+    stored = CONFIG.model_copy(update={"scheduler": "constant", "min_learning_rate_ratio": 0.5, "max_steps": 3})
+    with pytest.raises(SettingRejected):  # by the rules of today
+        configure(Algorithm.LORA, use_case=None, overrides=stored.model_dump(exclude={"epochs"}), machine=CPU)
+    studio.add(1, config=stored.model_dump(mode="json"))
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.FAILED])
+    studio.close()
+    assert seen == [stored]
 
 
 def test_a_move_that_went_through_unheard_is_not_made_twice(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from core.errors import HubUnavailable, ModelBusy, ModelNotReady
-from domain.configure import Configuration
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.loading.borrowing import borrow
@@ -26,7 +25,7 @@ def model() -> LoadedModel:
     engine: Any = Engine()
     base.adopt(engine)
     base.report("loading", LoadProgress(0.25))
-    return LoadedModel("mdl_1", "a/base", None, Algorithm.LORA, Configuration(CONFIG, {}, None), base, None, None, {})
+    return LoadedModel("mdl_1", "a/base", None, Algorithm.LORA, CONFIG, base, None, None, {})
 
 
 def _ready(model: LoadedModel) -> None:

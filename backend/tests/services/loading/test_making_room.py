@@ -18,7 +18,7 @@ from domain.peft.algorithms import Algorithm
 from services.hardware.devices import Device, EngineChoice
 from services.loading.borrowing import borrow
 from services.models.embedded import CONFIG
-from services.peft_service import LoadedModel, LoadRequest, PeftService
+from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from tests.support.hub_double import ManualClock
 from tests.support.server import wait_until
 
@@ -90,8 +90,11 @@ def peft(clock: ManualClock, tiny_path: Path, tmp_path: Path) -> Iterator[PeftSe
 
 
 def _load(peft: PeftService, name: str, *, for_job: bool = False) -> LoadedModel:
-    request = LoadRequest(name, None, Algorithm.LORA, None, FP32, "auto", "auto", force=False, for_job=for_job)
-    model = peft.load(request)
+    if for_job:
+        config = peft.configure(Algorithm.LORA, None, FP32, peft.on_device(name, None)).config
+        model = peft.load(ConfiguredLoad(name, None, Algorithm.LORA, config))
+    else:
+        model = peft.load(LoadRequest(name, None, Algorithm.LORA, None, FP32, "auto", "auto", force=False))
     assert model.base.loading is not None
     model.base.loading.result(60)
     assert model.state is LoadState.READY, model.base.error
@@ -156,16 +159,16 @@ def test_nothing_is_unloaded_for_what_would_not_fit_even_then(peft: PeftService,
     clock.advance(10 * GRACE_S)
     config = peft.configure(Algorithm.LORA, None, {"batch_size": 1024, "max_seq_length": 2048}).config
     with pytest.raises(DoesNotFit):
-        peft.admit_run("a/second", None, config, loaded=None, batch=Batch(1024, 2048, True))
+        peft.admit_run(peft.on_device("a/second", None), config, Batch(1024, 2048, True))
     assert peft.models() == [first] and psutil.pid_exists(_pid(first))
 
 
 def test_a_run_makes_room_but_keeps_the_base_it_runs_on(peft: PeftService, clock: ManualClock) -> None:
     own = _load(peft, "a/own")
     clock.advance(10 * GRACE_S)
-    config = own.configuration.config
+    config = own.config
     with pytest.raises(DoesNotFit):
-        peft.admit_run("a/own", None, config, loaded=own, batch=Batch(1024, 2048, True))
+        peft.admit_run(peft.on_device("a/own", None, loaded=own), config, Batch(1024, 2048, True))
     assert peft.models() == [own] and psutil.pid_exists(_pid(own))
 
 

@@ -1,5 +1,6 @@
 """The base that serves a request, and the command that loads it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ from domain.configure import MachineFacts, configure
 from domain.models.architectures.registry import read_shape
 from domain.peft.algorithms import Algorithm
 from services.hardware.devices import Device, EngineChoice, choose_engine
+from services.loading.loaded_model import ModelOnDevice
 from services.loading.placement import load_command, place
 from services.models.embedded import CONFIG
 
 GPU = Device("cuda:1", MachineFacts(has_gpu=True, supports_bf16=True), 1, "GPU-b", "9.0")
 LLAMA = read_shape(CONFIG)
+ON_GPU = ModelOnDevice("me/x", None, LLAMA, GPU)
 
 
 class FastMachine:
@@ -28,9 +31,9 @@ def _config(**overrides: object) -> object:
 
 
 def test_requests_of_several_lengths_share_a_base() -> None:
-    keys = [place(FastMachine(), "auto", "me/x", None, _config(max_seq_length=n), LLAMA, GPU)[0] for n in (64, 512)]
+    keys = [place(FastMachine(), "auto", ON_GPU, _config(max_seq_length=n))[0] for n in (64, 512)]
     assert keys[0] == keys[1] and keys[0].engine == "unsloth" and keys[0].max_seq_length == 2048
-    longer, _ = place(FastMachine(), "auto", "me/x", None, _config(max_seq_length=4096), LLAMA, GPU)
+    longer, _ = place(FastMachine(), "auto", ON_GPU, _config(max_seq_length=4096))
     assert longer != keys[0] and longer.max_seq_length == 4096
 
 
@@ -41,16 +44,16 @@ def test_requests_of_several_lengths_share_a_base() -> None:
 def test_what_unsloth_cannot_hold_is_held_by_transformers(
     overrides: dict[str, object], shape: object, why: str
 ) -> None:
-    key, engine = place(FastMachine(), "auto", "me/x", None, _config(**overrides), shape, GPU)
+    key, engine = place(FastMachine(), "auto", replace(ON_GPU, shape=shape), _config(**overrides))
     assert key.engine == engine.name == "transformers" and why in engine.reason and key.max_seq_length is None
 
 
 def test_the_engine_is_told_of_the_one_gpu_that_it_is_shown() -> None:
     config = _config()
-    key, _ = place(FastMachine(), "auto", "me/x", None, config, LLAMA, GPU)
+    key, _ = place(FastMachine(), "auto", ON_GPU, config)
     command = load_command("r", Path("model"), config, key, GPU)
     assert (command.device, command.engine, command.config.max_seq_length) == ("cuda:0", "unsloth", 2048)
     nameless = Device("cuda:1", GPU.facts, 1, None, "9.0")
-    plain, _ = place(FastMachine(), "transformers", "me/x", None, config, LLAMA, nameless)
+    plain, _ = place(FastMachine(), "transformers", replace(ON_GPU, device=nameless), config)
     command = load_command("r", Path("model"), config, plain, nameless)
     assert (command.device, command.engine, command.config.max_seq_length) == ("cuda:1", "transformers", 512)

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
-from domain.configure import Configuration, MachineFacts, configure
+from domain.configure import MachineFacts
 from domain.peft.algorithms import Algorithm
 from services.hardware.devices import Device
 from services.models.embedded import CONFIG
@@ -26,23 +26,14 @@ FILES = {
 class Peft:
     """A CPU with room for everything."""
 
-    def __init__(self, facts: ModelFacts) -> None:
-        self._facts = facts
-
     def device(self, _: str | int) -> Device:
         return DEVICE
-
-    def configure(
-        self, algorithm: Algorithm, use_case: None, overrides: dict[str, Any], *, device: Device, **model: Any
-    ) -> Configuration:
-        shape = self._facts.shape(model["model_id"], model["revision"]) if model else None
-        return configure(algorithm, use_case=use_case, overrides=overrides, machine=device.facts, shape=shape)
 
 
 @pytest.fixture
 def service(hub: HubDouble, tmp_path: Path) -> CompatibilityService:
     facts = ModelFacts(make_registry(hub, tmp_path, ManualClock()))
-    return CompatibilityService(facts, cast(PeftService, Peft(facts)))
+    return CompatibilityService(facts, cast(PeftService, Peft()))
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -9,6 +9,8 @@ import pytest
 from core.errors import CheckpointUnusable
 from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
+from services.hardware.devices import Device
+from services.peft_service import ModelOnDevice
 from services.training.job_intake import JobIntake, JobRequest
 
 REQUEST = JobRequest(
@@ -22,17 +24,18 @@ def test_room_is_made_only_for_a_job_that_nothing_else_refuses() -> None:
     machine = MachineFacts(has_gpu=False, supports_bf16=False)
     admitted: list[str] = []
     copied: list[str] = []
-    dataset = SimpleNamespace(rows=5, format="messages")
+    dataset = SimpleNamespace(id="ds", rows=5, format="messages")
     datasets: Any = SimpleNamespace(
         get=lambda _: dataset,
         check_trainable=lambda *_: dataset,
         manifest=lambda _: SimpleNamespace(duplicates=0),
     )
     peft: Any = SimpleNamespace(
-        configure=lambda algorithm, _use_case, overrides, **_: configure(
+        on_device=lambda model_id, revision, **_: ModelOnDevice(model_id, revision, None, Device("cpu", machine, None)),
+        configure=lambda algorithm, _use_case, overrides, _where: configure(
             algorithm, use_case=None, overrides=overrides, machine=machine
         ),
-        admit_run=lambda model_id, *_, **__: admitted.append(model_id),
+        admit_run=lambda where, *_: admitted.append(where.model_id),
     )
     analyses: Any = SimpleNamespace(check_learnable=lambda *_: None, longest_row=lambda *_: None)
     checkpoints: Any = SimpleNamespace(

@@ -1,0 +1,43 @@
+"""Adapters on a base in memory: put there to be used, and taken off."""
+
+from pathlib import Path
+
+from core.errors import ModelBusy, ModelNotReady
+from domain import protocol
+from services.loading.loaded_base import LoadedBase
+
+
+def attach(base: LoadedBase, adapter_id: str, path: Path) -> None:
+    """Make an adapter usable on a base, if it is not yet. It stays until the base is unloaded.
+
+    Raises:
+        ModelNotReady: There is no base yet, or no more.
+        ModelBusy: A job holds it.
+    """
+    if adapter_id in base.adapters:
+        return
+    process = base.engine()
+    _, future = process.request(
+        lambda request_id: protocol.AttachAdapter(request_id=request_id, adapter_id=adapter_id, path=str(path))
+    )
+    result = future.result()
+    base.touch()
+    base.attached(adapter_id, result["memory_bytes"])
+
+
+def detach(base: LoadedBase, adapter_id: str) -> None:
+    """Take an adapter off a base, if it is on it.
+
+    Raises:
+        ModelBusy: A job holds the base.
+    """
+    if adapter_id not in base.adapters:
+        return
+    if base.busy_with is not None:
+        raise ModelBusy(f"The base of the adapter is {base.busy_with}.")
+    try:
+        process = base.engine()
+    except ModelNotReady:
+        return  # it is being unloaded, and the adapter with it
+    _, future = process.request(lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id=adapter_id))
+    base.detached(adapter_id, future.result()["memory_bytes"])
