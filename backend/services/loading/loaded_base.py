@@ -168,11 +168,7 @@ class LoadedBase:
     # Using
 
     def join(self, *, for_client: bool) -> bool:
-        """Take part in a base that is there, which is a use of it; False if there is none any more.
-
-        Args:
-            for_client: Whether a client asks for it, and not a job.
-        """
+        """Take part in a base that is there, which is a use of it by a client or a job; False if there is none."""
         with self._lock:
             if self._state in GONE:
                 return False
@@ -258,12 +254,7 @@ class LoadedBase:
     # Unloading
 
     def idle_for(self, idle_s: float, unkept_s: float | None = None) -> bool:
-        """Whether it is loaded, nobody waits for it, nothing runs on it, and nothing has for a while.
-
-        Args:
-            idle_s: How long.
-            unkept_s: How long if no client asked for it or used it; `idle_s` if None.
-        """
+        """Whether it is loaded, nothing runs on it, and it is not in use, as `BaseUse.over_for` says."""
         with self._lock:
             return self._idle_for(idle_s, unkept_s)
 
