@@ -33,7 +33,7 @@ def download(export_id: str, exports: Exports) -> StreamingResponse:
     return StreamingResponse(content, media_type="application/zip", headers=headers)
 
 
-@router.get("/{export_id}/files/{name}", response_class=FileResponse)
+@router.get("/{export_id}/files/{name:path}", response_class=FileResponse)
 def download_file(export_id: str, name: str, exports: Exports) -> FileResponse:
     """One file of what was made. Takes `Range`, so that a download that broke off goes on."""
     path = exports.file(export_id, name)

@@ -87,6 +87,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
+def plain_files(folder: Path) -> list[tuple[str, Path]]:
+    """Return every plain file below a folder as (path relative to it with `/`, path), by name; no links."""
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+
+
 def finish_replacing(parent: Path) -> None:
     """Put back, or delete, the old folders that a `whole_folder` cut off while it replaced them left aside."""
     for replaced in parent.glob(f".*{_REPLACED}"):

@@ -1,8 +1,11 @@
-"""Folders that can prove they are whole: the sha256 sum of every file, in a manifest with a sum of its own."""
+"""Folders that can prove they are whole: the sha256 sum of every file, in a manifest with a sum of its own.
+
+Files of folders within are listed by their paths with `/`.
+"""
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 NAME = "manifest.json"
@@ -13,11 +16,11 @@ class FolderDamaged(Exception):
 
 
 def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-    """Write the sums of all files in a folder, and what the folder is about, beside them."""
+    """Write the sums of all files in a folder and below it, and what the folder is about, beside them."""
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != NAME
+        name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for name, path in _entries(folder).items()
+        if not path.is_dir()
     }
     body = {"about": about, "files": files}
     (folder / NAME).write_text(json.dumps(body | {"sum": _sum(body)}, indent=1) + "\n", encoding="utf-8")
@@ -67,7 +70,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise FolderDamaged(f"{NAME} cannot be read") from error
     if claimed != _sum(document):
         raise FolderDamaged(f"{NAME} is not as it was written: its sum differs")
-    present = {path.name: path for path in folder.iterdir() if path.name != NAME}
+    present = _entries(folder)
     for name, facts in files.items():
         path = present.pop(name, None)
         if path is None:
@@ -76,9 +79,19 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             raise FolderDamaged(f"{name} is not a plain file")
         if path.stat().st_size != facts["bytes"]:
             raise FolderDamaged(f"{name} has {path.stat().st_size} bytes instead of {facts['bytes']}")
+    for name in files:
+        for parent in PurePosixPath(name).parents:
+            present.pop(str(parent), None)
     if present:
         raise FolderDamaged(f"{min(present)} does not belong there")
     return about, files
+
+
+def _entries(folder: Path) -> dict[str, Path]:
+    """Return all that is below a folder but its manifest, folders too, by the path relative to it with `/`."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    found.pop(NAME, None)
+    return found
 
 
 def _sum(body: dict[str, Any]) -> str:

@@ -14,17 +14,19 @@ from typing import Any
 from core.errors import AdapterRejected, NoSafeWeights
 from domain.hub.tree import RepoFile, Selection
 from domain.models.config_checks import check_asks_for_no_code
+from domain.models.load_files import is_named_template, vocabulary_files
 from domain.models.safetensors_header import SafetensorsHeader
 from domain.peft.algorithms import Algorithm
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "training.json"
 ORIGINALS = "originals-"  # begins the names of folders with a base's own weights, beside the adapter in the making
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja"),
+# Formats of vocabularies that hold data alone.
+_VOCABULARY_NAME = re.compile(r"\.(json|txt|spm|tiktoken|codes|model(\.v\d+)?)$")
+# Of a tokenizer, beside its vocabulary and its named chat templates.
+_TOKENIZER_FILES = frozenset(
+    {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja"}
 )
-# What is kept of what comes; the rest is neither read nor copied.
-KEPT_FILES = (CONFIG, WEIGHTS, *TOKENIZER_FILES, CARD, "README.md", "manifest.json")
+_KEPT_FILES = frozenset({CONFIG, WEIGHTS, CARD, "README.md", "manifest.json"})
 # Formats whose readers run what a file tells them to, or may (pickle and its wrappers).
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz"})
 _MODULE = re.compile(r"[A-Za-z0-9_.]{1,256}")
@@ -63,6 +65,28 @@ class AdapterFacts:
     parameters: int
 
 
+def tokenizer_files(names: Iterable[str]) -> list[str]:
+    """Choose the files of a tokenizer: vocabulary, settings, chat templates.
+
+    Args:
+        names: Relative paths with `/`.
+    """
+    found = list(names)
+    vocabulary = {name for name in vocabulary_files(found) if _VOCABULARY_NAME.search(name)}
+    return sorted(name for name in found if name in vocabulary | _TOKENIZER_FILES or is_named_template(name))
+
+
+def kept_files(names: Iterable[str]) -> list[str]:
+    """Choose what is kept of an adapter that comes, the small before the weights; the rest is neither read nor copied.
+
+    Args:
+        names: Relative paths with `/`.
+    """
+    found = set(names)
+    kept = {*tokenizer_files(found), *(found & _KEPT_FILES)}
+    return sorted(kept, key=lambda name: (name == WEIGHTS, name))
+
+
 def check_names(where: str, names: Iterable[str]) -> None:
     """Refuse a collection of files with pickles in it, or without an adapter.
 
@@ -98,9 +122,9 @@ def choose_adapter(model_id: str, files: Iterable[RepoFile]) -> Selection:
         NoSafeWeights, AdapterRejected: There is no adapter that could be read.
     """
     known = {file.path: file for file in files}
-    matters = {*KEPT_FILES} if WEIGHTS in known else {*KEPT_FILES, "adapter_model.bin"}
-    check_names(model_id, known.keys() & matters)
-    small = tuple(known[name] for name in KEPT_FILES if name in known and name != WEIGHTS)
+    kept = kept_files(known)
+    check_names(model_id, kept if WEIGHTS in known else {*kept, *(known.keys() & {"adapter_model.bin"})})
+    small = tuple(known[name] for name in kept if name != WEIGHTS)
     return Selection(small, (known[WEIGHTS],))
 
 

@@ -32,8 +32,9 @@ from engine.base import Base
 from engine.channel import Channel
 from engine.errors import BadSetting
 from engine.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
-from engine.merge import copy_tokenizer, merging_packages, require_space
+from engine.merge import merging_packages, require_space
 from engine.merged_weights import MergedWeights, adapter_attached
+from engine.tokenizer_folder import write_used_tokenizer
 
 _TYPES: dict[GgufType, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
@@ -97,7 +98,7 @@ def export_gguf(base: Base, command: ExportGguf, channel: Channel) -> dict[str, 
 
 def _tokenizer(base: Base, command: ExportGguf, scratch: Path, model: GgufModel) -> GgufTokenizer:
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".exp_tokenizer-", suffix=".tmp") as folder:
-        copy_tokenizer(base, Path(command.adapter_path), Path(folder))
+        write_used_tokenizer(base.tokenizer, Path(command.adapter_path), Path(folder))
         return read_gguf_tokenizer(Path(folder), base.path, model.vocabulary)
 
 

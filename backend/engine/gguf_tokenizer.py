@@ -62,7 +62,7 @@ def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int) -> GgufTokeni
     tokens, kinds = _tokens(tokenizer, vocabulary)
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
     special._try_load_from_config_json(base)  # for roles that the tokenizer leaves open; its own come first
-    special.chat_template = tokenizer.chat_template
+    special.chat_template = _templates(tokenizer.chat_template)
     special.add_special_token = {}  # guessed there from the post-processor's text; asked of the tokenizer here
     ids = tokenizer("a").input_ids
     return GgufTokenizer(
@@ -73,6 +73,13 @@ def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int) -> GgufTokeni
         adds_bos=bool(ids) and ids[0] == tokenizer.bos_token_id,
         adds_eos=bool(ids) and ids[-1] == tokenizer.eos_token_id,
     )
+
+
+def _templates(found: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
+    """Return chat templates as GGUF has them: one, or several by name with the default among them."""
+    if not isinstance(found, dict):
+        return found
+    return [{"name": name, "template": template} for name, template in found.items()]
 
 
 def _tokens(tokenizer: Any, vocabulary: int) -> tuple[list[str], list[TokenType]]:

@@ -14,11 +14,11 @@ from transformers.core_model_loading import revert_weight_conversion
 from core.errors import StorageFull
 from core.files import whole_folder
 from core.manifest import write_manifest
-from domain.adapter_files import TOKENIZER_FILES
 from domain.protocol import Merge, Progress
 from engine.base import Base
 from engine.channel import Channel
 from engine.merged_weights import MergedWeights, adapter_attached
+from engine.tokenizer_folder import write_used_tokenizer
 
 # A shard is in memory as a whole while it is written, and safetensors lets no other thread run meanwhile, the
 # heartbeat's neither.
@@ -51,7 +51,7 @@ def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
         with whole_folder(output) as folder:
             _write_weights(merged, folder, command.request_id, channel)
             _write_configs(merged, base.path, folder)
-            copy_tokenizer(base, Path(command.adapter_path), folder)
+            write_used_tokenizer(base.tokenizer, Path(command.adapter_path), folder)
             about = command.about | result | {"packages": merging_packages()}
             (folder / "export.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(_card(command, merged), encoding="utf-8")
@@ -78,18 +78,6 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"The export takes {needed_bytes} bytes in {folder}, whose device has {free} free "
             f"({_RESERVE_BYTES} are kept free)."
         )
-
-
-def copy_tokenizer(base: Base, adapter: Path, folder: Path) -> None:
-    """Write the tokenizer that the adapter was trained with; if it has none, the base's with the adapter's template."""
-    if (adapter / "tokenizer.json").is_file() and (adapter / "tokenizer_config.json").is_file():
-        names: tuple[str, ...] = TOKENIZER_FILES
-    else:
-        base.tokenizer.save_pretrained(folder)
-        names = ("chat_template.jinja",)
-    for name in names:
-        if (adapter / name).is_file():
-            shutil.copyfile(adapter / name, folder / name)
 
 
 def merging_packages() -> dict[str, str]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from core.files import fsync_folder
+from core.files import fsync_folder, plain_files
 from domain.protocol import PreparePickled, Progress
 from engine.channel import Channel
 from engine.errors import BadModel
+from engine.tokenizer_folder import save_tokenizer
 
 _REFUSED = re.compile(r"(?i)unsupported (?:global|class|operand)[^\n]{0,100}")
 
@@ -58,10 +59,9 @@ def prepare_pickled(command: PreparePickled, channel: Channel) -> dict[str, Any]
     progress("writing", 0.7)
     output.parent.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    for file in temporary.iterdir():
-        if file.is_file():
-            file.chmod(0o600)
+    save_tokenizer(tokenizer, temporary)
+    for _, file in plain_files(temporary):
+        file.chmod(0o600)
     temporary.replace(output)
     fsync_folder(output.parent)
     progress("ready", 1.0)

@@ -25,6 +25,7 @@ from engine.errors import BadData
 from engine.frozen_weights import original_weights_kept
 from engine.initialisation import create_adapter
 from engine.rows import RowStore
+from engine.tokenizer_folder import save_tokenizer
 from engine.trainer import Trainer
 
 _MOST_NAMED = 20
@@ -227,7 +228,7 @@ def _write_adapter(
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         # save_pretrained writes the given object's inference_mode as True and everything else as it is.
         lora.save_pretrained(str(folder))
-        base.tokenizer.save_pretrained(folder)
+        save_tokenizer(base.tokenizer, folder)
         (folder / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(card), encoding="utf-8")
         write_manifest(folder, {"adapter_id": adapter_id})

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from core.errors import AdapterDamaged, AdapterInUse, AdapterNotFound
+from core.files import plain_files
 from core.manifest import NAME, FolderDamaged, verify
 from core.settings import get_settings
 from core.singleton import singleton
@@ -65,7 +66,7 @@ class AdapterService:
     def files(self, adapter_id: str) -> list[tuple[str, int]]:
         """Return the adapter's files as (name, bytes), by name."""
         folder = Path(self.get(adapter_id).path)
-        return [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if _is_own(path)]
+        return [(name, path.stat().st_size) for name, path in plain_files(folder)]
 
     def card(self, adapter_id: str) -> dict[str, Any] | None:
         """Return what the adapter's card says of its training, the losses of each step left out; None without one."""
@@ -93,8 +94,7 @@ class AdapterService:
 
     def zipped(self, adapter_id: str) -> Iterator[bytes]:
         """Yield a zip of the folder, made as it is read."""
-        folder = Path(self.get(adapter_id).path)
-        return zip_files([(path.name, path) for path in sorted(folder.iterdir()) if _is_own(path)])
+        return zip_files(plain_files(Path(self.get(adapter_id).path)))
 
     def delete(self, adapter_id: str) -> None:
         """Delete an adapter, taking it off loaded models first.
@@ -118,10 +118,6 @@ def _refuse_in_use(connection: Connection, adapter_id: str) -> None:
     unfinished = Exports(connection).all(adapter_id, frozenset(ExportState) - FINAL_STATES)
     if unfinished:
         raise AdapterInUse(f"The export {unfinished[0].id} has not ended; cancel it first.")
-
-
-def _is_own(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
 
 
 @singleton

@@ -8,6 +8,7 @@ from typing import Any
 
 from core.clock import Clock, SystemClock
 from core.errors import NotFound, TransitionNotPermitted
+from core.files import plain_files
 from core.settings import get_settings
 from core.singleton import singleton
 from core.zip_stream import zip_files
@@ -109,7 +110,7 @@ class ExportService:
     def files(self, record: ExportRecord) -> list[tuple[str, int]]:
         """Return what was made as (name, bytes), by name."""
         folder = self.path_of(record)
-        return [] if folder is None else [(path.name, path.stat().st_size) for path in sorted(folder.iterdir())]
+        return [] if folder is None else [(name, path.stat().st_size) for name, path in plain_files(folder)]
 
     def file(self, export_id: str, name: str) -> Path:
         """Return one file of what was made.
@@ -134,7 +135,7 @@ class ExportService:
         folder = self.path_of(record)
         if folder is None:
             raise ExportFileNotFound(f"The export is {record.state.value}; it has no files.")
-        return zip_files([(path.name, path) for path in sorted(folder.iterdir())])
+        return zip_files(plain_files(folder))
 
     # Steering
 

@@ -8,7 +8,7 @@ from domain.models.records import weight_files
 
 # What transformers reads beside the weights, all of it at the top of the repository.
 _SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_TEMPLATES = "additional_chat_templates/"
+TEMPLATES_FOLDER = "additional_chat_templates/"  # of a tokenizer with several named chat templates
 _INDEX = "model.safetensors.index.json"
 # Source: transformers, VOCAB_FILES_NAMES of models/*/tokenization_*.py; and what it converts (tiktoken, tekken).
 _VOCABULARY = re.compile(
@@ -31,8 +31,7 @@ def select(files: Iterable[RepoFile], *, pickled: bool = False) -> Selection:
     small = [
         file
         for path, file in sorted(known.items())
-        if (path.removeprefix(_TEMPLATES).endswith(".jinja") or path.endswith(_SMALL_SUFFIXES))
-        and "/" not in path.removeprefix(_TEMPLATES)
+        if (is_named_template(path) or ("/" not in path and path.endswith(_SMALL_SUFFIXES)))
         and (path not in indices or path in wanted_indices)
     ]
     return Selection(tuple(small), tuple(known[path] for path in weights))
@@ -41,6 +40,12 @@ def select(files: Iterable[RepoFile], *, pickled: bool = False) -> Selection:
 def pickled_weights(paths: Iterable[str]) -> tuple[str, ...]:
     """Choose the pickled weights that transformers would read."""
     return tuple(sorted(path for path in paths if _PICKLED.fullmatch(path)))
+
+
+def is_named_template(path: str) -> bool:
+    """Tell whether a path is that of one of several chat templates of a tokenizer."""
+    name = path.removeprefix(TEMPLATES_FOLDER)
+    return name != path and "/" not in name and name.endswith(".jinja")
 
 
 def vocabulary_files(paths: Iterable[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import IO
 
 from core.errors import AdapterRejected, PathNotAllowed, TooLarge
 from core.files import storage_errors
-from domain.adapter_files import CONFIG, KEPT_FILES, check_names
+from domain.adapter_files import CONFIG, check_names, kept_files
 
 _CHUNK_BYTES = 2**20
 _MAX_ENTRIES = 10_000
@@ -61,10 +61,9 @@ def copy_folder(source: Path, target: Path, max_bytes: int, roots: Sequence[Path
     names = list(_walk(source, inside))
     check_names(f"The folder {source.name}", names)
     left = max_bytes
-    for name in KEPT_FILES:
-        if name in names:
-            with _open_plain(source / name, inside) as file:
-                left = _copy(file, target / name, left, max_bytes)
+    for name in kept_files(names):
+        with _open_plain(source / name, inside) as file:
+            left = _copy(file, target / name, left, max_bytes)
 
 
 def _walk(source: Path, inside: list[Path]) -> Iterator[str]:
@@ -115,12 +114,12 @@ def unzip(archive: Path, target: Path, max_bytes: int) -> None:
             members = _members(opened.infolist())
             check_names("The zip", members)
             left = max_bytes
-            if sum(members[name].file_size for name in KEPT_FILES if name in members) > max_bytes:
+            kept = kept_files(members)
+            if sum(members[name].file_size for name in kept) > max_bytes:
                 raise TooLarge(f"The adapter in the zip is larger than {max_bytes} bytes.")
-            for name in KEPT_FILES:
-                if name in members:
-                    with opened.open(members[name]) as file:
-                        left = _copy(file, target / name, left, max_bytes)
+            for name in kept:
+                with opened.open(members[name]) as file:
+                    left = _copy(file, target / name, left, max_bytes)
     except (*_BROKEN, NotImplementedError, EOFError, OverflowError, UnicodeDecodeError) as error:
         raise AdapterRejected(f"The zip cannot be read: {error}.") from error
     except RuntimeError as error:  # zipfile's for an encrypted member
@@ -185,6 +184,7 @@ def _copy(source: IO[bytes], target: Path, left_bytes: int, max_bytes: int) -> i
         TooLarge: It is more.
         StorageFull: There is no room for it.
     """
+    target.parent.mkdir(exist_ok=True)
     with storage_errors(target), target.open("xb") as file:
         while chunk := source.read(_CHUNK_BYTES):
             left_bytes -= len(chunk)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AccessDenied, Rejected, StudioError
+from core.files import plain_files
 from domain.hub.repos import model_repo
 from domain.jobs.export_states import ExportKind
 from domain.models.records import check_model_id
@@ -164,14 +165,14 @@ class _Upload:
     def _additions(self, files: "list[_Counted]") -> "list[CommitOperationAdd]":
         from huggingface_hub import CommitOperationAdd
 
-        paths = [path for path in sorted(Path(self._adapter.path).iterdir()) if path.is_file()]
+        found = plain_files(Path(self._adapter.path))
         # Each is read twice: once for its sum, and once to be sent.
-        self._total_bytes = max(1, 2 * sum(path.stat().st_size for path in paths))
+        self._total_bytes = max(1, 2 * sum(path.stat().st_size for _, path in found))
         additions = []
-        for path in paths:
+        for name, path in found:
             # A file that counts, and not a path: it shows progress, stops when told, and goes over plain HTTP.
             files.append(_Counted(path, self._count))
-            additions.append(CommitOperationAdd(path.name, io.BufferedReader(files[-1], 2**20)))
+            additions.append(CommitOperationAdd(name, io.BufferedReader(files[-1], 2**20)))
         return additions
 
     def _count(self, size: int) -> None:

@@ -30,7 +30,10 @@ from store.records import JobRecord
 from store.repositories import Jobs
 
 _VERSION = 1  # of what is computed; a kept analysis of another one is not used
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab*", "merges*")
+_TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*"),
+    *("chat_template*", "additional_chat_templates/*"),
+)
 # What changes the figures; the rest of a configuration does not.
 _SETTINGS = (
     *("train_on", "max_seq_length", "packing", "batch_size", "gradient_accumulation"),
