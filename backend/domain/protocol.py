@@ -81,7 +81,8 @@ class Train(_Command):
 
     The run goes on from the newest checkpoint in `checkpoints_path` that verifies, and of those beyond
     `recorded_step`, whose metrics were lost, only if there is no other; without one, it starts from the base.
-    `about` is what the adapter's card says of the run beside what the engine knows itself.
+    `about` is what the adapter's card says of the run beside what the engine knows itself. With `hands_out` nothing is
+    trained: the adapter of the checkpoint is written, as a stop with `keep` would have.
     """
 
     kind: Literal["train"] = "train"
@@ -97,6 +98,7 @@ class Train(_Command):
     max_checkpoint_bytes: int | None
     recorded_step: int
     about: dict[str, Any]
+    hands_out: bool = False
 
 
 class Analyze(_Command):
@@ -342,6 +344,7 @@ class Failed(_Event):
         "bad_setting",
         "bad_model",
         "disk_full",
+        "cannot_save",
         "cancelled",
         "paused",
         "engine",

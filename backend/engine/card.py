@@ -49,13 +49,12 @@ def packages() -> dict[str, str]:
     return {"peft-studio": VERSION} | {name: version(name) for name in names}
 
 
-def make_card(base: Base, command: Train, outcome: Outcome, losses: dict[int, float]) -> dict[str, Any]:
-    """Write what the adapter was made from and how.
+def begin_card(base: Base, command: Train) -> dict[str, Any]:
+    """Write what the adapter is to be made from and how: all that is known before the first step.
 
     Returns:
-        JSON; `about` of the command comes first, and `losses` as [step, loss].
+        JSON; `about` of the command comes first.
     """
-    stride = -(-len(losses) // _MAX_LOSSES) or 1
     return {
         "format": _FORMAT,
         "adapter_id": command.adapter_id,
@@ -69,7 +68,7 @@ def make_card(base: Base, command: Train, outcome: Outcome, losses: dict[int, fl
         "config": command.config.model_dump(mode="json"),
         # Whether it corrects the 4-bit weights that it was trained on, rather than the published ones.
         "belongs_to_nf4": command.config.quantization == "nf4" and not methods.freezes_others(command.config),
-        "outcome": asdict(outcome),
+        "outcome": None,
         "packages": packages(),
         "machine": {
             "device": base.device.type,
@@ -79,8 +78,15 @@ def make_card(base: Base, command: Train, outcome: Outcome, losses: dict[int, fl
             "python": platform.python_version(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
-        "losses": [[step, loss] for step, loss in sorted(losses.items())][::stride],
+        "losses": [],
     }
+
+
+def finish_card(card: dict[str, Any], outcome: Outcome, losses: dict[int, float]) -> dict[str, Any]:
+    """Return a card with what came of the run, and `losses` as [step, loss]."""
+    stride = -(-len(losses) // _MAX_LOSSES) or 1
+    kept = [[step, loss] for step, loss in sorted(losses.items())][::stride]
+    return card | {"outcome": asdict(outcome), "losses": kept}
 
 
 def _commit_of(path: Path) -> str | None:

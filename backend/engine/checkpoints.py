@@ -14,6 +14,7 @@ checkpoints/<job>/step-00000040/
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.files import finish_replacing, whole_folder
+from core.files import finish_replacing, storage_errors, whole_folder
 from core.manifest import FolderDamaged, verify, write_manifest
 
 Tensors = dict[str, torch.Tensor]
@@ -98,15 +99,31 @@ class CheckpointFolder:
         """
         target = self._folder / f"step-{checkpoint.progress.step:08d}"
         with whole_folder(target) as folder:
-            for name in ("adapter", "optimizer", "rng", "initial", "best"):
-                tensors: Tensors = getattr(checkpoint, name)
-                if tensors:
-                    save_file({key: _own(tensor) for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-            state = {"progress": asdict(checkpoint.progress), "settings": checkpoint.settings}
-            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            write_manifest(folder, self._about | {"format": _FORMAT, "step": checkpoint.progress.step})
+            self._fill(folder, checkpoint)
         self._prune(target)
         return target
+
+    def prove(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint aside and delete it: whether it can be written is known before there is one to lose.
+
+        Raises:
+            StorageFull: No space is left.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (
+            storage_errors(self._folder / "state.json"),
+            tempfile.TemporaryDirectory(dir=self._folder, prefix=".step-", suffix=".tmp") as scratch,
+        ):
+            self._fill(Path(scratch), checkpoint)
+
+    def _fill(self, folder: Path, checkpoint: Checkpoint) -> None:
+        for name in ("adapter", "optimizer", "rng", "initial", "best"):
+            tensors: Tensors = getattr(checkpoint, name)
+            if tensors:
+                save_file({key: _own(tensor) for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        state = {"progress": asdict(checkpoint.progress), "settings": checkpoint.settings}
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        write_manifest(folder, self._about | {"format": _FORMAT, "step": checkpoint.progress.step})
 
     def newest(self, recorded_step: int, skipped: Callable[[str, str], None]) -> Checkpoint | None:
         """Return the newest checkpoint that verifies, or None; the damaged ones are named and passed over.

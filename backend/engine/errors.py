@@ -5,6 +5,7 @@ CommandError
 ├── BadSetting    a setting cannot take effect on this model
 ├── BadModel      the model's files cannot be loaded
 ├── NotFinite     the loss became NaN or infinite
+├── CannotSave    what was trained, or would be, cannot be written as an adapter
 └── OutOfMemory   the device has no memory left
 """
 
@@ -44,6 +45,12 @@ class NotFinite(CommandError):
     """The loss became NaN or infinite."""
 
     error_class = "not_finite"
+
+
+class CannotSave(CommandError):
+    """What was trained, or would be, cannot be written as an adapter."""
+
+    error_class = "cannot_save"
 
 
 class OutOfMemory(CommandError):

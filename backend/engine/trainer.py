@@ -4,6 +4,7 @@ docs/decisions/0002-own-training-loop.md says why it is ours.
 """
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import set_seed
 
+from core.errors import StorageFull
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, Computing, Evaluated, StepMetrics
 from engine.account import built
@@ -119,6 +121,7 @@ class Trainer:
         self._noise: RemovableHandle | None = None
         self._best: Tensors = {}
         self._resumed_step: int | None = None
+        self._kept_step: int | None = None  # of the newest checkpoint that this run wrote
         set_seed(config.seed)
         if resume is not None:
             self._restore(resume)
@@ -144,9 +147,23 @@ class Trainer:
                 self._write_checkpoint()
             if stopped.mode != "keep" or self.progress.step == 0:
                 raise
+            self._keep_the_end()
             return self._outcome(stopped_on_request=True)
         finally:
             self._end()
+
+    def hand_out(self) -> Outcome:
+        """Train no more: put the parameters in place that a run which was stopped here hands out."""
+        return self._outcome(stopped_on_request=True)
+
+    def prove(self) -> None:
+        """Write a checkpoint and delete it.
+
+        Raises:
+            StorageFull: No space is left.
+        """
+        if self._checkpoints is not None:
+            self._checkpoints.prove(self._checkpoint())
 
     def _begin(self) -> None:
         how = self._base.backend.begin_training(self._base.model, self._config)
@@ -167,9 +184,14 @@ class Trainer:
         progress, size = self.progress, self._config.gradient_accumulation
         epoch, batches = progress.epoch, self._epoch(progress.epoch)
         while True:
+            if progress.step >= self.total_steps:
+                self._keep_the_end()  # before its evaluation, which may fail
             if progress.evaluation_due:
                 self._evaluate()
-            if progress.step >= self.total_steps or self._stopped_early:
+            if progress.step >= self.total_steps:
+                return
+            if self._stopped_early:
+                self._keep_the_end()
                 return
             self._checkpoint_if_due()
             if progress.epoch != epoch:
@@ -303,9 +325,29 @@ class Trainer:
         if asked or by_steps or by_time:
             self._write_checkpoint()
 
+    def _keep_the_end(self) -> None:
+        """Write the checkpoint of the last step, from which the adapter is handed out if all that follows fails.
+
+        A disk that has no room for it may have room for the adapter, which is a third of it: the run goes on.
+        """
+        if self.progress.step in (self._resumed_step, self._kept_step):
+            return
+        try:
+            self._write_checkpoint()
+        except StorageFull as error:
+            sys.stderr.write(f"the checkpoint of the last step is not kept: {error.detail}\n")
+
     def _write_checkpoint(self) -> None:
         if self._checkpoints is None:
             return
+        path = self._checkpoints.write(self._checkpoint())
+        self._checkpoint_s, self._kept_step = time.monotonic(), self.progress.step
+        size = sum(file.stat().st_size for file in path.iterdir())
+        self._emit(
+            CheckpointWritten(request_id=self._request_id, step=self.progress.step, path=str(path), size_bytes=size)
+        )
+
+    def _checkpoint(self) -> Checkpoint:
         self.progress.elapsed_s = self._elapsed()
         tensors, plain = split_optimizer(self._optimizer)
         settings = {
@@ -314,14 +356,7 @@ class Trainer:
             "scaler": self._scaler.state_dict(),
             "threads": torch.get_num_threads(),
         }
-        path = self._checkpoints.write(
-            Checkpoint(self.progress, dict(self._named), tensors, self._rng, settings, self._initial, self._best)
-        )
-        self._checkpoint_s = time.monotonic()
-        size = sum(file.stat().st_size for file in path.iterdir())
-        self._emit(
-            CheckpointWritten(request_id=self._request_id, step=self.progress.step, path=str(path), size_bytes=size)
-        )
+        return Checkpoint(self.progress, dict(self._named), tensors, self._rng, settings, self._initial, self._best)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.adapter.keys() != self._named.keys():
@@ -334,6 +369,8 @@ class Trainer:
         self._scaler.load_state_dict(checkpoint.settings["scaler"])
         restore_rng(self._base.device, checkpoint.rng)
         self.progress, self._resumed_step = replace(checkpoint.progress), checkpoint.progress.step
+        if self.progress.step:  # the end of a shorter run is evaluated in that run alone
+            self.progress.evaluation_due &= self._evaluates_after(self.progress.step)
         if self.progress.step > self.total_steps:
             raise BadSetting(f"the checkpoint is at step {self.progress.step} already, beyond {self.total_steps}")
         if self._config.early_stopping_patience is None:

@@ -7,25 +7,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
-from safetensors.torch import save_file
 from transformers import set_seed
 
-from core.files import whole_folder
-from core.manifest import write_manifest
 from domain.datasets.split import NothingToHoldOut, held_out
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base
 from engine.batches import RowTokenizer, read_rows
-from engine.card import LossRecorder, make_card, packages, readme
+from engine.card import LossRecorder, packages
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData
 from engine.frozen_weights import original_weights_kept
+from engine.handing_out import HandingOut, saving
 from engine.initialisation import create_adapter
 from engine.rows import RowStore
-from engine.tokenizer_folder import save_tokenizer
 from engine.trainer import Trainer
 
 _MOST_NAMED = 20
@@ -58,6 +54,7 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
         CommandError: Of the class that says why.
         Stopped: The client ended the run.
         StorageFull: No space is left for the adapter or a checkpoint.
+        CannotSave: The adapter cannot be written, or what it takes to write it cannot be; the end's checkpoint is kept.
     """
     control, recorder = _ChannelControl(channel, command.request_id), LossRecorder(channel.emit)
     rows, validation, skipped = _load_rows(base, command, channel, control.check_stop)
@@ -66,6 +63,7 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
     checkpoints = _checkpoint_folder(command)
     damaged: list[str] = []
     resume = checkpoints.newest(command.recorded_step, lambda name, why: damaged.append(f"{name}: {why}"))
+    base.detach(command.adapter_id)  # handed out before, but not recorded
     try:
         changed = methods.changed_layers(base.model, command.config)
         with original_weights_kept(base.model, changed, output.parent):
@@ -83,20 +81,21 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
                 resume=resume,
                 initial=initial,
             )
+            handing_out = HandingOut(base, command, initial)
+            with saving(f"{trainer.progress.step} steps are trained"):
+                handing_out.prove()
+                trainer.prove()
             started = _started(command, base, rows, validation, skipped, trainer.total_steps)
             resumed = {"resumed_from_step": resume.progress.step if resume else None, "skipped_checkpoints": damaged}
             channel.emit(TrainingStarted(**started, **resumed))
-            outcome = trainer.run()
-            state = methods.adapter_state(base.model, command.adapter_id)
-            saved = base.model.peft_config[command.adapter_id]
-            if initial:
-                state, saved = methods.as_plain_lora(state, initial, saved)
-            card = make_card(base, command, outcome, recorder.losses)
-            _write_adapter(output, state, saved, base, card, command.adapter_id)
+            outcome = trainer.hand_out() if command.hands_out else trainer.run()
+            with saving(f"the run has ended after step {outcome.steps}"):
+                handing_out.write(outcome, recorder.losses)
     finally:
         base.detach(command.adapter_id)
     # What is handed out is what is served: the adapter comes back from its own files.
-    base.attach(command.adapter_id, output)
+    with saving(f"the run has ended after step {outcome.steps}"):
+        base.attach(command.adapter_id, output)
     return {
         **asdict(outcome),
         "trainable_parameters": started["trainable_parameters"],
@@ -215,20 +214,3 @@ def _started(
         "trainable_parameters": sum(p.numel() for p in base.model.parameters() if p.requires_grad),
         "warnings": warnings,
     }
-
-
-def _write_adapter(
-    output: Path, state: dict[str, Any], lora: LoraConfig, base: Base, card: dict[str, Any], adapter_id: str
-) -> None:
-    """Write the folder that is handed out: it is whole or it is not there.
-
-    A run cut off after this and before its record was written is trained again to the same place.
-    """
-    with whole_folder(output) as folder:
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        # save_pretrained writes the given object's inference_mode as True and everything else as it is.
-        lora.save_pretrained(str(folder))
-        save_tokenizer(base.tokenizer, folder)
-        (folder / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(readme(card), encoding="utf-8")
-        write_manifest(folder, {"adapter_id": adapter_id})

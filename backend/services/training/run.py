@@ -60,6 +60,7 @@ class TrainingRun:
         self._journal = RunJournal(self._job, ledger, self._give_up)
         self._unsaved_because: StudioError | None = None
         self._oom_kills = work.oom_kills()
+        self._trained = False
 
     def begin(self) -> None:
         """Take the job from the queue.
@@ -91,6 +92,7 @@ class TrainingRun:
                 self.end(ENDINGS[wish])
             self._control.check()
             model, result = self._work.run(self._job, self._device, self._control, self._journal, self._on_event)
+            self._trained = True
             self._journal.flush()
             self._succeed(model, result)
         except RunStopped:
@@ -146,14 +148,16 @@ class TrainingRun:
     def _fail(self, error_class: str, error: StudioError) -> None:
         """Record what went wrong: to be tried again, to be looked at by a person, or for good."""
         self._journal.flush()
-        if self._control.stopped and (error_class == "disk_full" or error_class in TRANSIENT):
+        hands_out = self._hands_out()
+        if self._control.stopped and not hands_out and (error_class == "disk_full" or error_class in TRANSIENT):
             return self._end_early()  # it was to end anyway
         telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
         if error_class in ("out_of_memory", "out_of_host_memory"):
             details["suggestions"] = self._work.savings(self._job.record, self._device) or details["suggestions"]
-        if error_class == "disk_full":
-            return self._job.finish(JobState.PAUSED, error=details)
+        if error_class == "disk_full" or hands_out:
+            progress = self._journal.progress | {"hands_out": hands_out}
+            return self._job.finish(JobState.PAUSED, error=details, progress=progress)
         stalls = self._journal.stalls + 1
         if error_class in TRANSIENT and stalls < MAX_STALLS:
             wait = max(wait_s(self._journal.stalls), error.extras.get("retry_after_s") or 0.0)
@@ -161,7 +165,19 @@ class TrainingRun:
             return self._job.finish(JobState.INTERRUPTED, error=details, stalls=stalls)
         if error_class in TRANSIENT:
             details["message"] += GIVEN_UP
+        if self._has_ended() or (error_class == "cannot_save" and self._journal.progress.get("step")):
+            return self._job.finish(JobState.PAUSED, error=details, stalls=0)
         self._job.finish(JobState.FAILED, error=details, stalls=stalls, finished_at=to_text(self._clock.now()))
+
+    def _has_ended(self) -> bool:
+        """Tell whether there is no step left to take: what is trained waits to be handed out, whatever failed."""
+        step, total = self._journal.progress.get("step", 0), self._journal.progress.get("total_steps")
+        return self._trained or (total is not None and step >= total > 0)
+
+    def _hands_out(self) -> bool:
+        """Tell whether the run was to end with the adapter as it is, and has one."""
+        progress = self._journal.progress
+        return bool(progress.get("hands_out") or (self._control.ending == "keep_adapter" and progress.get("step")))
 
     def fail_unexpectedly(self) -> None:
         """Record an error of the server's own; the traceback is in its log.

@@ -153,6 +153,7 @@ class TrainingWork:
                 max_checkpoint_bytes=self._max_checkpoint_bytes,
                 recorded_step=journal.progress.get("recorded_step", 0),
                 about=about,
+                hands_out=journal.progress.get("hands_out", False),
             )
 
         engine = {"name": model.base.key.engine, "reason": model.base.wanted.engine_reason, "computation": None}

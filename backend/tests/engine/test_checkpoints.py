@@ -114,9 +114,10 @@ def test_any_number_of_stops_anywhere_changes_nothing(
         try:
             train_tiny(tiny_path, here, config, channel)
         except Stopped:
-            losses |= channel.losses()
+            pass
         else:
-            shutil.rmtree(here / "adp")  # it ended before the stop: the last checkpoint serves once more
+            shutil.rmtree(here / "adp")  # it ended before the stop: the last step's checkpoint hands it out once more
+        losses |= channel.losses()
     channel = TestChannel()
     again = train_tiny(tiny_path, here, config, channel)
     # Only what was trained after the last checkpoint of an unfinished run is repeated, with the same losses.
@@ -129,11 +130,11 @@ def test_checkpoints_by_steps_are_kept_to_their_number_and_size(tiny_path: Path,
     config = config_for(Algorithm.LORA, max_steps=9, checkpoint_every_steps=2, keep_checkpoints=3)
     channel = TestChannel()
     train_tiny(tiny_path, tmp_path, config, channel)
-    assert channel.checkpoints() == [2, 4, 6, 8]
+    assert channel.checkpoints() == [2, 4, 6, 8, 9]  # the last step's is always kept
     assert [path.name for path in checkpoint_folders(tmp_path / "checkpoints")] == [
-        "step-00000004",
         "step-00000006",
         "step-00000008",
+        "step-00000009",
     ]
     train_tiny(tiny_path, tmp_path / "small", config, max_checkpoint_bytes=1)
     assert len(checkpoint_folders(tmp_path / "small" / "checkpoints")) == 1
@@ -144,11 +145,11 @@ def test_checkpoints_by_minutes_and_on_demand(tiny_path: Path, tmp_path: Path) -
     train_tiny(
         tiny_path, tmp_path / "timed", config_for(Algorithm.LORA, max_steps=3, checkpoint_every_minutes=1e-9), timed
     )
-    assert timed.checkpoints() == [1, 2]
+    assert timed.checkpoints() == [1, 2, 3]
     asked = TestChannel()
     asked.checkpoint_wanted = lambda: len(asked.losses()) == 2
     train_tiny(tiny_path, tmp_path / "asked", config_for(Algorithm.LORA, max_steps=3), asked)
-    assert asked.checkpoints() == [2]
+    assert asked.checkpoints() == [2, 3]
 
 
 FILES = ["adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json", "manifest.json"]
@@ -159,10 +160,11 @@ FILES = ["adapter.safetensors", "optimizer.safetensors", "rng.safetensors", "sta
 def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
     tiny_path: Path, tmp_path: Path, whole: Any, name: str, damage: str
 ) -> None:
-    settings_ = {**HARD, "checkpoint_every_steps": 2}
+    settings_ = {**HARD, "checkpoint_every_steps": 2, "keep_checkpoints": 3}
     config = config_for(Algorithm.LORA, **settings_)
     _, result, folder = whole(config)
     shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints/step-00000009")  # of the end
     newest = tmp_path / "checkpoints" / "step-00000008"
     content = (newest / name).read_bytes()
     middle = len(content) // 2
@@ -188,7 +190,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(
 
 def test_nothing_in_a_checkpoint_can_run_code(tiny_path: Path, tmp_path: Path) -> None:
     train_tiny(tiny_path, tmp_path, config_for(Algorithm.LORA, max_steps=2, checkpoint_every_steps=1))
-    (folder,) = checkpoint_folders(tmp_path / "checkpoints")
+    *_, folder = checkpoint_folders(tmp_path / "checkpoints")
     for path in folder.iterdir():
         assert path.suffix in (".json", ".safetensors")
         if path.suffix == ".json":

@@ -1,0 +1,115 @@
+"""The adapter's folder: proved before the first step, written after the last one."""
+
+import json
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from core.errors import StorageFull
+from core.files import storage_errors, whole_folder
+from core.manifest import write_manifest
+from domain.protocol import Train
+from engine import methods
+from engine.base import Base
+from engine.card import begin_card, finish_card, readme
+from engine.channel import Stopped
+from engine.checkpoints import Tensors
+from engine.errors import CannotSave
+from engine.tokenizer_folder import save_tokenizer
+from engine.trainer import Outcome
+
+_NOTHING_YET = Outcome(
+    steps=0,
+    adapter_step=0,
+    first_loss=0.0,
+    final_loss=0.0,
+    initial_eval_loss=None,
+    final_eval_loss=None,
+    best_eval_loss=None,
+    tokens=0,
+    elapsed_s=0.0,
+    stopped_early=False,
+    stopped_on_request=False,
+)
+
+
+class HandingOut:
+    """Writes the folder that a run hands out.
+
+    Whatever of it can be known or tried before the first step is: what fails after the last one has a training to lose.
+
+    Args:
+        base: With the adapter on it.
+        command: Names the adapter and the folder.
+        initial: A and B as initialised, where the adapter is converted afterwards.
+    """
+
+    def __init__(self, base: Base, command: Train, initial: Tensors) -> None:
+        self._base, self._adapter_id, self._initial = base, command.adapter_id, initial
+        self._output = Path(command.output_path)
+        self._card = begin_card(base, command)
+
+    def prove(self) -> None:
+        """Write the folder once and delete it.
+
+        Raises:
+            StorageFull: There is no room for it.
+        """
+        parent = self._output.parent
+        with (
+            storage_errors(self._output),
+            tempfile.TemporaryDirectory(dir=parent, prefix=f".{self._output.name}-", suffix=".tmp") as scratch,
+        ):
+            self._fill(Path(scratch), _NOTHING_YET, {})
+
+    def write(self, outcome: Outcome, losses: dict[int, float]) -> None:
+        """Write the folder: it is whole or it is not there.
+
+        A run cut off after this and before its record was written is handed out again from its last checkpoint.
+
+        Raises:
+            StorageFull: There is no room for it.
+        """
+        with whole_folder(self._output) as folder:
+            self._fill(folder, outcome, losses)
+
+    def _fill(self, folder: Path, outcome: Outcome, losses: dict[int, float]) -> None:
+        state = methods.adapter_state(self._base.model, self._adapter_id)
+        lora = self._base.model.peft_config[self._adapter_id]
+        if self._initial:
+            state, lora = methods.as_plain_lora(state, self._initial, lora)
+        card = finish_card(self._card, outcome, losses)
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        # save_pretrained writes the given object's inference_mode as True and everything else as it is.
+        lora.save_pretrained(str(folder))
+        save_tokenizer(self._base.tokenizer, folder)
+        (folder / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(readme(card), encoding="utf-8")
+        write_manifest(folder, {"adapter_id": self._adapter_id})
+
+
+@contextmanager
+def saving(done: str) -> Iterator[None]:
+    """Tell a failure to save from any other: what there was to save is not lost by it.
+
+    Args:
+        done: What the run has done, for the message.
+
+    Raises:
+        CannotSave: Something failed; the traceback is in the log.
+        StorageFull, Stopped: As they were raised.
+    """
+    try:
+        yield
+    except (StorageFull, Stopped):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise CannotSave(
+            f"{done}, and its adapter cannot be saved: {type(error).__name__}: {error}",
+            ["mend what the message names, then resume the job: what was trained is kept"],
+        ) from error
