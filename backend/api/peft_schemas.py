@@ -199,3 +199,6 @@ class GenerateResponse(Response):
     completion_tokens: int
     finish_reason: Literal["stop", "length"]
     elapsed_s: float
+    chat_template: Literal["model", "adapter", "none: a plain one is used"] | None = Field(
+        description="Whose chat template rendered the messages; null for a prompt."
+    )

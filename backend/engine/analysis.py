@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from domain.protocol import Analyze, Progress
-from engine.base import complete_tokenizer
 from engine.batches import FALLBACK_TEMPLATE, RowTokenizer, best_fit, read_rows
 from engine.channel import Channel
 from engine.errors import BadData, BadModel
 from engine.optimizer import planned_steps
 from engine.rows import IGNORED, Row
+from engine.served_tokenizer import complete_tokenizer
 from engine.transformers_backend import load_tokenizer
 
 _BINS = 20

@@ -15,24 +15,10 @@ from domain.peft.config import PeftConfig
 from engine import methods
 from engine.attach import attach_by_peft, attach_plain, detach_plain
 from engine.backend import backend_of
-from engine.batches import FALLBACK_TEMPLATE
 from engine.dora import use_blocks
 from engine.errors import BadModel, BadSetting
 from engine.heap import passing
-
-
-def complete_tokenizer(tokenizer: Any) -> None:
-    """Give a tokenizer what training needs and it lacks: a chat template, and a token to pad with.
-
-    Raises:
-        BadModel: It cannot tell which characters a token is, so nothing could be masked.
-    """
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = FALLBACK_TEMPLATE
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if not tokenizer.is_fast:
-        raise BadModel("the tokenizer has no fast version, so tokens cannot be traced back to characters")
+from engine.served_tokenizer import ServedTokenizer, ServedTokenizers, complete_tokenizer
 
 
 class Base:
@@ -57,6 +43,8 @@ class Base:
         self.model.requires_grad_(False)
         self.model.eval()
         complete_tokenizer(self.tokenizer)
+        self.tokenizers = ServedTokenizers(self.tokenizer, self.model.generation_config.eos_token_id)
+        self._folders: dict[str, Path] = {}  # of the adapters that came from files
         self.total_parameters = logical_parameters(self.model)
         self.linear_layers = methods.targeted_layers(self.model, config)
         self.trainable_parameters = methods.trainable_parameters(self.linear_layers, config)
@@ -77,13 +65,12 @@ class Base:
             return
         try:
             plain = attach_plain(self.model, name, path)
-            if plain is not None:
-                self.model = plain
-                return
-            self.model = attach_by_peft(self.model, name, path, str(self.device))
+            self.model = plain if plain is not None else attach_by_peft(self.model, name, path, str(self.device))
         except (ValueError, RuntimeError, OSError, SafetensorError) as error:
             raise BadSetting(f"the adapter does not fit this base: {error}") from error
-        self.model.eval()
+        if plain is None:
+            self.model.eval()
+        self._folders[name] = path
 
     def create(self, name: str, config: Any) -> None:
         """Add a new adapter with fresh weights and make it the trainable one."""
@@ -98,6 +85,7 @@ class Base:
         """Take an adapter off; the last one leaves the plain base."""
         if name not in self.adapters:
             return
+        self.tokenizers.forget(self._folders.pop(name, None))
         others = [other for other in self.adapters if other != name]
         if others:
             if name in self.model.active_adapters:
@@ -121,6 +109,23 @@ class Base:
             raise BadSetting(f"the adapter {name} is not on this base")
         self.model.set_adapter(name, inference_mode=True)
         return nullcontext()
+
+    def served(self, name: str | None) -> ServedTokenizer:
+        """Return the tokenizer that counts for one adapter, or for the bare base for None.
+
+        Raises:
+            BadSetting: No adapter of that name came onto the base from files, or its own tokenizer cannot be used.
+        """
+        if name is None:
+            return self.tokenizers.of_base
+        if name not in self._folders:
+            raise BadSetting(f"the adapter {name} is not on this base")
+        return self.tokenizers.of_adapter(self._folders[name])
+
+    @property
+    def embeddings(self) -> int:
+        """How many tokens the model has embeddings for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
 
     def memory_bytes(self) -> int:
         """Memory in use: reserved by torch's CUDA allocator, or resident in this process without a GPU."""

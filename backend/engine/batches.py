@@ -17,6 +17,7 @@ import torch
 
 from engine.rendering import ChatRenderer, Rendered
 from engine.rows import IGNORED, Row, RowStore
+from engine.text_tokens import TextTokenizer
 
 # For models that ship without a template: the plainest one that keeps the turns apart.
 FALLBACK_TEMPLATE = (
@@ -68,7 +69,7 @@ class RowTokenizer:
 
     def __init__(self, tokenizer: Any, train_on: str, limit: int) -> None:
         self._tokenizer, self._train_on, self._limit = tokenizer, train_on, limit
-        self._renderer = ChatRenderer(tokenizer)
+        self._renderer, self._text = ChatRenderer(tokenizer), TextTokenizer(tokenizer)
 
     @property
     def renderer(self) -> ChatRenderer:
@@ -127,8 +128,8 @@ class RowTokenizer:
         return Encoded(rendered.text, ids, labels, offsets)
 
     def _encode_text(self, text: str) -> Encoded:
-        encoded = self._tokenizer(text, return_offsets_mapping=True)
-        ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+        encoded = self._text(text)
+        ids, offsets = encoded.ids, encoded.offsets
         end = self._tokenizer.eos_token_id
         if end is not None and ids[-1:] != [end]:
             ids, offsets = [*ids, end], [*offsets, (len(text), len(text))]

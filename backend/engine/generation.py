@@ -4,120 +4,113 @@ import time
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer, set_seed
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers.generation.streamers import BaseStreamer
 
 from domain.protocol import Generate, Token
+from engine.answer_text import AnswerText
 from engine.base import Base
 from engine.channel import Channel
 from engine.errors import BadSetting
+from engine.served_tokenizer import ServedTokenizer
+
+# Below it, sampling takes the likeliest token as well, and dividing by it overflows.
+_COLDEST = 1e-6
 
 
-def cut_at_stop(text: str, stop: list[str]) -> str:
-    """Return the text before the first stop string."""
-    ends = [at for mark in stop if (at := text.find(mark)) >= 0]
-    return text[: min(ends)] if ends else text
+class _Pieces(BaseStreamer):
+    """Takes the tokens as they come and sends the text that is finished."""
 
+    def __init__(self, answer: AnswerText, channel: Channel, request_id: str) -> None:
+        self._answer, self._channel, self._request_id = answer, channel, request_id
+        self._prompt_seen = False
 
-def unfinished_stop(text: str, stop: list[str]) -> int:
-    """Return how many characters at the end of the text may be the beginning of a stop string."""
-    return max(
-        (size for mark in stop for size in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:size])),
-        default=0,
-    )
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self._send(self._answer.add(value.flatten().tolist()))
+        self._prompt_seen = True
 
+    def end(self) -> None:
+        self._send(self._answer.finish())
 
-class _EventStreamer(TextStreamer):
-    """Sends text as it is finished: whole words, special tokens left out, nothing from a stop string on."""
-
-    def __init__(self, base: Base, command: Generate, channel: Channel) -> None:
-        super().__init__(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._command, self._channel = command, channel
-        self.text = ""
-        self._sent = 0
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.text += text
-        visible = cut_at_stop(self.text, self._command.stop)
-        whole = stream_end or len(visible) < len(self.text)
-        end = len(visible) if whole else len(visible) - unfinished_stop(visible, self._command.stop)
-        if end > self._sent:
-            self._channel.emit(Token(request_id=self._command.request_id, text=visible[self._sent : end]))
-            self._sent = end
+    def _send(self, text: str) -> None:
+        if text:
+            self._channel.emit(Token(request_id=self._request_id, text=text))
 
 
 class _Ends(StoppingCriteria):
-    """Ends generation when the client asks, or when a stop string has been written."""
+    """Ends generation when the client asks, or when a stop text has been written."""
 
-    def __init__(self, channel: Channel, command: Generate, streamer: _EventStreamer) -> None:
-        self._channel, self._command, self._streamer = channel, command, streamer
+    def __init__(self, answer: AnswerText, channel: Channel, request_id: str) -> None:
+        self._answer, self._channel, self._request_id = answer, channel, request_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        text = self._streamer.text
-        stop = self._channel.stop_requested(self._command.request_id)
-        stop = stop or len(cut_at_stop(text, self._command.stop)) < len(text)
+        stop = self._channel.stop_requested(self._request_id) or self._answer.stopped
         return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
 
 
-def _encode(base: Base, command: Generate) -> dict[str, torch.Tensor]:
-    """Return input_ids and attention_mask of shape (1, T)."""
+def _prompt_ids(base: Base, served: ServedTokenizer, command: Generate) -> list[int]:
+    """Tokenize what is to be continued.
+
+    Raises:
+        BadSetting: The chat template refuses it, it is empty or too long, or the model has no such tokens.
+    """
     if command.messages is not None:
-        text = base.tokenizer.apply_chat_template(
-            [message.model_dump() for message in command.messages], tokenize=False, add_generation_prompt=True
-        )
-        encoded = base.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        text = served.renderer.prompt([message.model_dump() for message in command.messages])
+        ids = list(served.tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
-        encoded = base.tokenizer(command.prompt, return_tensors="pt")
+        ids = served.text(command.prompt or "").ids
     limit = base.backend.longest(base.model)
-    length = encoded["input_ids"].shape[1]
-    if length == 0:
+    if not ids:
         raise BadSetting("the prompt is empty")
-    if limit is not None and length + command.max_new_tokens > limit:
+    if limit is not None and len(ids) + command.max_new_tokens > limit:
         raise BadSetting(
-            f"{length} prompt tokens and {command.max_new_tokens} new ones exceed the {limit} it is loaded for"
+            f"{len(ids)} prompt tokens and {command.max_new_tokens} new ones exceed the {limit} it is loaded for"
         )
-    return {name: encoded[name].to(base.device) for name in ("input_ids", "attention_mask")}
+    if max(ids) >= base.embeddings:
+        raise BadSetting(f"the prompt has the token {max(ids)}, and the model {base.embeddings} embeddings")
+    return ids
 
 
 def generate(base: Base, command: Generate, channel: Channel) -> dict[str, Any]:
     """Generate text; every piece is also sent as a Token event.
 
     Returns:
-        `text`, `prompt_tokens`, `completion_tokens`, `finish_reason` (stop or length), `elapsed_s`.
+        `text`, `prompt_tokens`, `completion_tokens`, `finish_reason` (stop or length), `elapsed_s`, and
+        `chat_template`: whose was used; None for a prompt.
     """
-    inputs = _encode(base, command)
-    sampled = command.temperature > 0
+    served = base.served(command.adapter_id)
+    ids = torch.tensor([_prompt_ids(base, served, command)], device=base.device)
+    sampled = command.temperature > _COLDEST
     config = GenerationConfig(
         max_new_tokens=command.max_new_tokens,
         do_sample=sampled,
         temperature=command.temperature if sampled else None,
         top_p=command.top_p if sampled else None,
         top_k=0 if sampled else None,
-        pad_token_id=base.tokenizer.pad_token_id,
-        eos_token_id=base.model.generation_config.eos_token_id or base.tokenizer.eos_token_id,
+        pad_token_id=served.tokenizer.pad_token_id,
+        eos_token_id=list(served.ends.ids),
     )
     if command.seed is not None:
         set_seed(command.seed)
-    streamer = _EventStreamer(base, command, channel)
+    stop = [*command.stop, *(served.ends.texts if command.messages is not None else ())]
+    answer = AnswerText(served.tokenizer, stop, served.ends.ids)
     started = time.monotonic()
     base.backend.begin_answering(base.model)
     with base.using(command.adapter_id), torch.no_grad():
         output = base.model.generate(
-            **inputs,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             generation_config=config,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([_Ends(channel, command, streamer)]),
+            streamer=_Pieces(answer, channel, command.request_id),
+            stopping_criteria=StoppingCriteriaList([_Ends(answer, channel, command.request_id)]),
         )
-    completion = output.shape[1] - inputs["input_ids"].shape[1]
-    text = cut_at_stop(streamer.text, command.stop)
-    ended = text != streamer.text or int(output[0, -1]) in _as_set(config.eos_token_id)
+    completion = output.shape[1] - ids.shape[1]
     return {
-        "text": text,
-        "prompt_tokens": inputs["input_ids"].shape[1],
+        "text": answer.text,
+        "prompt_tokens": ids.shape[1],
         "completion_tokens": completion,
-        "finish_reason": "stop" if ended or completion < command.max_new_tokens else "length",
+        "finish_reason": "stop" if answer.ended or completion < command.max_new_tokens else "length",
         "elapsed_s": time.monotonic() - started,
+        "chat_template": served.template_source if command.messages is not None else None,
     }
-
-
-def _as_set(ids: int | list[int] | None) -> set[int]:
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

@@ -32,9 +32,8 @@ from engine.base import Base
 from engine.channel import Channel
 from engine.errors import BadSetting
 from engine.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
-from engine.merge import merging_packages, require_space
+from engine.merge import merging_packages, require_embeddings, require_space, template_notes
 from engine.merged_weights import MergedWeights, adapter_attached
-from engine.tokenizer_folder import write_used_tokenizer
 
 _TYPES: dict[GgufType, GGMLQuantizationType] = {
     "f32": GGMLQuantizationType.F32,
@@ -90,22 +89,25 @@ def export_gguf(base: Base, command: ExportGguf, channel: Channel) -> dict[str, 
         model = read_gguf_model(json.loads((base.path / "config.json").read_text(encoding="utf-8")))
         with adapter_attached(base, command.adapter_id, Path(command.adapter_path)):
             merged = MergedWeights(base, command.adapter_id)
-            tokenizer = _tokenizer(base, command, output.parent, model)
-            return _export(command, model, tokenizer, merged, output, channel)
+            tokenizer, notes = _tokenizer(base, command, output.parent, model)
+            return _export(command, model, tokenizer, notes, merged, output, channel)
     except ExportRejected as error:
         raise BadSetting(error.detail) from error
 
 
-def _tokenizer(base: Base, command: ExportGguf, scratch: Path, model: GgufModel) -> GgufTokenizer:
+def _tokenizer(base: Base, command: ExportGguf, scratch: Path, model: GgufModel) -> tuple[GgufTokenizer, list[str]]:
+    """Return the tokenizer, and what is to be said of it."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".exp_tokenizer-", suffix=".tmp") as folder:
-        write_used_tokenizer(base.tokenizer, Path(command.adapter_path), Path(folder))
-        return read_gguf_tokenizer(Path(folder), base.path, model.vocabulary)
+        served = base.tokenizers.written(Path(command.adapter_path), Path(folder))
+        require_embeddings(served, model.vocabulary)
+        return read_gguf_tokenizer(Path(folder), base.path, model.vocabulary, served.ends), template_notes(base, served)
 
 
 def _export(
     command: ExportGguf,
     model: GgufModel,
     tokenizer: GgufTokenizer,
+    notes: list[str],
     merged: MergedWeights,
     output: Path,
     channel: Channel,
@@ -123,7 +125,7 @@ def _export(
         "tensors": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "pre_tokenizer": tokenizer.pre,
         "adapted_layers": merged.adapted_layers,
-        "notes": [*_notes(merged, tensors, command.quantization), *model.notes],
+        "notes": [*_notes(merged, tensors, command.quantization), *model.notes, *notes],
     }
     with whole_folder(output) as folder:
         writer = GGUFWriter(folder / filename, model.architecture)

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from core.errors import ExportRejected
 from domain.models.gguf import pre_tokenizer_name
+from engine.turn_ends import TurnEnds
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,17 @@ class GgufTokenizer:
         writer.add_add_eos_token(self.adds_eos)
 
 
-def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int) -> GgufTokenizer:
+def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int, ends: TurnEnds) -> GgufTokenizer:
     """Read a tokenizer's folder.
 
     Args:
         folder: As `save_pretrained` writes it.
         base: The base's folder, whose config.json may name special tokens that the tokenizer does not.
         vocabulary: Embeddings that the model has.
+        ends: What ends a turn.
 
     Raises:
-        ExportRejected: llama.cpp would read other tokens, or there are more of them than embeddings.
+        ExportRejected: llama.cpp would read other tokens.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -65,14 +67,34 @@ def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int) -> GgufTokeni
     special.chat_template = _templates(tokenizer.chat_template)
     special.add_special_token = {}  # guessed there from the post-processor's text; asked of the tokenizer here
     ids = tokenizer("a").input_ids
+    adds_eos = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    _add_ends(special.special_token_ids, ends, keeps_eos=adds_eos)
     return GgufTokenizer(
         pre=pre,
         tokens=tokens,
         kinds=kinds,
         special=special,
         adds_bos=bool(ids) and ids[0] == tokenizer.bos_token_id,
-        adds_eos=bool(ids) and ids[-1] == tokenizer.eos_token_id,
+        adds_eos=adds_eos,
     )
+
+
+def _add_ends(roles: dict[str, int], ends: TurnEnds, *, keeps_eos: bool) -> None:
+    """Name what ends a turn where the tokenizer's own end is another: llama.cpp stops at each of the three roles.
+
+    Args:
+        roles: Special tokens by role; changed.
+        ends: What ends a turn.
+        keeps_eos: Whether texts are given the tokenizer's own end, which then keeps its role.
+    """
+    own = roles.get("eos")
+    if ends.mark is None or own == ends.mark:
+        return
+    roles["eot"] = ends.mark
+    if not keeps_eos:
+        roles["eos"] = ends.mark
+        if own is not None:
+            roles.setdefault("eom", own)
 
 
 def _templates(found: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
@@ -84,8 +106,6 @@ def _templates(found: str | dict[str, str] | None) -> str | list[dict[str, str]]
 
 def _tokens(tokenizer: Any, vocabulary: int) -> tuple[list[str], list[TokenType]]:
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
-    if by_id and max(by_id) >= vocabulary:
-        raise ExportRejected(f"The tokenizer has a token {max(by_id)}, and the model {vocabulary} embeddings.")
     added = tokenizer.added_tokens_decoder
     tokens, kinds = [], []
     for number in range(vocabulary):

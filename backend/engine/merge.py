@@ -17,8 +17,10 @@ from core.manifest import write_manifest
 from domain.protocol import Merge, Progress
 from engine.base import Base
 from engine.channel import Channel
+from engine.errors import BadSetting
 from engine.merged_weights import MergedWeights, adapter_attached
-from engine.tokenizer_folder import write_used_tokenizer
+from engine.served_tokenizer import ServedTokenizer
+from engine.turn_ends import TurnEnds
 
 # A shard is in memory as a whole while it is written, and safetensors lets no other thread run meanwhile, the
 # heartbeat's neither.
@@ -42,16 +44,17 @@ def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
     with adapter_attached(base, command.adapter_id, Path(command.adapter_path)):
         merged = MergedWeights(base, command.adapter_id)
         require_space(output.parent, merged.total_bytes)
-        result = {
+        result: dict[str, Any] = {
             "size_bytes": merged.total_bytes,
             "dtype": str(merged.dtype).removeprefix("torch."),
             "adapted_layers": merged.adapted_layers,
-            "notes": _notes(merged),
         }
         with whole_folder(output) as folder:
+            served = base.tokenizers.written(Path(command.adapter_path), folder)
+            require_embeddings(served, base.embeddings)
+            result |= {"notes": [*_notes(merged), *template_notes(base, served)]}
             _write_weights(merged, folder, command.request_id, channel)
-            _write_configs(merged, base.path, folder)
-            write_used_tokenizer(base.tokenizer, Path(command.adapter_path), folder)
+            _write_configs(merged, base.path, folder, served.ends)
             about = command.about | result | {"packages": merging_packages()}
             (folder / "export.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(_card(command, merged), encoding="utf-8")
@@ -78,6 +81,37 @@ def require_space(folder: Path, needed_bytes: int) -> None:
             f"The export takes {needed_bytes} bytes in {folder}, whose device has {free} free "
             f"({_RESERVE_BYTES} are kept free)."
         )
+
+
+def require_embeddings(served: ServedTokenizer, embeddings: int) -> None:
+    """Refuse a tokenizer that has tokens which the model does not.
+
+    Args:
+        served: What the export is to carry.
+        embeddings: How many the model has.
+
+    Raises:
+        BadSetting: The model would fail, or read something else, at such a token.
+    """
+    last = max(served.tokenizer.get_vocab().values(), default=-1)
+    if last >= embeddings:
+        raise BadSetting(
+            f"the adapter's tokenizer has a token {last}, and the model {embeddings} embeddings: it has grown, and "
+            "there are no weights for what it has grown by"
+        )
+
+
+def template_notes(base: Base, served: ServedTokenizer) -> list[str]:
+    """Say whose chat template an export carries where that is not the base's, and what of its ends it cannot carry."""
+    notes = []
+    if served.tokenizer.chat_template != base.tokenizer.chat_template:
+        notes.append("The chat template is the adapter's own, not the base's.")
+    if served.ends.texts:
+        notes.append(
+            f"Turns end in the text {served.ends.texts[0].strip()!r}, which is no single token: name it as a stop text "
+            "wherever the model is served."
+        )
+    return notes
 
 
 def merging_packages() -> dict[str, str]:
@@ -110,17 +144,27 @@ def _write_weights(merged: MergedWeights, folder: Path, request_id: str, channel
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_configs(merged: MergedWeights, source: Path, folder: Path) -> None:
+def _write_configs(merged: MergedWeights, source: Path, folder: Path, ends: TurnEnds) -> None:
     """Copy the base's configs: what reads the base reads the merged model. Only what is no longer true is changed."""
+    said = merged.model.generation_config.eos_token_id
+    new_ends = set(ends.ids) != set(said if isinstance(said, list) else [said])
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     for key in {"dtype", "torch_dtype"} & config.keys():
         config[key] = str(merged.dtype).removeprefix("torch.")
     if merged.untied:
         config["tie_word_embeddings"] = False
+    if new_ends and "eos_token_id" in config:
+        config["eos_token_id"] = list(ends.ids)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    generation = source / "generation_config.json"
+    if new_ends:
+        settings = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+        settings.pop("_from_model_config", None)  # they are its own from here on
+        content = json.dumps(settings | {"eos_token_id": list(ends.ids)}, indent=2) + "\n"
+        (folder / "generation_config.json").write_text(content, encoding="utf-8")
+    elif generation.is_file():
+        shutil.copyfile(generation, folder / "generation_config.json")
 
 
 def _card(command: Merge, merged: MergedWeights) -> str:

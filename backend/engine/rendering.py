@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from engine.errors import BadData
+from engine.errors import BadData, BadSetting
 from engine.time_limit import cpu_limit
 
 Turn = Mapping[str, Any]
@@ -90,6 +90,17 @@ class ChatRenderer:
         shape = self._shape(number, messages, tools)
         chat = _Chat(self._tokenizer, number, messages, tools, shape)
         return Rendered(chat.text, {index: chat.span(index) for index in answers})
+
+    def prompt(self, messages: Sequence[Turn]) -> str:
+        """Render a conversation up to where the next answer begins, in the shape that rows are rendered in.
+
+        Raises:
+            BadSetting: The template refuses it.
+        """
+        try:
+            return _apply(self._tokenizer, _shaped(messages, _Shape(parts=self._parts)), None, prompt=True)
+        except _TEMPLATE_ERRORS as error:
+            raise BadSetting(f"the model's chat template refuses the conversation: {error}") from error
 
     def left_out(self, number: int, row: Mapping[str, Any]) -> set[str]:
         """Tell what of a conversation the template drops in silence: `tools`, `reasoning`, or turns of a role.

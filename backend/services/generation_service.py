@@ -62,7 +62,7 @@ class Generation:
         try:
             return self.future.result()
         except CommandFailed as error:
-            if error.extras["error_class"] == "bad_setting":
+            if error.extras["error_class"] in ("bad_setting", "bad_model"):  # or a template that does not end
                 raise GenerationRejected(error.detail) from error
             raise
 
