@@ -200,6 +200,61 @@ _SPLITS: MappingProxyType[tuple[str, bool], str] = MappingProxyType(
     }
 )
 
+# Other names of llama.cpp's for a way that published tokenizers have without a difference.
+# Source: llama.cpp, src/llama-vocab.cpp, `llama_vocab::impl::load` and the constructor of `llm_tokenizer_bpe`.
+_ALIASES: MappingProxyType[str, str] = MappingProxyType(
+    {
+        "llama3": "llama-bpe",
+        "llama-v3": "llama-bpe",
+        "dbrx": "smaug-bpe",
+        "phi-2": "gpt-2",
+        "starcoder": "smollm",
+        "refact": "smollm",
+        "llama4": "gpt-4o",
+    }
+)
+# Changed by every conversion from GGUF that makes other files of the same one: what was converted before is made anew.
+CONVERSION, GGUF_CONVERSION = "conversion.json", 2
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How a byte-level tokenizer splits text before it merges, as tokenizer.json has it.
+
+    Attributes:
+        steps: In order; the last is ByteLevel.
+        ignores_merges: Whether a token that is whole in the vocabulary is taken without merging.
+        composes: Whether text is normalised to NFC first, as all published tokenizers of this way do.
+        adds_bos: Whether a text begins with the token for it where the file does not say.
+    """
+
+    steps: tuple[dict[str, Any], ...]
+    ignores_merges: bool
+    composes: bool
+    adds_bos: bool
+
+
+def pre_tokenizer_of(name: str) -> PreTokenizer | None:
+    """Return the way of splitting that llama.cpp has a name for; None for a name that is not known here.
+
+    It is the inverse of `pre_tokenizer_name`.
+    """
+    name = _ALIASES.get(name, name)
+    whole, bytes_alone = (
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": whole} for whole in (True, False)
+    )
+    if name == "gpt-2":
+        return PreTokenizer((whole,), ignores_merges=False, composes=False, adds_bos=False)
+    if name == "smollm":
+        digits = {"type": "Digits", "individual_digits": True}
+        return PreTokenizer((digits, whole), ignores_merges=False, composes=False, adds_bos=False)
+    for (expression, ignores_merges), known in _SPLITS.items():
+        if known == name:
+            split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+            adds_bos = name in ("llama-bpe", "tekken")
+            return PreTokenizer((split, bytes_alone), ignores_merges, composes=name == "qwen2", adds_bos=adds_bos)
+    return None
+
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
     """Return llama.cpp's name for the way in which a tokenizer splits text before it merges.

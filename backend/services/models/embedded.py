@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from core.logging import get_logger
 from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
+from domain.models.gguf import CONVERSION, GGUF_CONVERSION
 from services.engines.process import EngineProcess
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -69,8 +71,12 @@ class EmbeddedModel:
 
     @property
     def path(self) -> Path | None:
-        """The prepared folder, or None before it is prepared."""
-        return self._folder if (self._folder / "config.json").is_file() else None
+        """The prepared folder, or None before it is prepared, and where an earlier version prepared it otherwise."""
+        try:
+            made = json.loads((self._folder / CONVERSION).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return self._folder if isinstance(made, dict) and made.get("version") == GGUF_CONVERSION else None
 
     def prepare(self, on_progress: ProgressHandler) -> Path:
         """Return the prepared folder, making it first if need be (half a minute, once).
