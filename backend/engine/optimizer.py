@@ -68,3 +68,28 @@ def make_scheduler(optimizer: torch.optim.Optimizer, config: PeftConfig, total_s
         return float(to_zero(step)) if step < warmup_steps else floor + (1 - floor) * float(to_zero(step))
 
     return LambdaLR(optimizer, to_floor)
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return each group's settings: rates, betas, epsilon, decay."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def go_on_with(settings: list[dict[str, Any]], optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+    """Give an optimizer and its scheduler, restored from a checkpoint, this run's settings from the next step on.
+
+    A checkpoint brings the settings that it was written with, and the rate that its own schedule has for the next step.
+
+    Args:
+        settings: As `settings_of` returned them before the optimizer was restored.
+        optimizer: Restored.
+        scheduler: Restored; its place in the schedule stays.
+    """
+    scheduler.base_lrs = [own["initial_lr"] for own in settings]
+    rates = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, own, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(own | {"lr": rate})
+    scheduler._last_lr = rates

@@ -33,7 +33,7 @@ from engine.checkpoints import (
 )
 from engine.errors import BadData, BadSetting, NotFinite
 from engine.noise import add_noise
-from engine.optimizer import make_optimizer, make_scheduler, planned_steps
+from engine.optimizer import go_on_with, make_optimizer, make_scheduler, planned_steps, settings_of
 from engine.rows import RowStore
 
 
@@ -364,8 +364,10 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(checkpoint.adapter[name])
+        own = settings_of(self._optimizer)
         restore_optimizer(self._optimizer, checkpoint.optimizer, checkpoint.settings["optimizer"])
         self._scheduler.load_state_dict(checkpoint.settings["scheduler"])
+        go_on_with(own, self._optimizer, self._scheduler)
         self._scaler.load_state_dict(checkpoint.settings["scaler"])
         restore_rng(self._base.device, checkpoint.rng)
         self.progress, self._resumed_step = replace(checkpoint.progress), checkpoint.progress.step

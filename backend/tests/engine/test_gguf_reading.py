@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from domain import gguf_models
+from domain.models import gguf as gguf_models
 from domain.models.gguf import pre_tokenizer_name, pre_tokenizer_of
 from domain.protocol import PrepareGguf
 from engine.batches import RowTokenizer
