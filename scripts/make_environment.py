@@ -72,7 +72,16 @@ class Installer:
         if self._is_usable():
             return
         if self.uv is not None:
-            command = [self.uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(self.environment)]
+            command = [
+                self.uv,
+                "venv",
+                "--quiet",
+                "--clear",
+                "--seed",
+                "--python",
+                sys.executable,
+                str(self.environment),
+            ]
         else:
             command = [sys.executable, "-m", "venv", "--clear", str(self.environment)]
         if subprocess.run(command, check=False).returncode != 0:

