@@ -1,13 +1,16 @@
 """/api/training: jobs and what happens to them."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Literal
+from contextlib import suppress
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Response
-from fastapi.responses import StreamingResponse
-from fastapi.sse import format_sse_event
+from fastapi.routing import APIRoute
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.datastructures import QueryParams
+from starlette.routing import Match
+from starlette.types import Scope
 
 from api import training_schemas as schemas
 from api.hub_token import ASKS_THE_HUB
@@ -16,12 +19,25 @@ from api.waiting import may_ask_the_hub
 from domain.jobs.states import FINAL_STATES, JobState
 from services.training.job_intake import JobRequest
 from services.training_service import TrainingService, get_training_service
-from store.records import EventRecord, JobRecord
+from store.records import JobRecord
 
 router = APIRouter(prefix="/api/training", tags=["training"])
 Training = Annotated[TrainingService, Depends(get_training_service)]
+After = Annotated[int, Query(ge=0, description="Only events with a higher sequence number.")]
+LastEventId = Annotated[int | None, Header(ge=0)]
 _PAGE = 500
-_KEEPALIVE_S = 15.0
+_LOOK_AGAIN_S = 15.0  # a stream that was not woken looks all the same
+
+
+def _json(schema: str) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
+
+
+# What the framework does not see of a route that streams: its other form, and that refusals are JSON as everywhere.
+_OF_EVENTS: dict[int | str, dict[str, Any]] = {
+    200: _json("JobEvents"),
+    "default": _json("Problem") | {"description": "A problem document (RFC 9457)."},
+}
 
 
 @router.post("/jobs", status_code=202, dependencies=ASKS_THE_HUB)
@@ -47,14 +63,41 @@ def get_job(job_id: str, training: Training) -> schemas.JobResponse:
     return _view(training, training.ledger.get(job_id))
 
 
-@router.get("/jobs/{job_id}/events", response_model=schemas.JobEvents)
-def events(
-    job_id: str,
+class JsonEventsRoute(APIRoute):
+    """Takes the requests for events that ask for JSON; the route of the stream, on the same path, takes the others."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        if scope["type"] == "http" and QueryParams(scope["query_string"]).get("format") != "json":
+            return Match.NONE, {}
+        return super().matches(scope)
+
+
+def events_as_json(
+    job_id: str, training: Training, after: After = 0, last_event_id: LastEventId = None
+) -> schemas.JobEvents:
+    """Return a page of a job's events."""
+    training.ledger.get(job_id)
+    found = training.ledger.events(job_id, _start(after, last_event_id), _PAGE)
+    return schemas.JobEvents(events=[schemas.JobEvent.model_validate(event) for event in found])
+
+
+# Before the stream, which takes what this leaves; and which is what the OpenAPI document shows.
+router.add_api_route("/jobs/{job_id}/events", events_as_json, route_class_override=JsonEventsRoute)
+
+
+def job_that_is_there(job_id: str, training: Training) -> str:
+    """Refuse an unknown job while there can still be a problem document: before the stream begins."""
+    return training.ledger.get(job_id).id
+
+
+@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, responses=_OF_EVENTS)
+async def events(
+    job_id: Annotated[str, Depends(job_that_is_there)],
     training: Training,
-    format: Annotated[Literal["sse", "json"], Query()] = "sse",
-    after: Annotated[int, Query(ge=0, description="Only events with a higher sequence number.")] = 0,
-    last_event_id: Annotated[int | None, Header(ge=0)] = None,
-) -> object:
+    format: Annotated[Literal["sse", "json"], Query()] = "sse",  # it chose this route
+    after: After = 0,
+    last_event_id: LastEventId = None,
+) -> AsyncIterator[ServerSentEvent]:
     """What happened to the job, as server-sent events (live, until it ends) or as JSON.
 
     Events: state, progress, started, built (what the run is made of, read back from the modules and the optimizer),
@@ -62,36 +105,27 @@ def events(
     `Last-Event-ID` gets all that it missed. Every step is there once, however often the run was cut off. The stream of
     a paused or interrupted job stays open.
     """
-    training.ledger.get(job_id)
-    start = max(after, last_event_id or 0)
-    if format == "json":
-        found = training.ledger.events(job_id, start, _PAGE)
-        return schemas.JobEvents(events=[schemas.JobEvent.model_validate(event) for event in found])
-    return StreamingResponse(_stream(training, job_id, start), media_type="text/event-stream")
-
-
-async def _stream(training: TrainingService, job_id: str, after: int) -> AsyncIterator[bytes]:
+    sent = _start(after, last_event_id)
     with training.ledger.broadcast.listening(job_id) as changed:
         while True:
             changed.clear()
             # In this order: a job seen as final has written its last event before the events are read.
             ended = (await asyncio.to_thread(training.ledger.get, job_id)).state in FINAL_STATES
-            found = await asyncio.to_thread(training.ledger.events, job_id, after, _PAGE)
+            found = await asyncio.to_thread(training.ledger.events, job_id, sent, _PAGE)
             for event in found:
-                after = event.sequence
-                yield _sse(event)
+                sent = event.sequence
+                yield ServerSentEvent(
+                    data=event.data | {"created_at": event.created_at}, event=event.kind, id=str(event.sequence)
+                )
             if ended and len(found) < _PAGE:
                 return
             if not found:
-                try:
-                    await asyncio.wait_for(changed.wait(), _KEEPALIVE_S)
-                except TimeoutError:
-                    yield b": still here\n\n"
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), _LOOK_AGAIN_S)
 
 
-def _sse(event: EventRecord) -> bytes:
-    data = json.dumps(event.data | {"created_at": event.created_at})
-    return format_sse_event(data_str=data, event=event.kind, id=str(event.sequence))
+def _start(after: int, last_event_id: int | None) -> int:
+    return max(after, last_event_id or 0)
 
 
 @router.get("/jobs/{job_id}/metrics")

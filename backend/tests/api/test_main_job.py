@@ -239,6 +239,28 @@ def test_events_are_replayed_from_where_a_reader_left(studio: StudioServer, data
     assert [(event["sequence"], event["kind"]) for event in as_json["events"]] == everything[2:]
 
 
+def test_the_stream_says_what_the_json_says_and_that_nobody_may_hold_it_back(
+    studio: StudioServer, dataset: dict[str, Any]
+) -> None:
+    job = studio.submit(model_id=TINY_ID, dataset_id=dataset["id"], overrides={"max_steps": 2, "max_seq_length": 64})
+    url = f"/api/training/jobs/{job['id']}/events"
+    streamed = studio.http.get(url)
+    said = {name: streamed.headers[name] for name in ("content-type", "cache-control", "x-accel-buffering")}
+    assert said == {
+        "content-type": "text/event-stream; charset=utf-8",
+        "cache-control": "no-cache",
+        "x-accel-buffering": "no",
+    }
+    data = [json.loads(line.removeprefix("data: ")) for line in streamed.text.splitlines() if line.startswith("data: ")]
+    listed = studio.http.get(url, params={"format": "json"}, headers={"Last-Event-ID": "0"}).json()["events"]
+    assert data == [event["data"] | {"created_at": event["created_at"]} for event in listed]
+    assert studio.http.get(f"{url}?format=sse&after={len(listed) - 1}").text.count("data: ") == 1
+    for query, status in (("format=xml", 422), ("after=-1", 422), ("format=json&after=-1", 422)):
+        refused = studio.http.get(f"{url}?{query}")
+        assert (refused.status_code, refused.headers["content-type"]) == (status, "application/problem+json")
+    assert studio.http.post(f"{url}?format=json", json={}).status_code == 405
+
+
 def test_nothing_to_learn_is_a_failed_job_that_says_so(studio: StudioServer) -> None:
     dataset = studio.upload(json.dumps({"prompt": "x " * 400, "completion": "y"}))
     job = studio.submit(model_id=TINY_ID, dataset_id=dataset["id"], overrides={"max_seq_length": 64})

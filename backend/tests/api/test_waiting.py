@@ -26,7 +26,8 @@ def _questions(number: int) -> tuple[str, str, dict[str, Any] | None]:
         ("POST", "/api/models/compatibility", {"model_id": name, "algorithm": "lora"}),
         ("POST", "/api/peft/configure", {"model_id": name, "algorithm": "lora"}),
         ("POST", "/api/peft/load-model", {"model_id": name}),
-    )[number % 6]
+        ("POST", "/api/datasets", {"hub_id": name}),
+    )[number % 7]
 
 
 def test_a_hub_that_hangs_holds_up_only_those_that_ask_it(tmp_path: Path, tiny_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
         hub.add_model("me/open", files, pipeline_tag="text-generation")
         for name in ("me/gated", "me/gated-too"):
             hub.add_model(name, files, gated="auto", granted=(OF_HEADER,))
+        hub.add_dataset("me/rows", {"train.jsonl": messages_jsonl().encode()}, gated="auto", granted=(OF_HEADER,))
         environment = {
             **{"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": OF_ENVIRONMENT},
             **{"HF_HOME": str(tmp_path / "hf"), "PEFT_STUDIO_CACHE_DIR": str(tmp_path / "cache")},
@@ -61,6 +62,9 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
             assert studio.http.post("/api/models/search", json={}, headers=HEADER).json()["source"] == "local"
             hub.recover()
 
+            rows = {"hub_id": "me/rows"}
+            assert studio.http.post("/api/datasets", json=rows).status_code == 403
+            assert studio.http.post("/api/datasets", json=rows, headers=HEADER).status_code == 201
             dataset = studio.upload(messages_jsonl())
             job = studio.submit(
                 loaded_model_id=loaded["id"], dataset_id=dataset["id"], overrides={"max_steps": 2, "max_seq_length": 64}

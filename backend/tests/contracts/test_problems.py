@@ -54,6 +54,8 @@ def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
         ("POST", "/api/training/jobs/none/pause", None, 404, "job-not-found"),
         ("POST", "/api/training/jobs/none/checkpoint", None, 404, "job-not-found"),
         ("GET", "/api/training/jobs/none/events", None, 404, "job-not-found"),
+        ("GET", "/api/training/jobs/none/events?format=json", None, 404, "job-not-found"),
+        ("POST", "/api/datasets/imports/none/cancel", None, 404, "import-not-found"),
         ("GET", "/api/adapters/none/download", None, 404, "adapter-not-found"),
         ("POST", "/api/adapters", {"path": "/etc"}, 403, "path-not-allowed"),
         ("POST", "/api/adapters", {"path": "/etc", "trust_remote_code": True}, 422, "invalid-request"),

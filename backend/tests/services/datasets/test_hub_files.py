@@ -18,6 +18,7 @@ from services.hub.http import request_token
 from tests.support.datasets_double import as_jsonl, as_parquet
 from tests.support.hub_double import RATE_LIMITED, HubDouble, ManualClock
 from tests.support.registries import make_downloads
+from tests.support.server import wait_until
 
 LARGE = as_parquet([{"prompt": f"question {n}", "completion": "a" * n} for n in range(200)])
 SMALL = as_jsonl([{"prompt": "q", "completion": "a"}])
@@ -25,6 +26,7 @@ CARD = b"---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n  
 FILES = {"README.md": CARD, "main/0.parquet": LARGE, "main/1.parquet": LARGE + b"x", "other/2.parquet": b"not wanted"}
 PATHS = ("main/0.parquet", "main/1.parquet")
 TOTAL_BYTES = sum(len(FILES[path]) for path in PATHS)
+HALF_BYTES = sum(len(FILES[path]) // 2 for path in PATHS)  # what a double that stalls at both has sent
 
 
 class Bench:
@@ -163,7 +165,7 @@ def test_a_cancelled_download_frees_who_waits_and_is_gone_on_with_later(bench: B
     bench.hub.fail("cdn", "stall", times=2)
     with bench.imports.running("me/data", "downloading", None) as progress, ThreadPoolExecutor(1) as pool:
         fetching = pool.submit(bench.fetch_as, progress, "me/data")
-        assert bench.hub.stalled.wait(30)
+        wait_until(lambda: progress.received_bytes >= HALF_BYTES)
         bench.imports.cancel(progress.id)
         with pytest.raises(ImportCancelled):
             fetching.result(30)  # the double is still silent
@@ -183,8 +185,7 @@ def test_a_cancel_does_not_wait_for_a_hub_that_hangs(bench: Bench, route: Any) -
     bench.hub.fail(route, "hang", times=99)
     with bench.imports.running("me/data", "downloading", None) as progress, ThreadPoolExecutor(1) as pool:
         fetching = pool.submit(bench.fetch_as, progress, "me/data")
-        while bench.hub.requests[route] == 0:
-            assert not fetching.done()
+        wait_until(lambda: bench.hub.requests[route] > 0)
         progress.cancelled.set()
         with pytest.raises(ImportCancelled):
             fetching.result(30)
@@ -211,8 +212,7 @@ def test_progress_counts_bytes_as_they_come(bench: Bench) -> None:
     bench.hub.fail("cdn", "stall", times=2)
     with bench.imports.running("me/data", "downloading", None) as progress, ThreadPoolExecutor(1) as pool:
         fetching = pool.submit(bench.fetch_as, progress, "me/data")
-        while progress.received_bytes < len(LARGE):  # half of each
-            assert not fetching.done()
+        wait_until(lambda: progress.received_bytes >= HALF_BYTES)
         assert progress.total_bytes == TOTAL_BYTES
         bench.hub.release()
         assert is_whole(fetching.result(30))
@@ -232,8 +232,7 @@ def test_two_who_ask_at_once_download_once(bench: Bench) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(ask) for _ in range(2)]
-        while sum(item.received_bytes > 0 for item in bench.imports.all()) < 2:
-            assert not any(one.done() for one in asked)
+        wait_until(lambda: sum(item.received_bytes > 0 for item in bench.imports.all()) == 2)
         bench.hub.release()
         assert all(is_whole(one.result(30)) for one in asked)
     assert bench.hub.requests["cdn"] == 2
