@@ -5,12 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup setup-dev quickstart serve test test-slow test-pythons check check-requirements check-container lock bench gpu-check clean
+.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-pythons check check-requirements check-container lock bench gpu-check clean
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
 	@echo "make serve       the server alone (HOST=, PORT=)"
-	@echo "make test        the tests; make test-slow: long fault runs"
+	@echo "make test        the tests; make test-fast: those without engines; make test-slow: long fault runs"
 	@echo "make check       linters, types, import contracts"
 	@echo "make check-container  every step of the Dockerfile, without a container engine (Linux, as root)"
 	@echo "make bench       benchmarks, as ratios"
@@ -47,6 +47,10 @@ serve: setup
 # other most of the time.
 test: setup-dev
 	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/ -n 2 --dist loadfile
+
+# No engines and no torch, which the plugin holds: what takes a tenth of the time finds most of what breaks.
+test-fast: setup-dev
+	cd backend && ../$(PY) -m pytest tests/ -p tests.support.no_engine -m "not engine and not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: setup-dev test-pythons
 	cd backend && ../$(PY) -m pytest tests/ -m slow

@@ -11,21 +11,26 @@ from services.models.embedded import EmbeddedModel
 from tests.support.hub_double import HubDouble, quiet_environment
 from tests.support.server import CACHE, StudioServer, start_server
 from tests.support.small_disk import mounted
-from tests.support.tiny_model import TINY_ID, make_tiny_model
+from tests.support.tiny_model import TINY_ID, copy_tiny_model
 
 # Examples are counted, not timed: the machine may be busy with something else.
 settings.register_profile("studio", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("studio")
 
-hide_broken_torchvision()
 pytest.register_assert_rewrite("tests.support.setting_checks")  # so that what failed is shown with its values
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Look for a broken torchvision, which imports torch, where a test may import transformers."""
+    if not config.pluginmanager.has_plugin("tests.support.no_engine"):
+        hide_broken_torchvision()
 
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with one tiny Llama in it, as `tests/tiny-llama`."""
     root = tmp_path_factory.mktemp("models")
-    make_tiny_model(root / TINY_ID)
+    copy_tiny_model(root / TINY_ID)
     return root
 
 

@@ -4,12 +4,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from tests.support.server import StudioServer, start_server
-from tests.support.tiny_model import TINY_ID, make_tiny_model
+from tests.support.tiny_model import TINY_ID, copy_tiny_model
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the larger one of the two that fit
 GPTQ_ID, DEEP_ID = "tests/in-gptq", "tests/deep"
@@ -30,16 +30,17 @@ HUGE = {
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
     """A server with the tiny model, one as if in GPTQ, and one of 405 thousand million parameters in one tensor."""
     root = tmp_path_factory.mktemp("models")
-    make_tiny_model(root / TINY_ID)
+    copy_tiny_model(root / TINY_ID)
     huge = root / "tests" / "huge"
     huge.mkdir()
     (huge / "config.json").write_text(json.dumps(HUGE))
-    save_file({"weight": torch.zeros(1)}, huge / "model.safetensors")
+    save_file({"weight": numpy.zeros(1, numpy.float32)}, huge / "model.safetensors")
     gptq = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
-    make_tiny_model(root / DEEP_ID, num_hidden_layers=48)  # hundreds of GB for 262,144 tokens at once
-    make_tiny_model(root / GPTQ_ID)
-    config = json.loads((root / GPTQ_ID / "config.json").read_text())
-    (root / GPTQ_ID / "config.json").write_text(json.dumps(config | gptq))
+    deep = {"num_hidden_layers": 48}  # hundreds of GB for 262,144 tokens at once
+    for name, changed in ((DEEP_ID, deep), (GPTQ_ID, gptq)):
+        copy_tiny_model(root / name)
+        config = json.loads((root / name / "config.json").read_text())
+        (root / name / "config.json").write_text(json.dumps(config | changed))
     with start_server(tmp_path_factory.mktemp("home"), root) as server:
         yield server
 
@@ -98,6 +99,7 @@ def test_suggestions_hold_when_they_are_sent_back(studio: StudioServer) -> None:
             )
 
 
+@pytest.mark.engine
 def test_a_job_that_does_not_fit_is_refused_unless_it_is_forced(studio: StudioServer, tmp_path: Path) -> None:
     body = {
         "model_id": DEEP_ID,

@@ -163,6 +163,7 @@ def test_what_does_not_import_is_named(tmp_path: Path, broken: str) -> None:
     assert environment.told_pip == ""
 
 
+@pytest.mark.engine
 @pytest.mark.skipif(
     not (Path(sys.prefix) / ".installed").exists(), reason="this environment was not made by `make setup`"
 )

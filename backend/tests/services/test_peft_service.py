@@ -2,87 +2,24 @@
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import services.loading.pool as module
+import services.loading.pool as pool_module
 from core.errors import DoesNotFit, HubUnavailable, SettingRejected
-from domain.configure import MachineFacts
-from domain.memory.estimate import loading_bytes
-from domain.models.architectures.registry import read_shape
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
+from services.adapter_service import AdapterService
 from services.generation_service import GenerationRequest, GenerationService
-from services.hardware.devices import Device, EngineChoice
-from services.models.embedded import CONFIG
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
+from store.database import Database
+from tests.support.engine_double import EngineDoubles
 from tests.support.hub_double import ManualClock
-
-GRACE_S, IDLE_S = 60.0, 1800.0
-SHAPE = read_shape(CONFIG)
-
-
-class InstantEngine:
-    """Has loaded whatever it is told to; holds what one base is estimated to need."""
-
-    pid, has_pending = 1, False
-    held_bytes = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def request(self, *_: Any) -> tuple[str, "Future[dict[str, Any]]"]:
-        future: Future[dict[str, Any]] = Future()
-        future.set_result({"total_parameters": 1, "memory_bytes": self.held_bytes, "load_s": 0.1})
-        return "request", future
-
-    def resident_bytes(self) -> int:
-        return self.held_bytes
-
-    def close(self) -> None:
-        pass
-
-
-class Machine:
-    """A CPU with room for one load and a half."""
-
-    def __init__(self) -> None:
-        self.service: PeftService | None = None
-
-    def device(self, _: str | int) -> Device:
-        models = self.service.models() if self.service is not None else []
-        held = InstantEngine.held_bytes * sum(model.base.usable for model in models)
-        total = int(1.5 * InstantEngine.held_bytes)
-        return Device("cpu", MachineFacts(has_gpu=False, supports_bf16=False), total - held)
-
-    def engine(self, *_: Any) -> EngineChoice:
-        return EngineChoice("transformers", "the only one")
-
-
-class Files:
-    """Every model is here, but for one that the Hub would have to give."""
-
-    def check(self, *_: Any, **__: Any) -> None:
-        return
-
-    def ensure(self, model_id: str, *_: Any, **__: Any) -> Path:
-        if model_id == "a/far":
-            raise HubUnavailable("The Hub is away.")
-        return Path("model")
-
-
-class Facts:
-    """Every model has the embedded one's shape."""
-
-    def shape(self, *_: Any) -> Any:
-        return SHAPE
-
-    def siblings(self, _: Any) -> list[Any]:
-        return []
+from tests.support.little_memory import FAR_ID, GRACE_S, IDLE_S, load, peft_with_little_memory
 
 
 @pytest.fixture
@@ -91,24 +28,18 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def peft(clock: ManualClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PeftService]:
-    monkeypatch.setattr(module, "EngineProcess", InstantEngine)
-    machine, files, facts = Machine(), Files(), Facts()
-    service = PeftService(
-        clock, *_any(machine, files, facts),
-        log_dir=tmp_path, idle_unload_s=IDLE_S, make_room_after_s=GRACE_S, engine_silence_s=60.0,
-    )  # fmt: skip
+def engines(monkeypatch: pytest.MonkeyPatch) -> EngineDoubles:
+    engines = EngineDoubles()
+    monkeypatch.setattr(pool_module, "EngineProcess", engines)
+    return engines
+
+
+@pytest.fixture
+def peft(clock: ManualClock, engines: EngineDoubles, tmp_path: Path) -> Iterator[PeftService]:
     # In bf16, as it is configured where memory is this short.
-    config = service.configure(Algorithm.LORA, None, {"precision": "bf16"}).config
-    assert SHAPE is not None
-    monkeypatch.setattr(InstantEngine, "held_bytes", loading_bytes(SHAPE, config, on_gpu=False))
-    machine.service = service
+    service = peft_with_little_memory(clock, engines, "bf16", tmp_path)
     yield service
     service.close()
-
-
-def _any(*values: Any) -> tuple[Any, ...]:
-    return values
 
 
 def _for_client(name: str) -> LoadRequest:
@@ -121,25 +52,24 @@ def _for_job(peft: PeftService, name: str) -> ConfiguredLoad:
 
 
 def _load(peft: PeftService, name: str, *, for_job: bool = False) -> LoadedModel:
-    model = peft.load(_for_job(peft, name) if for_job else _for_client(name))
-    assert model.base.loading is not None
-    model.base.loading.result(30)
+    model = load(peft, _for_job(peft, name) if for_job else _for_client(name))
     assert model.state is LoadState.READY, model.base.error
     return model
 
 
 def test_while_an_engine_that_gives_way_takes_long_to_end_everything_else_answers(
-    peft: PeftService, clock: ManualClock
+    peft: PeftService, engines: EngineDoubles, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = _load(peft, "a/first")
-    process: Any = first.base.process
-    ending, may_end = threading.Event(), threading.Event()
+    _load(peft, "a/first")
+    engine = engines.started[0]
+    end, ending, may_end = engine.close, threading.Event(), threading.Event()
 
     def end_late() -> None:
         ending.set()
         assert may_end.wait(30)
+        end()
 
-    process.close = end_late
+    monkeypatch.setattr(engine, "close", end_late)
     clock.advance(GRACE_S)
     with ThreadPoolExecutor(2) as threads:
         second = threads.submit(_load, peft, "a/second")
@@ -180,14 +110,10 @@ def test_what_a_client_begins_to_use_does_not_give_way_as_a_jobs(peft: PeftServi
 
 def test_a_load_that_failed_is_shown_to_the_client_who_asked_and_not_kept_for_a_job(peft: PeftService) -> None:
     for _ in range(3):  # as often as the job is tried again
-        model = peft.load(_for_job(peft, "a/far"))
-        assert model.base.loading is not None
-        model.base.loading.result(30)
+        model = load(peft, _for_job(peft, FAR_ID))
         assert model.state is LoadState.FAILED and isinstance(model.base.error, HubUnavailable)
     assert peft.models() == []
-    model = peft.load(_for_client("a/far"))
-    assert model.base.loading is not None
-    model.base.loading.result(30)
+    model = load(peft, _for_client(FAR_ID))
     assert peft.models() == [model] and model.state is LoadState.FAILED
 
 
@@ -210,9 +136,7 @@ def test_what_a_job_needs_is_loaded_as_configured_though_the_rules_refuse_it_by_
     monkeypatch.setattr("services.peft_service.configure", refuse)
     with pytest.raises(SettingRejected):
         peft.load(_for_client("a/first"))
-    model = peft.load(request)
-    assert model.base.loading is not None
-    model.base.loading.result(30)
+    model = load(peft, request)
     assert model.state is LoadState.READY and model.config == request.config == model.base.wanted.config
     assert peft.load(request) is model
 
@@ -226,16 +150,18 @@ def test_what_a_job_needs_is_refused_on_a_device_that_cannot_compute_it(peft: Pe
     assert peft.models() == []
 
 
-def test_a_model_does_not_give_way_between_the_look_and_the_command(peft: PeftService) -> None:
+def test_a_model_does_not_give_way_between_the_look_and_the_command(
+    peft: PeftService, engines: EngineDoubles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     first = _load(peft, "a/first", for_job=True)
-    process: Any = first.base.process
+    command = engines.started[0].request
     gave_way: list[bool] = []
 
     def request(*arguments: Any) -> Any:
         gave_way.append(first.base.retire(0.0, unkept_s=0.0))
-        return InstantEngine.request(process, *arguments)
+        return command(*arguments)
 
-    process.request = request
-    adapters: Any = None
+    monkeypatch.setattr(engines.started[0], "request", request)
+    adapters = AdapterService(Database(f"sqlite:///{tmp_path}/studio.db"), tmp_path / "adapters", peft)
     GenerationService(peft, adapters).start(first.id, GenerationRequest(None, "a", None, 1, 0.0, 1.0, None, []))
     assert gave_way == [False] and first.base.retire(0.0)

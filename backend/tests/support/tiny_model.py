@@ -1,6 +1,21 @@
-"""A random Llama of 0.2 million parameters with a tokenizer and a chat template, made on the spot."""
+"""A random Llama of 0.2 million parameters with a tokenizer and a chat template, made once and kept.
 
+`python -m tests.support.tiny_model FOLDER` makes it there.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
 from pathlib import Path
+
+from filelock import FileLock
+
+from tests.support.no_engine import unguarded
+from tests.support.server import BACKEND, CACHE
 
 TINY_ID = "tests/tiny-llama"
 TEMPLATE = (
@@ -8,6 +23,27 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _CORPUS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "0123456789 ?!.,"]
+
+
+def copy_tiny_model(folder: Path) -> None:
+    """Write the model as a normal local folder, from the one that is kept.
+
+    It is made in a process of its own where there is none yet: who wants a copy does not import torch.
+    """
+    made_by = [version(name) for name in ("torch", "transformers", "tokenizers")] + [Path(__file__).read_text("utf-8")]
+    kept = CACHE / f"tiny-llama-{hashlib.sha256(repr(made_by).encode()).hexdigest()[:12]}"
+    if not kept.exists():
+        _make_once(kept)
+    shutil.copytree(kept, folder)
+
+
+def _make_once(kept: Path) -> None:
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{kept}.lock"), tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        if not kept.exists():
+            command = [sys.executable, "-m", "tests.support.tiny_model", f"{scratch}/made"]
+            subprocess.run(command, cwd=BACKEND, env=unguarded(os.environ), check=True)
+            Path(scratch, "made").rename(kept)  # whole, or not there
 
 
 def make_tiny_model(folder: Path, **shape: int) -> None:
@@ -44,3 +80,7 @@ def make_tiny_model(folder: Path, **shape: int) -> None:
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    make_tiny_model(Path(sys.argv[1]))

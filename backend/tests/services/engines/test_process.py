@@ -47,10 +47,11 @@ def test_kill_9_fails_what_is_pending_with_the_signal(tmp_path: Path, tiny_path:
     ended: list[bool] = []
     engine = EngineProcess(tmp_path / "engine.log", on_exit=lambda: ended.append(True))
     _, future = engine.request(_load(tiny_path))
+    assert engine.has_pending
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(EngineDied) as caught:
         future.result(30)
-    assert caught.value.extras["signal"] == 9
+    assert caught.value.extras["signal"] == 9 and not engine.has_pending
     with pytest.raises(EngineDied):
         engine.request(_load(tiny_path))[1].result(5)
     wait_until(lambda: ended == [True])

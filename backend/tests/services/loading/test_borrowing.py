@@ -11,7 +11,8 @@ from services.loading.borrowing import borrow
 from services.loading.loaded_base import LoadedBase
 from services.loading.loaded_model import LoadedModel
 from services.models.progress import LoadProgress
-from tests.support.bases import CONFIG, Engine, base_request
+from tests.support.bases import CONFIG, base_request
+from tests.support.engine_double import EngineDouble
 from tests.support.hub_double import ManualClock
 
 
@@ -22,7 +23,7 @@ class Stopped(Exception):
 @pytest.fixture
 def model() -> LoadedModel:
     base = LoadedBase(base_request("a/base"), ManualClock())
-    engine: Any = Engine()
+    engine = EngineDouble(None, 1)
     base.adopt(engine)
     base.report("loading", LoadProgress(0.25))
     return LoadedModel("mdl_1", "a/base", None, Algorithm.LORA, CONFIG, base, None, None, {})

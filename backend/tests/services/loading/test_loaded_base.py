@@ -10,7 +10,8 @@ from core.errors import HubUnavailable, ModelBusy, ModelNotReady, TransitionNotP
 from domain.models.load_states import UNDER_WAY, LoadState, may_change
 from services.loading.loaded_base import LoadedBase
 from services.models.progress import LoadProgress
-from tests.support.bases import Engine, base_request
+from tests.support.bases import base_request
+from tests.support.engine_double import EngineDouble
 from tests.support.hub_double import ManualClock
 
 RESULT = {"total_parameters": 1, "memory_bytes": 1, "load_s": 0.1}
@@ -31,7 +32,7 @@ ACTIONS: dict[str, Any] = {
 
 def base_with_engine() -> LoadedBase:
     base = LoadedBase(base_request("a/base"), ManualClock())
-    engine: Any = Engine()
+    engine = EngineDouble(None, 1)
     assert base.adopt(engine)
     return base
 
@@ -57,7 +58,7 @@ def test_a_base_that_is_being_unloaded_stays_so_whatever_is_still_reported(late:
     base.begin_unloading()
     ACTIONS[late](base)
     assert base.state is LoadState.UNLOADING and base.error is None
-    engine: Any = Engine()
+    engine = EngineDouble(None, 1)
     assert not base.adopt(engine)
 
 

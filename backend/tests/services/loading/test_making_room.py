@@ -1,70 +1,28 @@
-"""Idle models give way to what needs their memory, and nothing else does: real engines on a machine of a given size."""
+"""Idle models give way to what needs their memory, and nothing else does.
+
+The machine has room for one load and a half, and the engines take no time.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
+import services.loading.pool as pool_module
 from core.errors import DoesNotFit, LoadedModelNotFound
-from domain import protocol
-from domain.configure import MachineFacts
 from domain.memory.activations import Batch
-from domain.memory.estimate import loading_bytes
-from domain.models.architectures.registry import read_shape
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
-from services.hardware.devices import Device, EngineChoice
+from services.adapter_service import AdapterService
+from services.generation_service import GenerationRequest, GenerationService
 from services.loading.borrowing import borrow
-from services.models.embedded import CONFIG
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
+from store.database import Database
+from tests.support.engine_double import EngineDoubles
 from tests.support.hub_double import ManualClock
-from tests.support.server import wait_until
+from tests.support.little_memory import GRACE_S, IDLE_S, load, peft_with_little_memory
 
-pytestmark = pytest.mark.engine
-GRACE_S, IDLE_S = 60.0, 1800.0
 FP32 = {"precision": "fp32"}  # where memory is short the default would be bf16, and two bases fit
-
-
-class _Files:
-    """Every id is the one tiny model."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def check(self, *_: Any, **__: Any) -> None:
-        return
-
-    def ensure(self, *_: Any, **__: Any) -> Path:
-        return self._path
-
-
-class _Facts:
-    """Says that each has the embedded model's shape, so that the estimate is well above an engine's own size."""
-
-    def shape(self, *_: Any) -> Any:
-        return read_shape(CONFIG)
-
-    def siblings(self, _: Any) -> list[Any]:
-        return []
-
-
-class _Machine:
-    """A CPU with room for one load and a half; what the engines hold is measured."""
-
-    def __init__(self) -> None:
-        self.service: PeftService | None = None
-        self.total_bytes = 0
-
-    def device(self, _: str | int) -> Device:
-        models = self.service.models() if self.service is not None else []
-        bases = {id(model.base): model.base for model in models if model.base.usable}
-        held = sum(base.wanted.needed_bytes or 0 for base in bases.values())
-        return Device("cpu", MachineFacts(has_gpu=False, supports_bf16=False), self.total_bytes - held)
-
-    def engine(self, *_: Any) -> EngineChoice:
-        return EngineChoice("transformers", "the only one")
 
 
 @pytest.fixture
@@ -73,18 +31,15 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def peft(clock: ManualClock, tiny_path: Path, tmp_path: Path) -> Iterator[PeftService]:
-    machine: Any = _Machine()
-    files: Any = _Files(tiny_path)
-    facts: Any = _Facts()
-    service = PeftService(
-        clock, machine, files, facts,
-        log_dir=tmp_path, idle_unload_s=IDLE_S, make_room_after_s=GRACE_S, engine_silence_s=60.0,
-    )  # fmt: skip
-    config = service.configure(Algorithm.LORA, None, FP32).config
-    shape = read_shape(CONFIG)
-    assert shape is not None
-    machine.service, machine.total_bytes = service, int(1.5 * loading_bytes(shape, config, on_gpu=False))
+def engines(monkeypatch: pytest.MonkeyPatch) -> EngineDoubles:
+    engines = EngineDoubles()
+    monkeypatch.setattr(pool_module, "EngineProcess", engines)
+    return engines
+
+
+@pytest.fixture
+def peft(clock: ManualClock, engines: EngineDoubles, tmp_path: Path) -> Iterator[PeftService]:
+    service = peft_with_little_memory(clock, engines, "fp32", tmp_path)
     yield service
     service.close()
 
@@ -92,39 +47,30 @@ def peft(clock: ManualClock, tiny_path: Path, tmp_path: Path) -> Iterator[PeftSe
 def _load(peft: PeftService, name: str, *, for_job: bool = False) -> LoadedModel:
     if for_job:
         config = peft.configure(Algorithm.LORA, None, FP32, peft.on_device(name, None)).config
-        model = peft.load(ConfiguredLoad(name, None, Algorithm.LORA, config))
+        model = load(peft, ConfiguredLoad(name, None, Algorithm.LORA, config))
     else:
-        model = peft.load(LoadRequest(name, None, Algorithm.LORA, None, FP32, "auto", "auto", force=False))
-    assert model.base.loading is not None
-    model.base.loading.result(60)
+        model = load(peft, LoadRequest(name, None, Algorithm.LORA, None, FP32, "auto", "auto", force=False))
     assert model.state is LoadState.READY, model.base.error
-    # What it holds by the estimate: the tiny model's engine is far smaller than the shape it stands for.
-    process: Any = model.base.process
-    process.resident_bytes = lambda: model.base.wanted.needed_bytes
     return model
 
 
-def _pid(model: LoadedModel) -> int:
-    assert model.base.process is not None
-    return model.base.process.pid
-
-
-def test_a_model_that_was_just_used_does_not_give_way(peft: PeftService, clock: ManualClock) -> None:
-    first = _load(peft, "a/first")
+def test_a_model_that_was_just_used_does_not_give_way(
+    peft: PeftService, engines: EngineDoubles, clock: ManualClock
+) -> None:
+    _load(peft, "a/first")
     clock.advance(GRACE_S - 1)
     with pytest.raises(DoesNotFit):
         _load(peft, "a/second")
-    assert psutil.pid_exists(_pid(first))
+    assert len(engines.alive) == 1
 
 
 def test_an_idle_model_gives_way_and_its_engine_is_gone_before_the_next_loads(
-    peft: PeftService, clock: ManualClock
+    peft: PeftService, engines: EngineDoubles, clock: ManualClock
 ) -> None:
     first = _load(peft, "a/first")
-    pid = _pid(first)
     clock.advance(GRACE_S)
     second = _load(peft, "a/second")
-    assert not psutil.pid_exists(pid)
+    assert engines.others_at_start == [0, 0]
     assert first.state is LoadState.UNLOADING and first.base.process is None
     with pytest.raises(LoadedModelNotFound):
         peft.get(first.id)
@@ -154,39 +100,39 @@ def test_a_model_that_works_never_gives_way(peft: PeftService, clock: ManualCloc
     _load(peft, "a/second")
 
 
-def test_nothing_is_unloaded_for_what_would_not_fit_even_then(peft: PeftService, clock: ManualClock) -> None:
+def test_nothing_is_unloaded_for_what_would_not_fit_even_then(
+    peft: PeftService, engines: EngineDoubles, clock: ManualClock
+) -> None:
     first = _load(peft, "a/first")
     clock.advance(10 * GRACE_S)
     config = peft.configure(Algorithm.LORA, None, {"batch_size": 1024, "max_seq_length": 2048}).config
     with pytest.raises(DoesNotFit):
         peft.admit_run(peft.on_device("a/second", None), config, Batch(1024, 2048, True))
-    assert peft.models() == [first] and psutil.pid_exists(_pid(first))
+    assert peft.models() == [first] and len(engines.alive) == 1
 
 
-def test_a_run_makes_room_but_keeps_the_base_it_runs_on(peft: PeftService, clock: ManualClock) -> None:
+def test_a_run_makes_room_but_keeps_the_base_it_runs_on(
+    peft: PeftService, engines: EngineDoubles, clock: ManualClock
+) -> None:
     own = _load(peft, "a/own")
     clock.advance(10 * GRACE_S)
     config = own.config
     with pytest.raises(DoesNotFit):
         peft.admit_run(peft.on_device("a/own", None, loaded=own), config, Batch(1024, 2048, True))
-    assert peft.models() == [own] and psutil.pid_exists(_pid(own))
+    assert peft.models() == [own] and len(engines.alive) == 1
 
 
-def test_an_answer_that_takes_long_is_no_idle_time(peft: PeftService, clock: ManualClock) -> None:
+def test_an_answer_that_takes_long_is_no_idle_time(
+    peft: PeftService, engines: EngineDoubles, clock: ManualClock, tmp_path: Path
+) -> None:
     model = _load(peft, "a/first")
-    process = model.base.engine()
-    _, future = process.request(
-        lambda request_id: protocol.Generate(
-            request_id=request_id, messages=None, prompt="the", adapter_id=None, max_new_tokens=200,
-            temperature=0.0, top_p=1.0, seed=None, stop=[],
-        )
-    )  # fmt: skip
+    engines.started[0].takes_long = True
+    adapters = AdapterService(Database(f"sqlite:///{tmp_path}/studio.db"), tmp_path / "adapters", peft)
+    GenerationService(peft, adapters).start(model.id, GenerationRequest(None, "the", None, 1, 0.0, 1.0, None, []))
     clock.advance(10 * IDLE_S)
-    busy = process.has_pending
-    assert not busy or not model.base.retire(IDLE_S)
-    future.add_done_callback(lambda _: model.base.touch())
-    future.result(60)
-    wait_until(lambda: model.base.use.last_s == clock.monotonic())
+    assert not model.base.retire(IDLE_S)
+    engines.started[0].answer()
+    assert model.base.use.last_s == clock.monotonic()
     assert not model.base.retire(IDLE_S)
     clock.advance(IDLE_S)
     assert model.base.retire(IDLE_S) and not model.base.retire(IDLE_S)

@@ -4,31 +4,34 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import services.loading.pool as module
+import services.loading.pool as pool_module
 from core.errors import EngineUnavailable, ModelBusy, ModelNotReady
 from domain.memory.verdict import Assessment
 from domain.models.load_states import LoadState
+from services.engines.process import EngineProcess
 from services.hardware.devices import Device
+from services.hardware.machine import Machine
 from services.loading.loaded_base import LoadedBase
 from services.loading.pool import BasePool
-from tests.support.bases import DEVICE, FREE_BYTES, Engine, base_request
+from tests.support.bases import DEVICE, FREE_BYTES, base_request
+from tests.support.engine_double import EngineDoubles
 from tests.support.hub_double import ManualClock
+from tests.support.little_memory import EveryModelsFiles
 
 IDLE_S = 1800.0
 
 
-class Surroundings:
-    """A machine of one CPU, on which every model's files are."""
+class OneDevice(Machine):
+    """A machine of one CPU."""
 
-    def device(self, _: str | int) -> Device:
+    def __init__(self) -> None:
+        pass
+
+    def device(self, wanted: str | int) -> Device:
         return DEVICE
-
-    def ensure(self, *_: Any, **__: Any) -> Path:
-        return Path("model")
 
 
 class Owner:
@@ -38,7 +41,7 @@ class Owner:
         self.pool: BasePool
         self.names: dict[str, LoadedBase] = {}
         self.held: list[bool] = []
-        self.engines_at_forgetting: list[Any] = []
+        self.engines_at_forgetting: list[EngineProcess | None] = []
 
     def register(self, base: LoadedBase) -> LoadedBase:
         self._look()
@@ -69,11 +72,16 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def pool(clock: ManualClock, owner: Owner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[BasePool]:
-    monkeypatch.setattr(module, "EngineProcess", Engine)
-    surroundings: Any = Surroundings()
+def engines(monkeypatch: pytest.MonkeyPatch) -> EngineDoubles:
+    engines = EngineDoubles()
+    monkeypatch.setattr(pool_module, "EngineProcess", engines)
+    return engines
+
+
+@pytest.fixture
+def pool(clock: ManualClock, owner: Owner, engines: EngineDoubles, tmp_path: Path) -> Iterator[BasePool]:
     pool = BasePool(
-        clock, surroundings, surroundings, owner.forgotten,
+        clock, OneDevice(), EveryModelsFiles(), owner.forgotten,
         log_dir=tmp_path, idle_unload_s=IDLE_S, make_room_after_s=60.0, engine_silence_s=60.0,
     )  # fmt: skip
     owner.pool = pool
@@ -100,13 +108,15 @@ def test_nobody_sees_a_base_without_what_is_kept_about_it(pool: BasePool, owner:
     assert owner.names == {} and pool.find(lambda _: True) is None
 
 
-def test_a_base_is_forgotten_before_its_engine_ends(pool: BasePool, owner: Owner, clock: ManualClock) -> None:
+def test_a_base_is_forgotten_before_its_engine_ends(
+    pool: BasePool, owner: Owner, engines: EngineDoubles, clock: ManualClock
+) -> None:
     base = _load(pool, owner, "a/idle")
-    engine: Any = base.process
+    engine = engines.started[0]
     clock.advance(IDLE_S)
 
     def full_until_it_is_gone(device: Device) -> Assessment:
-        if engine.ended or device.available_bytes == FREE_BYTES + engine.resident_bytes():  # as if it were gone
+        if engine.ended or device.available_bytes == FREE_BYTES + engine.held_bytes:  # as if it were gone
             return fits(device)
         return Assessment("does_not_fit", device.available_bytes, None)
 
@@ -125,9 +135,11 @@ def test_a_base_that_works_is_not_forgotten(pool: BasePool, owner: Owner) -> Non
 
 
 @pytest.mark.parametrize("for_client", [True, False])
-def test_a_base_that_dies_stays_listed_for_a_client_alone(pool: BasePool, owner: Owner, for_client: bool) -> None:
+def test_a_base_that_dies_stays_listed_for_a_client_alone(
+    pool: BasePool, owner: Owner, engines: EngineDoubles, for_client: bool
+) -> None:
     base = _load(pool, owner, "a/base", for_client=for_client)
-    engine: Any = base.process
+    engine = engines.started[0]
     engine.on_exit()
     assert isinstance(base.error, ModelNotReady) and engine.ended
     assert list(owner.names) == ["a/base"] * for_client
@@ -158,16 +170,16 @@ def test_what_is_judged_is_judged_alone(pool: BasePool, owner: Owner) -> None:
         assert second_judged.wait(30)
 
 
-def test_closing_ends_every_engine_also_of_a_base_that_another_has_replaced(pool: BasePool, owner: Owner) -> None:
+def test_closing_ends_every_engine_also_of_a_base_that_another_has_replaced(
+    pool: BasePool, owner: Owner, engines: EngineDoubles
+) -> None:
     dead = _load(pool, owner, "a/base")
-    engine: Any = dead.process
-    engine.on_exit()
+    engines.started[0].on_exit()
     assert isinstance(dead.error, ModelNotReady)
     alive = _load(pool, owner, "a/base")
     assert alive is not dead and alive.usable
-    other: Any = alive.process
     pool.close()
-    assert engine.ended and other.ended
+    assert len(engines.started) == 2 and engines.alive == []
     assert owner.names == {} and pool.find(lambda _: True) is None
 
 
