@@ -50,6 +50,7 @@ class Point:
 
     @property
     def steps(self) -> int:
+        """Optimiser steps that it is measured for."""
         return MIXED_STEPS if self.mixed else STEPS
 
     def config(self) -> PeftConfig:

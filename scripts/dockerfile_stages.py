@@ -134,25 +134,17 @@ class Image:
         known = {**arguments, **self.environment}
         match step.keyword:
             case "ENV":
-                pairs = [word.partition("=") for word in step.words]
-                if not all(equals for _, equals, _ in pairs):
-                    raise Unknown(f"line {step.line}: ENV is not in the form NAME=VALUE")
-                # All values of one instruction see the variables as they were before it.
-                self.environment |= {name: expand(value, known) for name, _, value in pairs}
+                self.environment |= _variables(step, known)
             case "WORKDIR":
                 self.folder = expand(step.value, known)
             case "USER":
-                if re.fullmatch(r"\d+:\d+", step.value) is None:
-                    raise Unknown(f"line {step.line}: USER is not in the form UID:GID, in numbers")
-                self.user = step.value
+                self.user = _numeric_user(step)
             case "ENTRYPOINT":
                 self.entrypoint, self.command = step.json(), []
             case "CMD":
                 self.command = step.json()
             case "HEALTHCHECK":
-                if not step.value.startswith("CMD "):
-                    raise Unknown(f"line {step.line}: HEALTHCHECK without CMD")
-                self.health = Step("CMD", {}, step.value.removeprefix("CMD "), step.line).json()
+                self.health = _health_command(step)
             case "STOPSIGNAL":
                 self.stop_signal = step.value
             case "VOLUME":
@@ -161,6 +153,26 @@ class Image:
                 pass  # says which port is meant; opens none
             case _:
                 raise Unknown(f"line {step.line}: {step.keyword} is no setting of an image")
+
+
+def _variables(step: Step, known: Mapping[str, str]) -> dict[str, str]:
+    pairs = [word.partition("=") for word in step.words]
+    if not all(equals for _, equals, _ in pairs):
+        raise Unknown(f"line {step.line}: ENV is not in the form NAME=VALUE")
+    # All values of one instruction see the variables as they were before it.
+    return {name: expand(value, known) for name, _, value in pairs}
+
+
+def _numeric_user(step: Step) -> str:
+    if re.fullmatch(r"\d+:\d+", step.value) is None:
+        raise Unknown(f"line {step.line}: USER is not in the form UID:GID, in numbers")
+    return step.value
+
+
+def _health_command(step: Step) -> list[str]:
+    if not step.value.startswith("CMD "):
+        raise Unknown(f"line {step.line}: HEALTHCHECK without CMD")
+    return Step("CMD", {}, step.value.removeprefix("CMD "), step.line).json()
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:

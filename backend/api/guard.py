@@ -22,8 +22,11 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
 
 class Guard:
-    """ASGI middleware. A web page the user visits must not be able to drive a server on loopback, so the Host
-    must be ours and a foreign Origin is refused, whatever the method."""
+    """ASGI middleware that answers only those who may ask.
+
+    A web page the user visits must not be able to drive a server on loopback, so the Host must be ours and a foreign
+    Origin is refused, whatever the method.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -32,6 +35,7 @@ class Guard:
         self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it as a problem document; each gets an id and a line in the log."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -22,6 +22,7 @@ class StrictJson:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand on a request whose body is sound JSON, or has another type; answer any other with a problem."""
         kind = Headers(scope=scope).get("content-type", "") if scope["type"] == "http" else ""
         if kind.partition(";")[0].strip().lower() != "application/json":
             await self._app(scope, receive, send)

@@ -21,7 +21,9 @@ class SystemClock:
     """The machine's own clocks."""
 
     def now(self) -> datetime:
+        """Return the current time, aware and in UTC."""
         return datetime.now(UTC)
 
     def monotonic(self) -> float:
+        """Return seconds from an arbitrary start."""
         return time.monotonic()

@@ -74,4 +74,5 @@ class Environment(EnvSettingsSource):
         self._known = [variable(field) for field in settings_cls.model_fields]
 
     def __call__(self) -> dict[str, Any]:
+        """Return the settings' values, and each unknown name with an empty one."""
         return super().__call__() | dict.fromkeys(unknown_names(os.environ, self._known), "")

@@ -144,6 +144,7 @@ class Settings(BaseSettings):
 
     @property
     def resolved_database_url(self) -> str:
+        """The database: the one that is set, or a file of SQLite in `home`."""
         # Not put together by hand: a URL escapes what a folder's name may hold.
         return self.database_url or URL.create("sqlite", database=str(self.home / "studio.db")).render_as_string()
 
@@ -154,6 +155,7 @@ class Settings(BaseSettings):
 
     @property
     def resolved_cache_dir(self) -> Path:
+        """The folder of prepared models: the one that is set, or one in `home`."""
         return self.cache_dir or self.home / "cache"
 
 

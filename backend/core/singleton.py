@@ -18,6 +18,7 @@ class Singleton(Generic[T]):
         self.__name__ = make.__name__
 
     def __call__(self) -> T:
+        """Return the value, made now if this is the first call. Threads that come at once get the same one."""
         made = self._made
         if made is None:
             with self._lock:

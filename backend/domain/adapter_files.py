@@ -186,10 +186,7 @@ def _setting_problems(config: Mapping[str, Any]) -> Iterable[str]:
         yield f"peft_type is {str(config.get('peft_type'))[:40]!r}; LoRA and its kin are served"
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         yield f"task_type is {str(config['task_type'])[:40]!r}, not CAUSAL_LM"
-    for name, low, high in (("r", 1, _MAX_RANK), ("lora_alpha", 0, 10**6), ("lora_dropout", 0, 1)):
-        value = config.get(name, 0 if name == "lora_dropout" else None)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            yield f"{name} is not a number from {low} to {high}"
+    yield from _range_problems(config)
     if config.get("bias", "none") != "none":
         yield "bias is trained, which this service does not serve"
     for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
@@ -200,15 +197,26 @@ def _setting_problems(config: Mapping[str, Any]) -> Iterable[str]:
             f"init_lora_weights is {str(config['init_lora_weights'])[:40]!r}: loading it would change the base, which "
             "other adapters share; convert it to plain LoRA first"
         )
+    yield from _pattern_problems(config)
+    for name in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(name), str | None):
+            yield f"{name} is not text"
+
+
+def _range_problems(config: Mapping[str, Any]) -> Iterable[str]:
+    for name, low, high in (("r", 1, _MAX_RANK), ("lora_alpha", 0, 10**6), ("lora_dropout", 0, 1)):
+        value = config.get(name, 0 if name == "lora_dropout" else None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            yield f"{name} is not a number from {low} to {high}"
+
+
+def _pattern_problems(config: Mapping[str, Any]) -> Iterable[str]:
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(
             _PATTERN.fullmatch(key) and type(value) is int and 0 < value <= 10**6 for key, value in pattern.items()
         ):
             yield f"{name} is not a map from names of layers to numbers"
-    for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
-            yield f"{name} is not text"
 
 
 def _modules(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -> list[str]:

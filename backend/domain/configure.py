@@ -13,7 +13,7 @@ from domain.memory.hardware_fit import fit_to_memory
 from domain.memory.verdict import judge
 from domain.models.records import Verdict
 from domain.models.shape import ModelShape
-from domain.peft.algorithms import SPECS, Algorithm
+from domain.peft.algorithms import SPECS, Algorithm, AlgorithmSpec
 from domain.peft.config import PARAMETER_NAMES, PeftConfig
 from domain.peft.learning_rate import default_learning_rate
 from domain.peft.use_cases import USE_CASES, UseCaseId
@@ -271,14 +271,7 @@ def _contradictions(
     machine: MachineFacts,
     shape: ModelShape | None,
 ) -> list[tuple[str, str]]:
-    spec = SPECS[algorithm]
-    found: list[tuple[str, str]] = []
-    for name, value in overrides.items():
-        if name in spec.fixed and value != spec.fixed[name]:
-            found.append((name, f"{spec.name} requires {name}={spec.fixed[name]!r}: {spec.reasons[name]}"))
-        for refused, reason in spec.refused.get(name, {}).items():
-            if value == refused:
-                found.append((name, f"{name}={value!r} cannot be used with {spec.name}: {reason}"))
+    found = _method_refusals(SPECS[algorithm], overrides)
     if overrides.get("loftq_iterations") is not None and values["init_weights"] != "loftq":
         found.append(("loftq_iterations", "without effect but with the algorithm 'loftq'"))
     if not machine.has_gpu:
@@ -310,6 +303,17 @@ def require_device(config: PeftConfig, machine: MachineFacts) -> None:
     """
     if not machine.has_gpu:
         _refuse(_cpu_refusals(config.model_dump()))
+
+
+def _method_refusals(spec: AlgorithmSpec, overrides: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    for name, value in overrides.items():
+        if name in spec.fixed and value != spec.fixed[name]:
+            found.append((name, f"{spec.name} requires {name}={spec.fixed[name]!r}: {spec.reasons[name]}"))
+        for refused, reason in spec.refused.get(name, {}).items():
+            if value == refused:
+                found.append((name, f"{name}={value!r} cannot be used with {spec.name}: {reason}"))
+    return found
 
 
 def _model_refusals(shape: ModelShape, values: Mapping[str, Any]) -> list[tuple[str, str]]:

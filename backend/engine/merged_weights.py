@@ -39,6 +39,7 @@ class MergedTensor:
 
     @property
     def size_bytes(self) -> int:
+        """What it takes in the file."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 

@@ -70,23 +70,29 @@ class TransformersBackend:
     """Trains and answers with the model as transformers made it."""
 
     def load(self, path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
+        """Return the model and its tokenizer, from a folder."""
         return load_transformers(path, config, device)
 
     def begin_training(self, model: Any, config: PeftConfig) -> str:
+        """Turn on gradient checkpointing if the configuration has it."""
         if config.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         layers = "PEFT's layers, with DoRA's norms in blocks of rows," if config.use_dora else "PEFT's own layers"
         return f"{layers} on a base that transformers loaded"
 
     def end_training(self, model: Any, config: PeftConfig) -> None:
+        """Turn off gradient checkpointing."""
         if config.gradient_checkpointing:
             model.get_base_model().gradient_checkpointing_disable()
 
     def begin_answering(self, model: Any) -> None:
+        """Set the model to evaluation."""
         model.eval()
 
     def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+        """Return a function from a batch to the sum of the model's own loss, with a gradient."""
         return SummedLoss(model, device)
 
     def longest(self, model: Any) -> int | None:
+        """Return the positions that the config names."""
         return getattr(model.config, "max_position_embeddings", None)

@@ -96,6 +96,11 @@ class UnslothBackend:
         self._before: list[tuple[Any, str, Any]] = []
 
     def load(self, path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
+        """Return the model and its tokenizer, from a folder.
+
+        Raises:
+            BadModel: Unsloth would stretch its positions, or has changed its vocabulary.
+        """
         os.environ.setdefault("UNSLOTH_SKIP_TORCHVISION_CHECK", "1")
         from transformers import AutoConfig
         from unsloth import FastLanguageModel
@@ -110,6 +115,7 @@ class UnslothBackend:
         return model, load_tokenizer(path)
 
     def begin_training(self, model: Any, config: PeftConfig) -> str:
+        """Put Unsloth's kernels and checkpointing into the model, and say how many fit."""
         from unsloth import FastLanguageModel
         from unsloth.models._utils import apply_unsloth_gradient_checkpointing
 
@@ -140,6 +146,7 @@ class UnslothBackend:
         )
 
     def end_training(self, model: Any, config: PeftConfig) -> None:
+        """Take the kernels out again."""
         from unsloth import FastLanguageModel
 
         # Left in place, they would read adapters from layers that have none once the last one is taken off.
@@ -152,14 +159,17 @@ class UnslothBackend:
         FastLanguageModel.for_inference(model)
 
     def begin_answering(self, model: Any) -> None:
+        """Switch to Unsloth's inference path."""
         from unsloth import FastLanguageModel
 
         FastLanguageModel.for_inference(model)
 
     def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+        """Return a function from a batch to the sum of the fused loss, with a gradient."""
         return FusedLoss(model, device)
 
     def longest(self, model: Any) -> int | None:
+        """Return the tokens that the model was loaded for."""
         return int(model.max_seq_length)
 
 

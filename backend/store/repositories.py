@@ -18,17 +18,21 @@ class Datasets:
         self._connection = connection
 
     def add(self, record: DatasetRecord) -> None:
+        """Store a dataset."""
         self._connection.execute(insert(datasets).values(**asdict(record)))
 
     def get(self, dataset_id: str) -> DatasetRecord | None:
+        """Return a dataset, or None."""
         row = self._connection.execute(select(datasets).where(datasets.c.id == dataset_id)).one_or_none()
         return None if row is None else DatasetRecord(**row._mapping)
 
     def all(self) -> list[DatasetRecord]:
+        """Return every dataset, newest first."""
         rows = self._connection.execute(select(datasets).order_by(datasets.c.created_at.desc()))
         return [DatasetRecord(**row._mapping) for row in rows]
 
     def delete(self, dataset_id: str) -> None:
+        """Delete a dataset."""
         self._connection.execute(delete(datasets).where(datasets.c.id == dataset_id))
 
     def jobs_using(self, dataset_id: str) -> list[tuple[str, JobState]]:
@@ -54,21 +58,26 @@ class Jobs:
         self._connection = connection
 
     def next_sequence(self) -> int:
+        """Return the number of the next job; jobs of one priority run in this order."""
         return int(self._connection.execute(select(func.coalesce(func.max(jobs.c.sequence), 0))).scalar_one()) + 1
 
     def add(self, record: JobRecord) -> None:
+        """Store a job."""
         values = asdict(record) | {"validation_fraction": repr(record.validation_fraction)}
         self._connection.execute(insert(jobs).values(**values))
 
     def get(self, job_id: str) -> JobRecord | None:
+        """Return a job, or None."""
         row = self._connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none()
         return None if row is None else _job(row)
 
     def by_idempotency_key(self, key: str) -> JobRecord | None:
+        """Return the job that was submitted with a key, or None."""
         row = self._connection.execute(select(jobs).where(jobs.c.idempotency_key == key)).one_or_none()
         return None if row is None else _job(row)
 
     def all(self, states: frozenset[JobState] | None = None) -> list[JobRecord]:
+        """Return the jobs in some states, newest first; every job if None."""
         query = select(jobs).order_by(jobs.c.sequence.desc())
         if states is not None:
             query = query.where(jobs.c.state.in_(sorted(states)))
@@ -89,6 +98,7 @@ class Jobs:
         return int(self._connection.execute(query).scalar_one())
 
     def count_by_state(self) -> dict[str, int]:
+        """Return how many jobs are in each state that any job is in."""
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)
         return {str(state): int(count) for state, count in self._connection.execute(query)}
 
@@ -99,9 +109,11 @@ class Jobs:
         return result.rowcount == 1
 
     def set(self, job_id: str, **columns: Any) -> None:
+        """Set columns of a job, whatever its state."""
         self._connection.execute(update(jobs).where(jobs.c.id == job_id).values(**columns))
 
     def delete(self, job_id: str) -> None:
+        """Delete a job and its events."""
         self._connection.execute(delete(job_events).where(job_events.c.job_id == job_id))
         self._connection.execute(delete(jobs).where(jobs.c.id == job_id))
 
@@ -119,6 +131,7 @@ class Jobs:
         return int(self._connection.execute(newest).scalar_one())
 
     def events(self, job_id: str, after: int, limit: int, kind: str | None = None) -> list[EventRecord]:
+        """Return at most `limit` events after a sequence number, oldest first; of one kind if named."""
         query = select(job_events).where((job_events.c.job_id == job_id) & (job_events.c.sequence > after))
         if kind is not None:
             query = query.where(job_events.c.kind == kind)
@@ -139,14 +152,17 @@ class Adapters:
         self._connection.execute(insert(adapters).values(**asdict(record) | {"version": version}))
 
     def get(self, adapter_id: str) -> AdapterRecord | None:
+        """Return an adapter, or None."""
         row = self._connection.execute(select(adapters).where(adapters.c.id == adapter_id)).one_or_none()
         return None if row is None else AdapterRecord(**row._mapping)
 
     def all(self) -> list[AdapterRecord]:
+        """Return every adapter, newest first."""
         rows = self._connection.execute(select(adapters).order_by(adapters.c.created_at.desc()))
         return [AdapterRecord(**row._mapping) for row in rows]
 
     def delete(self, adapter_id: str) -> None:
+        """Delete an adapter's record."""
         self._connection.execute(delete(adapters).where(adapters.c.id == adapter_id))
 
 
@@ -162,12 +178,15 @@ class Exports:
         self._connection = connection
 
     def next_sequence(self) -> int:
+        """Return the number of the next export; they run in this order."""
         return int(self._connection.execute(select(func.coalesce(func.max(exports.c.sequence), 0))).scalar_one()) + 1
 
     def add(self, record: ExportRecord) -> None:
+        """Store an export."""
         self._connection.execute(insert(exports).values(**asdict(record)))
 
     def get(self, export_id: str) -> ExportRecord | None:
+        """Return an export, or None."""
         row = self._connection.execute(select(exports).where(exports.c.id == export_id)).one_or_none()
         return None if row is None else _export(row)
 
@@ -187,7 +206,9 @@ class Exports:
         return result.rowcount == 1
 
     def wish_to_cancel(self, export_id: str) -> None:
+        """Record that a client wants a running export cancelled."""
         self._connection.execute(update(exports).where(exports.c.id == export_id).values(cancel_wish=True))
 
     def delete(self, export_id: str) -> None:
+        """Delete an export's record."""
         self._connection.execute(delete(exports).where(exports.c.id == export_id))

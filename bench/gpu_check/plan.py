@@ -28,6 +28,7 @@ class Case:
 
     @property
     def id(self) -> str:
+        """Model, method and engine in one word."""
         return f"{self.model}-{self.algorithm.value}-{self.engine}"
 
 

@@ -25,6 +25,7 @@ class Row:
     predicted_bytes: int | None = None
 
     def record(self, name: str, good: bool | None, why: str) -> None:
+        """Record a check, and why it failed if it did."""
         self.checks[name] = good
         if good is False:
             self.problems.append(f"{name}: {why}")

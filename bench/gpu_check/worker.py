@@ -25,15 +25,19 @@ class Recorder:
         self.events: list[Any] = []
 
     def emit(self, event: Any) -> None:
+        """Keep an event."""
         self.events.append(event)
 
     def check_stop(self, _request_id: str) -> None:
+        """Go on."""
         return
 
     def take_checkpoint_request(self, _request_id: str) -> bool:
+        """Nobody asks for a checkpoint."""
         return False
 
     def of(self, kind: str) -> list[Any]:
+        """Return the events of a kind."""
         return [event for event in self.events if event.kind == kind]
 
 

@@ -36,6 +36,7 @@ class FormatFields:
 
     @property
     def all(self) -> Mapping[str, tuple[str, ...]]:
+        """The required fields and the optional ones."""
         return {**self.required, **self.optional}
 
 

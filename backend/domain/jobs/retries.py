@@ -14,5 +14,5 @@ TRANSIENT = frozenset(
 
 
 def wait_s(stalls: int) -> float:
-    """Return the seconds to wait after the `stalls`-th death in a row without a checkpoint: 0, 2, 4, 8, 16, …"""
+    """Return the seconds to wait after the `stalls`-th death in a row without a checkpoint: 0, 2, 4, 8 and so on."""
     return min(_LONGEST_WAIT_S, 2.0**stalls) if stalls > 0 else 0.0

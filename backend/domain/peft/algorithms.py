@@ -1,5 +1,6 @@
 """The parameter-efficient methods: what each one fixes, what it may be combined with, and where it is from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -63,14 +64,14 @@ class AlgorithmSpec:
     name: str
     summary: str
     paper: str
-    fixed: MappingProxyType[str, Any]
-    refused: MappingProxyType[str, MappingProxyType[Any, str]]
-    defaults: MappingProxyType[str, Any]
-    reasons: MappingProxyType[str, str]
+    fixed: Mapping[str, Any]
+    refused: Mapping[str, Mapping[Any, str]]
+    defaults: Mapping[str, Any]
+    reasons: Mapping[str, str]
     memory: str
     speed: str
-    extra: bool
-    unscaled: bool
+    extra: bool = False
+    unscaled: bool = False
 
 
 # Initialisations that are algorithms: PiSSA with a default that says LoRA would be no answer to "which method was it?"
@@ -86,41 +87,9 @@ _NO_INT8_RESIDUAL = (
 _PLAIN = {"use_rslora": "scaled by alpha / r", "use_dora": "direction and magnitude are not separated"}
 
 
-def _spec(
-    algorithm: Algorithm,
-    name: str,
-    summary: str,
-    paper: str,
-    *,
-    fixed: dict[str, Any],
-    refused: dict[str, dict[Any, str]],
-    defaults: dict[str, Any],
-    reasons: dict[str, str],
-    memory: str,
-    speed: str,
-    extra: bool = False,
-    unscaled: bool = False,
-) -> AlgorithmSpec:
-    frozen_refused = {key: MappingProxyType(value) for key, value in refused.items()}
-    return AlgorithmSpec(
-        algorithm,
-        name,
-        summary,
-        paper,
-        MappingProxyType(fixed),
-        MappingProxyType(frozen_refused),
-        MappingProxyType(defaults),
-        MappingProxyType(reasons),
-        memory,
-        speed,
-        extra,
-        unscaled,
-    )
-
-
 SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
     {
-        Algorithm.LORA: _spec(
+        Algorithm.LORA: AlgorithmSpec(
             Algorithm.LORA,
             "LoRA",
             "Adds a trainable low-rank product B·A, scaled by alpha / r, beside frozen weights.",
@@ -132,7 +101,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             memory="The base at full precision, plus 16 bytes a trainable parameter in fp32 with Adam.",
             speed="The reference.",
         ),
-        Algorithm.QLORA: _spec(
+        Algorithm.QLORA: AlgorithmSpec(
             Algorithm.QLORA,
             "QLoRA",
             "LoRA on a base whose linear weights are stored as 4-bit NormalFloat with double quantisation.",
@@ -144,7 +113,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             memory="Linear weights take about 0.52 bytes a parameter; embeddings, norms and head stay as they are.",
             speed="Slower than LoRA a step: weights are dequantised on every use, on a CPU noticeably so.",
         ),
-        Algorithm.DORA: _spec(
+        Algorithm.DORA: AlgorithmSpec(
             Algorithm.DORA,
             "DoRA",
             "Splits each weight into magnitude and direction; LoRA moves the direction, a vector the magnitude.",
@@ -156,7 +125,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             memory="LoRA's, plus one magnitude per output feature and a dense temporary per target.",
             speed="Slower than LoRA: the norm of every adapted weight is computed on each forward pass.",
         ),
-        Algorithm.PISSA: _spec(
+        Algorithm.PISSA: AlgorithmSpec(
             Algorithm.PISSA,
             "PiSSA",
             "Starts the adapter from the principal singular vectors of each weight and freezes the residual.",
@@ -174,7 +143,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             speed="LoRA's a step, after one singular value decomposition per target.",
             unscaled=True,
         ),
-        Algorithm.RSLORA: _spec(
+        Algorithm.RSLORA: AlgorithmSpec(
             Algorithm.RSLORA,
             "rsLoRA",
             "LoRA scaled by alpha / √r, which keeps updates stable as the rank grows.",
@@ -186,7 +155,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             memory="LoRA's.",
             speed="LoRA's.",
         ),
-        Algorithm.OLORA: _spec(
+        Algorithm.OLORA: AlgorithmSpec(
             Algorithm.OLORA,
             "OLoRA",
             "Starts the adapter from the orthonormal basis of each weight's QR decomposition; freezes the rest.",
@@ -205,7 +174,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             extra=True,
             unscaled=True,
         ),
-        Algorithm.LORA_PLUS: _spec(
+        Algorithm.LORA_PLUS: AlgorithmSpec(
             Algorithm.LORA_PLUS,
             "LoRA+",
             "LoRA in which B learns at a rate several times that of A.",
@@ -231,7 +200,7 @@ SPECS: MappingProxyType[Algorithm, AlgorithmSpec] = MappingProxyType(
             speed="LoRA's a step; the paper reports up to twice as few steps.",
             extra=True,
         ),
-        Algorithm.LOFTQ: _spec(
+        Algorithm.LOFTQ: AlgorithmSpec(
             Algorithm.LOFTQ,
             "LoftQ",
             "QLoRA whose adapter starts as the best correction of what rounding to 4 bits lost.",

@@ -22,15 +22,29 @@ class GpuFacts(Protocol):
     """What is read of a GPU's profile."""
 
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """Its number, as NVML counts."""
+        ...
+
     @property
-    def uuid(self) -> str | None: ...
+    def uuid(self) -> str | None:
+        """Its uuid."""
+        ...
+
     @property
-    def compute_capability(self) -> str | None: ...
+    def compute_capability(self) -> str | None:
+        """As `8.0`."""
+        ...
+
     @property
-    def supports_bf16(self) -> bool | None: ...
+    def supports_bf16(self) -> bool | None:
+        """Whether it computes in bf16."""
+        ...
+
     @property
-    def memory_free_bytes(self) -> int | None: ...
+    def memory_free_bytes(self) -> int | None:
+        """Memory that nothing uses."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,7 @@ class Device:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether it is a GPU."""
         return self.facts.has_gpu
 
 

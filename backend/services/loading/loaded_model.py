@@ -62,6 +62,7 @@ class LoadedModel:
 
     @property
     def state(self) -> LoadState:
+        """Where its base is."""
         return self.base.state
 
     def answers(self, request: LoadRequest | ConfiguredLoad, base: LoadedBase, config: PeftConfig) -> bool:

@@ -15,7 +15,9 @@ from services.loading.loaded_model import ConfiguredLoad, LoadRequest, ModelOnDe
 class ChoosesEngines(Protocol):
     """The machine, as far as it is asked here."""
 
-    def engine(self, wanted: str, device: Device, obstacle: str | None) -> EngineChoice: ...
+    def engine(self, wanted: str, device: Device, obstacle: str | None) -> EngineChoice:
+        """Return the engine for a device, and why."""
+        ...
 
 
 def place(

@@ -37,10 +37,12 @@ class RunningJob:
 
     @property
     def id(self) -> str:
+        """The job's id."""
         return self.record.id
 
     @property
     def state(self) -> JobState:
+        """The job's state in the newest record."""
         return self.record.state
 
     def read(self) -> None:

@@ -147,7 +147,7 @@ def test_every_family_is_read_back(tiny_path: Path, tmp_path: Path, family: str,
 
 
 def _check_permuted_biases(reader: GGUFReader, base: Base) -> None:
-    """llama.cpp's order: of each head, the first of the one half, the first of the other, the second of each, …"""
+    """llama.cpp's order: of a head, the first of one half, the first of the other, the second of each and so on."""
     stored = {tensor.name: torch.tensor(tensor.data.copy()) for tensor in reader.tensors}
     attention = base.model.model.layers[1].self_attn
     for name, module, heads in (("attn_q", attention.q_proj, 4), ("attn_k", attention.k_proj, 2)):

@@ -242,6 +242,9 @@ class HubDouble:
             return self._receive(seen, token, parts)
         if seen.route == "cdn":
             return _ranged(self._blob(parts[1]), seen, {})
+        return self._of_repository(seen, token, parts)
+
+    def _of_repository(self, seen: Seen, token: str | None, parts: list[str]) -> Reply:
         name_at = (parts[2:] if parts[1] == "models" else parts[1:]) if parts[0] == "api" else parts
         marks = [i for i, part in enumerate(name_at) if part in ("revision", "tree", "resolve")]
         model_id, rest = "/".join(name_at[: marks[0]] if marks else name_at), name_at[marks[0] + 1 :] if marks else []

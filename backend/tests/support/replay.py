@@ -6,6 +6,7 @@ tests/support/replay_model.py builds what is trained.
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -185,20 +186,13 @@ def run(
             every = [row for batch in passes for sequence in batch for row in sequence]
             loss = sum(_whole(model, batch, pad) for batch in passes)
             count = sum(row.learned for row in every)
-            for parameter in named.values():
-                if parameter.grad is not None:
-                    parameter.grad /= count
-            norm = torch.stack([p.grad.norm() for p in named.values() if p.grad is not None]).norm()
-            scale = min(1.0, config["max_grad_norm"] / (float(norm) + 1e-6))
-            for parameter in named.values():
-                if parameter.grad is not None:
-                    parameter.grad *= scale
+            norm = _clip(named.values(), count, config["max_grad_norm"])
             for group in optimizer.param_groups:
                 group["lr"] = rate(config, step, total) * group["ratio"]
             optimizer.step()
             optimizer.zero_grad()
             found.losses.append(loss / count)
-            found.norms.append(float(norm))
+            found.norms.append(norm)
             found.tokens.append(sum(len(row.ids) for row in every))
             moments = [state["exp_avg"].norm() for state in optimizer.state.values()]
             found.momentum.append(float(torch.stack(moments).norm()))
@@ -207,6 +201,18 @@ def run(
             evaluate_if_due(step + 1)
         epoch += 1
     return found
+
+
+def _clip(parameters: Iterable[torch.nn.Parameter], count: int, limit: float) -> float:
+    """Make gradients of a sum those of a mean over `count`, and no longer than `limit`; return how long they were."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for gradient in gradients:
+        gradient /= count
+    norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+    scale = min(1.0, limit / (norm + 1e-6))
+    for gradient in gradients:
+        gradient *= scale
+    return norm
 
 
 def _noise(alpha: float) -> Any:

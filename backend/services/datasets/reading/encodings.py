@@ -103,9 +103,11 @@ class Utf8View(io.RawIOBase):
         self._ended = False
 
     def readable(self) -> bool:
+        """Whether it can be read: always."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with UTF-8, and return how many bytes that are; 0 at the end."""
         while not self._left and not self._ended:
             self._left = self._next(len(buffer))
         size = min(len(buffer), len(self._left))
