@@ -63,7 +63,7 @@ check: setup-dev check-requirements
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/mypy backend/main.py backend/reproduce.py backend/core backend/domain backend/store backend/services backend/api backend/engine scripts/*.py container/*.py
+	$(VENV)/bin/mypy backend bench quickstart scripts container
 	cd backend && ../$(VENV)/bin/lint-imports --config ../pyproject.toml
 	@$(PY) scripts/settings_table.py
 

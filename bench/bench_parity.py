@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,9 +77,9 @@ def main() -> int:
         rows = rows_for(path)
         for algorithm in ALGORITHMS:
             config = config_for(algorithm)
-            ours, ours_s = timed(lambda config=config: engine_losses(path, config, rows))
-            hand, hand_s = timed(lambda config=config: losses_by_hand(path, config, rows))
-            trl, trl_s = timed(lambda config=config: losses_in_trl(path, config, rows, Path(scratch)))
+            ours, ours_s = timed(partial(engine_losses, path, config, rows))
+            hand, hand_s = timed(partial(losses_by_hand, path, config, rows))
+            trl, trl_s = timed(partial(losses_in_trl, path, config, rows, Path(scratch)))
             differences = [
                 max(abs(one / other - 1) for one, other in zip(ours, others, strict=True)) for others in (hand, trl)
             ]

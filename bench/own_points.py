@@ -38,6 +38,7 @@ from domain.memory.estimate import (
     weights_bytes,
 )
 from domain.models.architectures.registry import read_shape
+from domain.peft.config import PeftConfig
 from services.models.embedded import CONFIG, EmbeddedModel
 
 PLATFORMS = {"tcmalloc": TCMALLOC, "glibc": GLIBC}
@@ -155,7 +156,7 @@ def fitted_loading(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Write what loading alone was estimated at and took, by model and how its weights are held."""
     kinds: dict[tuple[str, str, str], list[int]] = {}
-    configs = {}
+    configs: dict[tuple[str, str, str], PeftConfig] = {}
     for row in rows:
         point, config = point_of(row), point_of(row).config()
         key = (point.model, config.quantization, config.precision)

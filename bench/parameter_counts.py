@@ -69,7 +69,7 @@ def _deepseek_ahead(config: dict[str, Any]) -> int:
     shape = read_shape(config)
     assert shape is not None
     sparse = next(block for block in shape.blocks if block.part.stacked)
-    return sparse.part.parameters + 2 * hidden * hidden + 3 * hidden + 2 * vocab * hidden
+    return int(sparse.part.parameters + 2 * hidden * hidden + 3 * hidden + 2 * vocab * hidden)
 
 
 def _routing_biases(config: dict[str, Any]) -> int:
@@ -128,7 +128,7 @@ def counted_by_transformers(config: dict[str, Any]) -> int | None:
         return None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(int(parameter.numel()) for parameter in model.parameters())
 
 
 def main(folder: Path) -> int:

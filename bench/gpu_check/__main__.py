@@ -39,7 +39,9 @@ def main() -> int:
         return 2
     models = [TINY] if arguments.cpu else arguments.models
     algorithms = [Algorithm(name) for name in arguments.algorithms]
-    rows, peers, left_out = [], {}, []
+    rows: list[Row] = []
+    peers: dict[str, dict[str, Any]] = {}
+    left_out: list[str] = []
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="gpu-check-") as name:
         for model in models:
             folder = Path(name) / model

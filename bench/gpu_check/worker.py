@@ -12,29 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.guards import hide_broken_torchvision
+from tests.support.channel_double import RecordingChannel
 
 hide_broken_torchvision()
 
 WARM_UP_STEPS = 2  # what is compiled, and what allocators learn, is not the speed of a long run
 
 
-class Recorder:
-    """The channel of a command that nobody stops."""
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-
-    def emit(self, event: Any) -> None:
-        """Keep an event."""
-        self.events.append(event)
-
-    def check_stop(self, _request_id: str) -> None:
-        """Go on."""
-        return
-
-    def take_checkpoint_request(self, _request_id: str) -> bool:
-        """Nobody asks for a checkpoint."""
-        return False
+class Recorder(RecordingChannel):
+    """The channel of a command, by the kinds of its events."""
 
     def of(self, kind: str) -> list[Any]:
         """Return the events of a kind."""
@@ -113,7 +99,7 @@ def prove(task: dict[str, Any]) -> dict[str, Any]:
             request_id="m", adapter_id="whole", adapter_path=result["path"], output_path=str(work / "merged"),
             base_model_id="check/base", about={},
         ),
-        Recorder(),  # type: ignore[arg-type]
+        Recorder(),
     )  # fmt: skip
     base.detach("whole")
     resumed, _ = _train(base, config, task, "resumed", recorded_step=task["resume_at"])
@@ -142,7 +128,7 @@ def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_
         recorded_step=recorded_step,
         about={},
     )
-    return recorder, train(base, command, recorder)  # type: ignore[arg-type]
+    return recorder, train(base, command, recorder)
 
 
 def merged(task: dict[str, Any]) -> dict[str, Any]:

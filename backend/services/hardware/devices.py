@@ -1,5 +1,6 @@
 """Which device a request means, what it has free, and which engine runs on it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -75,7 +76,7 @@ def device_name(torch_name: str) -> str | int:
     return torch_name if torch_name == "cpu" else int(torch_name.removeprefix("cuda:"))
 
 
-def choose_device(wanted: str | int, gpus: "list[GpuFacts]", host_available_bytes: int) -> Device:
+def choose_device(wanted: str | int, gpus: Sequence[GpuFacts], host_available_bytes: int) -> Device:
     """Resolve `auto`, `cpu` or a GPU's index.
 
     Raises:

@@ -126,7 +126,10 @@ def test_an_adapter_of_another_tool_is_served_and_its_patterns_are_not(studio: S
 
 
 def config(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: write_files(folder, adapter_files(**changes)) and None
+    def change(folder: Path) -> None:
+        write_files(folder, adapter_files(**changes))
+
+    return change
 
 
 def file(name: str, content: bytes | None) -> Callable[[Path], None]:

@@ -61,14 +61,14 @@ def test_repeated_rows_are_not_validated_on_after_being_trained_on(studio: Studi
 
 
 def test_answers_of_weight_0_are_not_trained_on(studio: StudioServer) -> None:
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "a" * 20},
         {"role": "user", "content": "q"},
         {"role": "assistant", "content": "b" * 10},
     ]
     _, both = run(studio, studio.upload(json.dumps({"messages": turns})))
-    turns[1]["weight"] = 0  # type: ignore[assignment]
+    turns[1]["weight"] = 0
     _, last = run(studio, studio.upload(json.dumps({"messages": turns})))
     assert 0 < last["trained_tokens"] < both["trained_tokens"]
 

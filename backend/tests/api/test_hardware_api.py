@@ -15,12 +15,12 @@ from fastapi.testclient import TestClient
 from api.hardware import router
 from core.ttl_cache import Timed
 from services.hardware.cuda_checks import CudaCheck
+from services.hardware.devices import EngineChoice
 from services.hardware.host_probe import CpuReading, DiskReading, MemoryReading
 from services.hardware.nvml_probe import GpuReading
 from services.hardware_service import (
     CudaFacts,
     CudaValidation,
-    EngineChoice,
     HardwareProfile,
     UsageReading,
     get_hardware_service,

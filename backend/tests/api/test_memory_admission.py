@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -101,7 +102,7 @@ def test_suggestions_hold_when_they_are_sent_back(studio: StudioServer) -> None:
 
 @pytest.mark.engine
 def test_a_job_that_does_not_fit_is_refused_unless_it_is_forced(studio: StudioServer, tmp_path: Path) -> None:
-    body = {
+    body: dict[str, Any] = {
         "model_id": DEEP_ID,
         "dataset_id": _dataset(studio, tmp_path, 1024),
         "overrides": {
@@ -113,7 +114,7 @@ def test_a_job_that_does_not_fit_is_refused_unless_it_is_forced(studio: StudioSe
             "packing": True,
         },
     }
-    asked = {**body["overrides"], "model_id": DEEP_ID}  # type: ignore[dict-item]
+    asked = {**body["overrides"], "model_id": DEEP_ID}
     asked.pop("packing")
     assert studio.http.post("/api/models/compatibility", json=asked).json()["verdict"] == "does_not_fit"
     response = studio.http.post("/api/training/jobs", json=body)

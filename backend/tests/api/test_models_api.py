@@ -260,7 +260,7 @@ def test_a_dimension_that_is_not_a_number_is_null(value: Any) -> None:
 
 def test_one_odd_model_leaves_lists_and_details_as_they_are(bench: Bench) -> None:
     odd = FILES | {"config.json": json.dumps(CONFIG | {"max_position_embeddings": 4}).encode()}
-    said = {"pipeline_tag": "text-generation", "safetensors": {"parameters": {"BF16": 4}, "total": 4}}
+    said: dict[str, Any] = {"pipeline_tag": "text-generation", "safetensors": {"parameters": {"BF16": 4}, "total": 4}}
     for model_id, files in (("me/odd", odd), ("me/plain", FILES)):
         bench.hub.add_model(model_id, files, **said)
         folder = bench.folder / "models" / f"here-{model_id.partition('/')[2]}"

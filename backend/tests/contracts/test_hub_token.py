@@ -56,8 +56,8 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
 
             revoked = studio.http.post("/api/models/search", json={}, headers={"X-HF-Token": REVOKED})
             assert (revoked.status_code, revoked.json()["type"]) == (403, "/problems/access-denied")
-            for malformed in ("", "hf_Canary with a space", "hf_Canary\u00e9".encode(), "hf_Canary" * 100):
-                assert studio.http.get("/api/models/me/open", headers={"X-HF-Token": malformed}).status_code == 422
+            for malformed in (b"", b"hf_Canary with a space", "hf_Canary\u00e9".encode(), b"hf_Canary" * 100):
+                assert studio.http.get("/api/models/me/open", headers={b"X-HF-Token": malformed}).status_code == 422
             hub.fail("list", status=503, times=9)
             assert studio.http.post("/api/models/search", json={}, headers=HEADER).json()["source"] == "local"
             hub.recover()

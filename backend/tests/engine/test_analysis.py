@@ -10,26 +10,16 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from domain.peft.algorithms import Algorithm
-from domain.protocol import Analyze, Progress
+from domain.protocol import Analyze
 from engine.analysis import analyze
 from engine.batches import RowTokenizer, epoch_batches, read_rows
 from engine.errors import BadModel
+from engine.optimizer import planned_steps
 from engine.rows import RowStore
-from engine.trainer import planned_steps
 from engine.transformers_backend import load_tokenizer
 from tests.engine.test_methods import config_for
+from tests.support.channel_double import RecordingChannel
 from tests.support.chat_templates import WRITTEN, trl_templates
-
-
-class RecordingChannel:
-    def __init__(self) -> None:
-        self.events: list[Progress] = []
-
-    def emit(self, event: Progress) -> None:
-        self.events.append(event)
-
-    def check_stop(self, _request_id: str) -> None:
-        pass
 
 
 def chat(question: str, *answers: str) -> dict[str, Any]:
@@ -53,7 +43,7 @@ def run(path: Path, folder: Path, rows: list[dict[str, Any]], **settings: Any) -
         config=config_for(Algorithm.LORA, **settings),
         example_row=example_row,
     )
-    return analyze(command, RecordingChannel())  # type: ignore[arg-type]
+    return analyze(command, RecordingChannel())
 
 
 def other_template(tiny_path: Path, folder: Path, template: str) -> Path:

@@ -33,7 +33,7 @@ def tokenize(tokenizer: AutoTokenizer, train_on: str, limit: int) -> Row:
 
 def _trained_text(tokenizer: AutoTokenizer, train_on: str) -> str:
     row = tokenize(tokenizer, train_on, 256)
-    return tokenizer.decode([label for label in row.labels if label != IGNORED])
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
 
 
 @pytest.mark.parametrize(

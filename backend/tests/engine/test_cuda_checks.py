@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,12 +44,18 @@ class FakeCuda:
         return self.free, 80 * GIB
 
 
+class Version(NamedTuple):
+    """What torch was built for."""
+
+    cuda: str | None
+
+
 class FakeTorch:
     """torch with a GPU."""
 
     def __init__(self, cuda: FakeCuda | None = None, built_for: str | None = "12.8") -> None:
         self.cuda = cuda or FakeCuda()
-        self.version = SimpleNamespace(cuda=built_for)
+        self.version = Version(built_for)
         self.__version__ = "2.13.0+cu128"
 
     def __getattr__(self, name: str) -> Any:
@@ -305,7 +311,7 @@ class TestBrokenTorchvision:
     def test_a_broken_one_is_hidden_with_its_parts(self, error: str) -> None:
         self.package.write_text(f"import torchvision.part\nraise {error}\n")
         assert hide_broken_torchvision()
-        assert sys.modules["torchvision"] is None  # type: ignore[comparison-overlap]
+        assert sys.modules["torchvision"] is None
         assert "torchvision.part" not in sys.modules
         with pytest.raises(ImportError):
             import torchvision  # noqa: F401

@@ -24,7 +24,7 @@ from core.manifest import verify
 from domain.peft.algorithms import Algorithm
 from domain.protocol import ExportGguf
 from engine.base import Base
-from engine.channel import Stopped
+from engine.channel import Channel, Stopped
 from engine.errors import BadSetting
 from engine.gguf_export import export_gguf
 from tests.engine.test_merge import make_adapter
@@ -65,7 +65,7 @@ def make_base(tiny_path: Path, folder: Path, family: str, **changes: Any) -> Pat
     return folder
 
 
-def run(base: Base, folder: Path, quantization: Any = "f32", channel: Any | None = None) -> dict[str, Any]:
+def run(base: Base, folder: Path, quantization: Any = "f32", channel: Channel | None = None) -> dict[str, Any]:
     command = ExportGguf(
         request_id="r", adapter_id="adp", adapter_path=str(folder / "adapter"), output_path=str(folder / "out"),
         base_model_id="tests/tiny", quantization=quantization, about={"adapter_id": "adp"},

@@ -28,7 +28,7 @@ def test_stock_peft_computes_the_engines_logits(
     config = config_for(algorithm, **{"learning_rate": 0.01, "max_steps": 8} | overrides)
     base = load(tiny_path, config)
     before = logits(base)
-    channel: Any = TestChannel()
+    channel = TestChannel()
     result = train(base, command_for(tmp_path, config), channel)
     rounded = config.quantization == "nf4" and bool(methods.changed_layers(base.model, config))
     assert any("rounded residual" in warning for warning in channel.started().warnings) == rounded

@@ -78,7 +78,7 @@ def test_gpt2s_weights_are_found_turned_round_in_its_files(
     config = config_for(algorithm, learning_rate=0.01, max_steps=3, **overrides)
     base = load(path, config)
     before, published = logits(base), logits(load(path, config_for(Algorithm.LORA)))
-    result = train(base, command_for(tmp_path, config), TestChannel())  # type: ignore[arg-type]
+    result = train(base, command_for(tmp_path, config), TestChannel())
     assert result["final_eval_loss"] < result["initial_eval_loss"]
     base.detach("adp")
     assert torch.equal(logits(base), before) and not torch.equal(before, published)
@@ -96,7 +96,7 @@ def test_stacked_experts_are_refused_before_the_run_and_the_attention_beside_the
     config = config_for(algorithm, max_steps=2, **overrides)
     base = load(path, config)
     before = logits(base)
-    channel: Any = TestChannel()
+    channel = TestChannel()
     with pytest.raises(BadSetting, match=r"model\.layers\.0\.mlp\.experts is no linear layer"):
         train(base, command_for(tmp_path, config), channel)
     assert base.adapters == [] and channel.losses() == {} and torch.equal(logits(base), before)
@@ -126,12 +126,12 @@ def test_a_run_can_be_ended_between_two_decompositions(tiny_path: Path, tmp_path
     config = config_for(algorithm, max_steps=2, quantization="nf4")
     base = load(tiny_path, config)
     before = logits(base)
-    whole: Any = TestChannel()
+    whole = TestChannel()
     train(base, command_for(tmp_path / "whole", config), whole)
     base.detach("adp")
     at = [event.fraction for event in whole.events if getattr(event, "stage", None) == "adapter"]
     assert at == [None, *(number / 14 for number in range(14))]
-    channel: Any = TestChannel(stop_at=3)
+    channel = TestChannel(stop_at=3)
     with pytest.raises(Stopped):
         train(base, command_for(tmp_path / "cut", config), channel)
     assert [event.stage for event in channel.events] == ["tokenizing", "adapter", "adapter"]

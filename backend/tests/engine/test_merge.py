@@ -19,7 +19,7 @@ from domain.protocol import Merge, Progress
 from engine import merge as module
 from engine import methods
 from engine.base import Base
-from engine.channel import Stopped
+from engine.channel import Channel, Stopped
 from engine.errors import BadSetting
 from engine.merge import merge
 from tests.engine.test_methods import PROBE, config_for, create, disturb, kept, load, logits
@@ -56,7 +56,7 @@ def command_for(folder: Path, adapter: Path) -> Merge:
     )  # fmt: skip
 
 
-def run(base: Base, folder: Path, adapter: Path, channel: Any | None = None) -> dict[str, Any]:
+def run(base: Base, folder: Path, adapter: Path, channel: Channel | None = None) -> dict[str, Any]:
     return merge(base, command_for(folder, adapter), channel or TestChannel())
 
 

@@ -141,7 +141,8 @@ def test_weight_decay_clipping_and_the_optimizer_arrive(tiny_path: Path) -> None
     assert isinstance(trainer._optimizer, torch.optim.AdamW)
     assert (group["weight_decay"], group["initial_lr"]) == (0.25, 3e-4)
     assert len(group["params"]) == sum(1 for p in base.model.parameters() if p.requires_grad)
-    assert all(event.grad_norm > 1e-3 for event in events if isinstance(event, StepMetrics))  # measured before the clip
+    norms = [event.grad_norm or 0.0 for event in events if isinstance(event, StepMetrics)]
+    assert min(norms) > 1e-3  # measured before the clip
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import torch
 
 from domain.peft.algorithms import Algorithm
 from domain.peft.unsloth_rules import FAST_FAMILIES, loaded_length, not_fused, obstacle
-from engine.batches import Row, pack, pad
+from engine.batches import pack, pad
+from engine.rows import Row
 from engine.unsloth_backend import FusedLoss, forward_arguments, load_arguments, packed_lengths
 from tests.engine.test_methods import config_for
 from tests.support.server import BACKEND

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import check_resolution
 import pytest
-from check_resolution import ROOT, disagreements, pythons
+from check_resolution import disagreements, pythons
+from lock_requirements import ROOT
 
 SCRIPT = ROOT / "scripts/check_resolution.py"
 
@@ -26,8 +27,8 @@ def _project(folder: Path, bound: str = "", constraint: str = "") -> Path:
         document = folder / "pyproject.toml"
         document.write_text(document.read_text().replace('"psutil"', f'"{bound}"'))
     if constraint:
-        with (folder / "requirements/cuda-constraints.txt").open("a") as file:
-            file.write(f"{constraint}\n")
+        with (folder / "requirements/cuda-constraints.txt").open("a") as constraints:
+            constraints.write(f"{constraint}\n")
     return folder
 
 

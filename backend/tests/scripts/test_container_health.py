@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from check_resolution import ROOT
+from lock_requirements import ROOT
 
 
 @contextmanager

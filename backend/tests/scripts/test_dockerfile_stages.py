@@ -4,9 +4,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from check_resolution import ROOT
 from docker.utils import exclude_paths
 from dockerfile_stages import Image, Step, Unknown, arguments_of, expand, stages_of
+from lock_requirements import ROOT
 
 from services.models import embedded
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from check_resolution import ROOT
+from lock_requirements import ROOT
 from make_environment import (
     CPU,
     CUDA,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,8 @@ def test_a_reader_is_ended_by_what_its_report_raises_however_long_it_is_silent(t
 
 
 def test_an_import_that_is_cancelled_leaves_nothing_wherever_it_is(tmp_path: Path) -> None:
+    service: DatasetService
+
     def cancel_while_reading(request: IntakeRequest, report: Any) -> IntakeResult:
         result = read_dataset(request, report)
         service.imports.cancel(service.imports.all()[0].id)
@@ -293,7 +296,7 @@ judged = st.builds(
 )
 texts = st.builds(lambda text: {"text": text}, words)
 datasets = st.one_of(*(st.lists(kind, min_size=1, max_size=4) for kind in (conversations, preferences, judged, texts)))
-_FILES = {
+_FILES: dict[str, Callable[[list[dict[str, Any]]], bytes]] = {
     "jsonl": as_jsonl,
     "json": as_json,
     "csv": lambda rows: as_csv(rows, newline="\r\n"),
@@ -323,7 +326,7 @@ def test_normal_rows_written_in_any_file_come_back_the_same(
 
 
 pairs = st.lists(st.tuples(words, words, words), min_size=1, max_size=4)
-_SHAPES = {
+_SHAPES: dict[str, Callable[[str, str, str], dict[str, Any]]] = {
     "alpaca": lambda a, b, c: {"instruction": a, "output": b, "system": c},
     "sharegpt": lambda a, b, c: {
         "conversations": [{"from": "human", "value": a}, {"from": "gpt", "value": b}],

@@ -172,7 +172,12 @@ def test_torch_is_not_asked_about_gpus_that_are_all_lost(make: Make) -> None:
 
 def test_validation_is_run_anew_each_time(make: Make) -> None:
     clock, runs = Clock(), []
-    service = make(FakeNvml(h100()), lambda: runs.append(1) or passing(), clock)
+
+    def checks() -> list[CudaCheck]:
+        runs.append(1)
+        return passing()
+
+    service = make(FakeNvml(h100()), checks, clock)
     for second in range(3):
         clock.seconds = second + 1
         service.validate_cuda()

@@ -29,8 +29,8 @@ from services.models.safety import check_safe
 from tests.support.hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
 from tests.support.registries import make_registry
 
-TEXT = {"pipeline_tag": "text-generation"}
-SAFE: dict[str, Any] = TEXT | {"safetensors": {"parameters": {"BF16": 4}, "total": 4}}  # as the Hub describes FILES
+TEXT: dict[str, Any] = {"pipeline_tag": "text-generation"}
+SAFE = TEXT | {"safetensors": {"parameters": {"BF16": 4}, "total": 4}}  # as the Hub describes FILES
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8}
 FILES = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": safetensors_bytes({"w": ("BF16", (4,))})}
 

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +20,11 @@ from core.errors import (
 from domain.configure import MachineFacts, configure
 from domain.jobs.states import FINAL_STATES, JobState
 from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from services.engines.process import CommandFailed
+from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from services.training.checkpoint_store import CheckpointStore
+from services.training.dataset_analysis import DatasetAnalysisService, Running
 from services.training.ledger import JobLedger
 from services.training.queue import TrainingQueue
 from services.training.request_contexts import RequestContexts
@@ -40,6 +42,33 @@ CONFIG = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU).con
 MOMENT = "2026-01-01T00:00:00.000000Z"
 
 
+class Models(PeftService):
+    """No model is loaded; what a load comes to is the test's."""
+
+    def __init__(self, load: Callable[[Any], Any]) -> None:
+        self._result_of = load
+
+    def models(self) -> list[LoadedModel]:
+        return []
+
+    def load(self, request: LoadRequest | ConfiguredLoad) -> LoadedModel:
+        model: LoadedModel = self._result_of(request)
+        return model
+
+    def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
+        return ["batch_size=1 (needs less)"]
+
+
+class NoAnalyses(DatasetAnalysisService):
+    """No dataset has to be looked at first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def begin_in_doubt(self, job: JobRecord) -> Running | None:
+        return None
+
+
 class Studio:
     """A training service whose models come to nothing, in the way that the test says."""
 
@@ -50,9 +79,8 @@ class Studio:
         self.database.migrate()
         with self.database.begin() as connection:
             Datasets(connection).add(DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], MOMENT))
-        none: Any = SimpleNamespace()
-        peft: Any = SimpleNamespace(models=list, load=load, savings=lambda *_, **__: ["batch_size=1 (needs less)"])
-        analyses: Any = SimpleNamespace(begin_in_doubt=lambda _job: None)
+        none: Any = None  # what no job of these tests comes to
+        peft, analyses = Models(load), NoAnalyses()
         self.checkpoints, contexts, clock = CheckpointStore(folder / "checkpoints"), RequestContexts(), SystemClock()
         self.ledger = JobLedger(self.database, clock, contexts.drop)
         work = TrainingWork(peft, none, none, analyses, self.checkpoints, None, lambda: 0)

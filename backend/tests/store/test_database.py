@@ -88,12 +88,13 @@ def test_jobs_come_by_priority_then_order_and_change_state_once(database: Databa
     with database.begin() as connection:
         jobs = Jobs(connection)
         order = []
-        while (record := jobs.next_queued()) is not None:
-            order.append(record.id)
-            assert jobs.change_state(record.id, JobState.QUEUED, JobState.PREPARING)
-            assert not jobs.change_state(record.id, JobState.QUEUED, JobState.CANCELLED)
+        while (following := jobs.next_queued()) is not None:
+            order.append(following.id)
+            assert jobs.change_state(following.id, JobState.QUEUED, JobState.PREPARING)
+            assert not jobs.change_state(following.id, JobState.QUEUED, JobState.CANCELLED)
         assert order == ["job_3", "job_1", "job_2"]
-        assert jobs.get("job_1").validation_fraction == 0.1  # type: ignore[union-attr]
+        first = jobs.get("job_1")
+        assert first is not None and first.validation_fraction == 0.1
 
 
 def test_events_of_many_writers_are_numbered_without_gaps(database: Database) -> None:
@@ -246,7 +247,7 @@ def test_adapters_of_the_second_version_become_numbered_versions(tmp_path: Path)
     }  # fmt: skip
     with database.begin() as connection:
         columns = [Column(name, JSON if isinstance(value, dict) else None) for name, value in old.items()]
-        named = [Column(name) for name in ("id", "name", "job_id", "created_at")]
+        named: list[Column[Any]] = [Column(name) for name in ("id", "name", "job_id", "created_at")]
         table = Table("adapters", MetaData(), *columns, *named)
         for number, name in ((2, "a"), (1, "a"), (3, "b")):
             row = {"id": f"adp_{number}", "name": name, "job_id": f"job_{number}", "created_at": f"2026-0{number}"}

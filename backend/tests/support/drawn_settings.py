@@ -1,5 +1,6 @@
 """Draws whole configurations: every field of PeftConfig, from its own bounds, that can take effect on a CPU."""
 
+from functools import partial
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -89,7 +90,7 @@ def ways() -> list[tuple[Algorithm, str]]:
 def requests(draw: st.DrawFn, algorithm: Algorithm, quantization: str) -> tuple[Algorithm, dict[str, Any]]:
     """Draw a value for each setting that the algorithm leaves open."""
     overrides = {
-        name: draw(values(name).filter(lambda value, name=name: _allowed(algorithm, name, value)))
+        name: draw(values(name).filter(partial(_allowed, algorithm, name)))
         for name in PARAMETER_NAMES
         if name != "quantization" and name not in SPECS[algorithm].fixed
     } | {"quantization": quantization}

@@ -29,8 +29,19 @@ _SHORT = ("_id", "id", "likes", "private", "downloads", "tags", "pipeline_tag", 
 _WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 Route = Literal[
-    *("list", "info", "tree", "resolve", "cdn", "whoami", "other"),
-    *("create", "yaml", "preupload", "lfs", "upload", "commit"),
+    "list",
+    "info",
+    "tree",
+    "resolve",
+    "cdn",
+    "whoami",
+    "other",
+    "create",
+    "yaml",
+    "preupload",
+    "lfs",
+    "upload",
+    "commit",
 ]
 
 

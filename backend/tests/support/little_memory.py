@@ -65,7 +65,7 @@ class OneConfig:
     """Every model has the embedded one's config, and no smaller brother is here."""
 
     def config_of(self, model_id: str, revision: str | None) -> dict[str, Any]:
-        return CONFIG
+        return dict(CONFIG)
 
     def blockers_of(self, model_id: str, revision: str | None) -> list[str]:
         return []

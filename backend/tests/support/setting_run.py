@@ -84,8 +84,9 @@ class Run:
     def total_steps(self) -> int:
         if self.config["max_steps"] is not None:
             return int(self.config["max_steps"])
-        steps = math.ceil(len(replay.order(self.rows, self.config, 0)) / self.config["gradient_accumulation"])
-        return max(1, math.ceil(self.config["epochs"] * steps))
+        batches = len(replay.order(self.rows, self.config, 0))
+        steps = math.ceil(batches / int(self.config["gradient_accumulation"]))
+        return max(1, math.ceil(float(self.config["epochs"]) * steps))
 
     @property
     def expected_end(self) -> tuple[int, int]:

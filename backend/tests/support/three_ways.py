@@ -25,7 +25,7 @@ from transformers import (
 from domain.peft.config import PeftConfig
 from domain.protocol import StepMetrics
 from engine.base import Base
-from engine.batches import Batch, epoch_batches
+from engine.batches import Batches, epoch_batches
 from engine.initialisation import create_adapter
 from engine.optimizer import planned_steps
 from engine.rows import RowStore
@@ -42,7 +42,7 @@ class _GoOn:
         return False
 
 
-def epochs(config: PeftConfig, rows: RowStore, pad_id: int) -> list[list[Batch]]:
+def epochs(config: PeftConfig, rows: RowStore, pad_id: int) -> list[Batches]:
     """Return the batches of every epoch, in order."""
     return [
         epoch_batches(
@@ -163,7 +163,7 @@ def losses_in_trl(
 
     orders = [[row for batch in batches for row in batch.rows] for batches in epochs(config, rows, 0)]
 
-    class Recording(SFTTrainer):  # type: ignore[misc]
+    class Recording(SFTTrainer):
         found: list[float]
 
         def _get_train_sampler(self, *_: Any) -> _GivenOrder:

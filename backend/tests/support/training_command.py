@@ -6,33 +6,31 @@ from typing import Any
 
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, StepMetrics, StopMode, Train, TrainingStarted
-from engine.channel import Stopped
+from engine.channel import Channel, Stopped
 from engine.training import train
 from tests.engine.test_methods import load
+from tests.support.channel_double import RecordingChannel
 from tests.support.rows import messages_jsonl
 from tests.support.tiny_model import TINY_ID
 
 
-class TestChannel:
+class TestChannel(RecordingChannel):
     """Collects the events, and stops the run at its `stop_at`-th look for a stop, counted from 1."""
 
     __test__ = False
 
     def __init__(self, stop_at: int | None = None, mode: StopMode = "pause") -> None:
-        self.events: list[Any] = []
+        super().__init__()
         self.looks = 0
         self._stop_at, self._mode = stop_at, mode
         self.checkpoint_wanted: Callable[[], bool] = lambda: False
 
-    def emit(self, event: Any) -> None:
-        self.events.append(event)
-
-    def check_stop(self, _request_id: str) -> None:
+    def check_stop(self, request_id: str) -> None:
         self.looks += 1
         if self.looks == self._stop_at:
             raise Stopped(self._mode)
 
-    def take_checkpoint_request(self, _request_id: str) -> bool:
+    def take_checkpoint_request(self, request_id: str) -> bool:
         return self.checkpoint_wanted()
 
     def losses(self) -> dict[int, float]:
@@ -69,7 +67,7 @@ def command_for(folder: Path, config: PeftConfig, **changes: Any) -> Train:
 
 
 def train_tiny(
-    tiny_path: Path, folder: Path, config: PeftConfig, channel: Any | None = None, **changes: Any
+    tiny_path: Path, folder: Path, config: PeftConfig, channel: Channel | None = None, **changes: Any
 ) -> dict[str, Any]:
     """Train on a freshly loaded base, as an engine that has just started does."""
     return train(load(tiny_path, config), command_for(folder, config, **changes), channel or TestChannel())

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from domain.datasets.parts import DatasetRejected, choose
+from core.errors import DatasetRejected
+from domain.datasets.parts import choose
 
 PLAIN = ["README.md", ".gitattributes", "train.jsonl", "test.jsonl", "dataset_infos.json"]
 SHARDED = [f"data/{split}-{n:05d}-of-00002.parquet" for split in ("train", "test") for n in range(2)]

@@ -124,7 +124,8 @@ def test_the_effective_batch_and_all_that_changes_learning_stay(
 @given(st.integers(0, 40), st.sampled_from(FITTED), st.booleans())
 def test_what_the_client_sets_is_left_alone(gib: int, name: str, flag: bool) -> None:
     value = {"gradient_checkpointing": flag, "precision": "bf16" if flag else "fp32"}.get(name, 8)
-    found = _make(gib * GIB, **{name: value})
+    overrides: dict[str, Any] = {name: value}
+    found = _make(gib * GIB, **overrides)
     assert getattr(found.config, name) == value
     assert found.choices[name].source == "override"
 

@@ -45,9 +45,9 @@ def test_a_folder_is_allowed_by_its_parts_and_not_by_its_letters(tmp_path: Path)
     for relative in ("data/a", "a", "..", "~", "%2e%2e", "..\\"):
         with pytest.raises(PathNotAllowed):
             allowed_folder(relative, [data])
-    for path in (f"{data}/none", f"{data}/\0"):
+    for missing in (f"{data}/none", f"{data}/\0"):
         with pytest.raises(AdapterRejected):
-            allowed_folder(path, [data])
+            allowed_folder(missing, [data])
 
 
 def test_only_an_adapters_files_are_copied(tmp_path: Path) -> None:

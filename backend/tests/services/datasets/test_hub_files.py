@@ -198,7 +198,7 @@ def test_a_hub_that_hangs_is_given_up(bench: Bench, route: Any) -> None:
     bench.hub.add_dataset("me/data", FILES)
     bench.hub.fail(route, "hang", times=99)
     is_file = route in ("resolve", "cdn")
-    limits = {"timeout_s": 0.05} if is_file else {"answer_timeout_s": 0.05}
+    limits: dict[str, Any] = {"timeout_s": 0.05} if is_file else {"answer_timeout_s": 0.05}
     with pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
         bench.fetch(**limits)
     bench.hub.recover()
@@ -266,8 +266,13 @@ def test_a_copy_in_part_is_no_dataset_and_it_is_said_what_is_missing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.hub.add_dataset("me/data", FILES)
-    part = {"repo_type": "dataset", "endpoint": bench.hub.url, "cache_dir": bench.root}
-    snapshot_download("me/data", allow_patterns=["README.md", "main/0*"], **part)
+    snapshot_download(
+        "me/data",
+        allow_patterns=["README.md", "main/0*"],
+        repo_type="dataset",
+        endpoint=bench.hub.url,
+        cache_dir=bench.root,
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(errors.HubUnavailable, match=r"only in part, without main/1\.parquet"):
         bench.fetch()

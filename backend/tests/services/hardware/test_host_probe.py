@@ -5,8 +5,7 @@ import os
 import threading
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -14,7 +13,22 @@ from hypothesis import strategies as st
 
 from services.hardware.host_probe import HostProbe
 
-HOST = SimpleNamespace(total=32 * 2**30, available=20 * 2**30)
+
+class Memory(NamedTuple):
+    """As psutil says it, in bytes."""
+
+    total: int
+    available: int
+
+
+class Frequency(NamedTuple):
+    """As psutil says it, in MHz."""
+
+    current: float
+    max: float | None
+
+
+HOST = Memory(total=32 * 2**30, available=20 * 2**30)
 MIB = 2**20
 
 
@@ -23,16 +37,16 @@ class FakeSystem:
 
     def __init__(self) -> None:
         self.host = HOST
-        self.frequency: Any = SimpleNamespace(current=2000.0, max=3500.0)
+        self.frequency: Frequency | Exception | None = Frequency(2000.0, 3500.0)
         self.times: dict[str, float] = {"user": 0.0, "idle": 0.0, "iowait": 0.0, "guest": 0.0}
 
-    def virtual_memory(self) -> Any:
+    def virtual_memory(self) -> Memory:
         return self.host
 
     def cpu_count(self, logical: bool) -> int:
         return 4 if logical else 2
 
-    def cpu_freq(self) -> Any:
+    def cpu_freq(self) -> Frequency | None:
         if isinstance(self.frequency, Exception):
             raise self.frequency
         return self.frequency
@@ -183,15 +197,15 @@ def test_the_cpu_is_named_with_what_it_can_do(
 @pytest.mark.parametrize(
     ("answered", "megahertz"),
     [
-        (SimpleNamespace(current=2000.0, max=3500.0), 3500.0),
-        (SimpleNamespace(current=2000.0, max=0.0), 2000.0),
-        (SimpleNamespace(current=0.0, max=None), None),
+        (Frequency(2000.0, 3500.0), 3500.0),
+        (Frequency(2000.0, 0.0), 2000.0),
+        (Frequency(0.0, None), None),
         (None, None),
         (NotImplementedError("can't find current frequency file"), None),
         (OSError(errno.ENOENT, "no such file"), None),
     ],
 )
-def test_the_frequency_or_none(tmp_path: Path, answered: Any, megahertz: float | None) -> None:
+def test_the_frequency_or_none(tmp_path: Path, answered: Frequency | Exception | None, megahertz: float | None) -> None:
     system = FakeSystem()
     system.frequency = answered
     assert write(tmp_path, {}, system).cpu().max_frequency_mhz == megahertz

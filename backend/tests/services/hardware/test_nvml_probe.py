@@ -1,7 +1,6 @@
 """GPUs as NVML really answers: several, some queries unsupported, one lost, MIG, no driver."""
 
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pynvml
 import pytest
@@ -26,8 +25,23 @@ def answer(value: Any) -> Any:
     return value
 
 
-def memory(total_gib: int, used_gib: int) -> SimpleNamespace:
-    return SimpleNamespace(total=total_gib * GIB, used=used_gib * GIB, free=(total_gib - used_gib) * GIB)
+class Memory(NamedTuple):
+    """As pynvml says it, in bytes."""
+
+    total: int
+    used: int
+    free: int
+
+
+class Rates(NamedTuple):
+    """As pynvml says it, in percent."""
+
+    gpu: int
+    memory: int
+
+
+def memory(total_gib: int, used_gib: int) -> Memory:
+    return Memory(total_gib * GIB, used_gib * GIB, (total_gib - used_gib) * GIB)
 
 
 def h100() -> dict[str, Any]:
@@ -37,7 +51,7 @@ def h100() -> dict[str, Any]:
         "Name": "NVIDIA H100",
         "MemoryInfo": memory(80, 30),
         "CudaComputeCapability": (9, 0),
-        "UtilizationRates": SimpleNamespace(gpu=37, memory=5),
+        "UtilizationRates": Rates(37, 5),
         "Temperature": 51,
         "PowerUsage": 312_500,
         "MigMode": [0, 0],
@@ -136,7 +150,7 @@ def test_what_a_card_does_not_support_is_none_and_never_zero() -> None:
     assert gpu.memory_used_bytes == 0  # this one is known
 
 
-@pytest.mark.parametrize("answered", [NOT_SUPPORTED, SimpleNamespace(total=0, used=0, free=0)])
+@pytest.mark.parametrize("answered", [NOT_SUPPORTED, Memory(0, 0, 0)])
 def test_the_memory_of_a_gpu_that_shares_the_hosts_is_not_known(answered: Any) -> None:
     (gpu,) = read(h100() | {"MemoryInfo": answered})
     assert (gpu.memory_total_bytes, gpu.memory_used_bytes, gpu.memory_free_bytes) == (None, None, None)

@@ -113,7 +113,8 @@ def test_every_filter_reaches_the_hub(hub: HubDouble, client: HubClient) -> None
 def test_every_order_is_the_hubs(hub: HubDouble, client: HubClient, sort: Any, key: str) -> None:
     values = [f"2025-01-0{n}T00:00:00.000Z" for n in (2, 3, 1)] if "At" in key or "Mod" in key else [2, 3, 1]
     for name, value in zip("abc", values, strict=True):
-        hub.add_model(f"me/{name}", {}, **{key: value})
+        info: dict[str, Any] = {key: value}
+        hub.add_model(f"me/{name}", {}, **info)
 
     assert found(client, SearchQuery(task=None, sort=sort)) == ["me/b", "me/a", "me/c"]
 

@@ -1,7 +1,5 @@
 """What a load or a run may use: what is free, less what is promised, and what its own base holds already."""
 
-from typing import Any
-
 import pytest
 
 from core.clock import SystemClock
@@ -18,22 +16,12 @@ from services.loading.loaded_base import LoadedBase
 from services.models.embedded import CONFIG
 from services.models.progress import LoadProgress
 from tests.support.bases import CPU, DEVICE, base_request
-
-
-class Holding:
-    """An engine that holds so much."""
-
-    def __init__(self, resident_bytes: int) -> None:
-        self._resident_bytes = resident_bytes
-
-    def resident_bytes(self) -> int:
-        return self._resident_bytes
+from tests.support.engine_double import EngineDouble
 
 
 def _base(state: LoadState, needed: int, resident: int | None = None, device: str = "cpu") -> LoadedBase:
     base = LoadedBase(base_request("me/model", device=device, needed_bytes=needed), SystemClock())
-    process: Any = Holding(resident) if resident is not None else None
-    base.process = process
+    base.process = EngineDouble(None, resident) if resident is not None else None
     if state in (LoadState.LOADING, LoadState.READY):
         base.report("loading", LoadProgress())
     if state is LoadState.DOWNLOADING:

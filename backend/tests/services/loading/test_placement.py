@@ -7,7 +7,9 @@ import pytest
 
 from domain.configure import MachineFacts, configure
 from domain.models.architectures.registry import read_shape
+from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
 from services.hardware.devices import Device, EngineChoice, choose_engine
 from services.loading.loaded_model import ModelOnDevice
 from services.loading.placement import load_command, place
@@ -25,7 +27,7 @@ class FastMachine:
         return choose_engine(wanted, device, EngineChoice("unsloth", "a GPU of 9.0"), obstacle)
 
 
-def _config(**overrides: object) -> object:
+def _config(**overrides: object) -> PeftConfig:
     values = {"precision": "bf16", "max_seq_length": 512} | overrides
     return configure(Algorithm.LORA, use_case=None, overrides=values, machine=GPU.facts).config
 
@@ -42,7 +44,7 @@ def test_requests_of_several_lengths_share_a_base() -> None:
     [({"precision": "fp32"}, LLAMA, "16-bit"), ({"quantization": "int8"}, LLAMA, "8-bit"), ({}, None, "not known")],
 )
 def test_what_unsloth_cannot_hold_is_held_by_transformers(
-    overrides: dict[str, object], shape: object, why: str
+    overrides: dict[str, object], shape: ModelShape | None, why: str
 ) -> None:
     key, engine = place(FastMachine(), "auto", replace(ON_GPU, shape=shape), _config(**overrides))
     assert key.engine == engine.name == "transformers" and why in engine.reason and key.max_seq_length is None

@@ -1,47 +1,104 @@
 """A job that is refused has changed nothing."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from core.errors import CheckpointUnusable
-from domain.configure import MachineFacts, configure
+from domain.configure import Configuration, MachineFacts, configure
+from domain.memory.activations import Batch
 from domain.peft.algorithms import Algorithm
+from domain.peft.config import PeftConfig
+from domain.peft.use_cases import UseCaseId
+from services.dataset_service import DatasetService
+from services.datasets.files import Manifest
 from services.hardware.devices import Device
-from services.peft_service import ModelOnDevice
+from services.peft_service import LoadedModel, ModelOnDevice, PeftService
+from services.training.checkpoint_store import CheckpointStore
+from services.training.dataset_analysis import DatasetAnalysisService
 from services.training.job_intake import JobIntake, JobRequest
+from store.records import DatasetRecord
 
 REQUEST = JobRequest(
     model_id="m", loaded_model_id=None, revision=None, dataset_id="ds", validation_dataset_id=None,
     validation_fraction=0.0, use_case=None, algorithm=Algorithm.LORA, overrides={}, name=None, priority=0,
     resume_from=None, idempotency_key=None, force=False,
 )  # fmt: skip
+DATASET = DatasetRecord("ds", "n", "messages", 5, 0, 1, "0" * 64, [], [], "now")
+MACHINE = MachineFacts(has_gpu=False, supports_bf16=False)
+
+
+class OneDataset(DatasetService):
+    """One dataset, which can be trained on."""
+
+    def __init__(self) -> None:
+        pass
+
+    def get(self, dataset_id: str) -> DatasetRecord:
+        return DATASET
+
+    def check_trainable(self, dataset_id: str, train_on: str) -> DatasetRecord:
+        return DATASET
+
+    def manifest(self, dataset_id: str) -> Manifest:
+        return Manifest((), {}, duplicates=0)
+
+
+class Room(PeftService):
+    """Has room for every run, and keeps the models that it made room for."""
+
+    def __init__(self) -> None:
+        self.admitted: list[str] = []
+
+    def on_device(
+        self, model_id: str, revision: str | None, device: str | int = "auto", loaded: LoadedModel | None = None
+    ) -> ModelOnDevice:
+        return ModelOnDevice(model_id, revision, None, Device("cpu", MACHINE, None))
+
+    def configure(
+        self,
+        algorithm: Algorithm,
+        use_case: UseCaseId | None,
+        overrides: dict[str, Any],
+        where: ModelOnDevice | None = None,
+    ) -> Configuration:
+        return configure(algorithm, use_case=None, overrides=overrides, machine=MACHINE)
+
+    def admit_run(self, where: ModelOnDevice, config: PeftConfig, batch: Batch) -> None:
+        self.admitted.append(where.model_id)
+
+
+class NoAnalyses(DatasetAnalysisService):
+    """No dataset has been analysed."""
+
+    def __init__(self) -> None:
+        pass
+
+    def check_learnable(self, dataset_id: str, model_id: str, revision: str | None, config: PeftConfig) -> None:
+        pass
+
+    def longest_row(self, dataset_id: str, model_id: str, revision: str | None) -> int | None:
+        return None
+
+
+class OneCheckpoint(CheckpointStore):
+    """One checkpoint, of step 5; keeps the jobs whose checkpoint was copied."""
+
+    def __init__(self) -> None:
+        self.copied: list[str] = []
+
+    def about(self, job_id: str, checkpoint_id: str | None) -> tuple[str, dict[str, Any]]:
+        return "step-5", {"step": 5}
+
+    def copy(self, job_id: str, checkpoint_id: str, to_job_id: str) -> None:
+        self.copied.append(job_id)
 
 
 def test_room_is_made_only_for_a_job_that_nothing_else_refuses() -> None:
-    machine = MachineFacts(has_gpu=False, supports_bf16=False)
-    admitted: list[str] = []
-    copied: list[str] = []
-    dataset = SimpleNamespace(id="ds", rows=5, format="messages")
-    datasets: Any = SimpleNamespace(
-        get=lambda _: dataset,
-        check_trainable=lambda *_: dataset,
-        manifest=lambda _: SimpleNamespace(duplicates=0),
-    )
-    peft: Any = SimpleNamespace(
-        on_device=lambda model_id, revision, **_: ModelOnDevice(model_id, revision, None, Device("cpu", machine, None)),
-        configure=lambda algorithm, _use_case, overrides, _where: configure(
-            algorithm, use_case=None, overrides=overrides, machine=machine
-        ),
-        admit_run=lambda where, *_: admitted.append(where.model_id),
-    )
-    analyses: Any = SimpleNamespace(check_learnable=lambda *_: None, longest_row=lambda *_: None)
-    checkpoints: Any = SimpleNamespace(
-        about=lambda *_: ("step-5", {"step": 5}), copy=lambda source, *_: copied.append(source)
-    )
-    intake = JobIntake(datasets, peft, analyses, checkpoints)
+    room, checkpoints = Room(), OneCheckpoint()
+    admitted, copied = room.admitted, checkpoints.copied
+    intake = JobIntake(OneDataset(), room, NoAnalyses(), checkpoints)
     first = intake.record(REQUEST, "job_1", None, "now")
     assert admitted == ["m"] and not copied
 

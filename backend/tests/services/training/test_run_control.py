@@ -1,14 +1,17 @@
 """How a run is stopped: the strongest reason wins, and no engine begins after it."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from domain.protocol import StopMode
+from services.engines.process import EngineProcess, EventHandler
 from services.training.run_control import Ending, RunControl, RunStopped
 
 WEAKEST_FIRST: tuple[Ending, ...] = (
@@ -21,17 +24,19 @@ WEAKEST_FIRST: tuple[Ending, ...] = (
 )
 
 
-class Engine:
+class Engine(EngineProcess):
     """Notes what it is told."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
 
-    def request(self, make: Any, _on_event: Any) -> tuple[str, "Future[dict[str, Any]]"]:
+    def request(
+        self, make: Callable[[str], Any], on_event: EventHandler | None = None
+    ) -> tuple[str, "Future[dict[str, Any]]"]:
         self.told.append(("train", make("request-1")))
         return "request-1", Future()
 
-    def stop(self, request_id: str, mode: str) -> None:
+    def stop(self, request_id: str, mode: StopMode = "discard") -> None:
         self.told.append((request_id, mode))
 
     def write_checkpoint(self, request_id: str) -> None:
@@ -39,7 +44,7 @@ class Engine:
 
 
 def begin(control: RunControl) -> Engine:
-    engine: Any = Engine()
+    engine = Engine()
     control.request(engine, lambda request_id: request_id, lambda _event: None)
     return engine
 
@@ -81,7 +86,7 @@ def test_the_engine_is_told_how_to_end_and_only_once_it_works(ending: Ending, mo
 def test_no_engine_begins_once_the_run_is_to_end() -> None:
     control = RunControl(threading.RLock())
     control.set("pause")
-    engine: Any = Engine()
+    engine = Engine()
     for act in (control.check, control.wait, lambda: control.request(engine, str, lambda _event: None)):
         with pytest.raises(RunStopped):
             act()
@@ -101,6 +106,6 @@ def test_a_stop_that_races_with_the_command_is_never_lost() -> None:
             stopping = other.submit(stop)
             together.wait(30)
             with suppress(RunStopped):
-                control.request(cast(Any, engine), lambda request_id: request_id, lambda _event: None)
+                control.request(engine, lambda request_id: request_id, lambda _event: None)
             stopping.result(30)
             assert engine.told in ([], [("train", "request-1"), ("request-1", "discard")])
