@@ -67,6 +67,7 @@ class JsonEventsRoute(APIRoute):
     """Takes the requests for events that ask for JSON; the route of the stream, on the same path, takes the others."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match a request for events whose query has `format=json`."""
         if scope["type"] == "http" and QueryParams(scope["query_string"]).get("format") != "json":
             return Match.NONE, {}
         return super().matches(scope)

@@ -70,7 +70,16 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise FolderDamaged(f"{NAME} cannot be read") from error
     if claimed != _sum(document):
         raise FolderDamaged(f"{NAME} is not as it was written: its sum differs")
-    present = _entries(folder)
+    _compare(_entries(folder), files)
+    return about, files
+
+
+def _compare(present: dict[str, Path], files: dict[str, dict[str, Any]]) -> None:
+    """Compare what is there with what a manifest lists.
+
+    Raises:
+        FolderDamaged: A file is missing, of another kind or size, or was added.
+    """
     for name, facts in files.items():
         path = present.pop(name, None)
         if path is None:
@@ -84,7 +93,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             present.pop(str(parent), None)
     if present:
         raise FolderDamaged(f"{min(present)} does not belong there")
-    return about, files
 
 
 def _entries(folder: Path) -> dict[str, Path]:

@@ -38,7 +38,7 @@ def published(name: str, folder: Path, *, adds_bos: bool = False) -> Any:
     """Train a tokenizer that splits in a named way, and write it as a publisher does."""
     found = pre_tokenizer_of(name)
     assert found is not None
-    body = {
+    body: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "decoder": None,
         "normalizer": {"type": "NFC"} if found.composes else None, "post_processor": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": list(found.steps)},
@@ -190,5 +190,5 @@ def test_a_file_whose_tokenizer_is_not_known_is_refused_before_its_weights_are_r
         request_id="r", gguf_path=str(tmp_path / "t.gguf"), output_path=str(tmp_path / "out"), model_id="m"
     )
     with pytest.raises(BadModel, match="'default', which is not known here"):
-        prepare_gguf(command, TestChannel())  # type: ignore[arg-type]
+        prepare_gguf(command, TestChannel())
     assert not (tmp_path / "out").exists()

