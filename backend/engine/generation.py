@@ -88,8 +88,8 @@ def generate(base: Base, command: Generate, channel: Channel) -> dict[str, Any]:
         temperature=command.temperature if sampled else None,
         top_p=command.top_p if sampled else None,
         top_k=0 if sampled else None,
-        pad_token_id=served.tokenizer.pad_token_id,
-        eos_token_id=list(served.ends.ids),
+        pad_token_id=served.tokenizer.pad_token_id or 0,  # of one row nothing is padded
+        eos_token_id=list(served.ends.ids) or None,
     )
     if command.seed is not None:
         set_seed(command.seed)

@@ -17,14 +17,14 @@ TemplateSource = Literal["model", "adapter", "none: a plain one is used"]
 
 
 def complete_tokenizer(tokenizer: Any) -> None:
-    """Give a tokenizer what training needs and it lacks: a chat template, and a token to pad with.
+    """Give a tokenizer what training needs and it lacks: a chat template, and a token to pad with if it has an end.
 
     Raises:
         BadModel: It cannot tell which characters a token is, so nothing could be masked.
     """
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FALLBACK_TEMPLATE
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.is_fast:
         raise BadModel("the tokenizer has no fast version, so tokens cannot be traced back to characters")

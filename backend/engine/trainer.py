@@ -106,7 +106,8 @@ class Trainer:
         self._rows, self._validation = rows, validation
         self._request_id, self._emit, self._control = request_id, emit, control
         self._checkpoints, self._initial = checkpoints, initial or {}
-        self._pad_id = int(base.tokenizer.pad_token_id)
+        # Any token will do: what is padded is neither attended to nor learned.
+        self._pad_id = int(base.tokenizer.pad_token_id or 0)
         # Without the adapter's own name: another job may go on from the checkpoint.
         own = f".{base.model.active_adapter}."
         self._named = {name.replace(own, "."): p for name, p in base.model.named_parameters() if p.requires_grad}

@@ -21,6 +21,7 @@ from tests.engine.test_merge import run as export_merged
 from tests.engine.test_methods import config_for, load
 from tests.engine.test_tokenizer_folder import LISTED, NAMED, base_with
 from tests.engine.test_turn_ends import ask
+from tests.support.training_command import TestChannel, train_tiny
 
 OWN = "{% for m in messages %}<|system|>{{ m.content }}<|user|>{% endfor %}"
 PARTS = (
@@ -161,6 +162,28 @@ def test_a_tokenizer_that_has_grown_beyond_the_embeddings_is_refused_by_both_exp
     assert ask(base, "adp")["completion_tokens"] > 0
     with pytest.raises(BadSetting, match="the prompt has the token"):
         ask(base, "adp", messages=[ChatMessage(role="user", content="the <new>")])
+
+
+def test_a_tokenizer_with_neither_pad_nor_end_trains_answers_and_is_exported(tiny_path: Path, tmp_path: Path) -> None:
+    path = base_with(tiny_path, tmp_path / "base", NAMED["default"])
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    bare = {name: value for name, value in settings.items() if not name.startswith(("eos", "pad"))}
+    (path / "tokenizer_config.json").write_text(json.dumps(bare))
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((path / name).read_text())
+        (path / name).write_text(json.dumps(said | {"eos_token_id": None, "pad_token_id": None}))
+    config = config_for(Algorithm.LORA, max_steps=2)
+    channel = TestChannel()
+    train_tiny(path, tmp_path, config, channel)
+    assert channel.losses().keys() == {1, 2}
+    base = load(path, config)
+    base.attach("adp", tmp_path / "adp")
+    assert base.tokenizer.pad_token is None
+    assert ask(base, "adp")["completion_tokens"] > 0
+    base.detach("adp")
+    (tmp_path / "adp").rename(tmp_path / "adapter")
+    export_merged(base, tmp_path, tmp_path / "adapter")
+    export_gguf(base, tmp_path)
 
 
 def test_the_coldest_temperatures_take_the_likeliest_token(tiny_path: Path) -> None:
