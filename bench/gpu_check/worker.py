@@ -14,8 +14,6 @@ from typing import Any
 from engine.guards import hide_broken_torchvision
 from tests.support.channel_double import RecordingChannel
 
-hide_broken_torchvision()
-
 WARM_UP_STEPS = 2  # what is compiled, and what allocators learn, is not the speed of a long run
 
 
@@ -162,6 +160,7 @@ TASKS = {"write": write, "prove": prove, "merged": merged, "peer": peer}
 
 def main() -> int:
     """Do the tasks; each result, or why there is none, is one line of the answer's file."""
+    hide_broken_torchvision()
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if any(task["kind"] == "prove" and task["engine"] == "unsloth" for task in spec["tasks"]):
         import unsloth  # noqa: F401 - before transformers, which it patches

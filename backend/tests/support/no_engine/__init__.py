@@ -51,12 +51,25 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return None  # others decide
 
 
+def pytest_collection_finish() -> None:
+    """Refuse the whole run where importing a test's file needs torch: the blame would fall on another file's test."""
+    if refused := _taken():
+        raise pytest.UsageError(f"The import of a test's file is no fast test. It needs:\n{refused}")
+
+
 @pytest.fixture(autouse=True)
 def _nothing_was_refused() -> Iterator[None]:
     """Fail a test that started an engine or imported torch, even where what it called handled the refusal."""
-    record = Path(os.environ[RECORD])
     yield
-    if record.exists():
-        refused = record.read_text(encoding="utf-8")
-        record.unlink()
+    if refused := _taken():
         pytest.fail(f"This is no fast test, so it has to be marked `engine`. It needs:\n{refused}")
+
+
+def _taken() -> str:
+    """Take what the record says, and empty it."""
+    record = Path(os.environ[RECORD])
+    if not record.exists():
+        return ""
+    refused = record.read_text(encoding="utf-8")
+    record.unlink()
+    return refused

@@ -28,7 +28,7 @@ def _hook(event: str, arguments: tuple[object, ...]) -> None:
     if what is None or RECORD not in os.environ:
         return
     descriptor = os.open(os.environ[RECORD], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(descriptor, f"{what}\n".encode())
+    os.write(descriptor, f"{what}, in {' '.join(sys.orig_argv)[:300]}\n".encode())
     os.close(descriptor)
     raise PermissionError(f"The fast tests start no engine and do not import torch: {what}")
 
