@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 GB = 1000**3
 _SAYS_EVERY_S = 15
-_TORCH = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("torch=="))
+_PINS = (ROOT / "requirements.txt").read_text().splitlines()
+_TORCH = next(line for line in _PINS if line.startswith("torch=="))
 # Seconds to wait for an index that does not answer; pip multiplies it by the attempts.
 _PATIENCE_S = 20
 
@@ -112,6 +113,33 @@ class Installer:
             yes = ["--yes"] if action == "uninstall" else []
             command = [str(self.python), "-m", "pip", "--disable-pip-version-check", action, *yes, *arguments]
         return subprocess.run(command, capture_output=quiet, text=True, check=False)
+
+    def install(self, requirements: list[Path]) -> bool:
+        """Install the files of requirements; tell whether that succeeded.
+
+        uv with UV_TORCH_BACKEND looks for xformers and others on PyTorch's index alone, which lacks some for a CPU. So
+        torch and torchvision come from there first, and the rest from the usual index keeps them.
+        """
+        files = [argument for file in requirements for argument in ("-r", str(file))]
+        if self.uv is None:
+            return self.run("install", *files).returncode == 0
+        byte_code = "--compile-bytecode"  # as pip does; else the first start of the server and of each engine is slow
+        backend = os.environ.pop("UV_TORCH_BACKEND", "")
+        if backend:
+            pins = [line for line in _PINS if line.startswith(("torch==", "torchvision=="))]
+            first = self.run("install", "--torch-backend", backend, "--no-deps", byte_code, *pins)
+            if first.returncode != 0:
+                return False
+        return self.run("install", byte_code, *files).returncode == 0
+
+    def torch_installed(self) -> str | None:
+        """Return the version of the torch that the environment has already; None if it has none."""
+        asked = "import importlib.metadata as m; print(m.version('torch'))"
+        try:
+            answer = subprocess.run([self.python, "-c", asked], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return answer.stdout.strip() or None
 
     def torch_versions(self) -> str:
         """Ask the index which torch it has.
@@ -293,7 +321,8 @@ def make(environment: Path, requirements: list[Path]) -> None:
     installer = Installer(uv, environment)
     if uv is None:
         check_python_parts()
-    build = build_of(installer.torch_versions())
+    offered = installer.torch_versions()
+    build = build_of(installer.torch_installed() or offered)
     cache = Path(os.environ.get("PIP_CACHE_DIR") or Path.home() / ".cache/pip")
     if not installer.python.exists():  # else most of it is there already
         needed = room_needed(build, environment.absolute(), uv is not None, Path(tempfile.gettempdir()), cache)
@@ -304,11 +333,8 @@ def make(environment: Path, requirements: list[Path]) -> None:
         flush=True,
     )
     installer.create()
-    files = [argument for file in requirements for argument in ("-r", str(file))]
-    if uv is not None:
-        files.append("--compile-bytecode")  # as pip does; else the first start of the server and of each engine is slow
     with progress(environment):
-        installed = installer.run("install", *files).returncode == 0
+        installed = installer.install(requirements)
     if not installed:
         free = shutil.disk_usage(environment).free
         raise NotReady(

@@ -110,6 +110,22 @@ def test_an_older_python_is_refused_in_words(python: Path, tmp_path: Path) -> No
     assert "Traceback" not in run.stderr + run.stdout
 
 
+def test_with_uv_a_build_of_torch_comes_first_and_the_rest_from_the_usual_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On PyTorch's own index uv would look for packages that are not there."""
+    told = tmp_path / "told"
+    uv = tmp_path / "uv"
+    uv.write_text(f'#!/bin/sh\necho "${{UV_TORCH_BACKEND-none}} $@" >> {told}\n')
+    uv.chmod(0o755)
+    monkeypatch.setenv("UV_TORCH_BACKEND", "cpu")
+    assert Installer(str(uv), tmp_path / "env").install([Path("requirements.txt")])
+    torch, rest = told.read_text().splitlines()
+    assert torch.startswith("none pip install") and "--torch-backend cpu --no-deps" in torch
+    assert [word.split("==")[0] for word in torch.split()[-2:]] == ["torch", "torchvision"]
+    assert rest.startswith("none pip install") and rest.endswith("-r requirements.txt")
+
+
 class _Environment:
     """An environment in which modules are files that this test writes."""
 
