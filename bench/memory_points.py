@@ -219,7 +219,7 @@ def measure(point: Point, model_path: Path, steps: int | None = None) -> dict[st
     """
     config, seconds = point.config().model_copy(update={"max_steps": steps or point.steps}), []
 
-    def take(event: Any) -> None:
+    def take(event: protocol.RunEvent) -> None:
         if isinstance(event, protocol.StepMetrics):
             seconds.append(event.step_s)
 
@@ -228,36 +228,24 @@ def measure(point: Point, model_path: Path, steps: int | None = None) -> dict[st
         write_rows(rows, point)
         engine = EngineProcess(Path(folder) / "engine.log")
         try:
-            _, loading = engine.request(
-                lambda request_id: protocol.LoadBase(
-                    request_id=request_id,
-                    model_path=str(model_path),
-                    config=config,
-                    device="cpu",
-                    engine="transformers",
-                )
-            )
-            loading.result()
+            loading = protocol.LoadBase(model_path=str(model_path), config=config, device="cpu", engine="transformers")
+            engine.request(loading).result()
             loaded = peak_bytes(engine.pid)
-            _, training = engine.request(
-                lambda request_id: protocol.Train(
-                    request_id=request_id,
-                    adapter_id="measured",
-                    config=config,
-                    dataset_path=str(rows),
-                    validation_path=None,
-                    validation_fraction=0,
-                    output_path=str(Path(folder) / "adapter"),
-                    base_model_id=model_path.name,
-                    base_revision=None,
-                    checkpoints_path=str(Path(folder) / "checkpoints"),
-                    max_checkpoint_bytes=None,
-                    recorded_step=0,
-                    about={},
-                ),
-                take,
+            training = protocol.Train(
+                adapter_id="measured",
+                config=config,
+                dataset_path=str(rows),
+                validation_path=None,
+                validation_fraction=0,
+                output_path=str(Path(folder) / "adapter"),
+                base_model_id=model_path.name,
+                base_revision=None,
+                checkpoints_path=str(Path(folder) / "checkpoints"),
+                max_checkpoint_bytes=None,
+                recorded_step=0,
+                about=None,
             )
-            training.result()
+            engine.request(training, take).result()
             peak = peak_bytes(engine.pid)
             name = "tcmalloc" if allocator.engines_have_tcmalloc() else "glibc"
             return {

@@ -1,6 +1,6 @@
 """/api/adapters: what training made, and what was brought in."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from fastapi import Response as HttpResponse
@@ -14,6 +14,7 @@ from api.exports import Exports, show
 from api.hub_token import ASKS_THE_HUB, came_with_a_token
 from api.upload_form import UploadMalformed, read_upload, validated
 from api.waiting import may_ask_the_hub
+from domain.exports import PushSettings
 from domain.jobs.export_states import ExportKind
 from services.adapter_service import AdapterService, get_adapter_service
 from services.adapters.intake import AdapterIntake, get_adapter_intake
@@ -94,8 +95,8 @@ def export(adapter_id: str, body: CreateExportRequest, response: HttpResponse, e
 @router.post("/{adapter_id}/push", status_code=202, dependencies=ASKS_THE_HUB)
 def push(adapter_id: str, body: PushRequest, response: HttpResponse, exports: Exports) -> ExportResponse:
     """Upload the adapter to a repository of the Hub, as one commit; `GET /api/exports/{id}` says how far it is."""
-    whose = "request" if came_with_a_token() else "server"
-    settings = {"repo_id": body.repo_id, "private": body.private, "token": whose}
+    whose: Literal["request", "server"] = "request" if came_with_a_token() else "server"
+    settings = PushSettings(repo_id=body.repo_id, private=body.private, token=whose)
     record = exports.create(adapter_id, ExportKind.PUSH, settings)
     response.headers["Location"] = f"/api/exports/{record.id}"
     return show(exports, record)

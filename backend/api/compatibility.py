@@ -8,6 +8,7 @@ from pydantic import Field
 from api.hub_token import ASKS_THE_HUB
 from api.peft_schemas import ModelId, Request, Response, Revision
 from api.waiting import may_ask_the_hub
+from domain.memory.estimate import Estimate
 from domain.peft.algorithms import Algorithm, AlgorithmName
 from services.training.compatibility import CompatibilityService, get_compatibility_service
 
@@ -27,19 +28,6 @@ class CompatibilityRequest(Request):
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     device: Literal["auto", "cpu"] | Annotated[int, Field(ge=0, le=63)] = "auto"
     memory_bytes: int | None = Field(default=None, ge=1, le=2**50, description="Judge against this instead.")
-
-
-class Estimate(Response):
-    total_bytes: int
-    weights_bytes: int
-    adapter_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    activations_bytes: int
-    logits_bytes: int
-    overhead_bytes: int
-    low_bytes: int
-    high_bytes: int
 
 
 class SuggestedChange(Response):

@@ -8,6 +8,7 @@ from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
 from domain.peft.algorithms import Algorithm, AlgorithmName
 from domain.peft.config import PeftConfig, PeftOverrides
 from domain.peft.use_cases import UseCaseId
+from domain.results import DatasetFigures
 from services.training.dataset_analysis import Analysis
 
 
@@ -138,10 +139,9 @@ class AnalysisProgress(Response):
 
 def analysis_view(analysis: Analysis, duplicate_rows: int | None) -> AnalysisResponse:
     """Show an analysis."""
-    figures = {name: value for name, value in analysis.figures.items() if name in AnalysisResponse.model_fields}
     return AnalysisResponse.model_validate(
         {
-            **figures,
+            **dict(analysis.figures),
             "dataset_id": analysis.dataset_id,
             "model_id": analysis.model_id,
             "revision": analysis.revision,
@@ -153,8 +153,8 @@ def analysis_view(analysis: Analysis, duplicate_rows: int | None) -> AnalysisRes
     )
 
 
-def _warnings(figures: dict[str, Any], config: PeftConfig) -> list[str]:
-    rows, found = figures["rows"], {name: finding["rows"] for name, finding in figures["findings"].items()}
+def _warnings(figures: DatasetFigures, config: PeftConfig) -> list[str]:
+    rows, found = figures.rows, {name: finding.rows for name, finding in figures.findings}
     length = f"max_seq_length={config.max_seq_length}"
     told = {
         "answer_lost": f"lose all that would be learned at {length}",
@@ -164,9 +164,8 @@ def _warnings(figures: dict[str, Any], config: PeftConfig) -> list[str]:
         "without_end_mark": "do not end with a special token: the model may not learn to stop",
     }
     warnings = [f"{found[name]} of {rows} rows {what}" for name, what in told.items() if found[name]]
-    looked_at = figures["looked_at_rows"]
     warnings += [
-        f"the chat template leaves out {item['what']} in {item['rows']} of the {looked_at} rows looked at"
-        for item in figures["left_out"]
+        f"the chat template leaves out {item.what} in {item.rows} of the {figures.looked_at_rows} rows looked at"
+        for item in figures.left_out
     ]
-    return ([] if figures["epoch"]["rows"] else ["nothing would be learned: a job is refused"]) + warnings
+    return ([] if figures.epoch.rows else ["nothing would be learned: a job is refused"]) + warnings

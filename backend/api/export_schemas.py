@@ -4,7 +4,9 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from api.job_error import JobError, error_view
 from api.peft_schemas import ModelId, Request, Response
+from domain.exports import ExportSettings, GgufSettings, MergedSettings
 from domain.jobs.export_states import ExportKind, ExportState
 from domain.models.gguf import GgufType
 from services.exports.control import ExportProgress
@@ -25,9 +27,9 @@ class CreateExportRequest(Request):
             raise ValueError("a merged model is written in the type of the base's own files: leave quantization out")
         return self
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> ExportSettings:
         """Return what is kept with the export."""
-        return {"quantization": self.quantization or "f16"} if self.format == "gguf" else {}
+        return GgufSettings(quantization=self.quantization or "f16") if self.format == "gguf" else MergedSettings()
 
 
 class PushRequest(Request):
@@ -39,15 +41,6 @@ class ExportProgressInfo(Response):
     stage: str
     fraction: float | None = Field(description="Of the stage, 0..1.")
     eta_s: float | None = Field(description="Until the end of the stage.")
-
-
-class ExportError(Response):
-    error_class: str = Field(serialization_alias="class", validation_alias="class")
-    message: str
-    exit_code: int | None
-    signal: int | None
-    log_tail: list[str]
-    suggestions: list[str]
 
 
 class ExportFile(Response):
@@ -72,7 +65,7 @@ class ExportResponse(Response):
     result: dict[str, Any] | None = Field(description="What was made and how: its type, its size, notes.")
     files: list[ExportFile]
     path: str | None = Field(description="Its folder on the server's machine, once it is whole.")
-    error: ExportError | None
+    error: JobError | None
     created_at: str
     started_at: str | None
     finished_at: str | None
@@ -90,15 +83,15 @@ def export_view(
         id=record.id,
         adapter_id=record.adapter_id,
         kind=record.kind,
-        settings=record.settings,
+        settings=record.settings.as_json(),
         state=record.state,
         progress=ExportProgressInfo.model_validate(progress) if progress is not None else None,
         attempts=record.attempts,
         history=[ExportChange.model_validate(change) for change in record.history],
-        result=record.result,
+        result=record.result.as_json() if record.result is not None else None,
         files=[ExportFile(name=name, size_bytes=size) for name, size in files],
         path=path,
-        error=ExportError.model_validate(record.error) if record.error is not None else None,
+        error=error_view(record.error),
         created_at=record.created_at,
         started_at=record.started_at,
         finished_at=record.finished_at,

@@ -17,8 +17,9 @@ from core.errors import StudioError
 from domain.configure import Configuration
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.use_cases import USE_CASES
+from domain.protocol import Generate
 from services.adapter_service import AdapterService, get_adapter_service
-from services.generation_service import Generation, GenerationRequest, GenerationService, get_generation_service
+from services.generation_service import Generation, GenerationService, get_generation_service
 from services.peft_service import LoadedModel, LoadRequest, PeftService, get_peft_service
 
 router = APIRouter(prefix="/api/peft", tags=["peft"])
@@ -115,22 +116,22 @@ def unload(loaded_model_id: str, peft: Peft) -> None:
 @router.post("/loaded-models/{loaded_model_id}/generate", response_model=schemas.GenerateResponse)
 async def generate(loaded_model_id: str, body: schemas.GenerateRequest, generator: Generator) -> Any:
     """Continue a conversation or a prompt, with an adapter or the bare base."""
-    request = GenerationRequest(**{name: getattr(body, name) for name in GenerationRequest.__dataclass_fields__})
+    command = Generate(**{name: getattr(body, name) for name in Generate.model_fields.keys() - {"request_id", "kind"}})
     if body.stream:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
         def put(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        generation = await asyncio.to_thread(generator.start, loaded_model_id, request, put)
+        generation = await asyncio.to_thread(generator.start, loaded_model_id, command, put)
         generation.future.add_done_callback(lambda _: put(None))
         return StreamingResponse(_events(generation, pieces, body.adapter_id), media_type="text/event-stream")
-    generation = await asyncio.to_thread(generator.start, loaded_model_id, request)
+    generation = await asyncio.to_thread(generator.start, loaded_model_id, command)
     try:
         await until_done(generation.future)
     finally:
         generation.stop()
-    return schemas.GenerateResponse(**generation.result(), adapter_id=body.adapter_id)
+    return schemas.GenerateResponse(**generation.result().model_dump(), adapter_id=body.adapter_id)
 
 
 async def _events(
@@ -141,7 +142,8 @@ async def _events(
         while (piece := await pieces.get()) is not None:
             yield format_sse_event(data_str=json.dumps({"text": piece}), event="token")
         await until_done(generation.future)
-        yield format_sse_event(data_str=json.dumps(generation.result() | {"adapter_id": adapter_id}), event="done")
+        done = generation.result().model_dump() | {"adapter_id": adapter_id}
+        yield format_sse_event(data_str=json.dumps(done), event="done")
     except StudioError as error:
         yield format_sse_event(data_str=json.dumps({"type": error.slug, "detail": error.detail}), event="error")
     finally:

@@ -96,7 +96,7 @@ def loaded_model_view(model: LoadedModel) -> schemas.LoadedModelResponse:
             total=loaded.total_parameters if loaded is not None else None, trainable=model.trainable_parameters
         ),
         memory=schemas.Memory(estimated_bytes=model.estimated_bytes, measured_bytes=base.memory_bytes),
-        loaded_at=to_text(loaded.at) if loaded is not None else None,
+        loaded_at=to_text(base.loaded_at) if base.loaded_at is not None else None,
         last_used_at=to_text(last_used_at) if last_used_at is not None else None,
         load_s=loaded.load_s if loaded is not None else None,
         engine_pid=base.process.pid if base.process is not None else None,

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from api.job_error import JobError, error_view
 from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
 from domain.jobs.states import JobState
 from domain.peft.algorithms import Algorithm, AlgorithmName
@@ -78,15 +79,6 @@ class JobMetrics(Response):
     final_eval_loss: float | None
     best_eval_loss: float | None
     adapter_step: int | None = Field(description="The step whose weights were handed out.")
-
-
-class JobError(Response):
-    error_class: str = Field(serialization_alias="class", validation_alias="class")
-    message: str
-    exit_code: int | None
-    signal: int | None
-    log_tail: list[str]
-    suggestions: list[str]
 
 
 class JobResponse(Response):
@@ -192,29 +184,22 @@ def job_view(record: JobRecord, place: QueuePlace | None) -> JobResponse:
         **{name: getattr(record, name) for name in (*names, *rest)},
         algorithm=Algorithm(record.algorithm),
         config=recorded(record.config),
-        progress=JobProgress(
-            step=progress.get("step", 0),
-            total_steps=progress.get("total_steps"),
-            epoch=progress.get("epoch"),
-            fraction=progress.get("fraction", 0.0),
-            eta_s=progress.get("eta_s"),
-            tokens_per_s=progress.get("tokens_per_s"),
-        ),
+        progress=JobProgress.model_validate(progress),
         metrics=JobMetrics(
-            last=progress.get("last"),
-            initial_eval_loss=result.get("initial_eval_loss"),
-            final_eval_loss=result.get("final_eval_loss"),
-            best_eval_loss=result.get("best_eval_loss"),
-            adapter_step=result.get("adapter_step"),
+            last=progress.last.as_json() if progress.last is not None else None,
+            initial_eval_loss=result.initial_eval_loss if result is not None else None,
+            final_eval_loss=result.final_eval_loss if result is not None else None,
+            best_eval_loss=result.best_eval_loss if result is not None else None,
+            adapter_step=result.adapter_step if result is not None else None,
         ),
-        engine=None if progress.get("engine") is None else JobEngine.model_validate(progress["engine"]),
+        engine=None if progress.engine is None else JobEngine.model_validate(progress.engine),
         queue=None
         if place is None
         else JobQueue(
             position=place.position,
             estimated_start_at=to_text(place.estimated_start_at) if place.estimated_start_at is not None else None,
         ),
-        error=None if record.error is None else JobError.model_validate(record.error),
+        error=error_view(record.error),
     )
 
 

@@ -1,16 +1,23 @@
 """What the services and an engine process say to each other: one JSON object a line, on a pair of pipes.
 
 Every command carries a `request_id` and is answered by any number of events and exactly one final event
-(`done`, or `failed`). `stop`, `write_checkpoint` and `shutdown` are obeyed while another command runs. An engine
-that is alive says so every HEARTBEAT_S seconds, whatever it does.
+(`done` with its result, or `failed`). `Merge(Command[MergedModel, Progress])` says the types: the answer is a
+MergedModel, and the events before it are of Progress. Signals are obeyed while a command runs, and are not answered. An
+engine that is alive says so every HEARTBEAT_S seconds, whatever it does.
 """
 
-from typing import Annotated, Any, Literal
+import uuid
+from collections.abc import Callable
+from typing import Annotated, Any, Generic, Literal, Never, Self, TypeVar, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from domain.exports import GgufFile, MergedModel
+from domain.jobs.figures import TrainingFigures
+from domain.jobs.progress import StepFigures
 from domain.models.gguf import GgufType
 from domain.peft.config import PeftConfig
+from domain.results import DatasetFigures, Generated, Loaded, MemoryHeld, Prepared
 
 HEARTBEAT_S = 2.0
 # File descriptors' environment variables of an engine process.
@@ -30,182 +37,15 @@ class ChatMessage(_Line):
     content: str
 
 
-# Commands
-
-
-class _Command(_Line):
-    request_id: str
-
-
-class LoadBase(_Command):
-    """Load the base model that this engine holds for the rest of its life."""
-
-    kind: Literal["load_base"] = "load_base"
-    model_path: str
-    config: PeftConfig
-    device: str
-    engine: Literal["transformers", "unsloth"]
-
-
-class AttachAdapter(_Command):
-    """Load an adapter from a folder onto the base, under a name."""
-
-    kind: Literal["attach_adapter"] = "attach_adapter"
-    adapter_id: str
-    path: str
-
-
-class DetachAdapter(_Command):
-    """Take an adapter off the base and free its memory."""
-
-    kind: Literal["detach_adapter"] = "detach_adapter"
-    adapter_id: str
-
-
-class Generate(_Command):
-    """Continue a conversation or a text, with one adapter or with the bare base."""
-
-    kind: Literal["generate"] = "generate"
-    messages: list[ChatMessage] | None
-    prompt: str | None
-    adapter_id: str | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: list[str]
-
-
-class Train(_Command):
-    """Train a new adapter on the base and write it to a folder.
-
-    The run goes on from the newest checkpoint in `checkpoints_path` that verifies, and of those beyond
-    `recorded_step`, whose metrics were lost, only if there is no other; without one, it starts from the base.
-    `about` is what the adapter's card says of the run beside what the engine knows itself. With `hands_out` nothing is
-    trained: the adapter of the checkpoint is written, as a stop with `keep` would have.
-    """
-
-    kind: Literal["train"] = "train"
-    adapter_id: str
-    config: PeftConfig
-    dataset_path: str
-    validation_path: str | None
-    validation_fraction: float
-    output_path: str
-    base_model_id: str
-    base_revision: str | None
-    checkpoints_path: str
-    max_checkpoint_bytes: int | None
-    recorded_step: int
-    about: dict[str, Any]
-    hands_out: bool = False
-
-
-class Analyze(_Command):
-    """Say what a fine-tune would learn from a dataset, by a model's tokenizer alone."""
-
-    kind: Literal["analyze"] = "analyze"
-    model_path: str
-    dataset_path: str
-    rows: int
-    config: PeftConfig
-    example_row: int | None
-
-
-class PrepareGguf(_Command):
-    """Turn a GGUF file into a folder of safetensors with its tokenizer."""
-
-    kind: Literal["prepare_gguf"] = "prepare_gguf"
-    gguf_path: str
-    output_path: str
-    model_id: str
-
-
-class PreparePickled(_Command):
-    """Turn a folder of pickled weights into one of safetensors, running nothing that a pickle names."""
-
-    kind: Literal["prepare_pickled"] = "prepare_pickled"
-    source_path: str
-    output_path: str
-    model_id: str
-
-
-class Merge(_Command):
-    """Write base and adapter as one normal model into a folder. The base stays as it is.
-
-    `about` is kept in the folder beside what the engine knows itself.
-    """
-
-    kind: Literal["merge"] = "merge"
-    adapter_id: str
-    adapter_path: str
-    output_path: str
-    base_model_id: str
-    about: dict[str, Any]
-
-
-class ExportGguf(_Command):
-    """Write base and adapter as one GGUF file into a folder. The base stays as it is."""
-
-    kind: Literal["export_gguf"] = "export_gguf"
-    adapter_id: str
-    adapter_path: str
-    output_path: str
-    base_model_id: str
-    quantization: GgufType
-    about: dict[str, Any]
-
-
-StopMode = Literal["discard", "pause", "keep"]
-
-
-class Stop(_Command):
-    """End the command `target_id` early; it answers with its own final event.
-
-    A training run is thrown away (`discard`), leaves a checkpoint (`pause`), or ends well with the adapter as it is
-    (`keep`). Any other command ends in one way.
-    """
-
-    kind: Literal["stop"] = "stop"
-    target_id: str
-    mode: StopMode
-
-
-class WriteCheckpoint(_Command):
-    """Write a checkpoint of the training run `target_id` after the optimizer step under way."""
-
-    kind: Literal["write_checkpoint"] = "write_checkpoint"
-    target_id: str
-
-
-class Shutdown(_Command):
-    """Exit now."""
-
-    kind: Literal["shutdown"] = "shutdown"
-
-
-Command = Annotated[
-    LoadBase
-    | AttachAdapter
-    | DetachAdapter
-    | Generate
-    | Train
-    | Analyze
-    | Merge
-    | ExportGguf
-    | PrepareGguf
-    | PreparePickled
-    | Stop
-    | WriteCheckpoint
-    | Shutdown,
-    Field(discriminator="kind"),
-]
-
 # Events
 
 
 class _Event(_Line):
     request_id: str
+
+    def data(self) -> dict[str, Any]:
+        """Return what it says, as a job's event is stored and streamed."""
+        return self.model_dump(mode="json", exclude={"request_id", "kind"})
 
 
 class Progress(_Event):
@@ -226,7 +66,7 @@ class Token(_Event):
 class TrainingStarted(_Event):
     """What the run will do, known once the data is tokenized."""
 
-    kind: Literal["training_started"] = "training_started"
+    kind: Literal["started"] = "started"
     total_steps: int
     rows: int
     validation_rows: int
@@ -255,7 +95,7 @@ class TrainingBuilt(_Event):
     Types map to elements, names of modules and of storages to how many there are; lists hold the distinct values.
     """
 
-    kind: Literal["training_built"] = "training_built"
+    kind: Literal["built"] = "built"
     engine: str
     device: str
     base_types: dict[str, int]
@@ -279,32 +119,22 @@ class Computing(_Event):
     how: str
 
 
-class StepMetrics(_Event):
-    """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds.
+class StepMetrics(StepFigures, _Event):
+    """One optimizer step, in the figures that its job keeps."""
 
-    `grad_norm` is None where fp16 gradients overflowed and the step was left out.
-    """
-
-    kind: Literal["step"] = "step"
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float | None
+    kind: Literal["metrics"] = "metrics"
     step_s: float
     step_tokens: int
-    tokens: int
-    tokens_per_s: float
-    memory_bytes: int
-    elapsed_s: float
-    eta_s: float
+
+    def figures(self) -> StepFigures:
+        """Return what a job keeps of it."""
+        return StepFigures.model_validate(self.data())
 
 
 class Evaluated(_Event):
     """Mean loss a trained token over the validation rows, before the first step (0) or after `step`."""
 
-    kind: Literal["evaluated"] = "evaluated"
+    kind: Literal["evaluation"] = "evaluation"
     step: int
     epoch: float
     eval_loss: float
@@ -316,8 +146,11 @@ class CheckpointWritten(_Event):
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: int
-    path: str
     size_bytes: int
+
+
+# What a training run says of itself, in the words of the job's events.
+RunEvent = Progress | TrainingStarted | TrainingBuilt | Computing | StepMetrics | Evaluated | CheckpointWritten
 
 
 class Heartbeat(_Line):
@@ -327,52 +160,278 @@ class Heartbeat(_Line):
 
 
 class Done(_Event):
-    """The command ended well. `result` depends on the command; see the engine's handlers."""
+    """The command ended well. `Command.read_result` reads the result, whose type depends on the command."""
 
     kind: Literal["done"] = "done"
-    result: dict[str, Any]
+    result: dict[str, JsonValue]
+
+
+ErrorClass = Literal[
+    "out_of_memory",
+    "bad_data",
+    "not_finite",
+    "bad_setting",
+    "bad_model",
+    "disk_full",
+    "cannot_save",
+    "cancelled",
+    "paused",
+    "engine",
+]
 
 
 class Failed(_Event):
     """The command ended in an error of the given class; the engine itself lives on."""
 
     kind: Literal["failed"] = "failed"
-    error_class: Literal[
-        "out_of_memory",
-        "bad_data",
-        "not_finite",
-        "bad_setting",
-        "bad_model",
-        "disk_full",
-        "cannot_save",
-        "cancelled",
-        "paused",
-        "engine",
-    ]
+    error_class: ErrorClass
     message: str
     suggestions: list[str]
 
 
-Event = Annotated[
-    Progress
-    | Token
-    | TrainingStarted
-    | TrainingBuilt
-    | Computing
-    | StepMetrics
-    | Evaluated
-    | CheckpointWritten
-    | Heartbeat
-    | Done
-    | Failed,
-    Field(discriminator="kind"),
-]
-FinalEvent = Done | Failed
+CommandEvent = Token | RunEvent | Done | Failed
+Event = Annotated[CommandEvent | Heartbeat, Field(discriminator="kind")]
 
-COMMANDS: TypeAdapter[Command] = TypeAdapter(Command)
+
+# Commands
+
+R = TypeVar("R", bound=BaseModel)
+E = TypeVar("E", bound=_Event)
+
+
+class Command(_Line, Generic[R, E]):
+    """Base of the commands: `Command[R, E]` is answered with an R, after any number of events of the type E."""
+
+    request_id: str = Field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def result_type(cls) -> type[R]:
+        """Return the type of the answer."""
+        return cast(type[R], _type_arguments(cls)[0])
+
+    @classmethod
+    def event_types(cls) -> tuple[type[_Event], ...]:
+        """Return the types of the events before the final one."""
+        events = _type_arguments(cls)[1]
+        return () if events is Never else get_args(events) or (events,)
+
+    @classmethod
+    def read_result(cls, result: dict[str, JsonValue]) -> R:
+        """Read the result of a final event.
+
+        Raises:
+            ValidationError: It is none of this command.
+        """
+        return cls.result_type().model_validate(result)
+
+    @classmethod
+    def carried_out_by(cls, handler: Callable[[Self], R]) -> "Handler":
+        """Pair the command with what carries it out; mypy compares what that takes and returns."""
+        return cls, handler
+
+
+Handler = tuple[type[Command[Any, Any]], Callable[[Any], BaseModel]]
+
+
+def _type_arguments(command: type[BaseModel]) -> tuple[Any, ...]:
+    """Return R and E of a command's class."""
+    arguments = (base.__pydantic_generic_metadata__["args"] for base in command.__mro__ if issubclass(base, BaseModel))
+    return next(filter(None, arguments))
+
+
+class LoadBase(Command[Loaded, Never]):
+    """Load the base model that this engine holds for the rest of its life."""
+
+    kind: Literal["load_base"] = "load_base"
+    model_path: str
+    config: PeftConfig
+    device: str
+    engine: Literal["transformers", "unsloth"]
+
+
+class AttachAdapter(Command[MemoryHeld, Never]):
+    """Load an adapter from a folder onto the base, under a name."""
+
+    kind: Literal["attach_adapter"] = "attach_adapter"
+    adapter_id: str
+    path: str
+
+
+class DetachAdapter(Command[MemoryHeld, Never]):
+    """Take an adapter off the base and free its memory."""
+
+    kind: Literal["detach_adapter"] = "detach_adapter"
+    adapter_id: str
+
+
+class Generate(Command[Generated, Token]):
+    """Continue a conversation or a text, with one adapter or with the bare base."""
+
+    kind: Literal["generate"] = "generate"
+    messages: list[ChatMessage] | None
+    prompt: str | None
+    adapter_id: str | None
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: list[str]
+
+
+class AboutDataset(_Line):
+    """What tells a dataset from any other, and how its files were read."""
+
+    name: str
+    format: str
+    rows: int
+    sha256: str
+    settings: dict[str, JsonValue]
+
+
+class AboutRun(_Line):
+    """What an adapter's card says of its job."""
+
+    name: str
+    job_id: str
+    algorithm: str
+    resumed_from: str | None
+    dataset_sha256: str
+    dataset: AboutDataset
+    validation_dataset: AboutDataset | None
+
+
+class Train(Command[TrainingFigures, RunEvent]):
+    """Train a new adapter on the base and write it to a folder.
+
+    The run goes on from the newest checkpoint in `checkpoints_path` that verifies, and of those beyond
+    `recorded_step`, whose metrics were lost, only if there is no other; without one, it starts from the base.
+    `about` is what the adapter's card says of the run beside what the engine knows itself. With `hands_out` nothing is
+    trained: the adapter of the checkpoint is written, as a stop with `keep` would have.
+    """
+
+    kind: Literal["train"] = "train"
+    adapter_id: str
+    config: PeftConfig
+    dataset_path: str
+    validation_path: str | None
+    validation_fraction: float
+    output_path: str
+    base_model_id: str
+    base_revision: str | None
+    checkpoints_path: str
+    max_checkpoint_bytes: int | None
+    recorded_step: int
+    about: AboutRun | None
+    hands_out: bool = False
+
+
+class Analyze(Command[DatasetFigures, Progress]):
+    """Say what a fine-tune would learn from a dataset, by a model's tokenizer alone."""
+
+    kind: Literal["analyze"] = "analyze"
+    model_path: str
+    dataset_path: str
+    rows: int
+    config: PeftConfig
+    example_row: int | None
+
+
+class PrepareGguf(Command[Prepared, Progress]):
+    """Turn a GGUF file into a folder of safetensors with its tokenizer."""
+
+    kind: Literal["prepare_gguf"] = "prepare_gguf"
+    gguf_path: str
+    output_path: str
+    model_id: str
+
+
+class PreparePickled(Command[Prepared, Progress]):
+    """Turn a folder of pickled weights into one of safetensors, running nothing that a pickle names."""
+
+    kind: Literal["prepare_pickled"] = "prepare_pickled"
+    source_path: str
+    output_path: str
+    model_id: str
+
+
+class AboutExport(_Line):
+    """What is kept in an export's folder of where it is from."""
+
+    adapter_id: str
+    adapter_name: str
+    adapter_version: int
+    base_model_id: str
+    base_revision: str | None
+    format: str
+    created_at: str
+
+
+class Merge(Command[MergedModel, Progress]):
+    """Write base and adapter as one normal model into a folder. The base stays as it is.
+
+    `about` is kept in the folder beside what the engine knows itself.
+    """
+
+    kind: Literal["merge"] = "merge"
+    adapter_id: str
+    adapter_path: str
+    output_path: str
+    base_model_id: str
+    about: AboutExport
+
+
+class ExportGguf(Command[GgufFile, Progress]):
+    """Write base and adapter as one GGUF file into a folder. The base stays as it is."""
+
+    kind: Literal["export_gguf"] = "export_gguf"
+    adapter_id: str
+    adapter_path: str
+    output_path: str
+    base_model_id: str
+    quantization: GgufType
+    about: AboutExport
+
+
+StopMode = Literal["discard", "pause", "keep"]
+
+
+class Stop(_Line):
+    """End the command `target_id` early; it answers with its own final event.
+
+    A training run is thrown away (`discard`), leaves a checkpoint (`pause`), or ends well with the adapter as it is
+    (`keep`). Any other command ends in one way.
+    """
+
+    kind: Literal["stop"] = "stop"
+    target_id: str
+    mode: StopMode
+
+
+class WriteCheckpoint(_Line):
+    """Write a checkpoint of the training run `target_id` after the optimizer step under way."""
+
+    kind: Literal["write_checkpoint"] = "write_checkpoint"
+    target_id: str
+
+
+AnyCommand = (
+    LoadBase
+    | AttachAdapter
+    | DetachAdapter
+    | Generate
+    | Train
+    | Analyze
+    | Merge
+    | ExportGguf
+    | PrepareGguf
+    | PreparePickled
+)
+Signal = Stop | WriteCheckpoint
+
+COMMANDS: TypeAdapter[AnyCommand | Signal] = TypeAdapter(Annotated[AnyCommand | Signal, Field(discriminator="kind")])
 EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 def encode(line: BaseModel) -> bytes:
-    """Write a command or an event as one line of UTF-8 JSON."""
+    """Write a command, a signal or an event as one line of UTF-8 JSON."""
     return line.model_dump_json().encode() + b"\n"

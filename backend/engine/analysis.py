@@ -8,6 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from domain.protocol import Analyze, Progress
+from domain.results import (
+    DatasetFigures,
+    EpochFigures,
+    Finding,
+    Findings,
+    LeftOut,
+    LengthBin,
+    Piece,
+    Refusal,
+    RenderedRow,
+    TokenFigures,
+)
 from engine.batches import FALLBACK_TEMPLATE, RowTokenizer, best_fit, read_rows
 from engine.channel import Channel
 from engine.errors import BadData, BadModel
@@ -17,18 +29,14 @@ from engine.served_tokenizer import complete_tokenizer
 from engine.transformers_backend import load_tokenizer
 
 _BINS = 20
-_PERCENTILES = (50, 90, 95, 99)
 _EXAMPLES = 10  # rows named for each finding
 _LOOKED_AT = 200  # rows in which it is looked for what the template drops: as many renderings more as turns
 _EXAMPLE_CHARACTERS = 20_000
 _PROGRESS_ROWS = 100
 
 
-def analyze(command: Analyze, channel: Channel) -> dict[str, Any]:
+def analyze(command: Analyze, channel: Channel) -> DatasetFigures:
     """Tokenize every row as training would.
-
-    Returns:
-        The figures; `services/training/dataset_analysis.py` has their names.
 
     Raises:
         BadModel: The tokenizer cannot be loaded, or its chat template does not come to an end.
@@ -110,23 +118,26 @@ class _Findings:
         if len(examples) < _EXAMPLES:
             examples.append(number)
 
-    def result(self) -> dict[str, Any]:
-        found = {name: {"rows": self._counts[name], "examples": self._examples.get(name, [])} for name in FINDINGS}
-        return {
-            "rows": self._counts["rows"],
-            "findings": found,
-            "refusals": [{"reason": reason, "rows": rows} for reason, rows in self._refusals.most_common(_EXAMPLES)],
-            "left_out": [{"what": what, "rows": rows} for what, rows in sorted(self._left_out.items())],
-            "looked_at_rows": self._counts["looked_at"],
-            "tokens": _figures(self._lengths),
-            "trained_tokens": _figures(self._learned),
-            "histogram": _histogram(self._lengths),
-            "epoch": self._epoch(),
-            "template": "none: a plain one is used" if self._tokenizer.chat_template == FALLBACK_TEMPLATE else "model",
-            "example": self._shown(),
+    def result(self) -> DatasetFigures:
+        found = {
+            name: Finding(rows=self._counts[name], examples=self._examples.get(name, []))
+            for name in Findings.model_fields
         }
+        return DatasetFigures(
+            rows=self._counts["rows"],
+            findings=Findings(**found),
+            refusals=[Refusal(reason=reason, rows=rows) for reason, rows in self._refusals.most_common(_EXAMPLES)],
+            left_out=[LeftOut(what=what, rows=rows) for what, rows in sorted(self._left_out.items())],
+            looked_at_rows=self._counts["looked_at"],
+            tokens=_figures(self._lengths),
+            trained_tokens=_figures(self._learned),
+            histogram=_histogram(self._lengths),
+            epoch=self._epoch(),
+            template="none: a plain one is used" if self._tokenizer.chat_template == FALLBACK_TEMPLATE else "model",
+            example=self._shown(),
+        )
 
-    def _epoch(self) -> dict[str, Any]:
+    def _epoch(self) -> EpochFigures:
         """Count one pass as the trainer makes it, and all of them."""
         config = self._config
         sequences = len(self._kept)
@@ -135,18 +146,18 @@ class _Findings:
         batches = -(-sequences // config.batch_size)
         steps = planned_steps(config, batches) if batches else 0
         tokens = sum(self._kept)
-        return {
-            "rows": len(self._kept),
-            "sequences": sequences,
-            "batches": batches,
-            "tokens": tokens,
-            "trained_tokens": sum(self._learned),
-            "steps": math.ceil(batches / config.gradient_accumulation),
-            "total_steps": steps,
-            "total_tokens": round(tokens * steps * config.gradient_accumulation / batches) if batches else 0,
-        }
+        return EpochFigures(
+            rows=len(self._kept),
+            sequences=sequences,
+            batches=batches,
+            tokens=tokens,
+            trained_tokens=sum(self._learned),
+            steps=math.ceil(batches / config.gradient_accumulation),
+            total_steps=steps,
+            total_tokens=round(tokens * steps * config.gradient_accumulation / batches) if batches else 0,
+        )
 
-    def _shown(self) -> dict[str, Any] | None:
+    def _shown(self) -> RenderedRow | None:
         """Show a row as the model sees it, in pieces that are learned, not learned, or cut off."""
         if self._example is None:
             return None
@@ -161,39 +172,37 @@ class _Findings:
         for low, high in pairwise(bounds):
             text = encoded.text[places[low] : places[high]][: _EXAMPLE_CHARACTERS - shown]
             learned, kept = kinds[low]
-            pieces.append({"text": text, "trained": learned and kept, "cut_off": not kept, "tokens": high - low})
+            pieces.append(Piece(text=text, trained=learned and kept, cut_off=not kept, tokens=high - low))
             shown += len(text)
-        return {"row": number, "pieces": pieces, "complete": shown == len(encoded.text)}
+        return RenderedRow(row=number, pieces=pieces, complete=shown == len(encoded.text))
 
 
-FINDINGS = (
-    "truncated",
-    "answer_cut",
-    "answer_lost",
-    "split",
-    "nothing_to_learn",
-    "without_end_mark",
-    "refused",
-)
+def _figures(values: "array[int]") -> TokenFigures:
+    ordered = sorted(values) or [0]
+
+    def percentile(share: int) -> int:
+        """Return the nearest rank: a value that a row has."""
+        return ordered[max(0, math.ceil(len(ordered) * share / 100) - 1)]
+
+    return TokenFigures(
+        total=sum(ordered),
+        minimum=ordered[0],
+        mean=sum(ordered) / len(ordered),
+        maximum=ordered[-1],
+        p50=percentile(50),
+        p90=percentile(90),
+        p95=percentile(95),
+        p99=percentile(99),
+    )
 
 
-def _figures(values: "array[int]") -> dict[str, Any]:
-    ordered = sorted(values)
-    figures: dict[str, Any] = {"total": sum(ordered), "minimum": 0, "mean": 0.0, "maximum": 0}
-    if ordered:
-        figures |= {"minimum": ordered[0], "mean": sum(ordered) / len(ordered), "maximum": ordered[-1]}
-    # The nearest rank: a value that a row has.
-    ranks = {f"p{share}": max(0, math.ceil(len(ordered) * share / 100) - 1) for share in _PERCENTILES}
-    return figures | {name: ordered[rank] if ordered else 0 for name, rank in ranks.items()}
-
-
-def _histogram(lengths: "array[int]") -> list[dict[str, int]]:
+def _histogram(lengths: "array[int]") -> list[LengthBin]:
     """Count rows by length in at most twenty bins of one width; the last one holds the longest row."""
     if not lengths:
         return []
     width = max(1, math.ceil((max(lengths) + 1) / _BINS))
     counts = Counter(length // width for length in lengths)
     return [
-        {"from_tokens": at * width, "to_tokens": (at + 1) * width - 1, "rows": counts[at]}
+        LengthBin(from_tokens=at * width, to_tokens=(at + 1) * width - 1, rows=counts[at])
         for at in range(max(counts) + 1)
     ]

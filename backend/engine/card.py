@@ -58,7 +58,7 @@ def begin_card(base: Base, command: Train) -> dict[str, Any]:
     return {
         "format": _FORMAT,
         "adapter_id": command.adapter_id,
-        **command.about,
+        **(command.about.model_dump() if command.about is not None else {}),
         "base_model_id": command.base_model_id,
         "base_revision": command.base_revision,
         "base_commit": _commit_of(base.path),

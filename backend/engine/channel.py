@@ -4,7 +4,6 @@ import os
 import queue
 import threading
 import time
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,7 +25,7 @@ class Channel:
         self._commands = os.fdopen(command_fd, "rb")
         self._events = os.fdopen(event_fd, "wb", buffering=0)
         self._write_lock = threading.Lock()
-        self._queue: queue.Queue[Any] = queue.Queue()
+        self._queue: queue.Queue[protocol.AnyCommand] = queue.Queue()
         self._stops: dict[str, protocol.StopMode] = {}
         self._checkpoints_wanted: set[str] = set()
         threading.Thread(target=self._read, name="commands", daemon=True).start()
@@ -44,8 +43,6 @@ class Channel:
                 self._stops[command.target_id] = command.mode
             elif isinstance(command, protocol.WriteCheckpoint):
                 self._checkpoints_wanted.add(command.target_id)
-            elif isinstance(command, protocol.Shutdown):
-                os._exit(0)
             else:
                 self._queue.put(command)
         os._exit(0)  # end-of-file: the server is gone
@@ -55,7 +52,7 @@ class Channel:
             self.emit(protocol.Heartbeat())
             time.sleep(protocol.HEARTBEAT_S)
 
-    def next_command(self) -> Any:
+    def next_command(self) -> protocol.AnyCommand:
         """Wait for the next command."""
         return self._queue.get()
 

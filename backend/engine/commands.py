@@ -2,12 +2,14 @@
 
 import traceback
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from core.errors import StorageFull
 from domain import protocol
+from domain.exports import GgufFile, MergedModel
+from domain.jobs.figures import TrainingFigures
+from domain.results import DatasetFigures, Generated, Loaded, MemoryHeld, Prepared
 from engine.base import Base
 from engine.channel import Channel, Stopped
 from engine.errors import BadSetting, CommandError, OutOfMemory
@@ -23,6 +25,20 @@ class CommandLoop:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._base: Base | None = None
+        self.handlers = dict(
+            [
+                protocol.LoadBase.carried_out_by(self._load),
+                protocol.AttachAdapter.carried_out_by(self._attach),
+                protocol.DetachAdapter.carried_out_by(self._detach),
+                protocol.Generate.carried_out_by(self._generate),
+                protocol.Train.carried_out_by(self._train),
+                protocol.Analyze.carried_out_by(self._analyze),
+                protocol.Merge.carried_out_by(self._merge),
+                protocol.ExportGguf.carried_out_by(self._export_gguf),
+                protocol.PrepareGguf.carried_out_by(self._prepare_gguf),
+                protocol.PreparePickled.carried_out_by(self._prepare_pickled),
+            ]
+        )
 
     def run(self) -> None:
         """Serve commands; returns never (end-of-file on the command pipe ends the process)."""
@@ -32,12 +48,12 @@ class CommandLoop:
             if not isinstance(command, _SHORT):
                 give_back()  # here it is free after a failure as well
 
-    def _serve(self, command: Any) -> None:
+    def _serve(self, command: protocol.AnyCommand) -> None:
         request_id = command.request_id
         try:
             self._channel.check_stop(request_id)
-            result = self._dispatch(command)
-            self._channel.emit(protocol.Done(request_id=request_id, result=result))
+            result = self.handlers[type(command)](command)
+            self._channel.emit(protocol.Done(request_id=request_id, result=result.model_dump(mode="json")))
         except Stopped as stopped:
             self._fail(request_id, "paused" if stopped.mode == "pause" else "cancelled", "stopped on request", [])
         except CommandError as error:
@@ -52,65 +68,69 @@ class CommandLoop:
             traceback.print_exc()
             self._fail(request_id, "engine", f"{type(error).__name__}: {error}", [])
 
-    def _fail(self, request_id: str, error_class: Any, message: str, suggestions: list[str]) -> None:
+    def _fail(self, request_id: str, error_class: protocol.ErrorClass, message: str, suggestions: list[str]) -> None:
         self._channel.emit(
             protocol.Failed(request_id=request_id, error_class=error_class, message=message, suggestions=suggestions)
         )
 
-    def _dispatch(self, command: Any) -> dict[str, Any]:
-        if isinstance(command, protocol.LoadBase):
-            return self._load(command)
-        if isinstance(command, protocol.PrepareGguf):
-            from engine.gguf import prepare_gguf
+    # Handlers. They import what they need: an engine that trains has no use for the libraries of an export.
 
-            return prepare_gguf(command, self._channel)
-        if isinstance(command, protocol.PreparePickled):
-            from engine.pickled import prepare_pickled
-
-            return prepare_pickled(command, self._channel)
-        if isinstance(command, protocol.Analyze):
-            from engine.analysis import analyze
-
-            return analyze(command, self._channel)
-        base = self._loaded()
-        if isinstance(command, protocol.AttachAdapter):
-            base.attach(command.adapter_id, Path(command.path))
-            return {"memory_bytes": base.memory_bytes()}
-        if isinstance(command, protocol.DetachAdapter):
-            base.detach(command.adapter_id)
-            return {"memory_bytes": base.memory_bytes()}
-        if isinstance(command, protocol.Generate):
-            from engine.generation import generate
-
-            return generate(base, command, self._channel)
-        if isinstance(command, protocol.Train):
-            from engine.training import train
-
-            found = train(base, command, self._channel)
-            give_back()
-            return {**found, "memory_bytes": base.memory_bytes()}
-        if isinstance(command, protocol.Merge):
-            from engine.merge import merge
-
-            return merge(base, command, self._channel)
-        if isinstance(command, protocol.ExportGguf):
-            from engine.gguf_export import export_gguf
-
-            return export_gguf(base, command, self._channel)
-        raise BadSetting(f"this engine does not know the command {command.kind}")
-
-    def _load(self, command: protocol.LoadBase) -> dict[str, Any]:
+    def _load(self, command: protocol.LoadBase) -> Loaded:
         if self._base is not None:
             raise BadSetting("this engine already holds a base")
-        base = Base(Path(command.model_path), command.config, command.device, command.engine)
-        self._base = base
-        return {
-            "total_parameters": base.total_parameters,
-            "trainable_parameters": base.trainable_parameters,
-            "memory_bytes": base.memory_bytes(),
-            "load_s": base.load_s,
-            "adapters": base.adapters,
-        }
+        base = self._base = Base(Path(command.model_path), command.config, command.device, command.engine)
+        return Loaded(total_parameters=base.total_parameters, memory_bytes=base.memory_bytes(), load_s=base.load_s)
+
+    def _attach(self, command: protocol.AttachAdapter) -> MemoryHeld:
+        base = self._loaded()
+        base.attach(command.adapter_id, Path(command.path))
+        return MemoryHeld(memory_bytes=base.memory_bytes())
+
+    def _detach(self, command: protocol.DetachAdapter) -> MemoryHeld:
+        base = self._loaded()
+        base.detach(command.adapter_id)
+        return MemoryHeld(memory_bytes=base.memory_bytes())
+
+    def _generate(self, command: protocol.Generate) -> Generated:
+        base = self._loaded()
+        from engine.generation import generate
+
+        return generate(base, command, self._channel)
+
+    def _train(self, command: protocol.Train) -> TrainingFigures:
+        base = self._loaded()
+        from engine.training import train
+
+        figures = train(base, command, self._channel)
+        give_back()
+        return figures.model_copy(update={"memory_bytes": base.memory_bytes()})
+
+    def _analyze(self, command: protocol.Analyze) -> DatasetFigures:
+        from engine.analysis import analyze
+
+        return analyze(command, self._channel)
+
+    def _merge(self, command: protocol.Merge) -> MergedModel:
+        base = self._loaded()
+        from engine.merge import merge
+
+        return merge(base, command, self._channel)
+
+    def _export_gguf(self, command: protocol.ExportGguf) -> GgufFile:
+        base = self._loaded()
+        from engine.gguf_export import export_gguf
+
+        return export_gguf(base, command, self._channel)
+
+    def _prepare_gguf(self, command: protocol.PrepareGguf) -> Prepared:
+        from engine.gguf import prepare_gguf
+
+        return prepare_gguf(command, self._channel)
+
+    def _prepare_pickled(self, command: protocol.PreparePickled) -> Prepared:
+        from engine.pickled import prepare_pickled
+
+        return prepare_pickled(command, self._channel)
 
     def _loaded(self) -> Base:
         if self._base is None:

@@ -11,11 +11,13 @@ CommandError
 
 from typing import ClassVar
 
+from domain.protocol import ErrorClass
+
 
 class CommandError(Exception):
     """A failure whose cause is known. `suggestions` say what to change, best first."""
 
-    error_class: ClassVar[str] = "engine"
+    error_class: ClassVar[ErrorClass] = "engine"
 
     def __init__(self, message: str, suggestions: list[str] | None = None) -> None:
         super().__init__(message)

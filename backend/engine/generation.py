@@ -8,6 +8,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from domain.protocol import Generate, Token
+from domain.results import Generated
 from engine.answer_text import AnswerText
 from engine.base import Base
 from engine.channel import Channel
@@ -72,13 +73,8 @@ def _prompt_ids(base: Base, served: ServedTokenizer, command: Generate) -> list[
     return ids
 
 
-def generate(base: Base, command: Generate, channel: Channel) -> dict[str, Any]:
-    """Generate text; every piece is also sent as a Token event.
-
-    Returns:
-        `text`, `prompt_tokens`, `completion_tokens`, `finish_reason` (stop or length), `elapsed_s`, and
-        `chat_template`: whose was used; None for a prompt.
-    """
+def generate(base: Base, command: Generate, channel: Channel) -> Generated:
+    """Generate text; every piece is also sent as a Token event."""
     served = base.served(command.adapter_id)
     ids = torch.tensor([_prompt_ids(base, served, command)], device=base.device)
     sampled = command.temperature > _COLDEST
@@ -106,11 +102,11 @@ def generate(base: Base, command: Generate, channel: Channel) -> dict[str, Any]:
             stopping_criteria=StoppingCriteriaList([_Ends(answer, channel, command.request_id)]),
         )
     completion = output.shape[1] - ids.shape[1]
-    return {
-        "text": answer.text,
-        "prompt_tokens": ids.shape[1],
-        "completion_tokens": completion,
-        "finish_reason": "stop" if answer.ended or completion < command.max_new_tokens else "length",
-        "elapsed_s": time.monotonic() - started,
-        "chat_template": served.template_source if command.messages is not None else None,
-    }
+    return Generated(
+        text=answer.text,
+        prompt_tokens=ids.shape[1],
+        completion_tokens=completion,
+        finish_reason="stop" if answer.ended or completion < command.max_new_tokens else "length",
+        elapsed_s=time.monotonic() - started,
+        chat_template=served.template_source if command.messages is not None else None,
+    )

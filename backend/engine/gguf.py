@@ -10,16 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from core.files import plain_files, whole_folder
 from domain.models.gguf import CONVERSION, GGUF_CONVERSION
 from domain.protocol import PrepareGguf, Progress
+from domain.results import Prepared
 from engine.channel import Channel
 from engine.gguf_reading import GgufMetadata, read_tokenizer
 from engine.tokenizer_folder import save_tokenizer
 
 
-def prepare_gguf(command: PrepareGguf, channel: Channel) -> dict[str, Any]:
+def prepare_gguf(command: PrepareGguf, channel: Channel) -> Prepared:
     """Read a GGUF file with transformers and write it as bf16 safetensors with its tokenizer.
-
-    Returns:
-        `path`, the finished folder.
 
     Raises:
         BadModel: Its tokenizer splits text in a way that is not known here.
@@ -52,7 +50,7 @@ def prepare_gguf(command: PrepareGguf, channel: Channel) -> dict[str, Any]:
         for _, file in plain_files(folder):
             file.chmod(0o600)
     progress("ready", 1.0)
-    return {"path": str(output)}
+    return Prepared(path=str(output))
 
 
 def _by_transformers(source: Path, model: Any) -> Any:

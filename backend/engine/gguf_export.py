@@ -26,6 +26,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from core.errors import ExportRejected
 from core.files import whole_folder
 from core.manifest import write_manifest
+from domain.exports import GgufFile
 from domain.models.gguf import GgufModel, GgufType, read_gguf_model
 from domain.protocol import ExportGguf, Progress
 from engine.base import Base
@@ -72,11 +73,8 @@ class _Tensor:
         return int(np.prod(self.shape)) // block * size
 
 
-def export_gguf(base: Base, command: ExportGguf, channel: Channel) -> dict[str, Any]:
+def export_gguf(base: Base, command: ExportGguf, channel: Channel) -> GgufFile:
     """Write the file.
-
-    Returns:
-        `filename`, `size_bytes` of the tensors, `tensors` by type, `pre_tokenizer`, `adapted_layers` and `notes`.
 
     Raises:
         BadSetting: The adapter does not belong to this base; or llama.cpp has no such model or tokenizer.
@@ -111,7 +109,7 @@ def _export(
     merged: MergedWeights,
     output: Path,
     channel: Channel,
-) -> dict[str, Any]:
+) -> GgufFile:
     tensors = list(_plan(model, merged, command.quantization))
     total_bytes = sum(tensor.size_bytes for tensor in tensors)
     require_space(output.parent, total_bytes + _METADATA_BYTES)
@@ -119,14 +117,14 @@ def _export(
         f"{_slug(command.base_model_id.rsplit('/', 1)[-1])}-{_slug(command.adapter_id)}-{command.quantization}.gguf"
     )
     kinds = [tensor.kind.name for tensor in tensors]
-    result = {
-        "filename": filename,
-        "size_bytes": total_bytes,
-        "tensors": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
-        "pre_tokenizer": tokenizer.pre,
-        "adapted_layers": merged.adapted_layers,
-        "notes": [*_notes(merged, tensors, command.quantization), *model.notes, *notes],
-    }
+    result = GgufFile(
+        filename=filename,
+        size_bytes=total_bytes,
+        tensors={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        pre_tokenizer=tokenizer.pre,
+        adapted_layers=merged.adapted_layers,
+        notes=[*_notes(merged, tensors, command.quantization), *model.notes, *notes],
+    )
     with whole_folder(output) as folder:
         writer = GGUFWriter(folder / filename, model.architecture)
         try:
@@ -135,7 +133,7 @@ def _export(
             _write_tensors(writer, tensors, model, merged, command.request_id, channel)
         finally:
             writer.close()
-        about = command.about | result | {"packages": merging_packages()}
+        about = command.about.model_dump() | result.as_json() | {"packages": merging_packages()}
         (folder / "export.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         channel.emit(Progress(request_id=command.request_id, stage="computing sums", fraction=None))
         write_manifest(folder, about)

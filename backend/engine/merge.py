@@ -4,7 +4,6 @@ import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -14,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from core.errors import StorageFull
 from core.files import whole_folder
 from core.manifest import write_manifest
+from domain.exports import MergedModel
 from domain.protocol import Merge, Progress
 from engine.base import Base
 from engine.channel import Channel
@@ -28,11 +28,8 @@ _SHARD_BYTES = 2**30
 _RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
 
 
-def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
+def merge(base: Base, command: Merge, channel: Channel) -> MergedModel:
     """Write the merged model.
-
-    Returns:
-        `size_bytes` of the weights, `dtype`, `adapted_layers`, and `notes` on how it was computed.
 
     Raises:
         BadSetting: The adapter does not belong to this base, or is not finite in the base's type.
@@ -44,18 +41,18 @@ def merge(base: Base, command: Merge, channel: Channel) -> dict[str, Any]:
     with adapter_attached(base, command.adapter_id, Path(command.adapter_path)):
         merged = MergedWeights(base, command.adapter_id)
         require_space(output.parent, merged.total_bytes)
-        result: dict[str, Any] = {
-            "size_bytes": merged.total_bytes,
-            "dtype": str(merged.dtype).removeprefix("torch."),
-            "adapted_layers": merged.adapted_layers,
-        }
         with whole_folder(output) as folder:
             served = base.tokenizers.written(Path(command.adapter_path), folder)
             require_embeddings(served, base.embeddings)
-            result |= {"notes": [*_notes(merged), *template_notes(base, served)]}
+            result = MergedModel(
+                size_bytes=merged.total_bytes,
+                dtype=str(merged.dtype).removeprefix("torch."),
+                adapted_layers=merged.adapted_layers,
+                notes=[*_notes(merged), *template_notes(base, served)],
+            )
             _write_weights(merged, folder, command.request_id, channel)
             _write_configs(merged, base.path, folder, served.ends)
-            about = command.about | result | {"packages": merging_packages()}
+            about = command.about.model_dump() | result.as_json() | {"packages": merging_packages()}
             (folder / "export.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(_card(command, merged), encoding="utf-8")
             channel.emit(Progress(request_id=command.request_id, stage="computing sums", fraction=None))

@@ -4,12 +4,12 @@ import pickle
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.files import fsync_folder, plain_files
 from domain.protocol import PreparePickled, Progress
+from domain.results import Prepared
 from engine.channel import Channel
 from engine.errors import BadModel
 from engine.tokenizer_folder import save_tokenizer
@@ -17,14 +17,11 @@ from engine.tokenizer_folder import save_tokenizer
 _REFUSED = re.compile(r"(?i)unsupported (?:global|class|operand)[^\n]{0,100}")
 
 
-def prepare_pickled(command: PreparePickled, channel: Channel) -> dict[str, Any]:
+def prepare_pickled(command: PreparePickled, channel: Channel) -> Prepared:
     """Read pickled weights with torch's restricted unpickler and write them as safetensors with their tokenizer.
 
     The unpickler makes tensors and plain containers only (`torch.load(weights_only=True)`): any other class or
     function that the file names is an error, and is not imported.
-
-    Returns:
-        `path`, the finished folder.
 
     Raises:
         BadModel: The files hold something else than weights, or not those of their config.
@@ -65,4 +62,4 @@ def prepare_pickled(command: PreparePickled, channel: Channel) -> dict[str, Any]
     temporary.replace(output)
     fsync_folder(output.parent)
     progress("ready", 1.0)
-    return {"path": str(output)}
+    return Prepared(path=str(output))

@@ -344,9 +344,7 @@ class Trainer:
         path = self._checkpoints.write(self._checkpoint())
         self._checkpoint_s, self._kept_step = time.monotonic(), self.progress.step
         size = sum(file.stat().st_size for file in path.iterdir())
-        self._emit(
-            CheckpointWritten(request_id=self._request_id, step=self.progress.step, path=str(path), size_bytes=size)
-        )
+        self._emit(CheckpointWritten(request_id=self._request_id, step=self.progress.step, size_bytes=size))
 
     def _checkpoint(self) -> Checkpoint:
         self.progress.elapsed_s = self._elapsed()

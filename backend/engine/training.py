@@ -10,6 +10,7 @@ from typing import Any
 from transformers import set_seed
 
 from domain.datasets.split import NothingToHoldOut, held_out
+from domain.jobs.figures import TrainingFigures
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.base import Base
@@ -44,11 +45,8 @@ class _ChannelControl:
         return self._channel.take_checkpoint_request(self._request_id)
 
 
-def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
+def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
     """Train a new adapter and leave it on the base under its name.
-
-    Returns:
-        The outcome's figures, the trainable parameters and the adapter's folder.
 
     Raises:
         CommandError: Of the class that says why.
@@ -96,13 +94,13 @@ def train(base: Base, command: Train, channel: Channel) -> dict[str, Any]:
     # What is handed out is what is served: the adapter comes back from its own files.
     with saving(f"the run has ended after step {outcome.steps}"):
         base.attach(command.adapter_id, output)
-    return {
+    return TrainingFigures(
         **asdict(outcome),
-        "trainable_parameters": started["trainable_parameters"],
-        "rows": len(rows),
-        "validation_rows": len(validation),
-        "path": str(output),
-    }
+        trainable_parameters=started["trainable_parameters"],
+        rows=len(rows),
+        validation_rows=len(validation),
+        memory_bytes=base.memory_bytes(),
+    )
 
 
 def _checkpoint_folder(command: Train) -> CheckpointFolder:

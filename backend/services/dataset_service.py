@@ -17,6 +17,7 @@ from core.singleton import singleton
 from core.zip_stream import zip_files
 from domain.datasets.formats import TRAINABLE_FORMATS
 from domain.jobs.states import FINAL_STATES
+from domain.protocol import AboutDataset
 from services.datasets.draft import Draft
 from services.datasets.files import DatasetFiles, Manifest
 from services.datasets.hub_files import HubDatasets
@@ -158,11 +159,16 @@ class DatasetService:
         """Return what else is known of a dataset."""
         return self._files.manifest(dataset_id)
 
-    def describe(self, dataset_id: str) -> dict[str, Any]:
+    def describe(self, dataset_id: str) -> AboutDataset:
         """Return what tells a dataset from any other, and how its files were read."""
         record = self.get(dataset_id)
-        about = {"name": record.name, "format": record.format, "rows": record.rows, "sha256": record.sha256}
-        return about | {"settings": dict(self.manifest(dataset_id).settings)}
+        return AboutDataset(
+            name=record.name,
+            format=record.format,
+            rows=record.rows,
+            sha256=record.sha256,
+            settings=dict(self.manifest(dataset_id).settings),
+        )
 
     def check_trainable(self, dataset_id: str, train_on: str) -> DatasetRecord:
         """Return a dataset from which a fine-tune can learn.

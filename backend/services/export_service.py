@@ -4,7 +4,6 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from core.clock import Clock, SystemClock
 from core.errors import NotFound, TransitionNotPermitted
@@ -12,6 +11,7 @@ from core.files import plain_files
 from core.settings import get_settings
 from core.singleton import singleton
 from core.zip_stream import zip_files
+from domain.exports import ExportChange, ExportSettings
 from domain.jobs.export_states import FINAL_STATES, ExportKind, ExportState
 from services.adapter_service import AdapterService, get_adapter_service
 from services.exports.control import ExportProgress
@@ -66,7 +66,7 @@ class ExportService:
 
     # Accepting
 
-    def create(self, adapter_id: str, kind: ExportKind, settings: dict[str, Any]) -> ExportRecord:
+    def create(self, adapter_id: str, kind: ExportKind, settings: ExportSettings) -> ExportRecord:
         """Accept an export.
 
         Raises:
@@ -84,7 +84,7 @@ class ExportService:
             state=ExportState.QUEUED,
             attempts=0,
             cancel_wish=False,
-            history=[{"state": ExportState.QUEUED.value, "at": now}],
+            history=[ExportChange(state=ExportState.QUEUED, at=now)],
             result=None,
             error=None,
             created_at=now,

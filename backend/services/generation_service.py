@@ -4,12 +4,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from core.errors import Rejected, StudioError
 from core.logging import get_logger
 from core.singleton import singleton
 from domain import protocol
+from domain.results import Generated
 from services.adapter_service import AdapterService, get_adapter_service
 from services.engines.process import CommandFailed, EngineProcess
 from services.peft_service import LoadedModel, PeftService, get_peft_service
@@ -31,28 +31,14 @@ class GenerationRejected(Rejected):
 
 
 @dataclass(frozen=True)
-class GenerationRequest:
-    """What to continue and how."""
-
-    messages: list[protocol.ChatMessage] | None
-    prompt: str | None
-    adapter_id: str | None
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: list[str]
-
-
-@dataclass(frozen=True)
 class Generation:
     """A generation under way."""
 
     process: EngineProcess
     request_id: str
-    future: "Future[dict[str, Any]]"
+    future: Future[Generated]
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Generated:
         """Wait for the end.
 
         Raises:
@@ -79,11 +65,12 @@ class GenerationService:
         self._peft, self._adapters = peft, adapters
 
     def start(
-        self, model_id: str, request: GenerationRequest, on_text: Callable[[str], None] | None = None
+        self, model_id: str, command: protocol.Generate, on_text: Callable[[str], None] | None = None
     ) -> Generation:
         """Start generating.
 
         Args:
+            command: What to continue and how.
             on_text: Takes the pieces as they come, on the engine reader's thread.
 
         Raises:
@@ -93,19 +80,17 @@ class GenerationService:
         """
         model = self._peft.get(model_id)
 
-        def on_event(event: Any) -> None:
-            if on_text is not None and isinstance(event, protocol.Token):
-                on_text(event.text)
+        def on_token(token: protocol.Token) -> None:
+            if on_text is not None:
+                on_text(token.text)
 
         with model.base.awaited():  # between the commands, too, it is in use
             process = model.base.engine(for_client=True)
-            if request.adapter_id is not None:
-                self.attach(model, request.adapter_id)
-            request_id, future = process.request(
-                lambda request_id: protocol.Generate(request_id=request_id, **request.__dict__), on_event
-            )
+            if command.adapter_id is not None:
+                self.attach(model, command.adapter_id)
+            future = process.request(command, on_token)
         future.add_done_callback(lambda _: model.base.touch())  # a long answer is no idle time
-        return Generation(process, request_id, future)
+        return Generation(process, command.request_id, future)
 
     def attach_when_ready(self, model: LoadedModel, adapter_id: str) -> None:
         """Put an adapter on a base now, or as soon as it has loaded; `adapters` of the loaded model tells when.

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -155,11 +154,6 @@ class ModelRegistryService:
     def resolve_local(self, model_id: str, revision: str | None = None) -> LocalModel | None:
         """Return the model on this machine, at a commit if one is named, or None."""
         return self._local.find(model_id, revision)
-
-    def local_path(self, model_id: str) -> Path | None:
-        """Return the folder of the model on this machine, or None if there is none or it is still to be prepared."""
-        local = self._local.find(model_id)
-        return local.path if local is not None else None
 
     def config_of(self, model_id: str, revision: str | None = None) -> dict[str, Any]:
         """Return a model's config.json, from this machine if the model is here.

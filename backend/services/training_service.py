@@ -102,8 +102,8 @@ class TrainingService:
         run = self._queue.run_of(record)
         if run is not None:
             return run.log_tail()[-lines:]
-        kept: list[str] = (record.error or {}).get("log_tail", record.result.get("log_tail", []))
-        return kept[-lines:]
+        ended = record.error or record.result
+        return ended.log_tail[-lines:] if ended is not None else []
 
     # Steering
 

@@ -4,7 +4,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from domain.exports import ExportChange, ExportResult, ExportSettings
 from domain.jobs.export_states import ExportKind, ExportState
+from domain.jobs.failures import Failure
+from domain.jobs.figures import JobResult
+from domain.jobs.load_options import LoadOptions
+from domain.jobs.progress import JobProgress
 from domain.jobs.states import JobState
 
 
@@ -34,7 +39,8 @@ class JobRecord:
     """A training job.
 
     Attributes:
-        load_options: How the loaded model that it names was loaded, to load the same again; empty without one.
+        load_options: How the loaded model that it names was loaded, to load the same again; None without one.
+        result: What it came to; None before it has trained anything to its end.
         attempts: How often it was started.
         stalls: Deaths of its engine or of the server since its last checkpoint.
         resumed_from: The checkpoint of another job that it began with, as `job/step-…`.
@@ -51,20 +57,20 @@ class JobRecord:
     model_id: str
     revision: str | None
     loaded_model_id: str | None
-    load_options: dict[str, Any]
+    load_options: LoadOptions | None
     algorithm: str
     config: dict[str, Any]
     dataset_id: str
     validation_dataset_id: str | None
     validation_fraction: float
-    progress: dict[str, Any]
-    result: dict[str, Any]
+    progress: JobProgress
+    result: JobResult | None
     attempts: int
     stalls: int
     resumed_from: str | None
     cancel_wish: str | None
     adapter_id: str | None
-    error: dict[str, Any] | None
+    error: Failure | None
     created_at: str
     started_at: str | None
     finished_at: str | None
@@ -72,7 +78,7 @@ class JobRecord:
 
 @dataclass(frozen=True)
 class EventRecord:
-    """One thing that happened to a job."""
+    """One thing that happened to a job. `data` is as clients read it, whichever version wrote it."""
 
     job_id: str
     sequence: int
@@ -114,7 +120,7 @@ class ExportRecord:
     Attributes:
         attempts: How often it was started.
         cancel_wish: Whether a running one is to be cancelled; a server that dies in between finds it.
-        history: Its states in order, each with its time as `state` and `at`.
+        history: Its states in order.
         result: What was made, once it has succeeded.
     """
 
@@ -122,13 +128,13 @@ class ExportRecord:
     sequence: int
     adapter_id: str
     kind: ExportKind
-    settings: dict[str, Any]
+    settings: ExportSettings
     state: ExportState
     attempts: int
     cancel_wish: bool
-    history: list[dict[str, Any]]
-    result: dict[str, Any] | None
-    error: dict[str, Any] | None
+    history: list[ExportChange]
+    result: ExportResult | None
+    error: Failure | None
     created_at: str
     started_at: str | None
     finished_at: str | None

@@ -1,14 +1,36 @@
 """Reads and writes of each table, on a connection whose transaction the caller owns."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
+from domain.exports import RESULTS, SETTINGS, ExportChange
 from domain.jobs.export_states import ExportKind, ExportState
+from domain.jobs.failures import Failure
+from domain.jobs.figures import JobResult
+from domain.jobs.load_options import LoadOptions
+from domain.jobs.progress import JobProgress
 from domain.jobs.states import JobState
+from domain.jobs.stored import Stored
 from store.records import AdapterRecord, DatasetRecord, EventRecord, ExportRecord, JobRecord
 from store.tables import adapters, datasets, exports, job_events, jobs
+
+
+def _written(value: Any) -> Any:
+    """Write a typed value as the JSON that its column keeps; anything else is kept as it is."""
+    if isinstance(value, Stored):
+        return value.as_json()
+    return [_written(item) for item in value] if isinstance(value, list) else value
+
+
+def _columns(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _written(value) for name, value in values.items()}
+
+
+def _values(record: JobRecord | ExportRecord) -> dict[str, Any]:
+    return _columns({field.name: getattr(record, field.name) for field in fields(record)})
 
 
 class Datasets:
@@ -48,6 +70,10 @@ def _job(row: Row[Any]) -> JobRecord:
     values = dict(row._mapping)
     values["state"] = JobState(values["state"])
     values["validation_fraction"] = float(values["validation_fraction"])
+    values["load_options"] = LoadOptions.model_validate(values["load_options"]) if values["load_options"] else None
+    values["progress"] = JobProgress.model_validate(values["progress"])
+    values["result"] = JobResult.model_validate(values["result"]) if values["result"] else None
+    values["error"] = Failure.model_validate(values["error"]) if values["error"] is not None else None
     return JobRecord(**values)
 
 
@@ -63,7 +89,9 @@ class Jobs:
 
     def add(self, record: JobRecord) -> None:
         """Store a job."""
-        values = asdict(record) | {"validation_fraction": repr(record.validation_fraction)}
+        values = _values(record) | {"validation_fraction": repr(record.validation_fraction)}
+        for name in ("load_options", "result"):  # columns that are never null
+            values[name] = values[name] or {}
         self._connection.execute(insert(jobs).values(**values))
 
     def get(self, job_id: str) -> JobRecord | None:
@@ -105,12 +133,12 @@ class Jobs:
     def change_state(self, job_id: str, current: JobState, following: JobState, **columns: Any) -> bool:
         """Change a job's state if it still is `current`; tell whether it was."""
         where = (jobs.c.id == job_id) & (jobs.c.state == current)
-        result = self._connection.execute(update(jobs).where(where).values(state=following, **columns))
+        result = self._connection.execute(update(jobs).where(where).values(state=following, **_columns(columns)))
         return result.rowcount == 1
 
     def set(self, job_id: str, **columns: Any) -> None:
         """Set columns of a job, whatever its state."""
-        self._connection.execute(update(jobs).where(jobs.c.id == job_id).values(**columns))
+        self._connection.execute(update(jobs).where(jobs.c.id == job_id).values(**_columns(columns)))
 
     def delete(self, job_id: str) -> None:
         """Delete a job and its events."""
@@ -120,9 +148,8 @@ class Jobs:
     def append_event(self, job_id: str, kind: str, data: dict[str, Any], created_at: str) -> int:
         """Add an event and return its sequence number, from 1 for each job."""
         sequence = self.newest_event(job_id) + 1
-        self._connection.execute(
-            insert(job_events).values(job_id=job_id, sequence=sequence, kind=kind, data=data, created_at=created_at)
-        )
+        row = {"job_id": job_id, "sequence": sequence, "kind": kind, "data": _columns(data), "created_at": created_at}
+        self._connection.execute(insert(job_events).values(**row))
         return sequence
 
     def newest_event(self, job_id: str) -> int:
@@ -168,7 +195,13 @@ class Adapters:
 
 def _export(row: Row[Any]) -> ExportRecord:
     values = dict(row._mapping)
-    return ExportRecord(**values | {"kind": ExportKind(values["kind"]), "state": ExportState(values["state"])})
+    kind = values["kind"] = ExportKind(values["kind"])
+    values["state"] = ExportState(values["state"])
+    values["settings"] = SETTINGS[kind].model_validate(values["settings"])
+    values["history"] = [ExportChange.model_validate(change) for change in values["history"]]
+    values["result"] = RESULTS[kind].model_validate(values["result"]) if values["result"] is not None else None
+    values["error"] = Failure.model_validate(values["error"]) if values["error"] is not None else None
+    return ExportRecord(**values)
 
 
 class Exports:
@@ -183,7 +216,7 @@ class Exports:
 
     def add(self, record: ExportRecord) -> None:
         """Store an export."""
-        self._connection.execute(insert(exports).values(**asdict(record)))
+        self._connection.execute(insert(exports).values(**_values(record)))
 
     def get(self, export_id: str) -> ExportRecord | None:
         """Return an export, or None."""
@@ -202,7 +235,7 @@ class Exports:
     def change_state(self, record: ExportRecord, following: ExportState, **columns: Any) -> bool:
         """Change an export's state if it still is the record's; tell whether it was."""
         where = (exports.c.id == record.id) & (exports.c.state == record.state)
-        result = self._connection.execute(update(exports).where(where).values(state=following, **columns))
+        result = self._connection.execute(update(exports).where(where).values(state=following, **_columns(columns)))
         return result.rowcount == 1
 
     def wish_to_cancel(self, export_id: str) -> None:

@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 import traceback
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def mean_loss(base: Any, path: str, config: Any) -> float:
 def prove(task: dict[str, Any]) -> dict[str, Any]:
     """Train, go on from the middle as after a crash, merge, and say what the adapter and the merged model lose."""
     from domain.peft.config import PeftConfig
-    from domain.protocol import Merge
+    from domain.protocol import AboutExport, Merge
     from engine.base import Base
     from engine.merge import merge
 
@@ -77,32 +78,36 @@ def prove(task: dict[str, Any]) -> dict[str, Any]:
     forget_peak()
     base = Base(Path(task["model_path"]), config, task["device"], task["engine"])
     before = mean_loss(base, task["held_out"], config)
-    whole, result = _train(base, config, task, "whole", recorded_step=0)
+    whole, figures = _train(base, config, task, "whole", recorded_step=0)
     found = {
         "computation": whole.of("computing")[-1].how,
-        "losses": [event.loss for event in whole.of("step")],
+        "losses": [event.loss for event in whole.of("metrics")],
         "tokens_per_s": speed(
-            [event.step_tokens for event in whole.of("step")], [event.step_s for event in whole.of("step")]
+            [event.step_tokens for event in whole.of("metrics")], [event.step_s for event in whole.of("metrics")]
         ),
         "peak_bytes": peak_bytes(),
         "before": before,
         "load_s": base.load_s,
-        "trainable_parameters": result["trainable_parameters"],
+        "trainable_parameters": figures.trainable_parameters,
     }
     with base.using("whole"):
         found["after"] = mean_loss(base, task["held_out"], config)
+    about = AboutExport(
+        adapter_id="whole", adapter_name="whole", adapter_version=1, base_model_id="check/base", base_revision=None,
+        format="merged", created_at=datetime.now(UTC).isoformat(),
+    )  # fmt: skip
     merge(
         base,
         Merge(
-            request_id="m", adapter_id="whole", adapter_path=result["path"], output_path=str(work / "merged"),
-            base_model_id="check/base", about={},
+            adapter_id="whole", adapter_path=str(work / "whole"), output_path=str(work / "merged"),
+            base_model_id="check/base", about=about,
         ),
         Recorder(),
     )  # fmt: skip
     base.detach("whole")
     resumed, _ = _train(base, config, task, "resumed", recorded_step=task["resume_at"])
-    found["resumed_from"] = resumed.of("training_started")[-1].resumed_from_step
-    found["resumed_losses"] = [event.loss for event in resumed.of("step")]
+    found["resumed_from"] = resumed.of("started")[-1].resumed_from_step
+    found["resumed_losses"] = [event.loss for event in resumed.of("metrics")]
     return found
 
 
@@ -112,7 +117,6 @@ def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_
 
     work, recorder = Path(task["work"]), Recorder()
     command = Train(
-        request_id=name,
         adapter_id=name,
         config=config,
         dataset_path=task["rows"],
@@ -124,7 +128,7 @@ def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_
         checkpoints_path=str(work / "checkpoints"),
         max_checkpoint_bytes=None,
         recorded_step=recorded_step,
-        about={},
+        about=None,
     )
     return recorder, train(base, command, recorder)
 

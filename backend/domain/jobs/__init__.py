@@ -1,1 +1,1 @@
-"""The states of jobs and exports, and when one is tried again."""
+"""The states of jobs and exports, what is recorded of them, and when one is tried again."""

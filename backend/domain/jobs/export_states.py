@@ -1,7 +1,8 @@
 """Exports of an adapter: what kinds there are, their states, and the only changes between them."""
 
 from enum import StrEnum
-from types import MappingProxyType
+
+from domain.jobs.transitions import Transitions
 
 
 class ExportKind(StrEnum):
@@ -31,7 +32,7 @@ class ExportState(StrEnum):
 
 
 _S = ExportState
-TRANSITIONS: MappingProxyType[ExportState, frozenset[ExportState]] = MappingProxyType(
+TRANSITIONS = Transitions(
     {
         _S.QUEUED: frozenset({_S.RUNNING, _S.CANCELLED}),
         _S.RUNNING: frozenset({_S.QUEUED, _S.SUCCEEDED, _S.FAILED, _S.CANCELLED}),
@@ -41,11 +42,7 @@ TRANSITIONS: MappingProxyType[ExportState, frozenset[ExportState]] = MappingProx
     }
 )
 
-FINAL_STATES = frozenset(state for state, following in TRANSITIONS.items() if not following)
+FINAL_STATES = TRANSITIONS.final
+may_change = TRANSITIONS.allow
 # Starts without an end, because the server ended meanwhile; it may have been the export that ended it.
 MAX_ATTEMPTS = 5
-
-
-def may_change(current: ExportState, following: ExportState) -> bool:
-    """Tell whether an export may go from one state to another."""
-    return following in TRANSITIONS[current]

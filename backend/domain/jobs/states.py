@@ -1,7 +1,8 @@
 """States of a training job and the only changes between them."""
 
 from enum import StrEnum
-from types import MappingProxyType
+
+from domain.jobs.transitions import Transitions
 
 
 class JobState(StrEnum):
@@ -23,7 +24,7 @@ class JobState(StrEnum):
 
 
 _S = JobState
-TRANSITIONS: MappingProxyType[JobState, frozenset[JobState]] = MappingProxyType(
+TRANSITIONS = Transitions(
     {
         _S.QUEUED: frozenset({_S.PREPARING, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
         _S.PREPARING: frozenset({_S.RUNNING, _S.PAUSING, _S.PAUSED, _S.CANCELLED, _S.FAILED, _S.INTERRUPTED}),
@@ -37,11 +38,7 @@ TRANSITIONS: MappingProxyType[JobState, frozenset[JobState]] = MappingProxyType(
     }
 )
 
-FINAL_STATES = frozenset(state for state, following in TRANSITIONS.items() if not following)
+FINAL_STATES = TRANSITIONS.final
+may_change = TRANSITIONS.allow
 # States in which an engine may be working for the job.
 ACTIVE_STATES = frozenset({JobState.PREPARING, JobState.RUNNING, JobState.PAUSING})
-
-
-def may_change(current: JobState, following: JobState) -> bool:
-    """Tell whether a job may go from one state to another."""
-    return following in TRANSITIONS[current]

@@ -118,7 +118,7 @@ def platform(*, on_gpu: bool) -> Platform:
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
+class Estimate:
     """Bytes by component; the components add up to the total.
 
     Attributes:
@@ -180,11 +180,11 @@ def loading_bytes(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> int
     return device.overhead_bytes + held + mapped + quantizing
 
 
-def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> MemoryEstimate:
+def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> Estimate:
     """Estimate the peak of loading the base alone: what it takes to generate with it."""
     device = platform(on_gpu=on_gpu)
     total, weights = loading_bytes(shape, config, on_gpu=on_gpu), weights_bytes(shape, config)
-    return MemoryEstimate(
+    return Estimate(
         total_bytes=total,
         weights_bytes=weights,
         adapter_bytes=0,
@@ -200,7 +200,7 @@ def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> 
 
 def estimate(
     shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batch | None = None, stack: Stack = OURS
-) -> MemoryEstimate:
+) -> Estimate:
     """Estimate the peak of loading and training.
 
     Args:
@@ -226,7 +226,7 @@ def estimate(
     # Loading may need more than a small training run.
     overhead = max(fixed, loading_bytes(shape, config, on_gpu=on_gpu) - training)
     total = training + overhead
-    return MemoryEstimate(
+    return Estimate(
         total_bytes=total,
         weights_bytes=weights,
         adapter_bytes=adapter,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from domain.memory.activations import Batch, missing_targets
-from domain.memory.estimate import MemoryEstimate, estimate, estimate_loading
+from domain.memory.estimate import Estimate, estimate, estimate_loading
 from domain.models.records import Verdict
 from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
@@ -51,7 +51,7 @@ class Assessment:
 
     verdict: Verdict
     available_bytes: int | None
-    estimate: MemoryEstimate | None
+    estimate: Estimate | None
     reasons: list[str] = field(default_factory=list)
     suggestions: list[Suggestion] = field(default_factory=list)
     blockers: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Sibling:
     shape: ModelShape
 
 
-def judge(found: MemoryEstimate, available_bytes: int) -> Verdict:
+def judge(found: Estimate, available_bytes: int) -> Verdict:
     """Compare an estimate with what is free: tight where only the range's upper end does not fit."""
     if found.total_bytes > available_bytes:
         return "does_not_fit"
@@ -204,7 +204,7 @@ def _reaches_experts(config: PeftConfig) -> bool:
     return names == "all-linear" or any(name.rpartition(".")[2] in _EXPERT_NAMES for name in names)
 
 
-def _reasons(config: PeftConfig, batch: Batch | None, needed: MemoryEstimate, available: int | None) -> list[str]:
+def _reasons(config: PeftConfig, batch: Batch | None, needed: Estimate, available: int | None) -> list[str]:
     rows, length = (config.batch_size, config.max_seq_length) if batch is None else (batch.rows, batch.length)
     found = [f"{rows} rows of {length} tokens, {rows * length} a forward pass, are assumed"]
     if available is None:
@@ -218,7 +218,7 @@ def _reasons(config: PeftConfig, batch: Batch | None, needed: MemoryEstimate, av
 def _suggest(
     shape: ModelShape,
     config: PeftConfig,
-    needed: MemoryEstimate,
+    needed: Estimate,
     available_bytes: int,
     *,
     on_gpu: bool,

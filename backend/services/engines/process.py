@@ -6,13 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import psutil
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
 from core.settings import get_settings
 from domain import protocol
+from domain.protocol import E, R
 
 _BACKEND = Path(__file__).resolve().parents[2]
 _LOG_CAP_BYTES = 4 * 2**20
@@ -52,8 +53,6 @@ ENGINE_ENVIRONMENT = {
 # PR_SET_PDEATHSIG fires when the *thread* that forked ends, so one thread that never ends starts all engines.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
 _log = get_logger(__name__)
-
-EventHandler = Callable[[Any], None]
 
 
 class EngineDied(EngineFailed):
@@ -87,6 +86,15 @@ class CommandFailed(EngineFailed):
     slug, title = "engine-command-failed", "Engine command failed"
 
 
+@dataclass(frozen=True)
+class _Pending(Generic[R, E]):
+    """A command that has not had its final event yet."""
+
+    command: protocol.Command[R, E]
+    future: Future[R]
+    on_event: Callable[[E], None] | None
+
+
 class EngineProcess:
     """One engine.
 
@@ -110,7 +118,7 @@ class EngineProcess:
         self._on_exit = on_exit
         self._silence_s, self._heard_s = silence_s, time.monotonic()
         self._unresponsive, self._handling = False, False
-        self._pending: dict[str, tuple[Future[dict[str, Any]], EventHandler | None]] = {}
+        self._pending: dict[str, _Pending[Any, Any]] = {}
         self._lock = threading.Lock()
         self._tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
         self._closing = False
@@ -154,36 +162,33 @@ class EngineProcess:
         """Return the last lines of the engine's own output."""
         return list(self._tail)
 
-    def request(
-        self, make: Callable[[str], Any], on_event: EventHandler | None = None
-    ) -> tuple[str, "Future[dict[str, Any]]"]:
+    def request(self, command: protocol.Command[R, E], on_event: Callable[[E], None] | None = None) -> "Future[R]":
         """Send a command.
 
         Args:
-            make: Builds the command from its request id.
+            command: What to do. Its `request_id` is what `stop` takes.
             on_event: Takes every event before the final one, in order, on the reader's thread.
 
         Returns:
-            The request id, and a future of the `done` event's result. The future fails with CommandFailed
-            or EngineDied.
+            A future of the command's result. It fails with CommandFailed, EngineDied, or EngineFailed if what came back
+            is none of this command.
         """
-        request_id = uuid.uuid4().hex
-        future: Future[dict[str, Any]] = Future()
+        future: Future[R] = Future()
         with self._lock:
             if not self.alive:
                 future.set_exception(self._death())
-                return request_id, future
-            self._pending[request_id] = (future, on_event)
-        self._send(make(request_id))
-        return request_id, future
+                return future
+            self._pending[command.request_id] = _Pending(command, future, on_event)
+        self._send(command)
+        return future
 
     def stop(self, request_id: str, mode: protocol.StopMode = "discard") -> None:
         """Ask the engine to end a command early; its future still gets the final event."""
-        self._send(protocol.Stop(request_id=uuid.uuid4().hex, target_id=request_id, mode=mode))
+        self._send(protocol.Stop(target_id=request_id, mode=mode))
 
     def write_checkpoint(self, request_id: str) -> None:
         """Ask the engine for a checkpoint of a training run; an event says when it is written."""
-        self._send(protocol.WriteCheckpoint(request_id=uuid.uuid4().hex, target_id=request_id))
+        self._send(protocol.WriteCheckpoint(target_id=request_id))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End the process: by closing its pipe, or by force after `timeout_s`. Its memory is free on return."""
@@ -201,14 +206,15 @@ class EngineProcess:
         """End the process at once."""
         self._process.kill()
 
-    def _send(self, command: Any) -> None:
+    def _send(self, line: protocol.Command[R, E] | protocol.Signal) -> None:
+        encoded = protocol.encode(line)
         try:
             with self._lock:
-                self._commands.write(protocol.encode(command))
+                self._commands.write(encoded)
                 self._commands.flush()
         except (BrokenPipeError, ValueError):
             # The process ended; the events thread sees end-of-file and fails what is pending.
-            _log.warning("engine.gone", pid=self.pid, command=command.kind)
+            _log.warning("engine.gone", pid=self.pid, command=type(line).__name__)
 
     def _watch(self) -> None:
         """Kill an engine that has fallen silent: stopped, swapped out for good, or stuck in a driver."""
@@ -247,27 +253,40 @@ class EngineProcess:
         with self._lock:
             self._ended.set()
             pending, self._pending = self._pending, {}
-        for future, _ in pending.values():
-            future.set_exception(self._death())
+        for waiting in pending.values():
+            waiting.future.set_exception(self._death())
         if self._on_exit is not None:
             self._on_exit()
 
-    def _deliver(self, event: Any) -> None:
+    def _deliver(self, event: protocol.CommandEvent) -> None:
         final = isinstance(event, protocol.Done | protocol.Failed)
         with self._lock:
-            found = self._pending.pop(event.request_id, None) if final else self._pending.get(event.request_id)
-        if found is None:
+            waiting = self._pending.pop(event.request_id, None) if final else self._pending.get(event.request_id)
+        if waiting is None:
             return
-        future, on_event = found
         if isinstance(event, protocol.Done):
-            future.set_result(event.result)
+            self._settle(waiting, event)
         elif isinstance(event, protocol.Failed):
             extras = {"error_class": event.error_class, "suggestions": event.suggestions}
-            future.set_exception(CommandFailed(event.message, **extras, log_tail=self.log_tail()))
-        elif on_event is not None:
-            self._handle(event, on_event, future)
+            waiting.future.set_exception(CommandFailed(event.message, **extras, log_tail=self.log_tail()))
+        elif not isinstance(event, waiting.command.event_types()):
+            self.garbage_lines += 1
+            _log.warning("engine.stray_event", pid=self.pid, command=type(waiting.command).__name__, kind=event.kind)
+        elif waiting.on_event is not None:
+            self._handle(event, waiting.on_event, waiting.future)
 
-    def _handle(self, event: Any, on_event: EventHandler, future: "Future[dict[str, Any]]") -> None:
+    def _settle(self, waiting: _Pending[R, E], event: protocol.Done) -> None:
+        """Give whoever waits the result, read as what the command is answered with."""
+        try:
+            result = waiting.command.read_result(event.result)
+        except ValidationError as error:
+            _log.error("engine.wrong_result", pid=self.pid, command=type(waiting.command).__name__, error=str(error))
+            wrong = f"The engine answered {type(waiting.command).__name__} with something else than its result."
+            waiting.future.set_exception(EngineFailed(wrong, log_tail=self.log_tail()))
+        else:
+            waiting.future.set_result(result)
+
+    def _handle(self, event: protocol.CommandEvent, on_event: Callable[[Any], None], future: "Future[Any]") -> None:
         """Hand an event on. If that fails (the disk is full, say), the command fails: this thread must live."""
         self._handling = True  # nobody listens for heartbeats meanwhile
         try:

@@ -6,6 +6,7 @@ from typing import Any
 from core.clock import Clock
 from core.errors import AdapterNotFound, ExportNotFound, TransitionNotPermitted
 from core.logging import get_logger
+from domain.exports import ExportChange
 from domain.jobs.export_states import ExportState, may_change
 from store.database import Database
 from store.records import ExportRecord, to_text
@@ -58,7 +59,7 @@ class ExportLedger:
         """
         if not may_change(record.state, following):
             raise TransitionNotPermitted(f"An export cannot go from {record.state.value} to {following.value}.")
-        history = [*record.history, {"state": following.value, "at": to_text(self._clock.now())}]
+        history = [*record.history, ExportChange(state=following, at=to_text(self._clock.now()))]
         with self._database.begin() as connection:
             changed = Exports(connection).change_state(record, following, history=history, **columns)
         if changed:

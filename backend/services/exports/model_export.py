@@ -1,13 +1,14 @@
 """Exports that an engine computes: the base is found or loaded, lent, and given back as it was."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from domain import protocol
+from domain.exports import ExportResult, ExportSettings, GgufSettings
 from domain.jobs.export_states import ExportKind
 from domain.models.gguf import read_gguf_model
 from domain.peft.algorithms import Algorithm
+from domain.protocol import R
 from services.adapter_service import AdapterService
 from services.engines.process import CommandFailed, EngineDied, EngineProcess, death_class
 from services.exports.control import ExportControl, ExportStopped
@@ -29,7 +30,7 @@ class ModelExport:
     ) -> None:
         self._peft, self._adapters, self._facts, self._oom_kills = peft, adapters, facts, oom_kills
 
-    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Mapping[str, Any]) -> None:
+    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: ExportSettings) -> None:
         """Refuse what llama.cpp has no place for, by the base's config alone.
 
         Raises:
@@ -39,7 +40,7 @@ class ModelExport:
         if kind is ExportKind.GGUF:
             read_gguf_model(self._facts.config(adapter.base_model_id, adapter.base_revision))
 
-    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> ExportResult:
         """Carry an export out.
 
         Returns:
@@ -53,7 +54,10 @@ class ModelExport:
         adapter = self._adapters.verified(record.adapter_id)
         model = self._load(adapter)
         with borrow(model, f"exporting {record.id}", control.wait_for) as process:
-            return self._request(process, control, lambda request_id: _command(request_id, adapter, record, folder))
+            if isinstance(record.settings, GgufSettings):
+                command = _export_gguf(adapter, record, record.settings, folder)
+                return self._request(process, control, command)
+            return self._request(process, control, _merge(adapter, record, folder))
 
     def _load(self, adapter: AdapterRecord) -> LoadedModel:
         """Load the base as it was held in the training; how precisely it computes is this machine's to choose."""
@@ -63,15 +67,13 @@ class ModelExport:
         config = self._peft.configure(algorithm, None, overrides, where).config
         return self._peft.load(ConfiguredLoad(where.model_id, where.revision, algorithm, config))
 
-    def _request(self, process: EngineProcess, control: ExportControl, command: Callable[[str], Any]) -> dict[str, Any]:
-        def on_event(event: Any) -> None:
-            if isinstance(event, protocol.Progress):
-                control.report(event.stage, event.fraction)
-
+    def _request(
+        self, process: EngineProcess, control: ExportControl, command: protocol.Command[R, protocol.Progress]
+    ) -> R:
         control.check()
         kills = self._oom_kills()
-        request_id, future = process.request(command, on_event)
-        control.call_on_stop(lambda: process.stop(request_id))
+        future = process.request(command, lambda event: control.report(event.stage, event.fraction))
+        control.call_on_stop(lambda: process.stop(command.request_id))
         try:
             return future.result()
         except CommandFailed as error:
@@ -84,25 +86,36 @@ class ModelExport:
             raise
 
 
-def _command(
-    request_id: str, adapter: AdapterRecord, record: ExportRecord, folder: Path
-) -> protocol.Merge | protocol.ExportGguf:
-    values: dict[str, Any] = {
-        "request_id": request_id,
-        "adapter_id": adapter.id,
-        "adapter_path": adapter.path,
-        "output_path": str(folder),
-        "base_model_id": adapter.base_model_id,
-        "about": {
-            "adapter_id": adapter.id,
-            "adapter_name": adapter.name,
-            "adapter_version": adapter.version,
-            "base_model_id": adapter.base_model_id,
-            "base_revision": adapter.base_revision,
-            "format": record.kind.value,
-            "created_at": record.created_at,
-        },
-    }
-    if record.kind is ExportKind.GGUF:
-        return protocol.ExportGguf(**values, quantization=record.settings["quantization"])
-    return protocol.Merge(**values)
+def _merge(adapter: AdapterRecord, record: ExportRecord, folder: Path) -> protocol.Merge:
+    return protocol.Merge(
+        adapter_id=adapter.id,
+        adapter_path=adapter.path,
+        output_path=str(folder),
+        base_model_id=adapter.base_model_id,
+        about=_about(adapter, record),
+    )
+
+
+def _export_gguf(
+    adapter: AdapterRecord, record: ExportRecord, settings: GgufSettings, folder: Path
+) -> protocol.ExportGguf:
+    return protocol.ExportGguf(
+        adapter_id=adapter.id,
+        adapter_path=adapter.path,
+        output_path=str(folder),
+        base_model_id=adapter.base_model_id,
+        quantization=settings.quantization,
+        about=_about(adapter, record),
+    )
+
+
+def _about(adapter: AdapterRecord, record: ExportRecord) -> protocol.AboutExport:
+    return protocol.AboutExport(
+        adapter_id=adapter.id,
+        adapter_name=adapter.name,
+        adapter_version=adapter.version,
+        base_model_id=adapter.base_model_id,
+        base_revision=adapter.base_revision,
+        format=record.kind.value,
+        created_at=record.created_at,
+    )

@@ -3,13 +3,14 @@
 import contextvars
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AccessDenied, Rejected, StudioError
 from core.files import plain_files
+from domain.exports import ExportSettings, PushedAdapter, PushSettings
 from domain.hub.repos import model_repo
 from domain.jobs.export_states import ExportKind
 from domain.models.records import check_model_id
@@ -41,7 +42,7 @@ class HubPush:
     def __init__(self, adapters: AdapterService, endpoint: str) -> None:
         self._adapters, self._endpoint = adapters, endpoint
 
-    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Mapping[str, Any]) -> None:
+    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: ExportSettings) -> None:
         """Refuse a push that nobody may make.
 
         Raises:
@@ -49,20 +50,17 @@ class HubPush:
             HubUnavailable: HF_HUB_OFFLINE is set.
             AccessDenied: There is no token.
         """
-        check_model_id(settings["repo_id"])
+        check_model_id(_of_a_push(settings).repo_id)
         if is_offline():
             raise unavailable("HF_HUB_OFFLINE is set: nothing is pushed.")
         if hub_token() is None:
             raise AccessDenied("A push needs a token that may write: X-HF-Token for this request, or HF_TOKEN.")
 
-    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> PushedAdapter:
         """Push.
 
         huggingface_hub sets no time limit, so that a Hub which hangs would hold this thread for ever: the upload runs
         on another. One that was stopped ends at the next byte that it reads, and always before its commit.
-
-        Returns:
-            `repo_id`, `commit` and `url`.
 
         Raises:
             ExportStopped: Somebody stopped it, and nothing was committed.
@@ -70,10 +68,11 @@ class HubPush:
             AccessDenied, ModelNotFound, HubUnavailable, PushRejected: As the Hub says.
         """
         adapter = self._adapters.verified(record.adapter_id)
-        if record.settings["token"] == "request" and request_token.get() is None:  # noqa: S105 - says whose it is
+        settings = _of_a_push(record.settings)
+        if settings.token == "request" and request_token.get() is None:  # noqa: S105 - says whose it is
             raise AccessDenied("The token came with the request and went with it when the server ended: push again.")
-        upload = _Upload(adapter, record.settings, self._endpoint, hub_token(), control)
-        future: Future[dict[str, Any]] = Future()
+        upload = _Upload(adapter, settings, self._endpoint, hub_token(), control)
+        future: Future[PushedAdapter] = Future()
         run = contextvars.copy_context().run
         threading.Thread(target=run, args=(_settle, future, upload.run), name="hub-push", daemon=True).start()
         while not future.done():
@@ -83,7 +82,13 @@ class HubPush:
         return future.result()
 
 
-def _settle(future: "Future[dict[str, Any]]", work: Callable[[], dict[str, Any]]) -> None:
+def _of_a_push(settings: ExportSettings) -> PushSettings:
+    if not isinstance(settings, PushSettings):
+        raise TypeError(f"A push has the settings of another export: {settings!r}.")
+    return settings
+
+
+def _settle(future: Future[PushedAdapter], work: Callable[[], PushedAdapter]) -> None:
     try:
         future.set_result(work())
     except BaseException as error:  # noqa: BLE001 - it is raised again where the result is waited for
@@ -96,7 +101,7 @@ class _Upload:
     def __init__(
         self,
         adapter: AdapterRecord,
-        settings: Mapping[str, Any],
+        settings: PushSettings,
         endpoint: str,
         token: str | None,
         control: ExportControl,
@@ -108,14 +113,14 @@ class _Upload:
         self._read_bytes = 0
         self._total_bytes = 1
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> PushedAdapter:
         """Make the repository, upload what is large, commit."""
         from huggingface_hub import HfApi
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         disable_progress_bars()
         api = HfApi(endpoint=self._endpoint, token=self._token)
-        repo_id = self._settings["repo_id"]
+        repo_id = self._settings.repo_id
         files: list[_Counted] = []
         try:
             self._control.report("making the repository", None)
@@ -138,7 +143,7 @@ class _Upload:
         finally:
             for file in files:
                 file.close()
-        return {"repo_id": repo_id, "commit": commit.oid, "url": f"{self._endpoint}/{repo_id}"}
+        return PushedAdapter(repo_id=repo_id, commit=commit.oid, url=f"{self._endpoint}/{repo_id}")
 
     def _make_repository(self, api: "HfApi") -> str:
         """Make the repository, or take the one that is there if it is as private as wanted.
@@ -148,7 +153,7 @@ class _Upload:
         """
         from huggingface_hub.errors import HfHubHTTPError
 
-        wanted, private = self._settings["repo_id"], self._settings["private"]
+        wanted, private = self._settings.repo_id, self._settings.private
         try:
             return str(api.create_repo(wanted, private=private).repo_id)
         except HfHubHTTPError as error:

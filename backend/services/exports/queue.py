@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from core.clock import Clock
 from core.errors import ExportNotFound, StudioError
 from core.logging import get_logger
+from domain.exports import ExportResult, ExportSettings
 from domain.jobs.export_states import FINAL_STATES, MAX_ATTEMPTS, ExportKind, ExportState
 from domain.jobs.failures import failure
 from services.exports.control import ExportControl, ExportStopped
@@ -26,10 +27,10 @@ _GRACE_S = 20.0  # for a tensor under way when the server is told to stop
 class Work(Protocol):
     """What makes exports of some kinds."""
 
-    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Mapping[str, Any]) -> None:
+    def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: ExportSettings) -> None:
         """Refuse at once what could never be made."""
 
-    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> ExportResult:
         """Make it, in a folder that it may fill; return what it made."""
 
 

@@ -17,12 +17,9 @@ def attach(base: LoadedBase, adapter_id: str, path: Path) -> None:
     if adapter_id in base.adapters:
         return
     process = base.engine()
-    _, future = process.request(
-        lambda request_id: protocol.AttachAdapter(request_id=request_id, adapter_id=adapter_id, path=str(path))
-    )
-    result = future.result()
+    held = process.request(protocol.AttachAdapter(adapter_id=adapter_id, path=str(path))).result()
     base.touch()
-    base.attached(adapter_id, result["memory_bytes"])
+    base.attached(adapter_id, held.memory_bytes)
 
 
 def detach(base: LoadedBase, adapter_id: str) -> None:
@@ -39,5 +36,5 @@ def detach(base: LoadedBase, adapter_id: str) -> None:
         process = base.engine()
     except ModelNotReady:
         return  # it is being unloaded, and the adapter with it
-    _, future = process.request(lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id=adapter_id))
-    base.detached(adapter_id, future.result()["memory_bytes"])
+    held = process.request(protocol.DetachAdapter(adapter_id=adapter_id)).result()
+    base.detached(adapter_id, held.memory_bytes)

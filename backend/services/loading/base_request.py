@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from domain.jobs.load_options import LoadOptions
 from domain.peft.config import PeftConfig
 from services.hardware.devices import Device, EngineName, device_name
 
@@ -29,20 +30,6 @@ class BaseKey:
 
 
 @dataclass(frozen=True)
-class LoadOptions:
-    """How a client had a base loaded, beside what it is: what it takes to load the same again.
-
-    Attributes:
-        device: `cpu`, or a GPU's index.
-    """
-
-    engine: EngineName
-    device: str | int
-    force: bool
-    allow_pickle: bool
-
-
-@dataclass(frozen=True)
 class BaseRequest:
     """A base that is wanted, and how it is loaded if it is not there.
 
@@ -65,4 +52,9 @@ class BaseRequest:
     @property
     def options(self) -> LoadOptions:
         """What it takes to load the same again."""
-        return LoadOptions(self.key.engine, device_name(self.key.device), self.force, self.allow_pickle)
+        return LoadOptions(
+            engine=self.key.engine,
+            device=device_name(self.key.device),
+            force=self.force,
+            allow_pickle=self.allow_pickle,
+        )

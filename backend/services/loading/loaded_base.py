@@ -5,31 +5,17 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
 from core.clock import Clock
 from core.errors import ModelBusy, ModelNotReady, StudioError, TransitionNotPermitted
 from domain.models.load_states import GONE, UNDER_WAY, USABLE, LoadState, may_change
+from domain.results import Loaded
 from services.engines.process import EngineProcess
 from services.loading.base_request import BaseKey, BaseRequest
 from services.loading.base_use import BaseUse
 from services.models.progress import LoadProgress
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What is known of a base since it was loaded.
-
-    Attributes:
-        at: When that was.
-        load_s: How long it took the engine.
-    """
-
-    total_parameters: int
-    load_s: float
-    at: datetime
 
 
 class LoadedBase:
@@ -41,7 +27,8 @@ class LoadedBase:
         loading: Done when the load has ended, well or not.
         error: Why there is no base.
         process: The engine that holds it, or is to hold it.
-        loaded: None until it is loaded.
+        loaded: What the engine said of the base; None until it is loaded.
+        loaded_at: When that was.
         memory_bytes: What it holds on its device, by its engine.
         adapters: The adapters that are on it.
         busy_with: The long piece of work that holds it, if one does.
@@ -60,6 +47,7 @@ class LoadedBase:
         self.error: StudioError | None = None
         self.process: EngineProcess | None = None
         self.loaded: Loaded | None = None
+        self.loaded_at: datetime | None = None
         self.memory_bytes: int | None = None
         self.adapters: tuple[str, ...] = ()
         self.busy_with: str | None = None
@@ -137,11 +125,12 @@ class LoadedBase:
             self.process = process
             return True
 
-    def ready(self, result: dict[str, Any]) -> None:
+    def ready(self, loaded: Loaded) -> None:
         """Record what the engine said of the loaded base."""
         with self._lock:
-            self.loaded = Loaded(result["total_parameters"], result["load_s"], self._clock.now())
-            self.memory_bytes = result["memory_bytes"]
+            self.loaded_at = self._clock.now()  # first: whoever sees that it is loaded reads when
+            self.loaded = loaded
+            self.memory_bytes = loaded.memory_bytes
             self.use.now()
             if self._enter(LoadState.READY):
                 self.progress = replace(self.progress, fraction=1.0, bytes_per_s=None, eta_s=0.0)

@@ -70,11 +70,9 @@ def wanted_base(
     )
 
 
-def load_command(request_id: str, path: Path, config: PeftConfig, key: BaseKey, device: Device) -> protocol.LoadBase:
+def load_command(path: Path, config: PeftConfig, key: BaseKey, device: Device) -> protocol.LoadBase:
     """Write the load. An engine that is shown one GPU knows it as the first, whichever it is of the machine's."""
     if key.max_seq_length is not None:
         config = config.model_copy(update={"max_seq_length": key.max_seq_length})
     shown = "cuda:0" if device.gpu_uuid is not None else device.torch_name
-    return protocol.LoadBase(
-        request_id=request_id, model_path=str(path), config=config, device=shown, engine=key.engine
-    )
+    return protocol.LoadBase(model_path=str(path), config=config, device=shown, engine=key.engine)

@@ -203,12 +203,9 @@ class BasePool:
             if not base.adopt(process):
                 process.close()
                 return
-            _, future = process.request(
-                lambda request_id: load_command(request_id, path, wanted.config, base.key, wanted.device)
-            )
-            result = future.result()
-            base.ready(result)
-            _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=result["load_s"])
+            loaded = process.request(load_command(path, wanted.config, base.key, wanted.device)).result()
+            base.ready(loaded)
+            _log.info("model.ready", model_id=base.key.model_id, pid=process.pid, load_s=loaded.load_s)
         except StudioError as error:
             _log.warning("model.load_failed", model_id=base.key.model_id, error=error.detail)
             self._fail(base, error)

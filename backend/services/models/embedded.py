@@ -101,13 +101,8 @@ class EmbeddedModel:
     def _convert(self, gguf: Path, on_progress: ProgressHandler) -> None:
         engine = EngineProcess(self._log_dir / "engine-prepare.log")
         try:
-            _, future = engine.request(
-                lambda request_id: protocol.PrepareGguf(
-                    request_id=request_id, gguf_path=str(gguf), output_path=str(self._folder), model_id=MODEL_ID
-                ),
-                lambda event: on_progress(event.stage, event.fraction),
-            )
-            future.result()
+            command = protocol.PrepareGguf(gguf_path=str(gguf), output_path=str(self._folder), model_id=MODEL_ID)
+            engine.request(command, lambda event: on_progress(event.stage, event.fraction)).result()
         finally:
             engine.close()
         _log.info("embedded_model.prepared", path=str(self._folder))

@@ -59,12 +59,8 @@ class PickledModels:
             self._require_space(source)
             engine = EngineProcess(self._log_dir / "engine-prepare.log")
             try:
-                _, future = engine.request(
-                    lambda request_id: protocol.PreparePickled(
-                        request_id=request_id, source_path=str(source), output_path=str(output), model_id=model_id
-                    ),
-                    lambda event: on_progress(event.fraction),
-                )
+                command = protocol.PreparePickled(source_path=str(source), output_path=str(output), model_id=model_id)
+                future = engine.request(command, lambda event: on_progress(event.fraction))
                 while not wait([future], timeout=_POLL_S).done:
                     if cancelled():
                         engine.kill()

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from core.errors import DatasetNotTrainable, DatasetRejected, ModelRejected
 from core.files import write_atomic
 from core.logging import get_logger
@@ -17,9 +19,11 @@ from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
 from domain.jobs.states import JobState
+from domain.jobs.stored import Stored
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig, recorded
 from domain.peft.use_cases import UseCaseId
+from domain.results import DatasetFigures
 from services.dataset_service import DatasetService, get_dataset_service
 from services.engines.process import CommandFailed, EngineProcess
 from services.model_registry_service import get_model_files
@@ -68,6 +72,15 @@ class AnalysisRequest:
 
 
 @dataclass(frozen=True)
+class Duration:
+    """How long the training would take, at the speed of a job that trained the same model in the same way."""
+
+    expected_s: float
+    tokens_per_s: float
+    measured_by_job_id: str
+
+
+@dataclass(frozen=True)
 class Analysis:
     """The figures of the engine, what they were made with, and how long training would take.
 
@@ -79,8 +92,29 @@ class Analysis:
     model_id: str
     revision: str | None
     config: PeftConfig
-    figures: dict[str, Any]
-    duration: dict[str, Any] | None
+    figures: DatasetFigures
+    duration: Duration | None
+
+
+class _About(Stored):
+    """What an analysis is of, as its file keeps it."""
+
+    model_id: str
+    revision: str | None
+    train_on: str
+    max_seq_length: int
+    packing: bool
+    batch_size: int
+    gradient_accumulation: int
+    epochs: float
+    max_steps: int | None
+
+
+class _Kept(Stored):
+    """An analysis as its file keeps it."""
+
+    about: _About
+    figures: DatasetFigures
 
 
 class Running:
@@ -89,7 +123,7 @@ class Running:
     def __init__(self, request: AnalysisRequest, config: PeftConfig) -> None:
         self.request, self.config = request, config
         self.fraction = 0.0
-        self.future: Future[dict[str, Any]] = Future()
+        self.future: Future[DatasetFigures] = Future()
 
 
 class DatasetAnalysisService:
@@ -139,11 +173,11 @@ class DatasetAnalysisService:
     def _begin(self, request: AnalysisRequest, config: PeftConfig) -> Running:
         path = self._files.ensure_tokenizer(request.model_id, request.revision)
         kept = self._place(request, config, path)
-        figures = self._figures(kept)
-        if figures is None:
+        done = self._read(kept)
+        if done is None:
             return self._start(kept, request, config, path)
         found = Running(request, config)
-        found.future.set_result(figures)
+        found.future.set_result(done.figures)
         return found
 
     def finish(self, running: Running) -> Analysis:
@@ -154,7 +188,7 @@ class DatasetAnalysisService:
             EngineFailed: The engine died.
         """
         figures, request = running.future.result(), running.request
-        duration = self._duration(request, figures["epoch"]["total_tokens"])
+        duration = self._duration(request, figures.epoch.total_tokens)
         return Analysis(request.dataset_id, request.model_id, request.revision, running.config, figures, duration)
 
     def check_learnable(self, dataset_id: str, model_id: str, revision: str | None, config: PeftConfig) -> None:
@@ -163,19 +197,19 @@ class DatasetAnalysisService:
         Raises:
             DatasetNotTrainable: An analysis with the same settings found no token to learn.
         """
-        wanted = {"model_id": model_id, "revision": revision, "train_on": config.train_on}
-        for about, figures in self._kept(dataset_id):
-            same = all(about.get(name) == value for name, value in wanted.items())
+        wanted = (model_id, revision, config.train_on)
+        for kept in self._kept(dataset_id):
+            about = kept.about
             # What is beyond the end of a row is beyond that of a shorter one.
-            if same and about["max_seq_length"] >= config.max_seq_length:
-                require_learnable(dataset_id, config.max_seq_length, figures)
+            longer = about.max_seq_length >= config.max_seq_length
+            if longer and (about.model_id, about.revision, about.train_on) == wanted:
+                require_learnable(dataset_id, config.max_seq_length, kept.figures)
 
     def longest_row(self, dataset_id: str, model_id: str, revision: str | None) -> int | None:
         """Return the tokens of the longest row for a model's tokenizer, if an analysis has counted them."""
-        wanted = {"model_id": model_id, "revision": revision}
-        for about, figures in self._kept(dataset_id):
-            if all(about.get(name) == value for name, value in wanted.items()):
-                return int(figures["tokens"]["maximum"]) or None
+        for kept in self._kept(dataset_id):
+            if (kept.about.model_id, kept.about.revision) == (model_id, revision):
+                return kept.figures.tokens.maximum or None
         return None
 
     def _config(self, request: AnalysisRequest) -> PeftConfig:
@@ -197,21 +231,20 @@ class DatasetAnalysisService:
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         return self._datasets.folder(request.dataset_id) / f"analysis-{key}.json"
 
-    def _figures(self, kept: Path) -> dict[str, Any] | None:
+    def _read(self, file: Path) -> _Kept | None:
         try:
-            figures: dict[str, Any] = json.loads(kept.read_bytes())["figures"]
+            return _Kept.model_validate_json(file.read_bytes())
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError):
-            _log.warning("analysis.not_read", path=str(kept))
+        except ValidationError:
+            _log.warning("analysis.not_read", path=str(file))
             return None
-        return figures
 
-    def _kept(self, dataset_id: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def _kept(self, dataset_id: str) -> Iterator[_Kept]:
         for file in self._datasets.folder(dataset_id).glob("analysis-*.json"):
-            figures = self._figures(file)
-            if figures is not None:
-                yield json.loads(file.read_bytes())["about"], figures
+            kept = self._read(file)
+            if kept is not None:
+                yield kept
 
     def _start(self, kept: Path, request: AnalysisRequest, config: PeftConfig, path: Path) -> Running:
         """Begin, or join what is under way for the same."""
@@ -225,10 +258,10 @@ class DatasetAnalysisService:
     def _work(self, kept: Path, running: Running, request: AnalysisRequest, config: PeftConfig, path: Path) -> None:
         try:
             figures = self._ask(running, request, config, path)
-            about = {"model_id": request.model_id, "revision": request.revision}
-            about |= _read_settings(config, _SETTINGS)
+            settings = _read_settings(config, _SETTINGS)
+            about = _About(model_id=request.model_id, revision=request.revision, **settings)
             if kept.parent.is_dir():  # the dataset may have been deleted meanwhile
-                write_atomic(kept, json.dumps({"about": about, "figures": figures}).encode())
+                write_atomic(kept, _Kept(about=about, figures=figures).model_dump_json().encode())
             running.future.set_result(figures)
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it
             running.future.set_exception(error)
@@ -236,24 +269,21 @@ class DatasetAnalysisService:
             with self._lock:
                 del self._running[kept.name]
 
-    def _ask(self, running: Running, request: AnalysisRequest, config: PeftConfig, path: Path) -> dict[str, Any]:
-        def command(request_id: str) -> protocol.Analyze:
-            return protocol.Analyze(
-                request_id=request_id,
-                model_path=str(path),
-                dataset_path=str(self._datasets.rows_path(request.dataset_id)),
-                rows=self._datasets.get(request.dataset_id).rows,
-                config=config,
-                example_row=request.example_row,
-            )
+    def _ask(self, running: Running, request: AnalysisRequest, config: PeftConfig, path: Path) -> DatasetFigures:
+        command = protocol.Analyze(
+            model_path=str(path),
+            dataset_path=str(self._datasets.rows_path(request.dataset_id)),
+            rows=self._datasets.get(request.dataset_id).rows,
+            config=config,
+            example_row=request.example_row,
+        )
 
         def progress(event: protocol.Progress) -> None:
             running.fraction = event.fraction or 0.0
 
         process = self._process = EngineProcess(self._log_dir / "engine-analysis.log")
         try:
-            _, future = process.request(command, progress)
-            return future.result()
+            return process.request(command, progress).result()
         except CommandFailed as error:
             kinds = {"bad_model": ModelRejected, "bad_data": DatasetRejected}
             kind = kinds.get(error.extras["error_class"])
@@ -264,13 +294,13 @@ class DatasetAnalysisService:
             self._process = None
             process.close()
 
-    def _duration(self, request: AnalysisRequest, total_tokens: int) -> dict[str, Any] | None:
+    def _duration(self, request: AnalysisRequest, total_tokens: int) -> Duration | None:
         with self._database.begin() as connection:
             jobs = Jobs(connection).all(frozenset({JobState.SUCCEEDED}))
         for job in jobs:
-            speed = job.progress.get("tokens_per_s")
+            speed = job.progress.tokens_per_s
             if (job.model_id, job.algorithm) == (request.model_id, request.algorithm.value) and speed:
-                return {"expected_s": total_tokens / speed, "tokens_per_s": speed, "measured_by_job_id": job.id}
+                return Duration(total_tokens / speed, speed, job.id)
         return None
 
     def close(self) -> None:
@@ -281,19 +311,19 @@ class DatasetAnalysisService:
             process.kill()
 
 
-def require_learnable(dataset_id: str, max_seq_length: int, figures: dict[str, Any]) -> None:
+def require_learnable(dataset_id: str, max_seq_length: int, figures: DatasetFigures) -> None:
     """Refuse a dataset whose analysis found nothing to learn.
 
     Raises:
         DatasetNotTrainable: With the rows of each finding that says why.
     """
-    if figures["epoch"]["rows"]:
+    if figures.epoch.rows:
         return
     reasons = [
-        f"{_WHY_NOTHING[name]} (rows {', '.join(str(number + 1) for number in found['examples'])}"
-        f"{', …' if found['rows'] > len(found['examples']) else ''})"
-        for name, found in figures["findings"].items()
-        if name in _WHY_NOTHING and found["rows"]
+        f"{_WHY_NOTHING[name]} (rows {', '.join(str(number + 1) for number in finding.examples)}"
+        f"{', …' if finding.rows > len(finding.examples) else ''})"
+        for name, finding in figures.findings
+        if name in _WHY_NOTHING and finding.rows
     ]
     raise DatasetNotTrainable(
         f"Nothing would be learned from {dataset_id} with max_seq_length={max_seq_length}: {'; '.join(reasons)}. "

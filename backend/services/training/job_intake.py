@@ -2,10 +2,11 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from core.errors import CheckpointUnusable, SettingRejected
+from domain.jobs.progress import JobProgress
 from domain.jobs.states import JobState
 from domain.memory.activations import Batch
 from domain.memory.hardware_fit import FITTED
@@ -96,14 +97,14 @@ class JobIntake:
             model_id=model_id,
             revision=revision,
             loaded_model_id=request.loaded_model_id,
-            load_options=asdict(loaded.base.wanted.options) if loaded is not None else {},
+            load_options=loaded.base.wanted.options if loaded is not None else None,
             algorithm=request.algorithm.value,
             config=config.model_dump(mode="json"),
             dataset_id=request.dataset_id,
             validation_dataset_id=request.validation_dataset_id,
             validation_fraction=request.validation_fraction,
-            progress={"forced": True} if request.force else {},
-            result={},
+            progress=JobProgress(forced=True) if request.force else JobProgress(),
+            result=None,
             attempts=0,
             stalls=0,
             resumed_from=None,
@@ -162,8 +163,7 @@ class JobIntake:
     def _begin_with(self, source_id: str, checkpoint_id: str, step: int, record: JobRecord) -> JobRecord:
         """Give the new job a checkpoint of another."""
         self.checkpoints.copy(source_id, checkpoint_id, record.id)
-        progress = record.progress | {"step": step, "recorded_step": step}
-        return replace(record, progress=progress, resumed_from=f"{source_id}/{checkpoint_id}")
+        return replace(record, progress=record.progress.begun_with(step), resumed_from=f"{source_id}/{checkpoint_id}")
 
 
 def _model_of(request: JobRequest, loaded: LoadedModel | None) -> tuple[str, str | None]:

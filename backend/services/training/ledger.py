@@ -9,6 +9,7 @@ from core.broadcast import Broadcast
 from core.clock import Clock
 from core.errors import Conflict, JobNotFound, TransitionNotPermitted
 from core.logging import get_logger
+from domain.jobs.progress import JobProgress
 from domain.jobs.states import FINAL_STATES, JobState, may_change
 from store.database import Database
 from store.records import AdapterRecord, EventRecord, JobRecord, to_text
@@ -154,7 +155,7 @@ class JobLedger:
             Jobs(connection).set(job_id, cancel_wish=keep)
 
     def record_event(
-        self, job_id: str, kind: str | None, data: dict[str, Any], progress: dict[str, Any], stalls: int, *, after: int
+        self, job_id: str, kind: str | None, data: dict[str, Any], progress: JobProgress, stalls: int, *, after: int
     ) -> int:
         """Write an event, or none if `kind` is None, and with it the job's progress.
 

@@ -78,7 +78,7 @@ class TrainingQueue:
             return None
         ahead, running = self._ledger.around(record, ACTIVE_STATES)
         now = self._clock.now()
-        etas = [eta for job in running if (eta := job.progress.get("eta_s")) is not None]
+        etas = [eta for job in running if (eta := job.progress.eta_s) is not None]
         if ahead or len(etas) < len(running):
             return QueuePlace(1 + ahead, None)
         return QueuePlace(1, now + timedelta(seconds=max(etas, default=0.0)))

@@ -3,28 +3,23 @@
 import threading
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
-from typing import Any
 
 from core import telemetry
 from core.clock import Clock
 from core.errors import StorageFull, StudioError
 from domain import protocol
 from domain.jobs.failures import failure
+from domain.jobs.figures import JobResult
 from domain.jobs.retries import GIVEN_UP, MAX_STALLS, TRANSIENT, wait_s
 from domain.jobs.states import JobState
 from services.engines.process import CommandFailed, EngineDied, death_class
-from services.peft_service import LoadedModel
 from services.training.checkpoint_store import CheckpointStore
 from services.training.ledger import JobLedger
 from services.training.run_control import ENDINGS, Ending, RunControl, RunStopped
 from services.training.run_journal import RunJournal
 from services.training.running_job import RunningJob
-from services.training.work import TrainingWork
+from services.training.work import Trained, TrainingWork
 from store.records import AdapterRecord, JobRecord, to_text
-
-# Of what the engine says at the end, what is not a figure of the adapter.
-_NO_FIGURES = ("path", "log_tail", "adapter_id", "dataset_sha256")
 
 
 class TrainingRun:
@@ -91,10 +86,10 @@ class TrainingRun:
             if wish is not None:  # of a run before, which ended before it could obey
                 self.end(ENDINGS[wish])
             self._control.check()
-            model, result = self._work.run(self._job, self._device, self._control, self._journal, self._on_event)
+            trained = self._work.run(self._job, self._device, self._control, self._journal, self._on_event)
             self._trained = True
             self._journal.flush()
-            self._succeed(model, result)
+            self._succeed(trained)
         except RunStopped:
             self._end_early()
         except CommandFailed as error:
@@ -113,7 +108,7 @@ class TrainingRun:
         except StudioError as error:
             self._fail(error.slug.replace("-", "_"), error)
 
-    def _on_event(self, event: Any) -> None:
+    def _on_event(self, event: protocol.RunEvent) -> None:
         if isinstance(event, protocol.StepMetrics):
             self._oom_kills = self._work.oom_kills()  # a kill before this step was another's
         self._journal.on_event(event)
@@ -123,26 +118,25 @@ class TrainingRun:
 
     # Ends
 
-    def _succeed(self, model: LoadedModel, result: dict[str, Any]) -> None:
-        record, now = self._job.record, to_text(self._clock.now())
-        figures = {key: value for key, value in result.items() if key not in _NO_FIGURES}
+    def _succeed(self, trained: Trained) -> None:
+        record, figures, now = self._job.record, trained.figures, to_text(self._clock.now())
         adapter = AdapterRecord(
-            id=result["adapter_id"],
+            id=trained.adapter_id,
             name=record.name,
-            base_model_id=model.model_id,
-            base_revision=model.revision,
+            base_model_id=trained.model.model_id,
+            base_revision=trained.model.revision,
             algorithm=record.algorithm,
             config=record.config,
             job_id=record.id,
-            dataset_sha256=result["dataset_sha256"],
-            metrics=figures,
-            path=str(Path(result["path"])),
+            dataset_sha256=trained.dataset_sha256,
+            metrics=figures.as_json(),
+            path=trained.path,
             created_at=now,
             version=0,  # given when it is stored
             source={"kind": "training", "job_id": record.id},
         )
-        kept = figures | {"log_tail": result["log_tail"]}
-        state = JobState.CANCELLED if result["stopped_on_request"] else JobState.SUCCEEDED
+        kept = JobResult(**dict(figures), log_tail=trained.log_tail)
+        state = JobState.CANCELLED if figures.stopped_on_request else JobState.SUCCEEDED
         self._job.finish(state, adapter=adapter, adapter_id=adapter.id, result=kept, finished_at=now)
 
     def _fail(self, error_class: str, error: StudioError) -> None:
@@ -154,9 +148,10 @@ class TrainingRun:
         telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
         if error_class in ("out_of_memory", "out_of_host_memory"):
-            details["suggestions"] = self._work.savings(self._job.record, self._device) or details["suggestions"]
+            suggestions = self._work.savings(self._job.record, self._device) or details.suggestions
+            details = details.model_copy(update={"suggestions": suggestions})
         if error_class == "disk_full" or hands_out:
-            progress = self._journal.progress | {"hands_out": hands_out}
+            progress = self._journal.progress.paused(hands_out=hands_out)
             return self._job.finish(JobState.PAUSED, error=details, progress=progress)
         stalls = self._journal.stalls + 1
         if error_class in TRANSIENT and stalls < MAX_STALLS:
@@ -164,20 +159,20 @@ class TrainingRun:
             self._retry_after(self._job.id, wait)  # first: once it is interrupted, the queue asks for it
             return self._job.finish(JobState.INTERRUPTED, error=details, stalls=stalls)
         if error_class in TRANSIENT:
-            details["message"] += GIVEN_UP
-        if self._has_ended() or (error_class == "cannot_save" and self._journal.progress.get("step")):
+            details = details.model_copy(update={"message": details.message + GIVEN_UP})
+        if self._has_ended() or (error_class == "cannot_save" and self._journal.progress.step):
             return self._job.finish(JobState.PAUSED, error=details, stalls=0)
         self._job.finish(JobState.FAILED, error=details, stalls=stalls, finished_at=to_text(self._clock.now()))
 
     def _has_ended(self) -> bool:
         """Tell whether there is no step left to take: what is trained waits to be handed out, whatever failed."""
-        step, total = self._journal.progress.get("step", 0), self._journal.progress.get("total_steps")
+        step, total = self._journal.progress.step, self._journal.progress.total_steps
         return self._trained or (total is not None and step >= total > 0)
 
     def _hands_out(self) -> bool:
         """Tell whether the run was to end with the adapter as it is, and has one."""
         progress = self._journal.progress
-        return bool(progress.get("hands_out") or (self._control.ending == "keep_adapter" and progress.get("step")))
+        return progress.hands_out or (self._control.ending == "keep_adapter" and progress.step > 0)
 
     def fail_unexpectedly(self) -> None:
         """Record an error of the server's own; the traceback is in its log.

@@ -1,20 +1,19 @@
 """What the server knows of a run, for the card of the adapter that it makes."""
 
-from typing import Any
-
+from domain.protocol import AboutRun
 from services.dataset_service import DatasetService
 from store.records import JobRecord
 
 
-def about_run(datasets: DatasetService, job: JobRecord) -> dict[str, Any]:
+def about_run(datasets: DatasetService, job: JobRecord) -> AboutRun:
     """Return what an adapter's card says of the job and its data."""
     validation = job.validation_dataset_id
-    return {
-        "name": job.name,
-        "job_id": job.id,
-        "algorithm": job.algorithm,
-        "resumed_from": job.resumed_from,
-        "dataset_sha256": datasets.get(job.dataset_id).sha256,
-        "dataset": datasets.describe(job.dataset_id),
-        "validation_dataset": datasets.describe(validation) if validation is not None else None,
-    }
+    return AboutRun(
+        name=job.name,
+        job_id=job.id,
+        algorithm=job.algorithm,
+        resumed_from=job.resumed_from,
+        dataset_sha256=datasets.get(job.dataset_id).sha256,
+        dataset=datasets.describe(job.dataset_id),
+        validation_dataset=datasets.describe(validation) if validation is not None else None,
+    )

@@ -3,9 +3,10 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Literal
 
 from domain import protocol
+from domain.protocol import E, R
 from services.engines.process import EngineProcess
 
 _POLL_S = 0.2
@@ -61,22 +62,17 @@ class RunControl:
         self.check()
 
     def request(
-        self, process: EngineProcess, make: Callable[[str], Any], on_event: Callable[[Any], None]
-    ) -> "Future[dict[str, Any]]":
+        self, process: EngineProcess, command: protocol.Command[R, E], on_event: Callable[[E], None]
+    ) -> "Future[R]":
         """Send the command that trains, unless the run is to end. Whoever stops the run from now on stops it.
 
         Raises:
             RunStopped: The run is to end.
         """
-
-        def command(request_id: str) -> Any:
-            self._request_id = request_id
-            return make(request_id)
-
         with self._lock:
             self.check()
-            self._process = process
-            return process.request(command, on_event)[1]
+            self._process, self._request_id = process, command.request_id
+            return process.request(command, on_event)
 
     def set(self, ending: Ending) -> None:
         """Have the run end. A cancel overrules a pause, and a pause what the server wants."""

@@ -10,6 +10,7 @@ from core import telemetry
 from core.errors import StorageFull, StudioError
 from core.logging import get_logger
 from domain import protocol
+from domain.jobs.progress import JobProgress
 from domain.jobs.states import JobState
 from services.training.ledger import JobLedger
 from services.training.running_job import RunningJob
@@ -36,60 +37,43 @@ class RunJournal:
     def __init__(self, job: RunningJob, ledger: JobLedger, give_up: Callable[[StudioError], None]) -> None:
         self._job, self._ledger, self._give_up = job, ledger, give_up
         self._started = False
-        self._unsaved: deque[tuple[str, dict[str, Any], dict[str, Any]]] = deque()
+        self._unsaved: deque[tuple[str | None, dict[str, Any], JobProgress]] = deque()
         self._newest_event = 0
-        self.progress = dict(job.record.progress)
+        self.progress = job.record.progress
         self.stalls = job.record.stalls
 
     def begin(self) -> None:
         """Go on from what is recorded of the job now."""
         self._newest_event = self._job.patiently(lambda: self._ledger.newest_event(self._job.id))
-        self.progress, self.stalls = dict(self._job.record.progress), self._job.record.stalls
+        self.progress, self.stalls = self._job.record.progress, self._job.record.stalls
 
-    def on_event(self, event: Any) -> None:
+    def on_event(self, event: protocol.RunEvent) -> None:
         """Record an event. Steps trained again after a crash are the same steps: they are not recorded twice."""
-        data = event.model_dump(mode="json", exclude={"request_id", "kind"})
+        before = self.progress
         if isinstance(event, protocol.TrainingStarted):
             self._started = True
-            step = event.resumed_from_step or 0
-            self._save("started", data, {"step": step, "total_steps": event.total_steps})
-        elif isinstance(event, protocol.TrainingBuilt):
-            self._save("built", data, {})
+            self._save(event, before.started(event.resumed_from_step or 0, event.total_steps))
         elif isinstance(event, protocol.Computing):
-            self._save(None, {}, {"engine": self.progress["engine"] | {"computation": event.how}})
+            self._save(None, before.computed(event.how))
         elif isinstance(event, protocol.StepMetrics):
             algorithm = self._job.record.algorithm
             telemetry.step_seconds.labels(algorithm).observe(event.step_s)
             telemetry.tokens.labels(algorithm).inc(event.step_tokens)
-            new = event.step > self.progress.get("recorded_step", 0)
-            progress = {
-                "step": event.step,
-                "recorded_step": max(event.step, self.progress.get("recorded_step", 0)),
-                "total_steps": event.total_steps,
-                "epoch": event.epoch,
-                "fraction": event.step / event.total_steps,
-                "eta_s": event.eta_s,
-                "tokens_per_s": event.tokens_per_s,
-                "last": data,
-            }
-            self._save("metrics" if new else None, data, progress)
+            self._save(event if event.step > before.recorded_step else None, before.stepped(event.figures()))
         elif isinstance(event, protocol.Evaluated):
-            new = event.step > self.progress.get("evaluated_step", -1)
-            step = max(event.step, self.progress.get("evaluated_step", -1))
-            self._save("evaluation" if new else None, data, {"evaluated_step": step})
+            self._save(event if event.step > before.evaluated_step else None, before.evaluated(event.step))
         elif isinstance(event, protocol.CheckpointWritten):
-            if event.step > self.progress.get("checkpoint_step", -1):
+            if event.step > before.checkpoint_step:
                 self.stalls = 0
-            step = max(event.step, self.progress.get("checkpoint_step", -1))
-            data = {"step": event.step, "size_bytes": event.size_bytes}
-            self._save("checkpoint", data, {"checkpoint_step": step})
+            self._save(event, before.kept(event.step))
         else:
-            self._save("progress", data, {})
+            self._save(event, before)
 
-    def _save(self, kind: str | None, data: dict[str, Any], progress: dict[str, Any]) -> None:
+    def _save(self, event: protocol.RunEvent | None, progress: JobProgress) -> None:
         """Write an event and the progress. What a database that is away cannot take waits; a full disk pauses."""
-        self.progress |= progress
-        self._unsaved.append((kind or "", data, dict(self.progress)))
+        self.progress = progress
+        kind, data = (event.kind, event.data()) if event is not None else (None, {})
+        self._unsaved.append((kind, data, progress))
         try:
             self._flush()
         except AWAY as error:
@@ -105,7 +89,7 @@ class RunJournal:
             kind, data, progress = self._unsaved[0]
             try:
                 self._newest_event = self._ledger.record_event(
-                    self._job.id, kind or None, data, progress, self.stalls, after=self._newest_event
+                    self._job.id, kind, data, progress, self.stalls, after=self._newest_event
                 )
             except SQLAlchemyError:  # and no outage: this one can never be written, and must not hold up the others
                 _log.exception("job.event_lost", job_id=self._job.id, event_kind=kind)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
 
 from core.errors import LoadedModelNotFound
 from domain import protocol
+from domain.jobs.figures import TrainingFigures
+from domain.jobs.progress import EngineUsed
 from domain.models.load_states import GONE
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import recorded
@@ -21,6 +23,24 @@ from services.training.run_control import RunControl
 from services.training.run_journal import RunJournal
 from services.training.running_job import RunningJob
 from store.records import JobRecord
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter, and the model that it was trained on.
+
+    Attributes:
+        path: Its folder.
+        dataset_sha256: Of the rows that it was trained on.
+        log_tail: The engine's last lines.
+    """
+
+    model: LoadedModel
+    adapter_id: str
+    path: str
+    dataset_sha256: str
+    figures: TrainingFigures
+    log_tail: list[str]
 
 
 class TrainingWork:
@@ -56,8 +76,8 @@ class TrainingWork:
         device: str,
         control: RunControl,
         journal: RunJournal,
-        on_event: Callable[[Any], None],
-    ) -> tuple[LoadedModel, dict[str, Any]]:
+        on_event: Callable[[protocol.RunEvent], None],
+    ) -> Trained:
         """Train.
 
         Args:
@@ -66,10 +86,6 @@ class TrainingWork:
             control: Stops it.
             journal: Knows how far former runs of the job came.
             on_event: Takes the engine's events.
-
-        Returns:
-            The model that it was trained on, and what the engine says of the adapter, with `adapter_id`, `log_tail` and
-            `dataset_sha256`.
 
         Raises:
             RunStopped: Somebody stopped it before the engine began.
@@ -80,7 +96,7 @@ class TrainingWork:
         model = self._find_or_load(job.record, device)
         try:
             with borrow(model, f"training {job.id}", control.wait) as process:
-                return model, self._train(job, model, process, control, journal, on_event)
+                return self._train(job, model, process, control, journal, on_event)
         except EngineDied:
             # What this job loaded and lost is of no use to anybody; what a client loaded stays listed as failed.
             if model.id not in known:
@@ -90,7 +106,7 @@ class TrainingWork:
 
     def _check_data(self, job: RunningJob, control: RunControl, journal: RunJournal) -> None:
         """End a job that would learn nothing before its base is downloaded and loaded."""
-        if journal.progress.get("step"):
+        if journal.progress.step:
             return  # it has learned something
         running = job.patiently(lambda: self._analyses.begin_in_doubt(job.record))
         if running is None:
@@ -115,10 +131,10 @@ class TrainingWork:
                 revision=job.revision,
                 algorithm=Algorithm(job.algorithm),
                 config=config,
-                engine=options.get("engine", "auto"),
-                device=options.get("device", device),
-                force=bool(options.get("force") or job.progress.get("forced")),
-                allow_pickle=options.get("allow_pickle", False),
+                engine=options.engine if options is not None else "auto",
+                device=options.device if options is not None else device,
+                force=(options is not None and options.force) or job.progress.forced,
+                allow_pickle=options is not None and options.allow_pickle,
             )
         )
 
@@ -129,8 +145,8 @@ class TrainingWork:
         process: EngineProcess,
         control: RunControl,
         journal: RunJournal,
-        on_event: Callable[[Any], None],
-    ) -> dict[str, Any]:
+        on_event: Callable[[protocol.RunEvent], None],
+    ) -> Trained:
         record = job.record
         adapter_id = f"adp_{record.id.removeprefix('job_')}"
         validation = record.validation_dataset_id
@@ -138,30 +154,26 @@ class TrainingWork:
         held_out = job.patiently(lambda: str(self._datasets.rows_path(validation))) if validation else None
         about = job.patiently(lambda: about_run(self._datasets, record))
 
-        def command(request_id: str) -> protocol.Train:
-            return protocol.Train(
-                request_id=request_id,
-                adapter_id=adapter_id,
-                config=recorded(record.config),
-                dataset_path=rows,
-                validation_path=held_out,
-                validation_fraction=record.validation_fraction,
-                output_path=str(self._adapters.path_for(adapter_id)),
-                base_model_id=model.model_id,
-                base_revision=model.revision,
-                checkpoints_path=str(self._checkpoints.folder_of(record.id)),
-                max_checkpoint_bytes=self._max_checkpoint_bytes,
-                recorded_step=journal.progress.get("recorded_step", 0),
-                about=about,
-                hands_out=journal.progress.get("hands_out", False),
-            )
-
-        engine = {"name": model.base.key.engine, "reason": model.base.wanted.engine_reason, "computation": None}
-        journal.progress |= {"engine": engine}  # written with the next event
-        result = control.request(process, command, on_event).result()
-        model.base.attached(adapter_id, result["memory_bytes"])
-        extras = {"adapter_id": adapter_id, "dataset_sha256": about["dataset_sha256"], "log_tail": process.log_tail()}
-        return result | extras
+        command = protocol.Train(
+            adapter_id=adapter_id,
+            config=recorded(record.config),
+            dataset_path=rows,
+            validation_path=held_out,
+            validation_fraction=record.validation_fraction,
+            output_path=str(self._adapters.path_for(adapter_id)),
+            base_model_id=model.model_id,
+            base_revision=model.revision,
+            checkpoints_path=str(self._checkpoints.folder_of(record.id)),
+            max_checkpoint_bytes=self._max_checkpoint_bytes,
+            recorded_step=journal.progress.recorded_step,
+            about=about,
+            hands_out=journal.progress.hands_out,
+        )
+        engine = EngineUsed(name=model.base.key.engine, reason=model.base.wanted.engine_reason, computation=None)
+        journal.progress = journal.progress.on_engine(engine)  # written with the next event
+        figures = control.request(process, command, on_event).result()
+        model.base.attached(adapter_id, figures.memory_bytes)
+        return Trained(model, adapter_id, command.output_path, about.dataset_sha256, figures, process.log_tail())
 
     def savings(self, job: JobRecord, device: str) -> list[str]:
         """Say what would need less memory, and how much; nothing where the model's layers are not known."""

@@ -43,7 +43,7 @@ def run(path: Path, folder: Path, rows: list[dict[str, Any]], **settings: Any) -
         config=config_for(Algorithm.LORA, **settings),
         example_row=example_row,
     )
-    return analyze(command, RecordingChannel())
+    return analyze(command, RecordingChannel()).model_dump()
 
 
 def other_template(tiny_path: Path, folder: Path, template: str) -> Path:

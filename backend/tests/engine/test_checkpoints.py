@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.manifest import FolderDamaged
+from domain.jobs.figures import TrainingFigures
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, StepMetrics
@@ -49,9 +50,9 @@ HARD = {
 @pytest.fixture(scope="module")
 def whole(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Uninterrupted runs, one for each configuration."""
-    made: dict[str, tuple[TestChannel, dict[str, Any], Path]] = {}
+    made: dict[str, tuple[TestChannel, TrainingFigures, Path]] = {}
 
-    def run(config: PeftConfig) -> tuple[TestChannel, dict[str, Any], Path]:
+    def run(config: PeftConfig) -> tuple[TestChannel, TrainingFigures, Path]:
         key = config.model_dump_json()
         if key not in made:
             channel, folder = TestChannel(), tmp_path_factory.mktemp("whole")
@@ -61,9 +62,9 @@ def whole(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run
 
 
-def settled(result: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what differs between any two runs: the time and the place."""
-    return {name: value for name, value in result.items() if name not in ("elapsed_s", "path")}
+def settled(result: TrainingFigures) -> dict[str, Any]:
+    """Leave out what differs between any two runs: the time, and what the engine holds."""
+    return result.model_dump(exclude={"elapsed_s", "memory_bytes"})
 
 
 def configs(algorithm: Algorithm) -> PeftConfig:
@@ -205,7 +206,7 @@ def test_keeping_what_there_is_hands_out_the_adapter_of_the_last_step(tiny_path:
     channel = TestChannel(stop_at=20, mode="keep")
     result = train_tiny(tiny_path, tmp_path, config, channel, validation_fraction=0.0)
     steps = max(channel.losses())
-    assert result["stopped_on_request"] and (result["steps"], result["adapter_step"]) == (steps, steps) and steps < 9
+    assert result.stopped_on_request and (result.steps, result.adapter_step) == (steps, steps) and steps < 9
     assert adapter_bytes(tmp_path) != b""
     straight = TestChannel()
     train_tiny(tiny_path, tmp_path / "straight", config, straight, validation_fraction=0.0)
@@ -223,8 +224,9 @@ def test_early_stopping_hands_out_the_best_evaluation_across_a_pause(tiny_path: 
     )
     straight = TestChannel()
     result = train_tiny(tiny_path, tmp_path / "straight", config, straight)
-    assert result["stopped_early"] and result["adapter_step"] == result["steps"] - 3
-    assert result["best_eval_loss"] < result["final_eval_loss"]
+    assert result.stopped_early and result.adapter_step == result.steps - 3
+    assert result.best_eval_loss is not None and result.final_eval_loss is not None
+    assert result.best_eval_loss < result.final_eval_loss
     # Pause in the last step before the end: the best parameters are then older than the checkpoint's own.
     with pytest.raises(Stopped):
         train_tiny(tiny_path, tmp_path / "paused", config, TestChannel(stop_at=straight.looks - 1))
@@ -318,11 +320,11 @@ def test_early_stopping_switched_on_or_off_in_between_hands_out_what_it_says(
         train_tiny(tiny_path, tmp_path, first, TestChannel(stop_at=20))
     result = train_tiny(tiny_path, tmp_path, first.model_copy(update={"early_stopping_patience": after}))
     if after is None:
-        assert result["adapter_step"] == result["steps"] == 12
+        assert result.adapter_step == result.steps == 12
     else:
-        evaluated_since = result["steps"] if result["stopped_early"] else 12
-        assert result["best_eval_loss"] is not None and result["adapter_step"] <= evaluated_since
-        assert result["adapter_step"] > step_of(checkpoint_folders(tmp_path / "checkpoints")[0])
+        evaluated_since = result.steps if result.stopped_early else 12
+        assert result.best_eval_loss is not None and result.adapter_step <= evaluated_since
+        assert result.adapter_step > step_of(checkpoint_folders(tmp_path / "checkpoints")[0])
 
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(tiny_path: Path, tmp_path: Path) -> None:

@@ -21,13 +21,14 @@ from transformers import (
 )
 
 from core.manifest import verify
+from domain.exports import GgufFile
 from domain.peft.algorithms import Algorithm
 from domain.protocol import ExportGguf
 from engine.base import Base
 from engine.channel import Channel, Stopped
 from engine.errors import BadSetting
 from engine.gguf_export import export_gguf
-from tests.engine.test_merge import make_adapter
+from tests.engine.test_merge import ABOUT, make_adapter
 from tests.engine.test_methods import PROBE, config_for, load, logits
 from tests.support.training_command import TestChannel
 
@@ -65,10 +66,10 @@ def make_base(tiny_path: Path, folder: Path, family: str, **changes: Any) -> Pat
     return folder
 
 
-def run(base: Base, folder: Path, quantization: Any = "f32", channel: Channel | None = None) -> dict[str, Any]:
+def run(base: Base, folder: Path, quantization: Any = "f32", channel: Channel | None = None) -> GgufFile:
     command = ExportGguf(
         request_id="r", adapter_id="adp", adapter_path=str(folder / "adapter"), output_path=str(folder / "out"),
-        base_model_id="tests/tiny", quantization=quantization, about={"adapter_id": "adp"},
+        base_model_id="tests/tiny", quantization=quantization, about=ABOUT.model_copy(update={"format": "gguf"}),
     )  # fmt: skip
     return export_gguf(base, command, channel or TestChannel())
 
@@ -93,11 +94,11 @@ def test_transformers_reads_the_adapters_logits_from_the_file(
     bare, before = logits(base), {name: value.clone() for name, value in base.model.state_dict().items()}
     expected = make_adapter(base, config, tmp_path / "adapter")
     result = run(base, tmp_path)
-    found = logits_of(tmp_path / "out", result["filename"])
+    found = logits_of(tmp_path / "out", result.filename)
     assert (found - expected).abs().max() <= TOLERANCE["f32"] < 0.05 < (expected - bare).abs().max()
     after = base.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert any("4-bit NF4" in note for note in result["notes"]) == (config.quantization == "nf4")
+    assert any("4-bit NF4" in note for note in result.notes) == (config.quantization == "nf4")
 
 
 @pytest.mark.parametrize("quantization", ["f16", "bf16", "q8_0"])
@@ -107,10 +108,10 @@ def test_each_type_is_stored_and_rounds_as_it_should(tiny_path: Path, tmp_path: 
     expected = make_adapter(base, config, tmp_path / "adapter")
     result = run(base, tmp_path, quantization)
     kinds = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-    assert result["tensors"] == {"F32": 5, kinds[quantization]: 16}  # the norms, and all matrices
-    reader = GGUFReader(tmp_path / "out" / result["filename"])
+    assert result.tensors == {"F32": 5, kinds[quantization]: 16}  # the norms, and all matrices
+    reader = GGUFReader(tmp_path / "out" / result.filename)
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {"F32", kinds[quantization]}
-    difference = (logits_of(tmp_path / "out", result["filename"]) - expected).abs().max()
+    difference = (logits_of(tmp_path / "out", result.filename) - expected).abs().max()
     assert 0 < difference <= TOLERANCE[quantization]
 
 
@@ -133,7 +134,7 @@ def test_every_family_is_read_back(tiny_path: Path, tmp_path: Path, family: str,
     base = load(source, config)
     expected = make_adapter(base, config, tmp_path / "adapter")
     result = run(base, tmp_path)
-    reader = GGUFReader(tmp_path / "out" / result["filename"])
+    reader = GGUFReader(tmp_path / "out" / result.filename)
     names = {tensor.name for tensor in reader.tensors}
     assert ("output.weight" in names) != changes.get("tie_word_embeddings", False)
     biased = family == "qwen2" or "attention_bias" in changes
@@ -141,9 +142,9 @@ def test_every_family_is_read_back(tiny_path: Path, tmp_path: Path, family: str,
     if "mlp_bias" in changes:
         # transformers' reader knows no biases of a Llama; the rows are compared with the model's own instead.
         return _check_permuted_biases(reader, base)
-    found = logits_of(tmp_path / "out", result["filename"])
+    found = logits_of(tmp_path / "out", result.filename)
     assert (found - expected).abs().max() <= 5e-5
-    assert any("64 tokens" in note for note in result["notes"]) == ("sliding_window" in changes)
+    assert any("64 tokens" in note for note in result.notes) == ("sliding_window" in changes)
 
 
 def _check_permuted_biases(reader: GGUFReader, base: Base) -> None:
@@ -168,7 +169,7 @@ def test_llama_3s_frequencies_are_those_of_transformers(tiny_path: Path, tmp_pat
     base = load(source, config)
     make_adapter(base, config, tmp_path / "adapter")
     result = run(base, tmp_path)
-    reader = GGUFReader(tmp_path / "out" / result["filename"])
+    reader = GGUFReader(tmp_path / "out" / result.filename)
     factors = next(torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name == "rope_freqs.weight")
     plain = 500.0 ** (-torch.arange(0, 16, 2) / 16)
     assert torch.allclose(plain / factors, base.model.model.rotary_emb.inv_freq, rtol=1e-6)
@@ -180,8 +181,8 @@ def test_the_metadata_says_what_the_model_and_its_tokenizer_are(tiny_path: Path,
     base = load(tiny_path, config)
     make_adapter(base, config, tmp_path / "adapter")
     result = run(base, tmp_path, "q8_0")
-    assert result["filename"] == "tiny-adp-q8_0.gguf"
-    reader = GGUFReader(tmp_path / "out" / result["filename"])
+    assert result.filename == "tiny-adp-q8_0.gguf"
+    reader = GGUFReader(tmp_path / "out" / result.filename)
     expected = {
         "general.architecture": "llama",
         "general.file_type": 7,
@@ -208,7 +209,7 @@ def test_the_metadata_says_what_the_model_and_its_tokenizer_are(tiny_path: Path,
     assert [kinds[number] for number in base.tokenizer.all_special_ids] == [3] * len(base.tokenizer.all_special_ids)
     merges = json.loads((tmp_path / "adapter/tokenizer.json").read_text())["model"]["merges"]
     assert text(reader, "tokenizer.ggml.merges") == [" ".join(pair) for pair in merges]
-    read = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=result["filename"])
+    read = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file=result.filename)
     sample = "the quick brown fox say 3 twice"
     assert read(sample).input_ids == base.tokenizer(sample).input_ids
     about = verify(tmp_path / "out")
@@ -221,9 +222,9 @@ def test_rows_that_cannot_be_packed_are_stored_otherwise_and_it_is_said(tiny_pat
     base = load(source, config)
     expected = make_adapter(base, config, tmp_path / "adapter")
     result = run(base, tmp_path, "q8_0")
-    assert result["tensors"] == {"F16": 2, "F32": 5, "Q8_0": 14}
-    assert any("blk.0.ffn_down.weight" in note for note in result["notes"])
-    assert (logits_of(tmp_path / "out", result["filename"]) - expected).abs().max() <= TOLERANCE["q8_0"]
+    assert result.tensors == {"F16": 2, "F32": 5, "Q8_0": 14}
+    assert any("blk.0.ffn_down.weight" in note for note in result.notes)
+    assert (logits_of(tmp_path / "out", result.filename) - expected).abs().max() <= TOLERANCE["q8_0"]
 
 
 def test_more_embeddings_than_tokens_are_named_and_fewer_refused(tiny_path: Path, tmp_path: Path) -> None:
@@ -237,7 +238,7 @@ def test_more_embeddings_than_tokens_are_named_and_fewer_refused(tiny_path: Path
         tokenizer.save_pretrained(tmp_path / folder / "base")
     base = load(tmp_path / "more/base", config)
     make_adapter(base, config, tmp_path / "more/adapter")
-    reader = GGUFReader(tmp_path / "more/out" / run(base, tmp_path / "more")["filename"])
+    reader = GGUFReader(tmp_path / "more/out" / run(base, tmp_path / "more").filename)
     assert text(reader, "tokenizer.ggml.tokens")[count:] == [f"[PAD{count + number}]" for number in range(3)]
     assert text(reader, "tokenizer.ggml.token_type")[count:] == [5] * 3
     base = load(tmp_path / "fewer/base", config)

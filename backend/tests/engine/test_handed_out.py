@@ -34,7 +34,8 @@ def test_stock_peft_computes_the_engines_logits(
     assert any("rounded residual" in warning for warning in channel.started().warnings) == rounded
     card = (tmp_path / "adp" / "README.md").read_text()
     assert ("BitsAndBytesConfig" in card) == (config.quantization == "nf4" and not rounded)
-    assert result["final_eval_loss"] < result["initial_eval_loss"]
+    assert result.final_eval_loss is not None and result.initial_eval_loss is not None
+    assert result.final_eval_loss < result.initial_eval_loss
     with base.using("adp"):
         served = logits(base)
     expression = f"model(input_ids=torch.tensor({PROBE.tolist()}), use_cache=False).logits.tolist()"

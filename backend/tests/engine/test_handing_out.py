@@ -79,7 +79,7 @@ def test_what_fails_after_the_last_step_loses_nothing(
     again = TestChannel()
     result = train(base, command_for(tmp_path, config), again)  # in the same engine
     assert again.started().resumed_from_step == 3 and again.losses() == {}
-    assert (result["steps"], result["stopped_on_request"]) == (3, False)
+    assert (result.steps, result.stopped_on_request) == (3, False)
     assert adapter_bytes(tmp_path) == adapter_bytes(tmp_path / "straight")
     assert base.adapters == ["adp"]
     verify(tmp_path / "adp")
@@ -127,10 +127,10 @@ def test_an_adapter_that_was_to_be_kept_is_handed_out_without_another_step(
         )  # fmt: skip
         with pytest.raises(CannotSave):
             train_tiny(tiny_path, tmp_path, config, stopped)
-    assert stopped.checkpoints() == [expected["steps"]]
+    assert stopped.checkpoints() == [expected.steps]
     channel = TestChannel()
     result = train_tiny(tiny_path, tmp_path, config, channel, hands_out=True)
-    assert channel.losses() == {} and 0 < result["steps"] == expected["steps"] < 9 and result["stopped_on_request"]
+    assert channel.losses() == {} and 0 < result.steps == expected.steps < 9 and result.stopped_on_request
     assert adapter_bytes(tmp_path) == adapter_bytes(tmp_path / "straight")
     assert json.loads((tmp_path / "adp/training.json").read_text())["outcome"]["stopped_on_request"]
 
@@ -147,10 +147,10 @@ def test_early_stopping_keeps_its_end_and_its_best_too(
         patched.setattr(handing_out, "write_manifest", broken)
         with pytest.raises(CannotSave):
             train_tiny(tiny_path, tmp_path, config)
-    assert step_of(checkpoint_folders(tmp_path / "checkpoints")[-1]) == expected["steps"] < 40
+    assert step_of(checkpoint_folders(tmp_path / "checkpoints")[-1]) == expected.steps < 40
     channel = TestChannel()
     result = train_tiny(tiny_path, tmp_path, config, channel)
-    assert channel.losses() == {} and result["adapter_step"] == expected["adapter_step"]
+    assert channel.losses() == {} and result.adapter_step == expected.adapter_step
     assert adapter_bytes(tmp_path) == adapter_bytes(tmp_path / "straight")
 
 
@@ -167,4 +167,4 @@ def test_a_run_that_has_ended_can_be_trained_longer(tiny_path: Path, tmp_path: P
     assert second.started().resumed_from_step == 3
     assert first.losses() | second.losses() == straight.losses()
     assert adapter_bytes(tmp_path) == adapter_bytes(tmp_path / "straight")
-    assert result["best_eval_loss"] == expected["best_eval_loss"]
+    assert result.best_eval_loss == expected.best_eval_loss

@@ -79,7 +79,8 @@ def test_gpt2s_weights_are_found_turned_round_in_its_files(
     base = load(path, config)
     before, published = logits(base), logits(load(path, config_for(Algorithm.LORA)))
     result = train(base, command_for(tmp_path, config), TestChannel())
-    assert result["final_eval_loss"] < result["initial_eval_loss"]
+    assert result.final_eval_loss is not None and result.initial_eval_loss is not None
+    assert result.final_eval_loss < result.initial_eval_loss
     base.detach("adp")
     assert torch.equal(logits(base), before) and not torch.equal(before, published)
 

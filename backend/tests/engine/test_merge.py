@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.errors import StorageFull
 from core.manifest import verify
+from domain.exports import MergedModel
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
-from domain.protocol import Merge, Progress
+from domain.protocol import AboutExport, Merge, Progress
 from engine import merge as module
 from engine import methods
 from engine.base import Base
@@ -27,6 +27,10 @@ from tests.support.training_command import TestChannel
 
 # Of fp32 weights: the sum of base and correction rounds once, and a product of sums is not a sum of products.
 TOLERANCE = 5e-6
+ABOUT = AboutExport(
+    adapter_id="adp", adapter_name="adapter", adapter_version=1, base_model_id="tests/tiny", base_revision=None,
+    format="merged", created_at="2026-01-01T00:00:00.000000Z",
+)  # fmt: skip
 
 
 def make_adapter(base: Base, config: PeftConfig, folder: Path, size: float = 0.02) -> torch.Tensor:
@@ -52,11 +56,11 @@ def make_adapter(base: Base, config: PeftConfig, folder: Path, size: float = 0.0
 def command_for(folder: Path, adapter: Path) -> Merge:
     return Merge(
         request_id="r", adapter_id="adp", adapter_path=str(adapter), output_path=str(folder / "merged"),
-        base_model_id="tests/tiny", about={"adapter_id": "adp"},
+        base_model_id="tests/tiny", about=ABOUT,
     )  # fmt: skip
 
 
-def run(base: Base, folder: Path, adapter: Path, channel: Channel | None = None) -> dict[str, Any]:
+def run(base: Base, folder: Path, adapter: Path, channel: Channel | None = None) -> MergedModel:
     return merge(base, command_for(folder, adapter), channel or TestChannel())
 
 
@@ -87,8 +91,8 @@ def test_the_merged_model_gives_the_adapters_logits_and_the_base_stays_as_it_was
     after = state_of(base)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert base.adapters == [] and torch.equal(logits(base), bare)
-    assert (result["dtype"], result["adapted_layers"]) == ("float32", 14)
-    assert any("4-bit NF4" in note for note in result["notes"]) == (config.quantization == "nf4")
+    assert (result.dtype, result.adapted_layers) == ("float32", 14)
+    assert any("4-bit NF4" in note for note in result.notes) == (config.quantization == "nf4")
 
 
 def test_a_base_in_eight_bits_is_dequantised_and_left_alone(tiny_path: Path, tmp_path: Path) -> None:
@@ -102,7 +106,7 @@ def test_a_base_in_eight_bits_is_dequantised_and_left_alone(tiny_path: Path, tmp
     assert (logits_of(tmp_path / "merged") - expected).abs().max() < 0.05 < (expected - bare).abs().max()
     after = state_of(base)
     assert all(torch.equal(before[name], after[name]) for name in before) and torch.equal(logits(base), bare)
-    assert "8-bit" in result["notes"][0]
+    assert "8-bit" in result.notes[0]
 
 
 def test_other_adapters_on_the_base_are_left_there_and_are_not_merged(tiny_path: Path, tmp_path: Path) -> None:
@@ -142,7 +146,7 @@ def test_a_sixteen_bit_base_is_written_in_its_own_type_and_untouched_weights_to_
     # bf16 keeps 8 bits: each merged weight is off by at most 2^-9 of itself.
     assert (logits_of(tmp_path / "merged", torch.float32) - expected).abs().max() <= 0.02
     assert json.loads((tmp_path / "merged/config.json").read_text())["dtype"] == "bfloat16"
-    assert result["notes"] == [
+    assert result.notes == [
         "Base and adapter were added in fp32 and rounded to bfloat16, the type of the base's own files."
     ]
 
@@ -160,7 +164,7 @@ def test_the_folder_is_whole_documented_and_loads_with_the_trained_template(
     folder = tmp_path / "merged"
 
     shards = sorted(folder.glob("model-*.safetensors"))
-    assert len(shards) > 1 and result["size_bytes"] == sum(
+    assert len(shards) > 1 and result.size_bytes == sum(
         tensor.nbytes for shard in shards for tensor in load_file(shard).values()
     )
     assert (logits_of(folder) - expected).abs().max() <= TOLERANCE
@@ -210,7 +214,7 @@ def test_tied_tensors_are_saved_once_unless_the_adapter_changes_one_of_them(tiny
     result = run(base, tmp_path, tmp_path / "adapter")
     assert "lm_head.weight" in load_file(tmp_path / "merged/model.safetensors")
     assert (logits_of(tmp_path / "merged") - expected).abs().max() <= TOLERANCE
-    assert any("one tensor" in note for note in result["notes"])
+    assert any("one tensor" in note for note in result.notes)
     assert base.adapters == ["adp"]
 
 

@@ -52,16 +52,16 @@ def test_an_adapters_own_template_counts_in_answers_as_in_exports(tiny_path: Pat
         (adapter / "tokenizer.json").unlink()
     base.attach("adp", adapter)
     with_it, bare = ask(base, "adp"), ask(base, None)
-    assert with_it["prompt_tokens"] == rendered(base, OWN) != bare["prompt_tokens"]
-    assert (with_it["chat_template"], bare["chat_template"]) == ("adapter", "model")
-    assert ask(base, "adp", messages=None, prompt="the")["chat_template"] is None
+    assert with_it.prompt_tokens == rendered(base, OWN) != bare.prompt_tokens
+    assert (with_it.chat_template, bare.chat_template) == ("adapter", "model")
+    assert ask(base, "adp", messages=None, prompt="the").chat_template is None
     assert base.served("adp").ends.mark == base.tokenizer.convert_tokens_to_ids("<|user|>")
-    notes = export_merged(base, tmp_path, adapter)["notes"]
+    notes = export_merged(base, tmp_path, adapter).notes
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == OWN
     assert "The chat template is the adapter's own, not the base's." in notes
     made = export_gguf(base, tmp_path)
-    assert text(GGUFReader(tmp_path / "out" / made["filename"]), "tokenizer.chat_template") == OWN
-    assert "The chat template is the adapter's own, not the base's." in made["notes"]
+    assert text(GGUFReader(tmp_path / "out" / made.filename), "tokenizer.chat_template") == OWN
+    assert "The chat template is the adapter's own, not the base's." in made.notes
 
 
 @pytest.mark.parametrize("own", [LISTED, "in its settings", None])
@@ -74,8 +74,8 @@ def test_wherever_an_adapter_keeps_its_template(tiny_path: Path, tmp_path: Path,
     base.attach("adp", adapter)
     expected = {str: said, list: NAMED["default"], type(None): base.tokenizer.chat_template}[type(own)]
     answer = ask(base, "adp")
-    assert answer["prompt_tokens"] == rendered(base, expected)
-    assert answer["chat_template"] == ("model" if own is None else "adapter")
+    assert answer.prompt_tokens == rendered(base, expected)
+    assert answer.chat_template == ("model" if own is None else "adapter")
     export_merged(base, tmp_path, adapter)
     found = AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
     assert found == (NAMED if own is LISTED else expected)
@@ -98,7 +98,7 @@ def test_a_base_without_a_template_says_so(tiny_path: Path, tmp_path: Path) -> N
     base, adapter = base_and_adapter(base_with(tiny_path, tmp_path / "base", None), tmp_path)
     base.attach("adp", adapter)
     assert base.tokenizer.chat_template == FALLBACK_TEMPLATE
-    assert {ask(base, name)["chat_template"] for name in ("adp", None)} == {"none: a plain one is used"}
+    assert {ask(base, name).chat_template for name in ("adp", None)} == {"none: a plain one is used"}
 
 
 def test_a_template_for_parts_gets_parts_in_answers_as_in_training(tiny_path: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_template_for_parts_gets_parts_in_answers_as_in_training(tiny_path: Pa
     for content in ("a", "the quick brown fox"):
         said = ask(base, None, messages=[ChatMessage(role="user", content=content)])
         expected = base.tokenizer(f"<|user|>{content}<|end|>\n<|assistant|>", add_special_tokens=False)["input_ids"]
-        assert said["prompt_tokens"] == len(expected)
+        assert said.prompt_tokens == len(expected)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_a_template_refuses_is_the_clients_to_change(
     base = load(base_with(tiny_path, tmp_path / "base", template), config_for(Algorithm.LORA))
     with pytest.raises(BadSetting, match=f"chat template refuses the conversation: .*({words})"):
         ask(base, None)
-    assert ask(base, None, messages=None, prompt="the")["completion_tokens"] > 0
+    assert ask(base, None, messages=None, prompt="the").completion_tokens > 0
 
 
 def test_a_template_without_an_end_does_not_hold_an_answer_up(tiny_path: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_tokenizer_that_has_grown_beyond_the_embeddings_is_refused_by_both_exp
         export_gguf(base, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
     base.attach("adp", adapter)
-    assert ask(base, "adp")["completion_tokens"] > 0
+    assert ask(base, "adp").completion_tokens > 0
     with pytest.raises(BadSetting, match="the prompt has the token"):
         ask(base, "adp", messages=[ChatMessage(role="user", content="the <new>")])
 
@@ -179,7 +179,7 @@ def test_a_tokenizer_with_neither_pad_nor_end_trains_answers_and_is_exported(tin
     base = load(path, config)
     base.attach("adp", tmp_path / "adp")
     assert base.tokenizer.pad_token is None
-    assert ask(base, "adp")["completion_tokens"] > 0
+    assert ask(base, "adp").completion_tokens > 0
     base.detach("adp")
     (tmp_path / "adp").rename(tmp_path / "adapter")
     export_merged(base, tmp_path, tmp_path / "adapter")
@@ -188,7 +188,7 @@ def test_a_tokenizer_with_neither_pad_nor_end_trains_answers_and_is_exported(tin
 
 def test_the_coldest_temperatures_take_the_likeliest_token(tiny_path: Path) -> None:
     base = load(tiny_path, config_for(Algorithm.LORA))
-    texts = [ask(base, None, temperature=cold, seed=1)["text"] for cold in (0.0, 1e-320, 1e-40, 1e-9, 1e-5)]
+    texts = [ask(base, None, temperature=cold, seed=1).text for cold in (0.0, 1e-320, 1e-40, 1e-9, 1e-5)]
     assert len(set(texts)) == 1
 
 
@@ -198,4 +198,4 @@ def test_a_tokenizer_that_cannot_be_read_is_named(tiny_path: Path, tmp_path: Pat
     base.attach("adp", adapter)
     with pytest.raises(BadSetting, match="the adapter's tokenizer cannot be used"):
         ask(base, "adp")
-    assert ask(base, None)["completion_tokens"] > 0
+    assert ask(base, None).completion_tokens > 0

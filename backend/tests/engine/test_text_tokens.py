@@ -65,7 +65,7 @@ def adding(tiny_path: Path, tmp_path: Path) -> Path:
 
 def test_a_prompt_has_one_too_and_analysis_counts_it_so(adding: Path, tmp_path: Path) -> None:
     base = load(adding, config_for(Algorithm.LORA))
-    counts = [ask(base, None, messages=None, prompt=text)["prompt_tokens"] for text in ("the fox", "<|user|>the fox")]
+    counts = [ask(base, None, messages=None, prompt=text).prompt_tokens for text in ("the fox", "<|user|>the fox")]
     assert counts[0] == counts[1] == len(base.tokenizer("the fox").input_ids)
     found = [analyze(adding, tmp_path, [{"text": text}]) for text in ("the fox", "<|user|>the fox")]
     assert found[0]["tokens"] == found[1]["tokens"]

@@ -58,7 +58,7 @@ def test_named_templates_reach_the_adapter_and_every_export(tiny_path: Path, tmp
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == NAMED
     assert verify(tmp_path / "merged")["adapter_id"] == "adp"
     made = export_gguf(base, tmp_path)
-    reader = GGUFReader(tmp_path / "out" / made["filename"])
+    reader = GGUFReader(tmp_path / "out" / made.filename)
     assert text(reader, "tokenizer.chat_template") == NAMED["default"]
     for name in ("tool_use", "rag"):
         assert text(reader, f"tokenizer.chat_template.{name}") == NAMED[name]

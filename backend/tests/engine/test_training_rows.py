@@ -34,4 +34,4 @@ def test_a_dataset_may_validate_itself_and_idle_rows_are_left_out_of_both(tiny_p
         tiny_path, tmp_path / "run", config,
         dataset_path=str(path), validation_path=str(path), validation_fraction=0.0,
     )  # fmt: skip
-    assert (result["rows"], result["validation_rows"]) == (3, 3)
+    assert (result.rows, result.validation_rows) == (3, 3)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from domain.peft.algorithms import Algorithm
 from domain.protocol import ChatMessage, Generate, Token
+from domain.results import Generated
 from engine.batches import FALLBACK_TEMPLATE, RowTokenizer
 from engine.generation import generate
 from engine.rendering import ChatRenderer
@@ -51,7 +52,7 @@ class Listener(TestChannel):
         return "".join(event.text for event in self.events if isinstance(event, Token))
 
 
-def ask(base: Any, adapter: str | None, channel: Any = None, **changes: Any) -> dict[str, Any]:
+def ask(base: Any, adapter: str | None, channel: Any = None, **changes: Any) -> Generated:
     values: dict[str, Any] = {
         "request_id": "r", "messages": [ChatMessage(role="user", content=QUESTION)], "prompt": None,
         "adapter_id": adapter, "max_new_tokens": 40, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": [],
@@ -78,10 +79,10 @@ def test_a_base_whose_turns_end_in_another_mark_than_its_texts(tiny_path: Path, 
     mark, own = base.tokenizer.convert_tokens_to_ids(["<|end|>", "<|system|>"])
     channel = Listener()
     said = ask(base, "adp", channel)
-    assert (said["text"], said["finish_reason"], channel.text()) == (ANSWER, "stop", ANSWER)
-    assert said["completion_tokens"] == len(base.tokenizer(ANSWER).input_ids) + 1
-    assert ask(base, "adp", stop=["<|end|>"])["text"] == ANSWER
-    assert ask(base, "adp", stop=["dozen<|end|>"])["text"] == ANSWER.removesuffix("dozen")
+    assert (said.text, said.finish_reason, channel.text()) == (ANSWER, "stop", ANSWER)
+    assert said.completion_tokens == len(base.tokenizer(ANSWER).input_ids) + 1
+    assert ask(base, "adp", stop=["<|end|>"]).text == ANSWER
+    assert ask(base, "adp", stop=["dozen<|end|>"]).text == ANSWER.removesuffix("dozen")
 
     export_merged(base, tmp_path, tmp_path / "adapter")
     for name in ("generation_config.json", "config.json"):
@@ -94,14 +95,14 @@ def test_a_base_whose_turns_end_in_another_mark_than_its_texts(tiny_path: Path, 
     assert tokenizer.decode(output) == f"{ANSWER}<|end|>"
 
     made = export_gguf(base, tmp_path)
-    reader = GGUFReader(tmp_path / "out" / made["filename"])
+    reader = GGUFReader(tmp_path / "out" / made.filename)
     roles = {role: text(reader, f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")}
     assert roles == {"eos": mark, "eot": mark, "eom": own}
 
 
 def test_a_base_whose_turns_end_as_its_texts_do_is_exported_as_it_was(tiny_path: Path, tmp_path: Path) -> None:
     base = trained(tiny_path, tmp_path)
-    assert ask(base, "adp")["finish_reason"] == "stop"
+    assert ask(base, "adp").finish_reason == "stop"
     export_merged(base, tmp_path, tmp_path / "adapter")
     for name in ("generation_config.json", "config.json"):
         before, after = (json.loads((folder / name).read_text()) for folder in (tiny_path, tmp_path / "merged"))
@@ -110,7 +111,7 @@ def test_a_base_whose_turns_end_as_its_texts_do_is_exported_as_it_was(tiny_path:
         tiny_path / "generation_config.json"
     ).read_bytes()
     made = export_gguf(base, tmp_path)
-    reader = GGUFReader(tmp_path / "out" / made["filename"])
+    reader = GGUFReader(tmp_path / "out" / made.filename)
     assert reader.get_field("tokenizer.ggml.eot_token_id") is None
     assert text(reader, "tokenizer.ggml.eos_token_id") == base.tokenizer.eos_token_id
 
@@ -124,8 +125,8 @@ def test_a_turn_that_ends_in_a_text_ends_there_too(tiny_path: Path, tmp_path: Pa
     base = trained(base_that_ends_in(tiny_path, tmp_path / "base", "<|system|>", template), tmp_path)
     channel = Listener()
     said = ask(base, "adp", channel)
-    assert (said["text"], said["finish_reason"], channel.text()) == (ANSWER, "stop", ANSWER)
-    notes = export_merged(base, tmp_path, tmp_path / "adapter")["notes"]
+    assert (said.text, said.finish_reason, channel.text()) == (ANSWER, "stop", ANSWER)
+    notes = export_merged(base, tmp_path, tmp_path / "adapter").notes
     assert any("'### end'" in note for note in notes)
 
 

@@ -20,6 +20,7 @@ from core.errors import (
     TransitionNotPermitted,
 )
 from core.files import whole_folder
+from domain.exports import ExportResult, GgufSettings, MergedModel, MergedSettings
 from domain.jobs.export_states import FINAL_STATES, ExportKind, ExportState, may_change
 from services.adapter_service import AdapterService
 from services.engines.process import EngineDied
@@ -32,7 +33,10 @@ from store.repositories import Adapters
 from tests.support.hub_double import ManualClock
 from tests.support.server import wait_until
 
-Act = Callable[[ExportRecord, Path, ExportControl], dict[str, Any]]
+Act = Callable[[ExportRecord, Path, ExportControl], ExportResult]
+
+
+MADE = MergedModel(size_bytes=7, dtype="float32", adapted_layers=14, notes=["done"])
 
 
 class NothingLoaded:
@@ -42,13 +46,13 @@ class NothingLoaded:
         return
 
 
-def make_files(_record: ExportRecord, folder: Path, _control: ExportControl) -> dict[str, Any]:
+def make_files(_record: ExportRecord, folder: Path, _control: ExportControl) -> ExportResult:
     with whole_folder(folder) as temporary:
         (temporary / "model.safetensors").write_bytes(b"weights")
-    return {"notes": ["done"]}
+    return MADE
 
 
-def until_stopped(_record: ExportRecord, _folder: Path, control: ExportControl) -> dict[str, Any]:
+def until_stopped(_record: ExportRecord, _folder: Path, control: ExportControl) -> ExportResult:
     control.report("merging", 0.5)
     while True:
         control.wait(0.01)
@@ -66,10 +70,10 @@ class Bench:
         self.open()
 
     def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: Any) -> None:
-        if settings:
+        if settings != MergedSettings():
             raise ExportRejected("No.")
 
-    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+    def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> ExportResult:
         return self.act(record, folder, control)
 
     def open(self) -> None:
@@ -88,7 +92,7 @@ class Bench:
             Adapters(connection).add(record)
 
     def create(self) -> str:
-        return self.service.create("adp_1", ExportKind.MERGED, {}).id
+        return self.service.create("adp_1", ExportKind.MERGED, MergedSettings()).id
 
     def wait(self, export_id: str, *states: ExportState) -> ExportRecord:
         wait_until(lambda: self.ledger.get(export_id).state in states)
@@ -113,8 +117,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 def test_an_export_is_queued_runs_and_keeps_its_folder(bench: Bench) -> None:
     export_id = bench.create()
     record = bench.wait(export_id, ExportState.SUCCEEDED)
-    assert [change["state"] for change in record.history] == ["queued", "running", "succeeded"]
-    assert (record.attempts, record.result, record.error) == (1, {"notes": ["done"]}, None)
+    assert [change.state for change in record.history] == ["queued", "running", "succeeded"]
+    assert (record.attempts, record.result, record.error) == (1, MADE, None)
     assert bench.service.files(record) == [("model.safetensors", 7)]
     assert bench.service.file(export_id, "model.safetensors").read_bytes() == b"weights"
     assert bench.service.progress_of(export_id) is None
@@ -128,9 +132,9 @@ def test_an_export_is_queued_runs_and_keeps_its_folder(bench: Bench) -> None:
     with pytest.raises(ExportNotFound):
         bench.ledger.get(export_id)
     with pytest.raises(AdapterNotFound):
-        bench.service.create("adp_none", ExportKind.MERGED, {})
+        bench.service.create("adp_none", ExportKind.MERGED, MergedSettings())
     with pytest.raises(ExportRejected):
-        bench.service.create("adp_1", ExportKind.MERGED, {"never": True})
+        bench.service.create("adp_1", ExportKind.MERGED, GgufSettings(quantization="f16"))
     assert bench.ledger.all() == []
 
 
@@ -161,15 +165,15 @@ def test_running_and_queued_exports_are_cancelled(bench: Bench) -> None:
     ],
 )
 def test_a_failure_says_why_and_the_next_export_runs(bench: Bench, error: Exception, kind: str) -> None:
-    def fail(_record: ExportRecord, _folder: Path, _control: ExportControl) -> dict[str, Any]:
+    def fail(_record: ExportRecord, _folder: Path, _control: ExportControl) -> ExportResult:
         raise error
 
     bench.act = fail
     record = bench.wait(bench.create(), ExportState.FAILED)
-    assert record.error is not None and record.error["class"] == kind
-    assert "secret" not in record.error["message"]
+    assert record.error is not None and record.error.error_class == kind
+    assert "secret" not in record.error.message
     if isinstance(error, EngineDied):
-        assert (record.error["signal"], record.error["log_tail"]) == (9, ["last words"])
+        assert (record.error.signal, record.error.log_tail) == (9, ["last words"])
     bench.act = make_files
     bench.wait(bench.create(), ExportState.SUCCEEDED)
 
@@ -185,7 +189,7 @@ def test_a_killed_server_takes_its_exports_up_again_in_order(bench: Bench) -> No
 
     done: list[str] = []
 
-    def note(record: ExportRecord, folder: Path, control: ExportControl) -> dict[str, Any]:
+    def note(record: ExportRecord, folder: Path, control: ExportControl) -> ExportResult:
         done.append(record.id)
         return make_files(record, folder, control)
 
@@ -196,16 +200,16 @@ def test_a_killed_server_takes_its_exports_up_again_in_order(bench: Bench) -> No
     bench.wait(third, ExportState.SUCCEEDED)
     record = bench.wait(first, ExportState.SUCCEEDED)
     assert done == [first, third] and record.attempts == 2
-    assert [change["state"] for change in record.history] == ["queued", "running", "queued", "running", "succeeded"]
+    assert [change.state for change in record.history] == ["queued", "running", "queued", "running", "succeeded"]
     assert bench.ledger.get(second).state is ExportState.CANCELLED
 
 
 def test_a_cancelled_export_stays_cancelled_though_the_server_is_killed_before_it_obeys(bench: Bench) -> None:
     told = threading.Event()
 
-    def deaf(_record: ExportRecord, _folder: Path, _control: ExportControl) -> dict[str, Any]:
+    def deaf(_record: ExportRecord, _folder: Path, _control: ExportControl) -> ExportResult:
         told.wait(60)
-        return {}
+        return MADE
 
     bench.act = deaf
     export_id = bench.create()
@@ -256,7 +260,7 @@ def test_a_database_that_is_away_for_a_while_loses_no_export(
 
     bench.ledger.move, bench.ledger.get = unsure, away_once  # type: ignore[method-assign]
     record = bench.wait(bench.create(), ExportState.SUCCEEDED)
-    assert [change["state"] for change in record.history] == ["queued", "running", "succeeded"]
+    assert [change.state for change in record.history] == ["queued", "running", "succeeded"]
     wait_until(lambda: moves == [ExportState.RUNNING] * 2 + [ExportState.SUCCEEDED] * 2)
     assert record.attempts == 1
 
@@ -278,15 +282,15 @@ def test_an_export_that_ends_the_server_again_and_again_fails(bench: Bench) -> N
         bench.open()
         bench.service.start()
     record = bench.wait(export_id, ExportState.FAILED)
-    assert record.error is not None and record.error["class"] == "server_ended"
+    assert record.error is not None and record.error.error_class == "server_ended"
 
 
 def test_cancelling_races_with_the_end_and_there_is_one_final_state(bench: Bench) -> None:
     seen: list[ExportState] = []
 
-    def quick(_record: ExportRecord, _folder: Path, control: ExportControl) -> dict[str, Any]:
+    def quick(_record: ExportRecord, _folder: Path, control: ExportControl) -> ExportResult:
         control.wait(random.uniform(0, 0.002))
-        return {}
+        return MADE
 
     bench.act = quick
     for _ in range(60):
@@ -304,7 +308,7 @@ def test_cancelling_races_with_the_end_and_there_is_one_final_state(bench: Bench
         for thread in threads:
             thread.join()
         record = bench.wait(export_id, *FINAL_STATES)
-        states = [ExportState(change["state"]) for change in record.history]
+        states = [ExportState(change.state) for change in record.history]
         assert states[-1] is record.state and record.state in (ExportState.SUCCEEDED, ExportState.CANCELLED)
         assert all(may_change(*pair) for pair in pairwise(states))
         seen.append(record.state)

@@ -544,13 +544,12 @@ def test_a_local_model_is_resolved_to_its_folder(bench: Bench) -> None:
     found = registry.resolve_local("me/m")
 
     assert found is not None
-    assert found.path == registry.local_path("me/m") == folder
+    assert found.path == folder
     assert [model.model_id for model in registry.local_models()] == ["me/m", "org/embedded"]
-    assert registry.resolve_local("org/embedded") is not None
-    assert registry.local_path("org/embedded") is None
+    embedded = registry.resolve_local("org/embedded")
+    assert embedded is not None and embedded.path is None
     assert registry.config_of("org/embedded") == CONFIG
     assert registry.resolve_local("me/absent") is None
-    assert registry.local_path("me/absent") is None
 
 
 @pytest.mark.parametrize("model_id", ["a/b/c", "../etc", "a--b", "", "a b"])
@@ -580,7 +579,8 @@ def test_the_service_is_built_from_settings_and_environment(bench: Bench, monkey
     )
 
     assert ids(registry.search(SearchQuery())) == ["me/m"]
-    assert registry.local_path("me/here") == folder
+    here = registry.resolve_local("me/here")
+    assert here is not None and here.path == folder
     assert list((bench.folder / "home" / "cache" / "hub").iterdir())
 
 

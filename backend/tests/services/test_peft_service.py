@@ -14,10 +14,10 @@ from core.errors import DoesNotFit, HubUnavailable, SettingRejected
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.adapter_service import AdapterService
-from services.generation_service import GenerationRequest, GenerationService
+from services.generation_service import GenerationService
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from store.database import Database
-from tests.support.engine_double import EngineDoubles
+from tests.support.engine_double import SHORT_ANSWER, EngineDoubles
 from tests.support.hub_double import ManualClock
 from tests.support.little_memory import FAR_ID, GRACE_S, IDLE_S, load, peft_with_little_memory
 
@@ -163,5 +163,5 @@ def test_a_model_does_not_give_way_between_the_look_and_the_command(
 
     monkeypatch.setattr(engines.started[0], "request", request)
     adapters = AdapterService(Database(f"sqlite:///{tmp_path}/studio.db"), tmp_path / "adapters", peft)
-    GenerationService(peft, adapters).start(first.id, GenerationRequest(None, "a", None, 1, 0.0, 1.0, None, []))
+    GenerationService(peft, adapters).start(first.id, SHORT_ANSWER)
     assert gave_way == [False] and first.base.retire(0.0)

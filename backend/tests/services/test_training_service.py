@@ -18,6 +18,8 @@ from core.errors import (
     TransitionNotPermitted,
 )
 from domain.configure import MachineFacts, configure
+from domain.jobs.load_options import LoadOptions
+from domain.jobs.progress import JobProgress
 from domain.jobs.states import FINAL_STATES, JobState
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
@@ -90,9 +92,9 @@ class Studio:
     def add(self, number: int, **changes: Any) -> str:
         record = JobRecord(
             id=f"job_{number}", sequence=number, name="n", state=JobState.QUEUED, priority=0, idempotency_key=None,
-            request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options={}, algorithm="lora",
+            request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora",
             config=CONFIG.model_dump(mode="json"), dataset_id="ds", validation_dataset_id=None,
-            validation_fraction=0.0, progress={}, result={}, attempts=0, stalls=0, resumed_from=None,
+            validation_fraction=0.0, progress=JobProgress(), result=None, attempts=0, stalls=0, resumed_from=None,
             cancel_wish=None, adapter_id=None, error=None, created_at=MOMENT, started_at=None, finished_at=None,
         )  # fmt: skip
         with self.database.begin() as connection:
@@ -148,7 +150,7 @@ def test_a_hub_that_is_away_is_tried_again_as_told_and_not_for_ever(tmp_path: Pa
     wait_until(lambda: studio.states() == [JobState.FAILED])
     studio.close()
     (job,) = studio.ledger.all()
-    assert job.error is not None and job.error["class"] == "hub_unavailable" and "5th time" in job.error["message"]
+    assert job.error is not None and job.error.error_class == "hub_unavailable" and "5th time" in job.error.message
     assert asked == [0.01, 2.0, 4.0, 8.0]
 
 
@@ -201,8 +203,8 @@ def test_what_the_engine_cannot_do_is_not_tried_again(tmp_path: Path, error_clas
     studio.close()
     (job,) = studio.ledger.all()
     assert job.attempts == 1 and job.error is not None
-    assert (job.error["class"], job.error["suggestions"]) == (error_class, suggestions)
-    assert job.error["log_tail"] == ["last line"]
+    assert (job.error.error_class, job.error.suggestions) == (error_class, suggestions)
+    assert job.error.log_tail == ["last line"]
 
 
 def test_a_wish_that_came_too_late_for_its_run_is_obeyed_by_the_queue(tmp_path: Path) -> None:
@@ -230,21 +232,21 @@ def test_a_database_that_is_away_leaves_the_job_in_the_queue(tmp_path: Path) -> 
     wait_until(lambda: studio.states() == [JobState.FAILED])
     studio.close()
     (job,) = studio.ledger.all()
-    assert job.error is not None and job.error["class"] == "model_rejected" and job.attempts == 1
+    assert job.error is not None and job.error.error_class == "model_rejected" and job.attempts == 1
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, ("auto", "cpu", False, False)),
+        (None, ("auto", "cpu", False, False)),
         (
-            {"engine": "transformers", "device": 1, "force": True, "allow_pickle": True},
+            LoadOptions(engine="transformers", device=1, force=True, allow_pickle=True),
             ("transformers", 1, True, True),
         ),
     ],
 )
 def test_a_base_is_loaded_again_as_the_client_had_it_loaded(
-    tmp_path: Path, options: dict[str, Any], expected: tuple[Any, ...]
+    tmp_path: Path, options: LoadOptions | None, expected: tuple[Any, ...]
 ) -> None:
     seen: list[tuple[Any, ...]] = []
 
@@ -303,7 +305,7 @@ def test_an_event_that_was_written_unheard_is_not_written_twice(tmp_path: Path) 
 
     def record(step: int, after: int) -> int:
         data = {"step": step, "loss": 0.1 + 0.2}
-        return studio.ledger.record_event(job_id, "metrics", data, {"step": step}, 0, after=after)
+        return studio.ledger.record_event(job_id, "metrics", data, JobProgress(step=step), 0, after=after)
 
     first = record(1, after=0)
     studio.service.pause(job_id)  # another's event in between
@@ -327,7 +329,9 @@ def test_an_event_whose_commit_nobody_answered_is_there_once_when_postgresql_is_
         job_id = studio.add(1)
 
         def record() -> int:
-            return studio.ledger.record_event(job_id, "metrics", {"step": 1, "loss": 0.3}, {"step": 1}, 0, after=0)
+            return studio.ledger.record_event(
+                job_id, "metrics", {"step": 1, "loss": 0.3}, JobProgress(step=1), 0, after=0
+            )
 
         cutter.cut_next("after", then_away=True)
         for _ in range(2):  # nobody can say what became of the first; the second does not get through
@@ -336,7 +340,7 @@ def test_an_event_whose_commit_nobody_answered_is_there_once_when_postgresql_is_
         cutter.back()
         assert record() == record() == 1
         assert [event.data["step"] for event in studio.ledger.events(job_id, 0, 10)] == [1]
-        assert studio.ledger.get(job_id).progress == {"step": 1}
+        assert studio.ledger.get(job_id).progress == JobProgress(step=1)
         studio.close()
 
 
@@ -375,7 +379,7 @@ def test_a_job_that_the_server_dies_of_is_given_up(tmp_path: Path) -> None:
     studio.service.start()
     studio.close()
     (job,) = studio.ledger.all()
-    assert job.state is JobState.FAILED and job.error is not None and job.error["class"] == "server_ended"
+    assert job.state is JobState.FAILED and job.error is not None and job.error.error_class == "server_ended"
 
 
 @pytest.mark.slow

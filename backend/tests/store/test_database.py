@@ -15,6 +15,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import JSON, Column, MetaData, Table, event, inspect, text
 
 from core.errors import DatabaseUnavailable, StorageFull
+from domain.exports import GgufSettings
+from domain.jobs.progress import JobProgress
 from domain.jobs.states import JobState
 from store import database as module
 from store.database import HEAD, Database
@@ -59,9 +61,9 @@ def database(empty: Database) -> Database:
 def _job(number: int, priority: int = 0) -> JobRecord:
     return JobRecord(
         id=f"job_{number}", sequence=number, name="n", state=JobState.QUEUED, priority=priority, idempotency_key=None,
-        request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options={}, algorithm="lora",
-        config={}, dataset_id="ds", validation_dataset_id=None, validation_fraction=0.1, progress={}, result={},
-        attempts=0, stalls=0, resumed_from=None, cancel_wish=None, adapter_id=None, error=None,
+        request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora",
+        config={}, dataset_id="ds", validation_dataset_id=None, validation_fraction=0.1, progress=JobProgress(),
+        result=None, attempts=0, stalls=0, resumed_from=None, cancel_wish=None, adapter_id=None, error=None,
         created_at="2026-01-01T00:00:00.000000Z", started_at=None, finished_at=None,
     )  # fmt: skip
 
@@ -121,7 +123,7 @@ def _fill_first_version(database: Database) -> None:
     _upgrade(database, "0001")
     old = {
         name: value
-        for name, value in asdict(_job(1)).items()
+        for name, value in (asdict(_job(1)) | {"progress": {}, "result": {}}).items()
         if name not in ("stalls", "resumed_from", "cancel_wish", "load_options")
     }
     with database.begin() as connection:
@@ -136,7 +138,7 @@ def test_a_database_of_the_first_version_keeps_its_jobs(empty: Database) -> None
     empty.migrate()
     with empty.begin() as connection:
         found = Jobs(connection).get("job_1")
-    assert found is not None and (found.stalls, found.resumed_from, found.load_options) == (0, None, {})
+    assert found is not None and (found.stalls, found.resumed_from, found.load_options) == (0, None, None)
     assert found.config == {
         "rank": 4,
         "checkpoint_every_steps": None,
@@ -273,7 +275,7 @@ def test_exports_of_the_third_version_keep_what_they_say(empty: Database) -> Non
     empty.migrate()
     with empty.begin() as connection:
         (found,) = Exports(connection).all()
-    assert (found.id, found.attempts, found.settings) == ("exp_1", 2, {"quantization": "q8_0"})
+    assert (found.id, found.attempts, found.settings) == ("exp_1", 2, GgufSettings(quantization="q8_0"))
     assert found.cancel_wish is False
 
 

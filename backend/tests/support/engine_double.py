@@ -3,9 +3,16 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
-from services.engines.process import EngineProcess, EventHandler
+from pydantic import BaseModel, JsonValue
+
+from domain.protocol import Command, E, Generate, R
+from domain.results import Generated, Loaded, MemoryHeld
+from services.engines.process import EngineProcess
+
+SHORT_ANSWER = Generate(
+    messages=None, prompt="a", adapter_id=None, max_new_tokens=1, temperature=0.0, top_p=1.0, seed=None, stop=[]
+)
 
 
 class EngineDouble(EngineProcess):
@@ -23,7 +30,7 @@ class EngineDouble(EngineProcess):
     def __init__(self, on_exit: Callable[[], None] | None, held_bytes: int) -> None:
         self.on_exit: Callable[[], None] = on_exit or (lambda: None)
         self.held_bytes, self.ended, self.takes_long = held_bytes, False, False
-        self._unanswered: list[Future[dict[str, Any]]] = []
+        self._unanswered: list[Callable[[], None]] = []
 
     @property
     def pid(self) -> int:
@@ -39,21 +46,33 @@ class EngineDouble(EngineProcess):
     def log_tail(self) -> list[str]:
         return []
 
-    def request(
-        self, make: Callable[[str], Any], on_event: EventHandler | None = None
-    ) -> tuple[str, "Future[dict[str, Any]]"]:
-        make("request")
-        future: Future[dict[str, Any]] = Future()
-        self._unanswered.append(future)
+    def request(self, command: Command[R, E], on_event: Callable[[E], None] | None = None) -> "Future[R]":
+        future: Future[R] = Future()
+        self._unanswered.append(lambda: future.set_result(command.read_result(self._result(command.result_type()))))
         if not self.takes_long:
             self.answer()
-        return "request", future
+        return future
+
+    def _result(self, wanted: type[BaseModel]) -> dict[str, JsonValue]:
+        results: dict[type[BaseModel], dict[str, JsonValue]] = {
+            Loaded: {"total_parameters": 1, "memory_bytes": self.held_bytes, "load_s": 0.1},
+            MemoryHeld: {"memory_bytes": self.held_bytes},
+            Generated: {
+                "text": "b",
+                "prompt_tokens": 1,
+                "completion_tokens": 1,
+                "finish_reason": "length",
+                "elapsed_s": 0.1,
+                "chat_template": None,
+            },
+        }
+        return results[wanted]
 
     def answer(self) -> None:
         """Finish every command that is running."""
         unanswered, self._unanswered = self._unanswered, []
-        for future in unanswered:
-            future.set_result({"total_parameters": 1, "memory_bytes": self.held_bytes, "load_s": 0.1})
+        for finish in unanswered:
+            finish()
 
     def close(self, timeout_s: float = 10.0) -> None:
         self.ended = True

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from domain.jobs.figures import TrainingFigures
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, StepMetrics, StopMode, Train, TrainingStarted
 from engine.channel import Channel, Stopped
@@ -61,14 +62,14 @@ def command_for(folder: Path, config: PeftConfig, **changes: Any) -> Train:
         "checkpoints_path": str(folder / "checkpoints"),
         "max_checkpoint_bytes": None,
         "recorded_step": 10**9,
-        "about": {},
+        "about": None,
     }
     return Train(**values | changes)
 
 
 def train_tiny(
     tiny_path: Path, folder: Path, config: PeftConfig, channel: Channel | None = None, **changes: Any
-) -> dict[str, Any]:
+) -> TrainingFigures:
     """Train on a freshly loaded base, as an engine that has just started does."""
     return train(load(tiny_path, config), command_for(folder, config, **changes), channel or TestChannel())
 

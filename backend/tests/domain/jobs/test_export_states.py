@@ -7,10 +7,10 @@ from domain.jobs.export_states import FINAL_STATES, TRANSITIONS, ExportState, ma
 
 
 def test_every_state_is_in_the_table_and_reachable() -> None:
-    assert set(TRANSITIONS) == set(ExportState)
+    assert set(TRANSITIONS.table) == set(ExportState)
     reached = {ExportState.QUEUED}
     for _ in ExportState:
-        reached |= {following for state in reached for following in TRANSITIONS[state]}
+        reached |= {following for state in reached for following in TRANSITIONS.table[state]}
     assert reached == set(ExportState)
 
 

@@ -12,10 +12,10 @@ def test_final_states_stay_final() -> None:
 
 
 def test_every_state_is_in_the_table_and_reachable() -> None:
-    assert set(TRANSITIONS) == set(JobState)
+    assert set(TRANSITIONS.table) == set(JobState)
     reached = {JobState.QUEUED}
     for _ in JobState:
-        reached |= {following for state in reached for following in TRANSITIONS[state]}
+        reached |= {following for state in reached for following in TRANSITIONS.table[state]}
     assert reached == set(JobState)
 
 

@@ -6,15 +6,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from core import allocator
+from core.errors import EngineFailed
 from domain import protocol
 from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
+from domain.results import Loaded, MemoryHeld
 from services.engines.process import CommandFailed, EngineDied, EngineProcess
 from tests.support.server import BACKEND, wait_until
 
@@ -24,20 +25,18 @@ CONFIG = configure(
 ).config
 
 
-def _load(path: Path) -> Any:
-    return lambda request_id: protocol.LoadBase(
-        request_id=request_id, model_path=str(path), config=CONFIG, device="cpu", engine="transformers"
-    )
+def _load(path: Path) -> protocol.LoadBase:
+    return protocol.LoadBase(model_path=str(path), config=CONFIG, device="cpu", engine="transformers")
 
 
 def test_a_failed_command_leaves_the_engine_alive_and_says_why(tmp_path: Path, tiny_path: Path) -> None:
     engine = EngineProcess(tmp_path / "engine.log")
     try:
         with pytest.raises(CommandFailed) as caught:
-            engine.request(_load(tmp_path / "nothing"))[1].result(60)
+            engine.request(_load(tmp_path / "nothing")).result(60)
         assert caught.value.extras["error_class"] == "bad_model"
-        result = engine.request(_load(tiny_path))[1].result(60)
-        assert result["total_parameters"] > 0 and engine.alive
+        loaded = engine.request(_load(tiny_path)).result(60)
+        assert isinstance(loaded, Loaded) and loaded.total_parameters > 0 and engine.alive
     finally:
         engine.close()
     assert not psutil.pid_exists(engine.pid)
@@ -46,24 +45,21 @@ def test_a_failed_command_leaves_the_engine_alive_and_says_why(tmp_path: Path, t
 def test_kill_9_fails_what_is_pending_with_the_signal(tmp_path: Path, tiny_path: Path) -> None:
     ended: list[bool] = []
     engine = EngineProcess(tmp_path / "engine.log", on_exit=lambda: ended.append(True))
-    _, future = engine.request(_load(tiny_path))
+    future = engine.request(_load(tiny_path))
     assert engine.has_pending
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(EngineDied) as caught:
         future.result(30)
     assert caught.value.extras["signal"] == 9 and not engine.has_pending
     with pytest.raises(EngineDied):
-        engine.request(_load(tiny_path))[1].result(5)
+        engine.request(_load(tiny_path)).result(5)
     wait_until(lambda: ended == [True])
     engine.close()
 
 
-@pytest.mark.parametrize("blocks", [1, pytest.param(128, marks=pytest.mark.slow)])
-def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
-) -> None:
-    """A double that prints 8 MB, or 1 GB, and garbage on the event pipe before it answers."""
-    package = tmp_path / "double" / "engine"
+def _double(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> EngineProcess:
+    """Start a double that reads one command and runs `answer`, which knows its `request` id and `events`."""
+    package = folder / "double" / "engine"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(
@@ -71,23 +67,53 @@ def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(
         "commands = os.fdopen(int(os.environ['PEFT_STUDIO_ENGINE_COMMAND_FD']))\n"
         "events = os.fdopen(int(os.environ['PEFT_STUDIO_ENGINE_EVENT_FD']), 'w')\n"
         "request = json.loads(commands.readline())['request_id']\n"
-        f"for _ in range({blocks}): print('x' * 8_000_000)\n"
-        "for _ in range(40_000): print('y' * 99, file=sys.stderr)\n"
-        'events.write(\'not json\\n{"kind": "unknown"}\\n\')\n'
-        "events.write(json.dumps({'kind': 'done', 'request_id': request, 'result': {'ok': True}}) + '\\n')\n"
+        "def done(result):\n"
+        "    events.write(json.dumps({'kind': 'done', 'request_id': request, 'result': result}) + '\\n')\n"
+        f"{answer}"
         "events.flush()\n"
         "commands.readline()\n"
     )
     monkeypatch.setattr("services.engines.process._BACKEND", package.parent)
-    engine = EngineProcess(tmp_path / "engine.log")
+    return EngineProcess(folder / "engine.log")
+
+
+@pytest.mark.parametrize("blocks", [1, pytest.param(128, marks=pytest.mark.slow)])
+def test_a_chatty_engine_neither_blocks_nor_fills_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """A double that prints 8 MB, or 1 GB, and garbage on the event pipe before it answers."""
+    engine = _double(
+        tmp_path,
+        monkeypatch,
+        f"for _ in range({blocks}): print('x' * 8_000_000)\n"
+        "for _ in range(40_000): print('y' * 99, file=sys.stderr)\n"
+        'events.write(\'not json\\n{"kind": "unknown"}\\n\')\n'
+        "done({'memory_bytes': 1})\n",
+    )
     try:
-        detach = lambda request_id: protocol.DetachAdapter(request_id=request_id, adapter_id="a")  # noqa: E731
-        assert engine.request(detach)[1].result(30 * blocks) == {"ok": True}
+        held = engine.request(protocol.DetachAdapter(adapter_id="a")).result(30 * blocks)
+        assert held == MemoryHeld(memory_bytes=1)
     finally:
         engine.close()
     assert engine.garbage_lines == 2
     written = sum(file.stat().st_size for file in tmp_path.glob("engine.log*"))
     assert written <= 9 * 2**20
+
+
+def test_what_is_not_the_commands_result_fails_the_command_and_not_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "json.dumps({'kind': 'token', 'request_id': request, 'text': 'of another command'})"
+    engine = _double(tmp_path, monkeypatch, f"events.write({token} + '\\n')\ndone({{'text': 'of another command'}})\n")
+    told: list[protocol.Progress] = []
+    try:
+        command = protocol.PrepareGguf(gguf_path="a", output_path="b", model_id="c")
+        with pytest.raises(EngineFailed, match="PrepareGguf"):
+            engine.request(command, told.append).result(30)
+        assert engine.alive and not engine.has_pending
+        assert not told and engine.garbage_lines == 1
+    finally:
+        engine.close()
 
 
 def test_an_engine_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
@@ -109,22 +135,21 @@ def test_an_engine_dies_with_the_process_that_started_it(tmp_path: Path) -> None
 def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
     tmp_path: Path, tiny_path: Path
 ) -> None:
-    engine = EngineProcess(tmp_path / "engine.log", silence_s=2.0)
+    engine = EngineProcess(tmp_path / "engine.log", silence_s=6.0)
     try:
-        engine.request(_load(tiny_path))[1].result(60)
+        engine.request(_load(tiny_path)).result(60)
         slept: list[float] = []
 
-        def slow(_event: Any) -> None:
+        def slow(_token: protocol.Token) -> None:
             if not slept:
-                slept.append(5.0)
-                time.sleep(5.0)  # the slow database itself
+                slept.append(8.0)
+                time.sleep(8.0)  # the slow database itself
 
         command = protocol.Generate(
-            request_id="", messages=None, prompt="the", adapter_id=None, max_new_tokens=4, temperature=0.0,
+            messages=None, prompt="the", adapter_id=None, max_new_tokens=4, temperature=0.0,
             top_p=1.0, seed=0, stop=[],
         )  # fmt: skip
-        _, future = engine.request(lambda request_id: command.model_copy(update={"request_id": request_id}), slow)
-        future.result(60)
+        engine.request(command, slow).result(60)
         assert slept and engine.alive
     finally:
         engine.close()
@@ -143,7 +168,7 @@ def test_an_engine_is_shown_its_one_gpu_by_uuid(tmp_path: Path) -> None:
 def _libraries(engine: EngineProcess) -> set[str]:
     """Names of what an engine that has answered has mapped."""
     with pytest.raises(CommandFailed):
-        engine.request(_load(Path("nothing")))[1].result(120)
+        engine.request(_load(Path("nothing"))).result(120)
     return {Path(mapped.path).name for mapped in psutil.Process(engine.pid).memory_maps()}
 
 
@@ -162,7 +187,7 @@ def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch:
     engine = EngineProcess(tmp_path / "engine.log", backend="unsloth")
     try:
         with pytest.raises(CommandFailed):  # the answer comes once everything is imported
-            engine.request(_load(tmp_path / "nothing"))[1].result(120)
+            engine.request(_load(tmp_path / "nothing")).result(120)
         said = "\n".join(engine.log_tail())
         assert "Unsloth: Will patch" in said
         assert "should be imported before" not in said  # its warning that something was imported too early

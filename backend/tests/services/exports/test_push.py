@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from core.errors import AccessDenied, HubUnavailable, ModelRejected, StudioError
+from domain.exports import PushedAdapter, PushSettings
 from domain.jobs.export_states import ExportKind, ExportState
 from services.exports.control import ExportControl, ExportStopped
 from services.exports.push import HubPush, PushRejected
@@ -50,17 +51,17 @@ class Bench:
 
         self.control.report = note  # type: ignore[method-assign]
 
-    def settings(self, **settings: Any) -> dict[str, Any]:
-        return {"repo_id": "me/adapter", "private": True, "token": "request"} | settings
+    def settings(self, **settings: Any) -> PushSettings:
+        return PushSettings(**{"repo_id": "me/adapter", "private": True, "token": "request"} | settings)
 
-    def run(self, token: str | None = "hf_valid", **settings: Any) -> dict[str, Any]:
+    def run(self, token: str | None = "hf_valid", **settings: Any) -> PushedAdapter:
         record = ExportRecord(
             id="exp_1", sequence=1, adapter_id="adp_1", kind=ExportKind.PUSH, settings=self.settings(**settings),
             state=ExportState.RUNNING, cancel_wish=False, attempts=1, history=[], result=None, error=None,
             created_at="", started_at=None, finished_at=None,
         )  # fmt: skip
 
-        def work() -> dict[str, Any]:
+        def work() -> PushedAdapter:
             request_token.set(token)
             return self.push.run(record, Path("unused"), self.control)
 
@@ -78,7 +79,7 @@ def test_an_adapter_is_one_commit_in_a_new_private_repository(bench: Bench) -> N
     result = bench.run()
     assert bench.hub.files("me/adapter") == adapter_files()
     assert bench.hub.is_private("me/adapter")
-    assert (result["repo_id"], result["url"]) == ("me/adapter", f"{bench.hub.url}/me/adapter")
+    assert (result.repo_id, result.url) == ("me/adapter", f"{bench.hub.url}/me/adapter")
     assert bench.hub.commits("me/adapter") == 2  # the empty one that makes it, and this
     fractions = [fraction for stage, fraction in bench.stages if stage == "uploading" and fraction is not None]
     assert fractions == sorted(fractions) and 0 < fractions[0] < fractions[-1] <= 1
@@ -86,7 +87,7 @@ def test_an_adapter_is_one_commit_in_a_new_private_repository(bench: Bench) -> N
     assert all("Authorization" not in seen.headers for seen in bench.hub.seen if seen.route == "upload")
 
     again = bench.run()  # as after a server that ended before it could record the first
-    assert again["commit"] == result["commit"] and bench.hub.commits("me/adapter") == 2
+    assert again.commit == result.commit and bench.hub.commits("me/adapter") == 2
 
 
 def test_a_repository_that_is_there_gets_a_commit_if_it_is_as_private(bench: Bench) -> None:
@@ -102,7 +103,7 @@ def test_a_repository_that_is_there_gets_a_commit_if_it_is_as_private(bench: Ben
 
 
 def test_a_name_without_an_owner_is_the_tokens_own(bench: Bench) -> None:
-    assert bench.run(repo_id="bare")["repo_id"] == "me/bare"
+    assert bench.run(repo_id="bare").repo_id == "me/bare"
 
 
 def test_the_hubs_refusals_keep_their_meaning(bench: Bench) -> None:

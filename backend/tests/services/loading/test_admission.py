@@ -9,6 +9,7 @@ from domain.memory.verdict import assess
 from domain.models.architectures.registry import read_shape
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
+from domain.results import Loaded
 from services.hardware.devices import Device
 from services.loading.admission import refuse_what_does_not_fit, with_room
 from services.loading.base_request import BaseKey
@@ -27,7 +28,7 @@ def _base(state: LoadState, needed: int, resident: int | None = None, device: st
     if state is LoadState.DOWNLOADING:
         base.report("downloading", LoadProgress())
     if state is LoadState.READY:
-        base.ready({"total_parameters": 1, "memory_bytes": 1, "load_s": 0.1})
+        base.ready(Loaded(total_parameters=1, memory_bytes=1, load_s=0.1))
     if state is LoadState.FAILED:
         base.fail(HubUnavailable("away"))
     assert base.state is state

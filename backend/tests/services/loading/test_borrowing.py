@@ -7,6 +7,7 @@ import pytest
 from core.errors import HubUnavailable, ModelBusy, ModelNotReady
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
+from domain.results import Loaded
 from services.loading.borrowing import borrow
 from services.loading.loaded_base import LoadedBase
 from services.loading.loaded_model import LoadedModel
@@ -30,7 +31,7 @@ def model() -> LoadedModel:
 
 
 def _ready(model: LoadedModel) -> None:
-    model.base.ready({"total_parameters": 1, "memory_bytes": 1, "load_s": 0.1})
+    model.base.ready(Loaded(total_parameters=1, memory_bytes=1, load_s=0.1))
 
 
 def test_the_load_is_waited_for_and_then_whoever_holds_the_base(model: LoadedModel) -> None:

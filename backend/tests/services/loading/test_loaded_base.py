@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from core.errors import HubUnavailable, ModelBusy, ModelNotReady, TransitionNotPermitted
 from domain.models.load_states import UNDER_WAY, LoadState, may_change
+from domain.results import Loaded
 from services.loading.loaded_base import LoadedBase
 from services.models.progress import LoadProgress
 from tests.support.bases import base_request
 from tests.support.engine_double import EngineDouble
 from tests.support.hub_double import ManualClock
 
-RESULT = {"total_parameters": 1, "memory_bytes": 1, "load_s": 0.1}
+RESULT = Loaded(total_parameters=1, memory_bytes=1, load_s=0.1)
 ACTIONS: dict[str, Any] = {
     "download": lambda base: base.report("downloading", LoadProgress(0.5)),
     "load": lambda base: base.report("loading", LoadProgress(0.5)),

@@ -14,11 +14,11 @@ from domain.memory.activations import Batch
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.adapter_service import AdapterService
-from services.generation_service import GenerationRequest, GenerationService
+from services.generation_service import GenerationService
 from services.loading.borrowing import borrow
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from store.database import Database
-from tests.support.engine_double import EngineDoubles
+from tests.support.engine_double import SHORT_ANSWER, EngineDoubles
 from tests.support.hub_double import ManualClock
 from tests.support.little_memory import GRACE_S, IDLE_S, load, peft_with_little_memory
 
@@ -128,7 +128,7 @@ def test_an_answer_that_takes_long_is_no_idle_time(
     model = _load(peft, "a/first")
     engines.started[0].takes_long = True
     adapters = AdapterService(Database(f"sqlite:///{tmp_path}/studio.db"), tmp_path / "adapters", peft)
-    GenerationService(peft, adapters).start(model.id, GenerationRequest(None, "the", None, 1, 0.0, 1.0, None, []))
+    GenerationService(peft, adapters).start(model.id, SHORT_ANSWER)
     clock.advance(10 * IDLE_S)
     assert not model.base.retire(IDLE_S)
     engines.started[0].answer()

@@ -53,9 +53,9 @@ def test_what_unsloth_cannot_hold_is_held_by_transformers(
 def test_the_engine_is_told_of_the_one_gpu_that_it_is_shown() -> None:
     config = _config()
     key, _ = place(FastMachine(), "auto", ON_GPU, config)
-    command = load_command("r", Path("model"), config, key, GPU)
+    command = load_command(Path("model"), config, key, GPU)
     assert (command.device, command.engine, command.config.max_seq_length) == ("cuda:0", "unsloth", 2048)
     nameless = Device("cuda:1", GPU.facts, 1, None, "9.0")
     plain, _ = place(FastMachine(), "transformers", replace(ON_GPU, device=nameless), config)
-    command = load_command("r", Path("model"), config, plain, nameless)
+    command = load_command(Path("model"), config, plain, nameless)
     assert (command.device, command.engine, command.config.max_seq_length) == ("cuda:1", "transformers", 512)

@@ -7,6 +7,7 @@ import pytest
 
 from core.errors import CheckpointUnusable
 from domain.configure import Configuration, MachineFacts, configure
+from domain.jobs.progress import JobProgress
 from domain.memory.activations import Batch
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
@@ -109,4 +110,4 @@ def test_room_is_made_only_for_a_job_that_nothing_else_refuses() -> None:
 
     again = intake.record(replace(REQUEST, resume_from="job_1"), "job_3", first, "now")
     assert admitted == ["m", "m"] and copied == ["job_1"]
-    assert again.resumed_from == "job_1/step-5" and again.progress == {"step": 5, "recorded_step": 5}
+    assert again.resumed_from == "job_1/step-5" and again.progress == JobProgress(step=5, recorded_step=5)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from core.errors import StudioError
 from domain.jobs.failures import failure
+from domain.jobs.progress import JobProgress
 from domain.jobs.retries import MAX_STALLS, TRANSIENT, wait_s
 from services.engines.process import EngineDied
 from services.hardware.host_probe import HostProbe
@@ -17,7 +18,7 @@ from services.training.run import TrainingRun
 
 
 def run_with(oom_kills: list[int]) -> TrainingRun:
-    job: Any = SimpleNamespace(progress={}, stalls=0)
+    job: Any = SimpleNamespace(progress=JobProgress(), stalls=0)
     work: Any = SimpleNamespace(oom_kills=lambda: oom_kills.pop(0))
     none: Any = SimpleNamespace()
     return TrainingRun(job, "cpu", ledger=none, work=work, checkpoints=none, clock=none, closing=none, retry_after=none)
@@ -43,7 +44,7 @@ def test_the_kernels_kill_for_memory_is_told_from_others(
 def test_want_of_memory_is_never_tried_again_blindly() -> None:
     assert not TRANSIENT & {"out_of_memory", "out_of_host_memory", "not_finite", "bad_data", "bad_setting", "disk_full"}
     details = failure("out_of_host_memory", StudioError("it ended"))
-    assert "halve batch_size" in details["suggestions"][0]
+    assert "halve batch_size" in details.suggestions[0]
 
 
 @given(st.integers(0, MAX_STALLS))

@@ -4,14 +4,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.protocol import StopMode
-from services.engines.process import EngineProcess, EventHandler
+from domain.protocol import Command, E, PrepareGguf, R, StopMode
+from services.engines.process import EngineProcess
 from services.training.run_control import Ending, RunControl, RunStopped
 
 WEAKEST_FIRST: tuple[Ending, ...] = (
@@ -22,6 +22,8 @@ WEAKEST_FIRST: tuple[Ending, ...] = (
     "keep_checkpoints",
     "discard",
 )
+# Any command will do: the control looks at its id alone.
+COMMAND = PrepareGguf(request_id="request-1", gguf_path="a", output_path="b", model_id="a/b")
 
 
 class Engine(EngineProcess):
@@ -30,11 +32,9 @@ class Engine(EngineProcess):
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
 
-    def request(
-        self, make: Callable[[str], Any], on_event: EventHandler | None = None
-    ) -> tuple[str, "Future[dict[str, Any]]"]:
-        self.told.append(("train", make("request-1")))
-        return "request-1", Future()
+    def request(self, command: Command[R, E], on_event: Callable[[E], None] | None = None) -> "Future[R]":
+        self.told.append(("begin", command.request_id))
+        return Future()
 
     def stop(self, request_id: str, mode: StopMode = "discard") -> None:
         self.told.append((request_id, mode))
@@ -45,7 +45,7 @@ class Engine(EngineProcess):
 
 def begin(control: RunControl) -> Engine:
     engine = Engine()
-    control.request(engine, lambda request_id: request_id, lambda _event: None)
+    control.request(engine, COMMAND, lambda _event: None)
     return engine
 
 
@@ -80,14 +80,14 @@ def test_the_engine_is_told_how_to_end_and_only_once_it_works(ending: Ending, mo
     assert control.write_checkpoint()
     control.set(ending)
     control.tell_engine()
-    assert engine.told == [("train", "request-1"), ("request-1", "checkpoint"), ("request-1", mode)]
+    assert engine.told == [("begin", "request-1"), ("request-1", "checkpoint"), ("request-1", mode)]
 
 
 def test_no_engine_begins_once_the_run_is_to_end() -> None:
     control = RunControl(threading.RLock())
     control.set("pause")
     engine = Engine()
-    for act in (control.check, control.wait, lambda: control.request(engine, str, lambda _event: None)):
+    for act in (control.check, control.wait, lambda: control.request(engine, COMMAND, lambda _event: None)):
         with pytest.raises(RunStopped):
             act()
     assert engine.told == []
@@ -106,6 +106,6 @@ def test_a_stop_that_races_with_the_command_is_never_lost() -> None:
             stopping = other.submit(stop)
             together.wait(30)
             with suppress(RunStopped):
-                control.request(engine, lambda request_id: request_id, lambda _event: None)
+                control.request(engine, COMMAND, lambda _event: None)
             stopping.result(30)
-            assert engine.told in ([], [("train", "request-1"), ("request-1", "discard")])
+            assert engine.told in ([], [("begin", "request-1"), ("request-1", "discard")])
