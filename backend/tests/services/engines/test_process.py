@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -135,22 +134,24 @@ def test_an_engine_dies_with_the_process_that_started_it(tmp_path: Path) -> None
 def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
     tmp_path: Path, tiny_path: Path
 ) -> None:
-    engine = EngineProcess(tmp_path / "engine.log", silence_s=6.0)
+    """The thread that hears an engine also writes its events: while it writes, silence is no sign of death."""
+    engine = EngineProcess(tmp_path / "engine.log")
     try:
-        engine.request(_load(tiny_path)).result(60)
-        slept: list[float] = []
+        engine.request(_load(tiny_path)).result(120)
+        heard: list[float] = []
 
         def slow(_token: protocol.Token) -> None:
-            if not slept:
-                slept.append(8.0)
-                time.sleep(8.0)  # the slow database itself
+            if not heard:
+                before_s = engine._heard_s
+                wait_until(lambda: engine._heard_s > before_s)  # as long as the database takes
+                heard.append(engine._heard_s)
 
         command = protocol.Generate(
             messages=None, prompt="the", adapter_id=None, max_new_tokens=4, temperature=0.0,
             top_p=1.0, seed=0, stop=[],
         )  # fmt: skip
-        engine.request(command, slow).result(60)
-        assert slept and engine.alive
+        engine.request(command, slow).result(120)
+        assert heard and engine.alive
     finally:
         engine.close()
 
