@@ -78,11 +78,14 @@ class AnswerText:
 
     def _before(self, written: str, at: int) -> str:
         """Return the visible text before a character of the tail with its special tokens."""
-        tail, begun = self._ids[self._begin :], written
-        while tail and len(begun) > at:
-            tail = tail[:-1]
-            begun = self._decode(tail, special=True)
-        return self._decode(tail) + written[len(begun) : at]
+        ids, count, begun = self._ids[self._begin :], len(self._ids) - self._begin, written
+        while count and len(begun) > at:
+            count -= 1
+            begun = self._decode(ids[:count], special=True)
+        text = self._decode(ids[:count])
+        # What the next token says of its own; a special one says nothing, whatever the decoder puts before it.
+        own = self._decode(ids[: count + 1]).removeprefix(text)
+        return text + own[: at - len(begun)]
 
     def _decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=not special))
