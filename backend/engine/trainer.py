@@ -17,7 +17,6 @@ from transformers import set_seed
 from core.errors import StorageFull
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, Computing, Evaluated, StepMetrics
-from engine.account import built
 from engine.base import Base
 from engine.batches import Batch, Batches, epoch_batches, pad
 from engine.channel import Stopped
@@ -32,9 +31,10 @@ from engine.checkpoints import (
     split_optimizer,
 )
 from engine.errors import BadData, BadSetting, NotFinite
-from engine.noise import add_noise
+from engine.neftune import add_noise
 from engine.optimizer import go_on_with, make_optimizer, make_scheduler, planned_steps, settings_of
 from engine.rows import RowStore
+from engine.run_report import run_report
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Trainer:
     def _begin(self) -> None:
         how = self._base.backend.begin_training(self._base.model, self._config)
         self._emit(Computing(request_id=self._request_id, how=how))
-        self._emit(built(self._request_id, self._base, self._optimizer))
+        self._emit(run_report(self._request_id, self._base, self._optimizer))
         if self._config.neftune_noise_alpha > 0:
             self._noise = add_noise(self._base.model.get_input_embeddings(), self._config.neftune_noise_alpha)
         self._base.model.train()

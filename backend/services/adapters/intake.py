@@ -30,7 +30,7 @@ from domain.models.records import check_model_id, check_revision
 from services.adapters.checks import check_adapter, check_small_files, read_card, read_json
 from services.adapters.staging import allowed_folder, copy_folder, unzip
 from services.hub.downloads import Downloads, get_downloads
-from services.hub.wanted import Part, Wanted
+from services.hub.snapshot_spec import Part, SnapshotSpec
 from services.model_registry_service import get_model_files
 from services.models.files import ModelFiles
 from store.database import Database, get_database
@@ -40,7 +40,7 @@ from store.repositories import Adapters
 _log = get_logger(__name__)
 _MAX_MANIFEST_BYTES = 2**20
 # What is read of an adapter's repository on the Hub.
-_WANTED = Wanted((Part.named(CONFIG), Part.named(WEIGHTS)), choose_adapter, check_small_files)
+_SNAPSHOT = SnapshotSpec((Part.named(CONFIG), Part.named(WEIGHTS)), choose_adapter, check_small_files)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class AdapterIntake:
             ModelNotFound, AccessDenied, HubUnavailable, DownloadCorrupt: As the Hub says.
             NoSafeWeights, AdapterRejected, NeedsRemoteCode, TooLarge, StorageFull: What is wrong with it.
         """
-        snapshot = self._downloads.fetch(model_repo(model_id), revision, lambda _: None, lambda: False, wanted=_WANTED)
+        snapshot = self._downloads.fetch(model_repo(model_id), revision, lambda _: None, lambda: False, spec=_SNAPSHOT)
         blobs = snapshot.parent.parent / "blobs"
         source = {"kind": "hub", "model_id": model_id, "revision": revision, "commit": snapshot.name}
         return self._store(

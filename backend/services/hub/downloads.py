@@ -23,7 +23,7 @@ from services.hub.download_flight import Flight, Flights, Progress
 from services.hub.errors import partly_here
 from services.hub.file_transfer import FileTransfer
 from services.hub.http import HubHttp, get_hub_http
-from services.hub.wanted import Wanted
+from services.hub.snapshot_spec import SnapshotSpec
 
 _WORKERS = 4  # files at once; one connection does not fill a fast line
 _RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
@@ -82,7 +82,7 @@ class Downloads:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         *,
-        wanted: Wanted,
+        spec: SnapshotSpec,
     ) -> Path:
         """Return the snapshot's folder with everything a load reads, each file's content checked.
 
@@ -91,7 +91,7 @@ class Downloads:
             revision: Branch, tag or commit; `main` if None.
             on_progress: Called on this thread about ten times a second.
             cancelled: Asked as often; the download itself stops when the last who waits has left.
-            wanted: What is read of it.
+            spec: Which files of it are downloaded.
 
         Raises:
             Rejected: The kind's own. The id cannot be one, or the repository is not fit to be read.
@@ -102,11 +102,11 @@ class Downloads:
             NotFound, AccessDenied, HubUnavailable: As the Hub says, and it is not here either.
         """
         repo.check(revision)
-        key = (repo, revision or "main", self._http.identity, wanted)
+        key = (repo, revision or "main", self._http.identity, spec)
         return self._flights.join(
             key,
             repo.id,
-            lambda flight: self._download(repo, revision or "main", flight, wanted),
+            lambda flight: self._download(repo, revision or "main", flight, spec),
             on_progress,
             cancelled,
         )
@@ -194,41 +194,41 @@ class Downloads:
         missing = sum(self.cache.missing_bytes(repo, file) for file in files)
         self.cache.require_space(missing, _RESERVE_BYTES)
 
-    def _download(self, repo: Repo, revision: str, flight: Flight, wanted: Wanted) -> Path:
-        here = self._whole(repo, revision if is_commit(revision) else None, wanted)
+    def _download(self, repo: Repo, revision: str, flight: Flight, spec: SnapshotSpec) -> Path:
+        here = self._whole(repo, revision if is_commit(revision) else None, spec)
         if here is not None:
             return here
         try:
             commit = revision if is_commit(revision) else self._client.commit(repo, revision)
-            chosen = wanted.choose(repo.id, self._client.tree(repo, commit))
+            chosen = spec.choose(repo.id, self._client.tree(repo, commit))
         except errors.HubUnavailable as error:
             held = revision if is_commit(revision) else self.cache.commit_of(repo, revision)
-            here = self._whole(repo, held, wanted)
+            here = self._whole(repo, held, spec)
             if here is None:
-                raise self._explained(error, repo, held, wanted) from error
+                raise self._explained(error, repo, held, spec) from error
             _log.warning("hub_download.served_from_disk", repo=repo.id, reason=error.detail)
             return here
         self._prepare(repo, chosen.all, flight)
         snapshot = self.cache.snapshot(repo, commit)
         self._fetch_all(repo, commit, chosen.small, flight)
-        wanted.check(snapshot, repo.id)  # before the weights: what may not be loaded is not downloaded
+        spec.check(snapshot, repo.id)  # before the weights: what may not be loaded is not downloaded
         self._fetch_all(repo, commit, chosen.weights, flight)
         self.cache.note_commit(repo, revision, commit)
         return snapshot
 
-    def _whole(self, repo: Repo, commit: str | None, wanted: Wanted) -> Path | None:
+    def _whole(self, repo: Repo, commit: str | None, spec: SnapshotSpec) -> Path | None:
         """Return a commit's folder if it is on this machine, whole and undamaged."""
         if commit is None:
             return None
         snapshot = self.cache.snapshot(repo, commit)
-        return snapshot if not wanted.lacking(snapshot) and not self.cache.damaged(snapshot) else None
+        return snapshot if not spec.lacking(snapshot) and not self.cache.damaged(snapshot) else None
 
     def _explained(
-        self, error: errors.HubUnavailable, repo: Repo, commit: str | None, wanted: Wanted
+        self, error: errors.HubUnavailable, repo: Repo, commit: str | None, spec: SnapshotSpec
     ) -> errors.HubUnavailable:
         """Say beside it what is missing of a commit that is on this machine in part."""
         snapshot = self.cache.snapshot(repo, commit) if commit is not None else None
-        lacking = wanted.lacking(snapshot) if snapshot is not None and snapshot.is_dir() else ()
+        lacking = spec.lacking(snapshot) if snapshot is not None and snapshot.is_dir() else ()
         return partly_here(error, repo, lacking) if lacking else error
 
     def _fetch_all(self, repo: Repo, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:

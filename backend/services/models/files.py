@@ -10,14 +10,14 @@ from domain.models.config_checks import check_asks_for_no_code, check_dimensions
 from domain.models.load_files import pickled_weights
 from domain.models.records import ModelDetails, weight_files
 from services.hub.downloads import Downloads
-from services.hub.wanted import Wanted
+from services.hub.snapshot_spec import SnapshotSpec
 from services.models.blockers import disabled
 from services.models.embedded import MODEL_ID, EmbeddedModel
 from services.models.local import LocalModel
 from services.models.pickled import PickledModels
 from services.models.progress import LoadProgress, OnProgress
 from services.models.safety import check_safe, check_snapshot, no_safe_weights
-from services.models.wanted import MODEL, PICKLED_MODEL, TOKENIZER
+from services.models.snapshot_specs import MODEL, PICKLED_MODEL, TOKENIZER
 
 
 class Registry(Protocol):
@@ -105,8 +105,8 @@ class ModelFiles:
             NoSafeWeights: There are no safetensors.
             StorageFull, DownloadCorrupt, DownloadCancelled: As `Downloads.fetch` says.
         """
-        wanted = PICKLED_MODEL if allow_pickle else MODEL
-        path = self._locate(model_id, revision, on_progress, cancelled, wanted)
+        spec = PICKLED_MODEL if allow_pickle else MODEL
+        path = self._locate(model_id, revision, on_progress, cancelled, spec)
         if allow_pickle and not weight_files(file.name for file in path.iterdir()):
             path = self._pickled.convert(
                 model_id, path, lambda fraction: on_progress("loading", LoadProgress(fraction)), cancelled
@@ -131,7 +131,7 @@ class ModelFiles:
         revision: str | None,
         on_progress: OnProgress,
         cancelled: Callable[[], bool],
-        wanted: Wanted,
+        spec: SnapshotSpec,
     ) -> Path:
         if model_id == MODEL_ID and revision is None:
             return self._embedded.prepare(lambda _stage, fraction: on_progress("loading", LoadProgress(fraction)))
@@ -146,5 +146,5 @@ class ModelFiles:
             revision,
             lambda progress: on_progress("downloading", LoadProgress.of_download(progress)),
             cancelled,
-            wanted=wanted,
+            spec=spec,
         )

@@ -30,7 +30,7 @@ from domain.models.records import (
 from domain.models.safetensors_header import SafetensorsHeader
 from services.hub.cache_dir import cached_repo, commit_at
 from services.models.folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk
-from services.models.wanted import MODEL
+from services.models.snapshot_specs import MODEL
 
 _MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
 # What the Hub derives a task from, for the class names that leave no doubt. Source: huggingface/transformers,

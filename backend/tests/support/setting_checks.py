@@ -1,7 +1,7 @@
 """What shows that a setting took effect: one check a setting, over a run that was submitted over HTTP.
 
 A run is compared with what a user can see of it (the adapter's files, metrics, events, checkpoints), with the engine's
-account of what it built, and with a replay by hand of the same data and settings (tests/support/replay.py).
+report of what it built, and with a replay by hand of the same data and settings (tests/support/replay.py).
 """
 
 import json

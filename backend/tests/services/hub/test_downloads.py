@@ -15,8 +15,8 @@ from domain.hub.repos import model_repo
 from services.hub.download_flight import DownloadCancelled, Progress
 from services.hub.downloads import Downloads
 from services.hub.file_transfer import DownloadCorrupt
-from services.hub.wanted import Wanted
-from services.models.wanted import MODEL, PICKLED_MODEL
+from services.hub.snapshot_spec import SnapshotSpec
+from services.models.snapshot_specs import MODEL, PICKLED_MODEL
 from tests.support.hub_double import HubDouble, ManualClock, quiet_environment, safetensors_bytes
 from tests.support.registries import make_downloads
 
@@ -46,8 +46,8 @@ class Bench:
         """Make them as a fresh process would."""
         return make_downloads(self.hub, self.folder, self.clock, free_bytes=lambda _: self.free_bytes, **more)
 
-    def fetch(self, model_id: str = "me/m", revision: str | None = None, wanted: Wanted = MODEL) -> Path:
-        return self.downloads().fetch(model_repo(model_id), revision, lambda _: None, lambda: False, wanted=wanted)
+    def fetch(self, model_id: str = "me/m", revision: str | None = None, spec: SnapshotSpec = MODEL) -> Path:
+        return self.downloads().fetch(model_repo(model_id), revision, lambda _: None, lambda: False, spec=spec)
 
     def blobs(self) -> list[str]:
         return sorted(path.name for path in self.root.glob("models--*/blobs/*"))
@@ -273,7 +273,7 @@ def test_a_host_that_hangs_is_given_up(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
     bench.hub.fail("cdn", "hang", times=5)
     with pytest.raises(errors.HubUnavailable, match="ReadTimeout"):
-        bench.downloads(timeout_s=0.05).fetch(model_repo("me/m"), None, lambda _: None, lambda: False, wanted=MODEL)
+        bench.downloads(timeout_s=0.05).fetch(model_repo("me/m"), None, lambda _: None, lambda: False, spec=MODEL)
     assert bench.hub.requests["cdn"] == 5
 
 
@@ -296,7 +296,7 @@ def test_however_many_ask_it_is_downloaded_once(bench: Bench) -> None:
                     met = True
                     waiting.wait(30)
 
-            return downloads.fetch(model_repo("me/m"), None, seen, lambda: False, wanted=MODEL)
+            return downloads.fetch(model_repo("me/m"), None, seen, lambda: False, spec=MODEL)
 
         asked = [pool.submit(ask) for _ in range(20)]
         waiting.wait(30)  # all of them have seen the one download's progress
@@ -324,7 +324,7 @@ def test_progress_tells_bytes_and_speed(bench: Bench) -> None:
         if progress.done_bytes >= total - len(WEIGHTS) // 2:
             bench.hub.release()
 
-    bench.downloads().fetch(model_repo("me/m"), None, watch, lambda: False, wanted=MODEL)
+    bench.downloads().fetch(model_repo("me/m"), None, watch, lambda: False, spec=MODEL)
 
     assert {progress.total_bytes for progress in seen} == {total}
     assert [progress.done_bytes for progress in seen] == sorted(progress.done_bytes for progress in seen)
@@ -335,7 +335,7 @@ def test_a_cancelled_download_stops_and_is_resumed_later(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
     bench.hub.fail("cdn", "stall")
     with pytest.raises(DownloadCancelled):
-        bench.downloads().fetch(model_repo("me/m"), None, lambda _: None, bench.hub.stalled.is_set, wanted=MODEL)
+        bench.downloads().fetch(model_repo("me/m"), None, lambda _: None, bench.hub.stalled.is_set, spec=MODEL)
     bench.hub.release()
 
     assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
@@ -352,7 +352,7 @@ def test_a_host_that_drips_is_listened_to_and_can_be_left(bench: Bench) -> None:
 
     with pytest.raises(DownloadCancelled):
         bench.downloads().fetch(
-            model_repo("me/m"), None, lambda progress: arrived.append(progress.done_bytes), enough, wanted=MODEL
+            model_repo("me/m"), None, lambda progress: arrived.append(progress.done_bytes), enough, spec=MODEL
         )
     bench.hub.release()
     assert (bench.fetch() / "model.safetensors").read_bytes() == WEIGHTS
@@ -365,11 +365,11 @@ def test_who_still_waits_gets_what_another_has_cancelled(bench: Bench) -> None:
     joined = threading.Event()
     with ThreadPoolExecutor(2) as pool:
         stays = pool.submit(
-            downloads.fetch, model_repo("me/m"), None, lambda _: joined.set(), lambda: False, wanted=MODEL
+            downloads.fetch, model_repo("me/m"), None, lambda _: joined.set(), lambda: False, spec=MODEL
         )
         assert joined.wait(30)
         with pytest.raises(DownloadCancelled):
-            downloads.fetch(model_repo("me/m"), None, lambda _: None, lambda: True, wanted=MODEL)
+            downloads.fetch(model_repo("me/m"), None, lambda _: None, lambda: True, spec=MODEL)
         bench.hub.release()
         assert (stays.result(30) / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -485,12 +485,12 @@ def test_pickled_weights_are_refused_unless_asked_for(bench: Bench) -> None:
         bench.fetch()
     assert bench.blobs() == []
 
-    assert "pytorch_model.bin" in content(bench.fetch(wanted=PICKLED_MODEL))
+    assert "pytorch_model.bin" in content(bench.fetch(spec=PICKLED_MODEL))
 
 
 def test_safetensors_are_taken_even_where_pickled_weights_would_do(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES)
-    assert set(content(bench.fetch(wanted=PICKLED_MODEL))) == WANTED
+    assert set(content(bench.fetch(spec=PICKLED_MODEL))) == WANTED
 
 
 def test_of_sharded_weights_all_shards_and_their_index_are_fetched(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""An account of what a run was really built of: read from the modules and the optimizer, not from what was asked."""
+"""The report of what a run was built of. It reads the modules and the optimizer, not the request."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from domain.protocol import OptimizerGroup, TrainingBuilt
 from engine.base import Base
 
 
-def built(request_id: str, base: Base, optimizer: torch.optim.Optimizer) -> TrainingBuilt:
+def run_report(request_id: str, base: Base, optimizer: torch.optim.Optimizer) -> TrainingBuilt:
     """Describe the base with its active adapter and the optimizer over it, as they stand before the first step."""
     model, adapter = base.model, base.model.active_adapter
     # Other adapters on the base may have layers of their own.

@@ -1,4 +1,4 @@
-"""What is read of a model's repository on the Hub."""
+"""The snapshot specs of models: which files of a model's repository are downloaded."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 from core import errors
 from domain.hub.tree import RepoFile, Selection
 from domain.models.load_files import indexed_weights, pickled_weights, select, vocabulary_files
-from services.hub.wanted import Part, Wanted
+from services.hub.snapshot_spec import Part, SnapshotSpec
 from services.models.safety import check_snapshot, no_safe_weights
 
 
@@ -37,8 +37,8 @@ _SAFETENSORS = Part("its safetensors weights (all of them, and the index of shar
 _WEIGHTS = Part("its weights (all of them, and the index of shards)", _any_weights)
 _VOCABULARY = Part("its tokenizer (tokenizer.json, or another file with the vocabulary)", vocabulary_files)
 
-MODEL = Wanted((_CONFIG, _SAFETENSORS, _VOCABULARY), partial(_choose_model, pickled=False), check_snapshot)
-# A model whose pickled weights will do where there are no safetensors.
-PICKLED_MODEL = Wanted((_CONFIG, _WEIGHTS, _VOCABULARY), partial(_choose_model, pickled=True), check_snapshot)
+MODEL = SnapshotSpec((_CONFIG, _SAFETENSORS, _VOCABULARY), partial(_choose_model, pickled=False), check_snapshot)
+# A model that may be loaded from pickled weights where it has no safetensors.
+PICKLED_MODEL = SnapshotSpec((_CONFIG, _WEIGHTS, _VOCABULARY), partial(_choose_model, pickled=True), check_snapshot)
 # All but a model's weights.
-TOKENIZER = Wanted((_CONFIG, _VOCABULARY), _choose_tokenizer, check_snapshot)
+TOKENIZER = SnapshotSpec((_CONFIG, _VOCABULARY), _choose_tokenizer, check_snapshot)

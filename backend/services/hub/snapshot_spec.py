@@ -1,4 +1,4 @@
-"""What is read of a repository of the Hub; models and adapters have theirs in their own rooms."""
+"""Which files of a Hub repository make a snapshot. The specs of models and of adapters are in their own rooms."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from domain.hub.tree import RepoFile, Selection
 
 @dataclass(frozen=True)
 class Part:
-    """What a repository must have to be of use.
+    """One part that a repository must have to be of use.
 
     Attributes:
-        words: What it is, to be read by people.
-        files: Takes names; returns its files among them, or nothing if they are not complete.
+        words: The name of the part in messages to people.
+        files: Takes file names. It returns those that make up the part, or nothing if one of them is missing.
     """
 
     words: str
@@ -26,13 +26,14 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is fetched of a repository.
+class SnapshotSpec:
+    """Which files of a repository are downloaded, and when a folder has them all.
 
     Attributes:
-        parts: What must be in a folder for it to be whole.
-        choose: Takes the id and the tree; returns what is read of it, or refuses it.
-        check: Takes the folder of the small files and the id; refuses it before its weights are fetched.
+        parts: A folder is whole when it has each of these.
+        choose: Takes the id and the tree. It returns the files to download, or refuses the repository.
+        check: Takes the folder of the small files and the id. It refuses the repository before its weights are
+            downloaded.
     """
 
     parts: tuple[Part, ...]
@@ -40,9 +41,9 @@ class Wanted:
     check: Callable[[Path, str], None]
 
     def lacking(self, folder: Path) -> tuple[str, ...]:
-        """Say which parts a folder is without: all of them if there is no folder."""
+        """Return the parts that a folder lacks. A folder that does not exist lacks them all."""
         return self.missing([path.name for path in folder.iterdir() if path.is_file()] if folder.is_dir() else [])
 
     def missing(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Say which parts the files of a folder lack."""
+        """Return the parts that a list of file names lacks."""
         return tuple(part.words for part in self.parts if not part.files(names))
