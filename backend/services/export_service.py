@@ -83,7 +83,7 @@ class ExportService:
             settings=settings,
             state=ExportState.QUEUED,
             attempts=0,
-            cancel_wish=False,
+            cancel_request=False,
             history=[ExportChange(state=ExportState.QUEUED, at=now)],
             result=None,
             error=None,
@@ -150,7 +150,7 @@ class ExportService:
             raise TransitionNotPermitted(f"The export is {record.state.value}; it cannot be cancelled any more.")
         control = self._queue.control_of(export_id)
         if control is not None:
-            self.ledger.wish_to_cancel(export_id)
+            self.ledger.request_cancel(export_id)
             control.cancel()
         elif not self.ledger.move(record, ExportState.CANCELLED, finished_at=to_text(self._clock.now())):
             return self.cancel(export_id)  # it moved on in between: look again

@@ -124,7 +124,7 @@ class TrainingService:
         if keep == "adapter" and (run is None or record.state is not JobState.RUNNING):
             raise TransitionNotPermitted(f"The job is {record.state.value}; only a running one has an adapter to keep.")
         if run is not None:
-            self.ledger.wish_to_cancel(job_id, keep)
+            self.ledger.request_cancel(job_id, keep)
             run.end(ENDINGS[keep])
             return self.ledger.get(job_id)
         if not self.ledger.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now())):
@@ -168,7 +168,7 @@ class TrainingService:
         record = self.ledger.get(job_id)
         if record.state not in (JobState.PAUSED, JobState.INTERRUPTED):
             raise TransitionNotPermitted(f"The job is {record.state.value}; only a paused job can be resumed.")
-        self._queue.queue_again(record, stalls=0, cancel_wish=None)
+        self._queue.queue_again(record, stalls=0, cancel_request=None)
         return self.ledger.get(job_id)
 
     def delete(self, job_id: str) -> None:

@@ -44,7 +44,8 @@ class JobRecord:
         attempts: How often it was started.
         stalls: Deaths of its engine or of the server since its last checkpoint.
         resumed_from: The checkpoint of another job that it began with, as `job/step-…`.
-        cancel_wish: What to keep, once a running job is to be cancelled; a server that dies in between finds it.
+        cancel_request: What to keep of a running job that a client has cancelled; None if nobody has. It is stored
+            so that it survives the end of the server.
     """
 
     id: str
@@ -68,7 +69,7 @@ class JobRecord:
     attempts: int
     stalls: int
     resumed_from: str | None
-    cancel_wish: str | None
+    cancel_request: str | None
     adapter_id: str | None
     error: Failure | None
     created_at: str
@@ -119,7 +120,7 @@ class ExportRecord:
 
     Attributes:
         attempts: How often it was started.
-        cancel_wish: Whether a running one is to be cancelled; a server that dies in between finds it.
+        cancel_request: Whether a running one is to be cancelled; a server that dies in between finds it.
         history: Its states in order.
         result: What was made, once it has succeeded.
     """
@@ -131,7 +132,7 @@ class ExportRecord:
     settings: ExportSettings
     state: ExportState
     attempts: int
-    cancel_wish: bool
+    cancel_request: bool
     history: list[ExportChange]
     result: ExportResult | None
     error: Failure | None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, Table, delete, func, insert, select, update
 
 from domain.exports import RESULTS, SETTINGS, ExportChange
 from domain.jobs.export_states import ExportKind, ExportState
@@ -66,8 +66,13 @@ class Datasets:
         ]
 
 
+def _values_by_key(row: Row[Any], table: Table) -> dict[str, Any]:
+    """Return a row's values by the columns' names in Python. A row of SQLAlchemy knows those of the database only."""
+    return {column.key: row._mapping[column] for column in table.c}
+
+
 def _job(row: Row[Any]) -> JobRecord:
-    values = dict(row._mapping)
+    values = _values_by_key(row, jobs)
     values["state"] = JobState(values["state"])
     values["validation_fraction"] = float(values["validation_fraction"])
     values["load_options"] = LoadOptions.model_validate(values["load_options"]) if values["load_options"] else None
@@ -238,9 +243,9 @@ class Exports:
         result = self._connection.execute(update(exports).where(where).values(state=following, **_columns(columns)))
         return result.rowcount == 1
 
-    def wish_to_cancel(self, export_id: str) -> None:
+    def request_cancel(self, export_id: str) -> None:
         """Record that a client wants a running export cancelled."""
-        self._connection.execute(update(exports).where(exports.c.id == export_id).values(cancel_wish=True))
+        self._connection.execute(update(exports).where(exports.c.id == export_id).values(cancel_request=True))
 
     def delete(self, export_id: str) -> None:
         """Delete an export's record."""

@@ -63,7 +63,8 @@ jobs = Table(
     Column("attempts", Integer, nullable=False),
     Column("stalls", Integer, nullable=False, server_default="0"),
     Column("resumed_from", String(100)),
-    Column("cancel_wish", String(20)),
+    # Databases of earlier versions have this name; the key is the name in Python.
+    Column("cancel_wish", String(20), key="cancel_request"),
     Column("adapter_id", String(40)),
     Column("error", JSON),
     Column("created_at", String(32), nullable=False),
@@ -109,7 +110,8 @@ exports = Table(
     Column("settings", JSON, nullable=False),
     Column("state", String(20), nullable=False, index=True),
     Column("attempts", Integer, nullable=False),
-    Column("cancel_wish", Boolean, nullable=False, server_default=false()),
+    # As in `jobs`.
+    Column("cancel_wish", Boolean, key="cancel_request", nullable=False, server_default=false()),
     Column("history", JSON, nullable=False),
     Column("result", JSON),
     Column("error", JSON),

@@ -66,10 +66,10 @@ class ExportLedger:
             _log.info("export.state", export_id=record.id, state=following.value)
         return changed
 
-    def wish_to_cancel(self, export_id: str) -> None:
+    def request_cancel(self, export_id: str) -> None:
         """Record that a running export is to be cancelled."""
         with self._database.begin() as connection:
-            Exports(connection).wish_to_cancel(export_id)
+            Exports(connection).request_cancel(export_id)
 
     def delete(self, export_id: str) -> None:
         """Forget an export."""

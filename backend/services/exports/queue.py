@@ -1,4 +1,4 @@
-"""The queue of exports: one at a time in each lane, taken up again after the server has ended."""
+"""The queue of exports. Each worker runs one at a time; unfinished ones are taken up after a restart."""
 
 import contextvars
 import shutil
@@ -34,8 +34,8 @@ class Work(Protocol):
         """Make it, in a folder that it may fill; return what it made."""
 
 
-class _Lane:
-    """A thread that runs exports one after the other: what computes does not wait for what uploads."""
+class _ExportWorker:
+    """A thread that runs exports one after the other. Computing exports and uploads have a worker each."""
 
     def __init__(self, name: str, run: Callable[[str], None]) -> None:
         self._queue: SimpleQueue[tuple[contextvars.Context, str] | None] = SimpleQueue()
@@ -57,8 +57,8 @@ class _Lane:
             context, export_id = item
             try:
                 context.run(self._run, export_id)
-            except Exception:  # noqa: BLE001 - the lane lives on, and the log says what happened
-                _log.exception("export.lane_failed", export_id=export_id)
+            except Exception:  # noqa: BLE001 - the worker goes on, and the log says what happened
+                _log.exception("export.worker_failed", export_id=export_id)
 
 
 class ExportQueue:
@@ -66,7 +66,7 @@ class ExportQueue:
 
     Args:
         ledger: Where the exports are recorded.
-        works: Makes each kind; kinds with the same work wait for each other.
+        works: Makes each kind of export. Kinds with the same work share a worker and wait for each other.
         folder: One sub-folder an export that made files.
         clock: For the times of the record.
     """
@@ -75,12 +75,12 @@ class ExportQueue:
         self._ledger, self._works, self._folder, self._clock = ledger, works, folder, clock
         self._closing = threading.Event()
         self._running: dict[str, ExportControl] = {}
-        lanes = {work: _Lane(f"export-{kind.value}", self._run) for kind, work in works.items()}
-        self._lanes = {kind: lanes[work] for kind, work in works.items()}
+        workers = {work: _ExportWorker(f"export-{kind.value}", self._run) for kind, work in works.items()}
+        self._workers = {kind: workers[work] for kind, work in works.items()}
 
     def put(self, record: ExportRecord) -> None:
         """Have a queued export run."""
-        self._lanes[record.kind].put(record.id)
+        self._workers[record.kind].put(record.id)
 
     def control_of(self, export_id: str) -> ExportControl | None:
         """Return what steers a running export; None for any other."""
@@ -92,7 +92,7 @@ class ExportQueue:
             shutil.rmtree(folder)
         left = self._ledger.all(states=frozenset({ExportState.RUNNING, ExportState.QUEUED}))
         for record in reversed(left):
-            if record.cancel_wish:
+            if record.cancel_request:
                 self._finish(record, ExportState.CANCELLED)
                 continue
             if record.state is ExportState.RUNNING and record.attempts >= MAX_ATTEMPTS:
@@ -125,7 +125,7 @@ class ExportQueue:
         try:
             result = self._works[record.kind].run(record, self._folder / record.id, control)
         except ExportStopped:
-            # The server's end is not the client's wish: the next start takes the export up again.
+            # No client asked for this end, so the next start of the server takes the export up again.
             ends = self._closing.is_set() and not control.cancelled
             following = ExportState.QUEUED if ends else ExportState.CANCELLED
             self._finish(record, following)
@@ -156,7 +156,7 @@ class ExportQueue:
         self._closing.set()
         for control in list(self._running.values()):
             control.stop()
-        for lane in set(self._lanes.values()):
-            lane.close()
-        for lane in set(self._lanes.values()):
-            lane.thread.join(timeout=_GRACE_S)
+        for worker in set(self._workers.values()):
+            worker.close()
+        for worker in set(self._workers.values()):
+            worker.thread.join(timeout=_GRACE_S)

@@ -108,7 +108,7 @@ class JobIntake:
             attempts=0,
             stalls=0,
             resumed_from=None,
-            cancel_wish=None,
+            cancel_request=None,
             adapter_id=None,
             error=None,
             created_at=now,

@@ -149,10 +149,10 @@ class JobLedger:
             self._notify(record.id)
         return changed
 
-    def wish_to_cancel(self, job_id: str, keep: str) -> None:
+    def request_cancel(self, job_id: str, keep: str) -> None:
         """Record that a running job is to be cancelled, and what to keep of its work."""
         with self._database.begin() as connection:
-            Jobs(connection).set(job_id, cancel_wish=keep)
+            Jobs(connection).set(job_id, cancel_request=keep)
 
     def record_event(
         self, job_id: str, kind: str | None, data: dict[str, Any], progress: JobProgress, stalls: int, *, after: int

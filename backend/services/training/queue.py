@@ -109,8 +109,8 @@ class TrainingQueue:
             worker.start()
 
     def _take_up(self, record: JobRecord) -> None:
-        if record.cancel_wish is not None:
-            self._cancel_as_wished(record)
+        if record.cancel_request is not None:
+            self._cancel_as_requested(record)
             return
         if record.state is JobState.PAUSING:
             self._ledger.move(record, JobState.PAUSED)
@@ -124,10 +124,10 @@ class TrainingQueue:
         details, now = failure("server_ended", error), to_text(self._clock.now())
         self._ledger.move(record, JobState.FAILED, error=details, stalls=stalls, finished_at=now)
 
-    def _cancel_as_wished(self, record: JobRecord) -> None:
+    def _cancel_as_requested(self, record: JobRecord) -> None:
         """Cancel a job whose run ended before it could obey."""
         cancelled = self._ledger.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now()))
-        if cancelled and record.cancel_wish == "nothing":
+        if cancelled and record.cancel_request == "nothing":
             self._checkpoints.delete(record.id)
 
     def _work_on(self, device: str) -> None:
@@ -148,8 +148,8 @@ class TrainingQueue:
         """Queue the interrupted jobs whose wait is over."""
         now_s = self._clock.monotonic()
         for record in self._ledger.all(frozenset({JobState.INTERRUPTED})):
-            if record.cancel_wish is not None:
-                self._cancel_as_wished(record)
+            if record.cancel_request is not None:
+                self._cancel_as_requested(record)
             elif self._retry_at_s.get(record.id, now_s) <= now_s:
                 self.queue_again(record)
 

@@ -82,9 +82,9 @@ class TrainingRun:
             ServerEnds: The server stops before the database can be used.
         """
         try:
-            wish = self._job.record.cancel_wish
-            if wish is not None:  # of a run before, which ended before it could obey
-                self.end(ENDINGS[wish])
+            cancel_request = self._job.record.cancel_request
+            if cancel_request is not None:  # made during an earlier run, which ended before it could obey
+                self.end(ENDINGS[cancel_request])
             self._control.check()
             trained = self._work.run(self._job, self._device, self._control, self._journal, self._on_event)
             self._trained = True

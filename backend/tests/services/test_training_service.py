@@ -95,7 +95,7 @@ class Studio:
             request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora",
             config=CONFIG.model_dump(mode="json"), dataset_id="ds", validation_dataset_id=None,
             validation_fraction=0.0, progress=JobProgress(), result=None, attempts=0, stalls=0, resumed_from=None,
-            cancel_wish=None, adapter_id=None, error=None, created_at=MOMENT, started_at=None, finished_at=None,
+            cancel_request=None, adapter_id=None, error=None, created_at=MOMENT, started_at=None, finished_at=None,
         )  # fmt: skip
         with self.database.begin() as connection:
             Jobs(connection).add(replace(record, **changes))
@@ -209,8 +209,8 @@ def test_what_the_engine_cannot_do_is_not_tried_again(tmp_path: Path, error_clas
 
 def test_a_wish_that_came_too_late_for_its_run_is_obeyed_by_the_queue(tmp_path: Path) -> None:
     studio = Studio(tmp_path, refuse(ModelRejected("must not be loaded")))
-    studio.add(1, state=JobState.INTERRUPTED, cancel_wish="nothing")
-    studio.add(2, cancel_wish="checkpoints")
+    studio.add(1, state=JobState.INTERRUPTED, cancel_request="nothing")
+    studio.add(2, cancel_request="checkpoints")
     studio.service.start()
     wait_until(lambda: studio.states() == [JobState.CANCELLED] * 2)
     studio.close()
@@ -359,7 +359,7 @@ def test_what_a_dead_server_left_is_taken_up(
     tmp_path: Path, state: JobState, wish: str | None, after: JobState
 ) -> None:
     studio = Studio(tmp_path, refuse(ModelRejected("no")), devices=())  # nobody works: what `start` does is all
-    job_id = studio.add(1, state=state, cancel_wish=wish)
+    job_id = studio.add(1, state=state, cancel_request=wish)
     kept = studio.checkpoints.folder_of(job_id)
     (kept / "step-00000001").mkdir(parents=True)
     unknown = studio.checkpoints.folder_of("job_of_another_database") / "step-00000001"

@@ -63,7 +63,7 @@ def _job(number: int, priority: int = 0) -> JobRecord:
         id=f"job_{number}", sequence=number, name="n", state=JobState.QUEUED, priority=priority, idempotency_key=None,
         request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora",
         config={}, dataset_id="ds", validation_dataset_id=None, validation_fraction=0.1, progress=JobProgress(),
-        result=None, attempts=0, stalls=0, resumed_from=None, cancel_wish=None, adapter_id=None, error=None,
+        result=None, attempts=0, stalls=0, resumed_from=None, cancel_request=None, adapter_id=None, error=None,
         created_at="2026-01-01T00:00:00.000000Z", started_at=None, finished_at=None,
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def _fill_first_version(database: Database) -> None:
     old = {
         name: value
         for name, value in (asdict(_job(1)) | {"progress": {}, "result": {}}).items()
-        if name not in ("stalls", "resumed_from", "cancel_wish", "load_options")
+        if name not in ("stalls", "resumed_from", "cancel_request", "load_options")
     }
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
@@ -276,7 +276,7 @@ def test_exports_of_the_third_version_keep_what_they_say(empty: Database) -> Non
     with empty.begin() as connection:
         (found,) = Exports(connection).all()
     assert (found.id, found.attempts, found.settings) == ("exp_1", 2, GgufSettings(quantization="q8_0"))
-    assert found.cancel_wish is False
+    assert found.cancel_request is False
 
 
 def _upgrade(database: Database, revision: str) -> None:

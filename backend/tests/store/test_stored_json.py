@@ -133,7 +133,7 @@ def test_an_export_is_read_by_its_kind(
     database: Database, kind: str, settings: Any, result: Any, settings_type: type, result_type: type
 ) -> None:
     with database.begin() as connection:
-        row = EXPORT | {"id": "exp_1", "kind": kind, "settings": settings, "result": result, "cancel_wish": False}
+        row = EXPORT | {"id": "exp_1", "kind": kind, "settings": settings, "result": result, "cancel_request": False}
         connection.execute(insert(tables.exports).values(**row))
         (found,) = Exports(connection).all()
         assert found.kind is ExportKind(kind) and type(found.settings) is settings_type

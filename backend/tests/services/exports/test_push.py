@@ -57,7 +57,7 @@ class Bench:
     def run(self, token: str | None = "hf_valid", **settings: Any) -> PushedAdapter:
         record = ExportRecord(
             id="exp_1", sequence=1, adapter_id="adp_1", kind=ExportKind.PUSH, settings=self.settings(**settings),
-            state=ExportState.RUNNING, cancel_wish=False, attempts=1, history=[], result=None, error=None,
+            state=ExportState.RUNNING, cancel_request=False, attempts=1, history=[], result=None, error=None,
             created_at="", started_at=None, finished_at=None,
         )  # fmt: skip
 
