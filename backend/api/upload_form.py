@@ -29,7 +29,7 @@ class Receiver(Protocol):
 
 
 class UploadMalformed(Rejected):
-    """The multipart body cannot be read, or is not one file with its settings."""
+    """The multipart body cannot be read, or it is not one file with its settings."""
 
     slug, title = "malformed-upload", "Malformed upload"
 

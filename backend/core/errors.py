@@ -1,28 +1,75 @@
-"""The errors of the service, named for the fact they state.
+"""The errors of the service. A name states the fact; the branch decides the HTTP status.
 
-    StudioError
-    ├── NotFound            ModelNotFound, TaskNotFound, LoadedModelNotFound, DatasetNotFound,
-    │                       ImportNotFound, JobNotFound, CheckpointNotFound, AdapterNotFound, ExportNotFound
-    ├── Rejected            SettingRejected, DatasetRejected, DatasetNotTrainable, ModelRejected,
-    │                       CheckpointUnusable, AdapterRejected, ExportRejected
-    ├── TooLarge            more bytes than the service takes
-    ├── Conflict            DoesNotFit, ModelBusy, ModelNotReady, TransitionNotPermitted,
-    │                       DatasetInUse, AdapterInUse, AdapterDamaged, NeedsRemoteCode,
-    │                       NoSafeWeights
-    ├── AccessDenied        ModelGated, DatasetGated, PathNotAllowed
-    ├── Unavailable         HubUnavailable, EngineUnavailable, DatabaseUnavailable
-    ├── EngineFailed        the engine process died or reported an error
-    └── StorageFull         no space left where the data lives
+To add one:
 
-To add one: subclass the branch whose HTTP meaning it has and give it a `slug` (stable, part of the API)
-and a `title`. `api/problems.py` maps branches to statuses; a test proves that the map is complete.
+1. Subclass the branch whose status it has. A subclass goes here if several modules raise it, else beside its module.
+2. Give it a docstring that says when it occurs, a `slug` (a stable part of the API) and a `title`.
+3. Add it to the tree below. An error that is defined elsewhere names its module there.
+
+`api/problems.py` maps each branch to its status. Tests prove that the map and this tree are complete.
+
+    StudioError  500                  the base; raised itself for a fault of the server
+    ├── NotFound  404
+    │   ├── ModelNotFound
+    │   ├── TaskNotFound
+    │   ├── LoadedModelNotFound
+    │   ├── DatasetNotFound
+    │   ├── ImportNotFound
+    │   ├── JobNotFound
+    │   ├── CheckpointNotFound
+    │   ├── AdapterNotFound
+    │   ├── ExportNotFound
+    │   └── ExportFileNotFound        services.export_service
+    ├── Rejected  422
+    │   ├── SettingRejected
+    │   ├── DatasetRejected
+    │   ├── DatasetNotTrainable
+    │   ├── ModelRejected
+    │   ├── CheckpointUnusable
+    │   ├── AdapterRejected
+    │   ├── AdapterOfAnotherBase      services.generation_service
+    │   ├── GenerationRejected        services.generation_service
+    │   ├── ExportRejected
+    │   ├── PushRejected              services.exports.push
+    │   ├── QueryRejected             services.hub.errors
+    │   ├── UploadMalformed           api.upload_form
+    │   └── UploadAbandoned           api.datasets
+    ├── TooLarge  413
+    ├── Conflict  409
+    │   ├── DoesNotFit
+    │   ├── ModelBusy
+    │   ├── ModelNotReady
+    │   ├── TransitionNotPermitted
+    │   ├── IdempotencyKeyReused      services.training.ledger
+    │   ├── DatasetInUse
+    │   ├── ImportCancelled           services.datasets.imports
+    │   ├── AdapterInUse
+    │   ├── AdapterDamaged
+    │   ├── ExportStopped             services.exports.control
+    │   ├── NeedsRemoteCode
+    │   ├── NoSafeWeights
+    │   └── DownloadCancelled         services.hub.download_flight
+    ├── AccessDenied  403
+    │   ├── ModelGated
+    │   ├── DatasetGated
+    │   └── PathNotAllowed
+    ├── Unavailable  503
+    │   ├── HubUnavailable
+    │   ├── DownloadCorrupt           services.hub.file_transfer
+    │   ├── EmbeddedModelUnavailable  services.models.embedded
+    │   ├── EngineUnavailable
+    │   └── DatabaseUnavailable
+    ├── EngineFailed  502
+    │   ├── EngineDied                services.engines.process
+    │   └── CommandFailed             services.engines.process
+    └── StorageFull  507
 """
 
 from typing import Any, ClassVar
 
 
 class StudioError(Exception):
-    """Base of every error a service raises on purpose.
+    """The base of every error that the service raises on purpose.
 
     Args:
         detail: One sentence for a person: what is wrong with this request and what to do about it.
@@ -39,7 +86,7 @@ class StudioError(Exception):
 
 
 class NotFound(StudioError):
-    """What the request names does not exist."""
+    """Something that the request names does not exist."""
 
     slug, title = "not-found", "Not found"
 
@@ -69,7 +116,7 @@ class DatasetNotFound(NotFound):
 
 
 class ImportNotFound(NotFound):
-    """No import of a dataset that is under way has that id."""
+    """No dataset import with that id is under way."""
 
     slug, title = "import-not-found", "Import not found"
 
@@ -111,7 +158,7 @@ class SettingRejected(Rejected):
 
 
 class DatasetRejected(Rejected):
-    """The file cannot be read as training data; `errors` names the lines."""
+    """The file cannot be read as training data. `errors` names the lines."""
 
     slug, title = "dataset-rejected", "Dataset rejected"
 
@@ -120,7 +167,7 @@ class DatasetRejected(Rejected):
 
 
 class DatasetNotTrainable(Rejected):
-    """Nothing would be learned from the dataset, or not by a fine-tune of this kind."""
+    """A fine-tune would learn nothing from the dataset, or this kind of fine-tune cannot learn from it."""
 
     slug, title = "dataset-not-trainable", "Dataset not trainable"
 
@@ -132,7 +179,7 @@ class ModelRejected(Rejected):
 
 
 class CheckpointUnusable(Rejected):
-    """The checkpoint is damaged, or does not belong to a run like the one asked for."""
+    """The checkpoint is damaged, or it comes from a run with another model, dataset or settings."""
 
     slug, title = "checkpoint-unusable", "Checkpoint unusable"
 
@@ -144,19 +191,19 @@ class AdapterRejected(Rejected):
 
 
 class ExportRejected(Rejected):
-    """The adapter cannot be exported so: its base or its tokenizer has no place in that format."""
+    """The format of the export cannot hold the adapter's base or its tokenizer."""
 
     slug, title = "export-rejected", "Export rejected"
 
 
 class TooLarge(StudioError):
-    """More bytes were sent, or are to be fetched, than the service takes."""
+    """The client sent, or asked to download, more bytes than the service accepts."""
 
     slug, title = "too-large", "Too large"
 
 
 class Conflict(StudioError):
-    """The request is sound but the present state does not allow it."""
+    """The request is valid, but the present state does not allow it."""
 
     slug, title = "conflict", "Conflict"
 
@@ -168,7 +215,7 @@ class DoesNotFit(Conflict):
 
 
 class ModelBusy(Conflict):
-    """The engine that holds the model is training or generating."""
+    """The engine of the model is training or generating."""
 
     slug, title = "model-busy", "Model busy"
 
@@ -198,13 +245,13 @@ class AdapterInUse(Conflict):
 
 
 class AdapterDamaged(Conflict):
-    """The adapter's files are not as they were written."""
+    """The adapter's files have changed since they were written, or some are missing."""
 
     slug, title = "adapter-damaged", "Adapter damaged"
 
 
 class NeedsRemoteCode(Conflict):
-    """The repository asks to run Python of its own; this service never does."""
+    """The repository needs its own Python code to load. This service never runs such code."""
 
     slug, title = "needs-remote-code", "Needs remote code"
 
@@ -216,7 +263,7 @@ class NoSafeWeights(Conflict):
 
 
 class AccessDenied(StudioError):
-    """The Hub knows who asks and refuses."""
+    """The Hub, or the operator's configuration, does not give this client access."""
 
     slug, title = "access-denied", "Access denied"
 
@@ -240,13 +287,13 @@ class PathNotAllowed(AccessDenied):
 
 
 class Unavailable(StudioError):
-    """Something outside this process does not answer; trying later may help."""
+    """Something outside of the server process does not answer. The same request may succeed later."""
 
     slug, title = "unavailable", "Unavailable"
 
 
 class HubUnavailable(Unavailable):
-    """The Hub cannot be reached or asks for a pause (`retry_after_s`), and nothing is cached."""
+    """The Hub cannot be reached or asks for a pause (`retry_after_s`), and the cache has no answer."""
 
     slug, title = "hub-unavailable", "Hub unavailable"
 
@@ -258,7 +305,7 @@ class EngineUnavailable(Unavailable):
 
 
 class DatabaseUnavailable(Unavailable):
-    """The database does not answer, or another transaction holds it for too long."""
+    """The database does not answer, or another transaction blocks it for too long."""
 
     slug, title = "database-unavailable", "Database unavailable"
 

@@ -15,7 +15,7 @@ Stage = Literal["receiving", "downloading", "reading"]
 
 
 class ImportCancelled(Conflict):
-    """Somebody cancelled the import; nothing of the dataset is kept."""
+    """A client cancelled the import. Nothing of the dataset is kept."""
 
     slug, title = "import-cancelled", "Import cancelled"
 

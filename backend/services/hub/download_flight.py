@@ -19,7 +19,7 @@ _SAMPLE_S = 0.1  # arrivals within it count as one
 
 
 class DownloadCancelled(Conflict):
-    """Nobody waits for the download any more."""
+    """Everyone who waited for the download has left."""
 
     slug, title = "download-cancelled", "Download cancelled"
 

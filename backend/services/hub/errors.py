@@ -15,7 +15,7 @@ _PASSING_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 
 
 class QueryRejected(errors.Rejected):
-    """The Hub refuses the search as it stands."""
+    """The Hub does not accept the search as the client wrote it."""
 
     slug, title = "query-rejected", "Query rejected"
 

@@ -26,7 +26,7 @@ _log = get_logger(__name__)
 
 
 class DownloadCorrupt(errors.Unavailable):
-    """What arrived is, twice in a row, not what the Hub's digest says."""
+    """Two downloads in a row do not match the digest that the Hub names."""
 
     slug, title = "download-corrupt", "Download corrupt"
 

@@ -1,9 +1,12 @@
 """Every refusal is a problem document with a stable type; nothing is echoed and nothing crashes."""
 
+import re
+from importlib import import_module
 from typing import Any
 
 import pytest
 
+import main  # noqa: F401 - it imports every module that defines an error
 from api.problems import STATUS, status_of
 from core import errors
 from tests.support.server import StudioServer
@@ -15,14 +18,30 @@ def _subclasses(kind: type[errors.StudioError]) -> set[type[errors.StudioError]]
 
 
 def test_every_error_has_a_status_a_slug_and_a_title_of_its_own() -> None:
-    import services.export_service
-    import services.generation_service
-    import services.training_service  # noqa: F401 - they define errors of their own
-
     kinds = _subclasses(errors.StudioError)
     assert all(400 <= status_of(kind("x")) < 600 for kind in kinds)
     assert len({kind.slug for kind in kinds}) == len(kinds)
     assert set(STATUS) <= kinds
+
+
+# A line of the tree: its bars, a name, the status of a branch, the module of an error that is defined elsewhere.
+_DRAWN = re.compile(
+    r"^    ([│├└─ ]*)([A-Z]\w+)(?:  (\d{3}))?(?: +([a-z]+(?:\.[a-z_]+)+))?(?: +the base.*)?$", re.MULTILINE
+)
+
+
+def test_the_tree_of_errors_has_each_below_its_branch_with_its_module_and_status() -> None:
+    drawn: set[type[errors.StudioError]] = set()
+    branch = ""
+    for bars, name, status, module in _DRAWN.findall(errors.__doc__ or ""):
+        branch = name if status else branch
+        kind = getattr(import_module(module or "core.errors"), name)
+        parent = {0: "Exception", 4: "StudioError"}.get(len(bars), branch)
+        assert (kind.__module__, kind.__base__.__name__) == (module or "core.errors", parent)
+        assert (STATUS.get(kind) == int(status)) if status else kind not in STATUS
+        assert kind.__doc__
+        drawn.add(kind)
+    assert drawn == _subclasses(errors.StudioError)
 
 
 @pytest.mark.parametrize(
