@@ -30,7 +30,7 @@ Analyses = Annotated[DatasetAnalysisService, Depends(get_dataset_analysis_servic
 
 
 class UploadAbandoned(Rejected):
-    """The client went away while it sent; nobody reads this."""
+    """The client disconnected during the upload, so nobody reads this answer."""
 
     slug, title = "upload-abandoned", "Upload abandoned"
 
@@ -160,8 +160,8 @@ async def analyze(dataset_id: str, body: AnalyzeRequest, datasets: Datasets, ana
     await until_done(running.future, body.wait_s)
     if not running.future.done():
         return JSONResponse(AnalysisProgress(state="running", fraction=running.fraction).model_dump(), 202)
-    found = await run_in_threadpool(analyses.finish, running)
-    return analysis_view(found, datasets.manifest(dataset_id).duplicates)
+    analysis = await run_in_threadpool(analyses.finish, running)
+    return analysis_view(analysis, datasets.manifest(dataset_id).duplicates)
 
 
 @router.get("/{dataset_id}/download", response_class=FileResponse, response_model=None)
@@ -169,13 +169,13 @@ def download(
     dataset_id: str, datasets: Datasets, form: Annotated[Form, Query()] = "original"
 ) -> FileResponse | StreamingResponse:
     """The file as it came (several as a zip), or the normal rows as JSONL, which can be uploaded again."""
-    found = datasets.download(dataset_id, form)
-    if isinstance(found.content, Iterator):
-        headers = {"Content-Disposition": f'attachment; filename="{found.filename}"'}
-        return StreamingResponse(found.content, media_type="application/zip", headers=headers)
+    answer = datasets.download(dataset_id, form)
+    if isinstance(answer.content, Iterator):
+        headers = {"Content-Disposition": f'attachment; filename="{answer.filename}"'}
+        return StreamingResponse(answer.content, media_type="application/zip", headers=headers)
     # Never a type that a browser would show: what is in it came from elsewhere.
     kind = "application/jsonl" if form == "normalised" else "application/octet-stream"
-    return FileResponse(found.content, media_type=kind, filename=found.filename)
+    return FileResponse(answer.content, media_type=kind, filename=answer.filename)
 
 
 @router.delete("/{dataset_id}", status_code=204)

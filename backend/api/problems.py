@@ -89,18 +89,18 @@ def _studio_error(request: Request, error: Exception) -> JSONResponse:
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, RequestValidationError):
         raise error
-    found = [
+    field_errors = [
         {"location": [str(part) for part in item["loc"]], "message": item["msg"], "type": item["type"]}
         for item in error.errors()
     ]
-    detail = "; ".join(f"{'.'.join(item['location'])}: {item['message']}" for item in found)
+    detail = "; ".join(f"{'.'.join(item['location'])}: {item['message']}" for item in field_errors)
     return problem(
         request.url.path,
         slug="invalid-request",
         title="Invalid request",
         status=422,
         detail=detail,
-        extras={"errors": found},
+        extras={"errors": field_errors},
     )
 
 

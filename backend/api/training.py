@@ -78,8 +78,8 @@ def events_as_json(
 ) -> schemas.JobEvents:
     """Return a page of a job's events."""
     training.ledger.get(job_id)
-    found = training.ledger.events(job_id, _start(after, last_event_id), _PAGE)
-    return schemas.JobEvents(events=[schemas.JobEvent.model_validate(event) for event in found])
+    page = training.ledger.events(job_id, _start(after, last_event_id), _PAGE)
+    return schemas.JobEvents(events=[schemas.JobEvent.model_validate(event) for event in page])
 
 
 # Before the stream, which takes what this leaves; and which is what the OpenAPI document shows.
@@ -112,15 +112,15 @@ async def events(
             changed.clear()
             # In this order: a job seen as final has written its last event before the events are read.
             ended = (await asyncio.to_thread(training.ledger.get, job_id)).state in FINAL_STATES
-            found = await asyncio.to_thread(training.ledger.events, job_id, sent, _PAGE)
-            for event in found:
+            page = await asyncio.to_thread(training.ledger.events, job_id, sent, _PAGE)
+            for event in page:
                 sent = event.sequence
                 yield ServerSentEvent(
                     data=event.data | {"created_at": event.created_at}, event=event.kind, id=str(event.sequence)
                 )
-            if ended and len(found) < _PAGE:
+            if ended and len(page) < _PAGE:
                 return
-            if not found:
+            if not page:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), _LOOK_AGAIN_S)
 
@@ -159,8 +159,8 @@ def checkpoints(
 ) -> schemas.CheckpointList:
     """The job's checkpoints, oldest first, with what is wrong with each."""
     training.ledger.get(job_id)
-    found = training.checkpoints.all(job_id, check_sums=verify)
-    return schemas.CheckpointList(checkpoints=[checkpoint_view(facts) for facts in found])
+    checkpoints = training.checkpoints.all(job_id, check_sums=verify)
+    return schemas.CheckpointList(checkpoints=[checkpoint_view(facts) for facts in checkpoints])
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202)

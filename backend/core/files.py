@@ -89,8 +89,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def plain_files(folder: Path) -> list[tuple[str, Path]]:
     """Return every plain file below a folder as (path relative to it with `/`, path), by name; no links."""
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sorted((path.relative_to(folder).as_posix(), path) for path in found)
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sorted((path.relative_to(folder).as_posix(), path) for path in files)
 
 
 def finish_replacing(parent: Path) -> None:

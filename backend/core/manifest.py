@@ -45,10 +45,10 @@ def verify(folder: Path) -> dict[str, Any]:
     about, files = _read(folder)
     for name, facts in files.items():
         try:
-            found = sha256_of(folder / name)
+            actual_sum = sha256_of(folder / name)
         except OSError as error:
             raise FolderDamaged(f"{name} cannot be read: {error}") from error
-        if found != facts["sha256"]:
+        if actual_sum != facts["sha256"]:
             raise FolderDamaged(f"{name} is not as it was written: its sha256 sum differs")
     return about
 
@@ -97,9 +97,9 @@ def _compare(present: dict[str, Path], files: dict[str, dict[str, Any]]) -> None
 
 def _entries(folder: Path) -> dict[str, Path]:
     """Return all that is below a folder but its manifest, folders too, by the path relative to it with `/`."""
-    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-    found.pop(NAME, None)
-    return found
+    entries = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    entries.pop(NAME, None)
+    return entries
 
 
 def _sum(body: dict[str, Any]) -> str:

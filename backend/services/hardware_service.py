@@ -68,13 +68,13 @@ class CudaValidation:
 
 def installed_versions() -> dict[str, str | None]:
     """Read the packages' versions from their metadata; nothing is imported."""
-    found: dict[str, str | None] = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            versions[name] = None
+    return versions
 
 
 def select_engine(gpus: tuple[GpuReading, ...], packages: Mapping[str, str | None]) -> EngineChoice:

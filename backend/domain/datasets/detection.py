@@ -69,7 +69,7 @@ def _detect(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Reading:
     present = {column for column in columns if any(row.get(column) is not None for row in rows)}
     seen = f"in the first {len(rows)} rows" if len(rows) > 1 else "in the only row looked at"
 
-    def found(format_: DatasetFormat, *named: str) -> Reading:
+    def reading_of(format_: DatasetFormat, *named: str) -> Reading:
         words = " and ".join(repr(name) for name in named)
         others = [name for columns in FIELDS[format_].optional.values() for name in columns if name in present]
         more = [name for name in dict.fromkeys(others) if name not in named]
@@ -78,24 +78,24 @@ def _detect(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> Reading:
     if chosen := [
         (good, bad) for good, bad in zip(*FIELDS["preference"].required.values(), strict=True) if {good, bad} <= present
     ]:
-        return found("preference", *chosen[0])
+        return reading_of("preference", *chosen[0])
     turns = [column for column in _TURNS if column in present and _holds_list(rows, column)]
     answers = [column for column in _ANSWERS if column in present]
     prompts = [column for column in _PROMPTS if column in present]
     label = next((column for column in _LABELS if column in present and _is_boolean(rows, column)), None)
     if label is not None and (turns or (prompts and answers)):
-        return found("kto", label, *(turns[:1] or [prompts[0], answers[0]]))
+        return reading_of("kto", label, *(turns[:1] or [prompts[0], answers[0]]))
     if turns:
         keys = _turn_keys(rows, turns[0])
         sharegpt = "from" in keys and "role" not in keys
-        return found("sharegpt" if sharegpt else "messages", turns[0], *(("from",) if sharegpt else ()))
+        return reading_of("sharegpt" if sharegpt else "messages", turns[0], *(("from",) if sharegpt else ()))
     if "instruction" in present and len(answers) == 1:
-        return found("alpaca", "instruction", answers[0])
+        return reading_of("alpaca", "instruction", answers[0])
     if len(prompts) == 1 and len(answers) == 1:
-        return found("prompt_completion", prompts[0], answers[0])
+        return reading_of("prompt_completion", prompts[0], answers[0])
     texts = [column for column in FIELDS["text"].required["text"] if column in present]
     if len(texts) == 1 and not (prompts or answers or "instruction" in present):
-        return found("text", texts[0])
+        return reading_of("text", texts[0])
     asking = ["instruction"] if "instruction" in present else []
     known = bool(asking or prompts or answers)
     wrapped = None if known else _wrapped(rows, columns)

@@ -103,9 +103,9 @@ def _from_names(data: Sequence[str], config: str | None) -> tuple[str, dict[str,
         data = named
     splits: dict[str, list[str]] = {}
     for path in data:
-        found = _KEYWORD.findall(path.lower())
-        if found:
-            splits.setdefault(_SPLITS[found[-1]], []).append(path)
+        keywords = _KEYWORD.findall(path.lower())
+        if keywords:
+            splits.setdefault(_SPLITS[keywords[-1]], []).append(path)
     return config or "default", splits or ({"train": list(data)} if data else {})
 
 
@@ -128,7 +128,7 @@ def _from_card(data: Sequence[str], configs: list[Any], config: str | None) -> t
             full = pattern if pattern in data or not folder else f"{folder}/{pattern}"
             matches = [path for path in data if _glob(full).fullmatch(path)]
             splits.setdefault(split, []).extend(path for path in matches if path not in splits.get(split, []))
-    return name, {split: found for split, found in splits.items() if found}
+    return name, {split: paths for split, paths in splits.items() if paths}
 
 
 def _patterns(told: Any) -> list[tuple[str, list[str]]]:

@@ -66,9 +66,9 @@ def largest_batch(config: PeftConfig) -> Batch:
 
 def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
     """Return the linear modules that the configuration adapts, with how many there are of each."""
-    found = [pair for block in shape.blocks for pair in _targeted_in(block, config)]
+    in_blocks = [pair for block in shape.blocks for pair in _targeted_in(block, config)]
     loose = [linear for linear in shape.loose_linears if _wanted(linear.path, config)]
-    return found + [(linear, 1) for linear in loose]
+    return in_blocks + [(linear, 1) for linear in loose]
 
 
 def missing_targets(shape: ModelShape, names: str | Sequence[str]) -> list[str]:

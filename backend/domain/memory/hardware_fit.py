@@ -37,13 +37,13 @@ def fit_to_memory(
     for changes in _options(config, kept, on_gpu=on_gpu):
         if tight is not None and changes["precision"] != config.precision:
             break  # what may fit in fp32 is not worth a type several times slower
-        found = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu)
-        verdict = judge(found, available_bytes)
+        needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu)
+        verdict = judge(needed, available_bytes)
         if verdict == "fits":
             return _changed(config, changes)
         if verdict == "tight" and tight is None:
             tight = changes
-        needs.append((found.total_bytes, changes))
+        needs.append((needed.total_bytes, changes))
     return _changed(config, tight if tight is not None else min(needs, key=lambda item: item[0])[1])
 
 

@@ -244,8 +244,8 @@ class AdapterIntake:
 def _check_sums(folder: Path, name: str) -> None:
     """Check an adapter that this service handed out against the sums that came with it."""
     if (folder / MANIFEST).exists():
-        found = read_json(folder / MANIFEST, name, _MAX_MANIFEST_BYTES)
-        if isinstance(found, dict) and found.keys() == {"about", "files", "sum"}:
+        manifest = read_json(folder / MANIFEST, name, _MAX_MANIFEST_BYTES)
+        if isinstance(manifest, dict) and manifest.keys() == {"about", "files", "sum"}:
             try:
                 verify(folder)
             except FolderDamaged as error:

@@ -154,7 +154,7 @@ def _members(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     Raises:
         AdapterRejected: A member is a link or a device, is there twice, or its path leaves the zip.
     """
-    found: dict[str, zipfile.ZipInfo] = {}
+    members: dict[str, zipfile.ZipInfo] = {}
     if len(infos) > _MAX_ENTRIES:
         raise AdapterRejected(f"The zip has more than {_MAX_ENTRIES} entries.")
     for info in infos:
@@ -168,13 +168,13 @@ def _members(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
             raise AdapterRejected("The zip is encrypted.")
         if info.is_dir():
             continue
-        if str(path) in found:
+        if str(path) in members:
             raise AdapterRejected(f"{name!r:.100} is in the zip twice.")
-        found[str(path)] = info
-    tops = {name.split("/")[0] for name in found}
-    if CONFIG not in found and len(tops) == 1:
-        found = {name.partition("/")[2]: info for name, info in found.items()}
-    return found
+        members[str(path)] = info
+    tops = {name.split("/")[0] for name in members}
+    if CONFIG not in members and len(tops) == 1:
+        members = {name.partition("/")[2]: info for name, info in members.items()}
+    return members
 
 
 def _copy(source: IO[bytes], target: Path, left_bytes: int, max_bytes: int) -> int:

@@ -123,22 +123,22 @@ class DatasetSources:
         if "\0" in path or words.is_absolute() or words.parts[:1] == (os.pardir,):
             raise PathNotAllowed(f"{path!r:.200} is not below {root}, from which datasets may be taken.")
         try:
-            found = (root / path).resolve(strict=True)
+            target = (root / path).resolve(strict=True)
         except FileNotFoundError as error:
             raise DatasetNotFound(f"There is no {path!r:.200} in {root}.") from error
         except (OSError, RuntimeError) as error:  # a name too long; a loop of links
             raise PathNotAllowed(f"{path!r:.200} cannot be followed.") from error
-        if not found.is_relative_to(root):
+        if not target.is_relative_to(root):
             raise PathNotAllowed(f"{path!r} is not below {root}, from which datasets may be taken.")
-        return found
+        return target
 
     def _walk(self, start: Path) -> list[str]:
-        found: list[str] = []
+        paths: list[str] = []
         for parent, _, names in os.walk(start):  # links to folders are not followed
-            found += [(Path(parent) / name).relative_to(start).as_posix() for name in names]
-            if len(found) > _MAX_FILES:
+            paths += [(Path(parent) / name).relative_to(start).as_posix() for name in names]
+            if len(paths) > _MAX_FILES:
                 raise DatasetRejected(f"There are more than {_MAX_FILES} files below {start.name}.", errors=[])
-        return found
+        return paths
 
 
 def _described(parts: Parts) -> dict[str, Any]:

@@ -84,18 +84,18 @@ def _start(command: tuple[str, ...], write: int, scratch: str, log: IO[bytes]) -
 
 def _read_line(descriptor: int, deadline_s: float) -> bytes:
     """Return what was written up to the first newline, the pipe's end or the deadline."""
-    found = b""
+    received = b""
     with selectors.DefaultSelector() as selector:
         selector.register(descriptor, selectors.EVENT_READ)
-        while b"\n" not in found:
+        while b"\n" not in received:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0 or not selector.select(left_s):
                 break
             part = os.read(descriptor, 65536)
             if not part:
                 break
-            found += part
-    return found
+            received += part
+    return received
 
 
 def _wait(process: "subprocess.Popen[bytes]", deadline_s: float) -> int | None:

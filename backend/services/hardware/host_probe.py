@@ -193,11 +193,11 @@ class HostProbe:
     @cached_property
     def _cpuinfo(self) -> dict[str, str]:
         """The first value of every field; read once: it is long on a big machine and never changes."""
-        found: dict[str, str] = {}
+        fields: dict[str, str] = {}
         for line in self._read("proc/cpuinfo").splitlines():
             field, _, value = line.partition(":")
-            found.setdefault(field.strip(), value.strip())
-        return found
+            fields.setdefault(field.strip(), value.strip())
+        return fields
 
 
 @singleton

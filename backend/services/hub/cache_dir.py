@@ -239,12 +239,12 @@ class HubCacheDir:
 
     def damaged(self, snapshot: Path) -> list[Path]:
         """Return the blobs that a snapshot's entries lead to and whose content is not what their names say."""
-        found = []
+        damaged = []
         for entry in sorted(snapshot.iterdir()):
             blob = _blob_of(entry)
             if blob is not None and not self.is_intact(blob):
-                found.append(blob)
-        return found
+                damaged.append(blob)
+        return damaged
 
     def holds(self, folder: Path) -> bool:
         """Tell whether a folder is a snapshot in this cache."""

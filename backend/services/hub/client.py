@@ -248,15 +248,15 @@ def _summaries(items: list[Any]) -> tuple[ModelSummary, ...]:
     Raises:
         HubUnavailable: There are items, and none of them is a model.
     """
-    found = []
+    summaries = []
     for item in items:
         try:
-            found.append(_record(summary_from_wire, item))
+            summaries.append(_record(summary_from_wire, item))
         except errors.StudioError as error:
             _log.warning("hub.item_not_read", reason=error.detail, item=repr(item)[:100])
-    if items and not found:
+    if items and not summaries:
         raise nonsense("/api/models")
-    return tuple(found)
+    return tuple(summaries)
 
 
 def _record(read: Callable[[Any], R], body: Any) -> R:

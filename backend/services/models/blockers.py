@@ -23,16 +23,16 @@ def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
     model_id, paths = details.summary.model_id, [file.path for file in details.files]
     if details.disabled:
         return [disabled(model_id).detail]
-    found = []
+    blockers = []
     if details.config is None:
-        found.append(no_config(details, has_token=has_token).detail)
+        blockers.append(no_config(details, has_token=has_token).detail)
     else:
-        found += _config_blockers(model_id, details.config)
+        blockers += _config_blockers(model_id, details.config)
     if details.requires_remote_code and not needs_remote_code(details.config):  # its tokenizer does
-        found.append(f"{model_id} asks to run its own Python; it is never run here.")
+        blockers.append(f"{model_id} asks to run its own Python; it is never run here.")
     if not weight_files(paths):
-        found.append(no_safe_weights(model_id, paths).detail)
-    return found
+        blockers.append(no_safe_weights(model_id, paths).detail)
+    return blockers
 
 
 def is_loadable(summary: ModelSummary, config: Mapping[str, Any]) -> bool:

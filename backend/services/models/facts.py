@@ -55,5 +55,6 @@ class ModelFacts:
 
     def siblings(self, shape: ModelShape) -> list[Sibling]:
         """Return the models on this machine that are of a shape's family and that a load would take."""
-        found = [(model_id, read_shape(config)) for model_id, config in self._configs.local_configs()]
-        return [Sibling(model_id, other) for model_id, other in found if other and other.model_type == shape.model_type]
+        shapes = [(model_id, read_shape(config)) for model_id, config in self._configs.local_configs()]
+        family = shape.model_type
+        return [Sibling(model_id, other) for model_id, other in shapes if other and other.model_type == family]

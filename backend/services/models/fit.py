@@ -37,7 +37,7 @@ def fit_of(machine: Machine, config: dict[str, Any] | None, _summary: ModelSumma
         ).config
     except SettingRejected:  # e.g. it knows fewer tokens than a row may have: one odd model must not hide a list
         return None
-    found = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
-    if found.estimate is None:
+    assessment = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
+    if assessment.estimate is None:
         return None
-    return Fit(found.verdict, found.estimate.total_bytes)
+    return Fit(assessment.verdict, assessment.estimate.total_bytes)

@@ -62,11 +62,11 @@ class ListedConfigs:
         """
         wanted = {model.model_id: model for model in models if _may_have_config(model)}
         held = {name: self._cache.peek(self._key(model), _LISTED, _ttl_s(model)) for name, model in wanted.items()}
-        found = {name: cached.value for name, cached in held.items() if cached is not None}
+        configs = {name: cached.value for name, cached in held.items() if cached is not None}
         if ask:
             due = [model for name, model in wanted.items() if (cached := held[name]) is None or cached.stale]
-            found |= self._ask(due[:_MAX_ASKED])
-        return {name: listed.config for name, listed in found.items() if listed.config is not None}
+            configs |= self._ask(due[:_MAX_ASKED])
+        return {name: listed.config for name, listed in configs.items() if listed.config is not None}
 
     def clear(self) -> None:
         """Forget them."""

@@ -90,10 +90,10 @@ class LocalModels:
 
     def all(self) -> tuple[LocalModel, ...]:
         """Return every model once, by id; what the operator put in a folder comes before other copies of it."""
-        found: dict[str, LocalModel] = {}
+        by_id: dict[str, LocalModel] = {}
         for model in self._candidates():
-            found.setdefault(model.model_id, model)
-        return tuple(found[model_id] for model_id in sorted(found, key=str.lower))
+            by_id.setdefault(model.model_id, model)
+        return tuple(by_id[model_id] for model_id in sorted(by_id, key=str.lower))
 
     def find(self, model_id: str, revision: str | None = None) -> LocalModel | None:
         """Return the model of an id, or None. Only where it would lie is looked at.

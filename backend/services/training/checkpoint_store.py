@@ -44,8 +44,8 @@ class CheckpointStore:
             job_id: The job.
             check_sums: Whether to read every file and compare its sum, and not only its size.
         """
-        found = (_facts(path, check_sums) for path in sorted(self.folder_of(job_id).glob("step-*")))
-        return [facts for facts in found if facts is not None]
+        checkpoints = (_facts(path, check_sums) for path in sorted(self.folder_of(job_id).glob("step-*")))
+        return [facts for facts in checkpoints if facts is not None]
 
     def about(self, job_id: str, checkpoint_id: str | None) -> tuple[str, dict[str, Any]]:
         """Return the id and the manifest of one checkpoint, or of the newest that verifies.

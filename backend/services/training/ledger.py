@@ -20,7 +20,7 @@ _MOST_SINCE = 100  # events of one kind between two of a run: one, if any
 
 
 class IdempotencyKeyReused(Conflict):
-    """The key was used before, with another request."""
+    """The client used this idempotency key before, with another request."""
 
     slug, title = "idempotency-key-reused", "Idempotency key reused"
 
@@ -171,7 +171,7 @@ class JobLedger:
             jobs = Jobs(connection)
             if kind is not None:
                 there = (
-                    found.sequence for found in jobs.events(job_id, after, _MOST_SINCE, kind) if found.data == data
+                    event.sequence for event in jobs.events(job_id, after, _MOST_SINCE, kind) if event.data == data
                 )
                 sequence = next(there, None)
                 after = sequence or jobs.append_event(job_id, kind, data, to_text(self._clock.now()))

@@ -24,10 +24,10 @@ class ConfigReader:
 
     def value(self, name: str, default: Any = None) -> Any:
         """Return a value as it stands; an explicit null counts as absent."""
-        found = self._config.get(name)
-        if found is None:
-            found = self._defaults.get(name)
-        return default if found is None else found
+        setting = self._config.get(name)
+        if setting is None:
+            setting = self._defaults.get(name)
+        return default if setting is None else setting
 
     def size(self, *names: str, default: int | None = None) -> int:
         """Return the first of several names that is present, as a dimension above 0.
@@ -35,7 +35,7 @@ class ConfigReader:
         Raises:
             NotKnown: None is present, or it is no whole number a dimension can be.
         """
-        value = next((found for name in names if (found := self.value(name)) is not None), default)
+        value = next((setting for name in names if (setting := self.value(name)) is not None), default)
         if type(value) is not int or not 0 < value <= _LARGEST:
             raise NotKnown(f"{names[0]} is {value!r}"[:200])
         return value

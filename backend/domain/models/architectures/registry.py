@@ -21,16 +21,16 @@ _TIED = MappingProxyType({"tie_word_embeddings": True, "hidden_act": "silu"})
 def _families() -> dict[str, Family]:
     """List them; the defaults are those of transformers' configuration classes (version 5.17)."""
     tied = {"gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2", "cohere", "cohere2", "ernie4_5"}
-    found = {name: Family(build_dense, _TIED if name in tied else _UNTIED) for name in STYLES}
+    families = {name: Family(build_dense, _TIED if name in tied else _UNTIED) for name in STYLES}
     tanh = "gelu_pytorch_tanh"
-    found["gemma"] = Family(build_dense, {**_TIED, "hidden_act": tanh})
-    found["gemma2"] = Family(build_dense, {**_TIED, "hidden_activation": tanh})
-    found["gemma3_text"] = Family(build_dense, hybrid.GEMMA3_TEXT)
-    found["starcoder2"] = Family(build_dense, {**_TIED, "use_bias": True, "hidden_act": tanh})
-    found["seed_oss"] = Family(build_dense, {**_UNTIED, "attention_bias": True})
-    found["glm"] = found["glm4"] = Family(build_dense, {**_UNTIED, "attention_bias": True})
-    found["arcee"] = Family(build_dense, {**_UNTIED, "hidden_act": "relu2"})
-    found |= {
+    families["gemma"] = Family(build_dense, {**_TIED, "hidden_act": tanh})
+    families["gemma2"] = Family(build_dense, {**_TIED, "hidden_activation": tanh})
+    families["gemma3_text"] = Family(build_dense, hybrid.GEMMA3_TEXT)
+    families["starcoder2"] = Family(build_dense, {**_TIED, "use_bias": True, "hidden_act": tanh})
+    families["seed_oss"] = Family(build_dense, {**_UNTIED, "attention_bias": True})
+    families["glm"] = families["glm4"] = Family(build_dense, {**_UNTIED, "attention_bias": True})
+    families["arcee"] = Family(build_dense, {**_UNTIED, "hidden_act": "relu2"})
+    families |= {
         "phi": Family(build_phi, {**_UNTIED, "hidden_act": "gelu_new"}),
         "phi3": Family(build_phi3, _UNTIED),
         "gpt2": Family(older.build_gpt2, {**_TIED, "activation_function": "gelu_new"}),
@@ -65,7 +65,7 @@ def _families() -> dict[str, Family]:
         "phi3small": Family(elsewhere.build_phi3_small, _TIED, _OWN_CODE),
         "mimo": Family(elsewhere.build_mimo, _UNTIED, _OWN_CODE),
     }
-    return found
+    return families
 
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(_families())

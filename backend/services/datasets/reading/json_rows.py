@@ -15,11 +15,11 @@ class DoubledKey(ValueError):
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         names = [name for name, _ in pairs]
         raise DoubledKey(f"the key {next(name for name in names if names.count(name) > 1)!r:.60} is there twice")
-    return found
+    return members
 
 
 # pandas writes NaN for a cell without a value.
@@ -148,9 +148,9 @@ class _Window:
         Raises:
             DatasetRejected: Something else is there.
         """
-        found = self.next()
-        if found != mark:
-            where = f"{found!r}" if found else "the end of the file"
+        character = self.next()
+        if character != mark:
+            where = f"{character!r}" if character else "the end of the file"
             raise rejected(self.line, f"not JSON: {mark!r} is expected, and there is {where}")
         self._move(self._at + 1)
 

@@ -65,9 +65,9 @@ def open_rows(path: Path, filename: str, options: ReadOptions, encoding: str | N
                 yield FileRows("Parquet", unpacked.packing, None, parquet_rows.read_parquet(plain))
             return
         named = encodings.check_encoding(options.encoding) if options.encoding is not None else None
-        text, found = _utf8(stream, named or encoding)
+        text, recognised = _utf8(stream, named or encoding)
         container, rows = _rows(text, unpacked.name, options, trusted=encoding is not None)
-        yield FileRows(container, unpacked.packing, found, rows)
+        yield FileRows(container, unpacked.packing, recognised, rows)
 
 
 def recognise(path: Path, filename: str, options: ReadOptions) -> str:
