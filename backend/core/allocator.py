@@ -1,6 +1,6 @@
 """The memory allocator of engines: tcmalloc, where the system has it.
 
-glibc's does not reuse what is freed of aligned memory, and torch aligns every tensor
+glibc's allocator does not reuse freed aligned memory, and torch aligns every tensor
 (docs/decisions/0011-the-engines-allocator.md).
 """
 
@@ -22,8 +22,8 @@ def preload() -> Path | None:
     """Return the library that an engine is to be started with in LD_PRELOAD.
 
     Returns:
-        None where the system's own allocator stays: there is no tcmalloc that this interpreter can be started with, or
-        whoever started this process has set LD_PRELOAD, be it to nothing, and so has chosen one.
+        None where engines keep the system's allocator. That is so if this interpreter cannot be started with any
+        tcmalloc, or if LD_PRELOAD is set, even to nothing: the operator has then chosen an allocator.
     """
     if "LD_PRELOAD" in os.environ:
         return None
@@ -39,9 +39,9 @@ def engines_have_tcmalloc() -> bool:
 
 
 def has_symbol(libraries: str, symbol: str) -> bool:
-    """Whether a Python that starts with LD_PRELOAD set to `libraries` then has a symbol.
+    """Whether a Python that is started with LD_PRELOAD set to `libraries` has a symbol.
 
-    The loader goes on without a library that it cannot use, such as one for 32 bits, so it has to be tried.
+    The loader skips a library that it cannot use, such as one for 32 bits. Only a trial shows whether it was loaded.
     """
     look = [sys.executable, "-I", "-S", "-c", f"import ctypes; ctypes.CDLL(None).{symbol}"]
     environment = {**os.environ, "LD_PRELOAD": libraries}

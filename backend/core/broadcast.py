@@ -1,4 +1,4 @@
-"""Wakes waiting coroutines from any thread; carries no data, so a slow listener can lose nothing."""
+"""Wakes waiting coroutines from any thread. It carries no data, so a slow listener loses nothing."""
 
 import asyncio
 import threading
@@ -38,4 +38,4 @@ class Broadcast:
             try:
                 loop.call_soon_threadsafe(event.set)
             except RuntimeError:
-                continue  # the listener's loop has closed, and it with it
+                continue  # the listener's loop has closed, so nobody listens

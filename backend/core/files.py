@@ -56,13 +56,13 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o600) -> None:
 def whole_folder(target: Path) -> Iterator[Path]:
     """Give a folder to fill, then flush it and rename it to `target`: it is whole there, or not there.
 
-    A folder already at `target` is replaced, and stays as it is until the new one is on the disk: it is moved aside and
-    deleted last, since a deletion that is cut off would leave a part of it.
+    A folder already at `target` is replaced. It stays as it is until the new one is on the disk. Then it is moved
+    aside and deleted last, because an interrupted deletion would leave a part of it.
 
     Raises:
         StorageFull: The device has no space left.
     """
-    temporary = target.with_name(f".{target.name}.tmp")  # hidden: a folder in the making is nothing yet
+    temporary = target.with_name(f".{target.name}.tmp")  # hidden until it is whole
     replaced = target.with_name(f".{target.name}{_REPLACED}")
     with storage_errors(target):
         if target.parent.is_dir():
@@ -94,7 +94,7 @@ def plain_files(folder: Path) -> list[tuple[str, Path]]:
 
 
 def finish_replacing(parent: Path) -> None:
-    """Put back, or delete, the old folders that a `whole_folder` cut off while it replaced them left aside."""
+    """Put back, or delete, the old folders that an interrupted `whole_folder` left aside."""
     for replaced in parent.glob(f".*{_REPLACED}"):
         target = parent / replaced.name.removesuffix(_REPLACED).removeprefix(".")
         if target.exists():
@@ -105,7 +105,7 @@ def finish_replacing(parent: Path) -> None:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn the kernel's "no space left" into the error the API speaks of."""
+    """Turn the kernel's "no space left" into StorageFull."""
     try:
         yield
     except Exception as error:

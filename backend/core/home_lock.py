@@ -11,10 +11,10 @@ class HomeTaken(Exception):
 
 
 def lock_home(home: Path) -> IO[str]:
-    """Take the data directory for this process; the kernel gives it back when the process ends.
+    """Lock the data directory for this process. The kernel releases the lock when the process ends.
 
     Returns:
-        The open lock file; keep it.
+        The open lock file. Keep it open: closing it releases the lock.
 
     Raises:
         HomeTaken: Another server has it; the message names its pid.

@@ -1,4 +1,4 @@
-"""Structured logs: one event a line, with the request id of whoever caused it."""
+"""Structured logs: one event a line, with the id of the request that caused it."""
 
 import logging
 import sys

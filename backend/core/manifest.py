@@ -1,6 +1,6 @@
-"""Folders that can prove they are whole: the sha256 sum of every file, in a manifest with a sum of its own.
+"""A manifest shows that a folder is whole. It holds the sha256 sum of every file, and a sum of its own content.
 
-Files of folders within are listed by their paths with `/`.
+Files in sub-folders are listed by their relative paths with `/`.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ class FolderDamaged(Exception):
 
 
 def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-    """Write the sums of all files in a folder and below it, and what the folder is about, beside them."""
+    """Write a folder's manifest: the sums of all files in it and below it, and what the folder is about."""
     files = {
         name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for name, path in _entries(folder).items()
@@ -37,10 +37,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Return what a folder is about, once every file has its sum.
+    """Check every file's sum, then return what the folder is about.
 
     Raises:
-        FolderDamaged: Some file does not.
+        FolderDamaged: The manifest is damaged, or a file does not match its sum.
     """
     about, files = _read(folder)
     for name, facts in files.items():
@@ -96,7 +96,7 @@ def _compare(present: dict[str, Path], files: dict[str, dict[str, Any]]) -> None
 
 
 def _entries(folder: Path) -> dict[str, Path]:
-    """Return all that is below a folder but its manifest, folders too, by the path relative to it with `/`."""
+    """Return every file and folder below a folder, by its relative path with `/`. The manifest is left out."""
     entries = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     entries.pop(NAME, None)
     return entries

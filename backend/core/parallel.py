@@ -1,4 +1,4 @@
-"""The same work on many things, a few at once."""
+"""Does the same work on many items, a few at once."""
 
 import contextvars
 import threading
@@ -10,15 +10,15 @@ T = TypeVar("T")
 
 
 def start_workers(work: Callable[[T], None], things: Iterable[T], workers: int, name: str) -> list[threading.Thread]:
-    """Start threads that do the work on each thing; each sees the caller's context variables.
+    """Start threads that do the work on each item. Each thread sees the caller's context variables.
 
-    They are daemons: work that hangs must not keep the process from ending.
+    The threads are daemons, so work that hangs does not keep the process from ending.
 
     Args:
-        work: Takes a thing; raises nothing.
-        things: All of them.
+        work: Takes one item. It must not raise.
+        things: The items.
         workers: How many threads at most.
-        name: The threads'.
+        name: The name of the threads.
 
     Returns:
         The threads, to be joined.

@@ -1,4 +1,4 @@
-"""The types of settings whose values have rules of their own; each refusal says what is to be written instead."""
+"""Types for settings with rules of their own. Each error message says what to write instead."""
 
 import os
 import re
@@ -17,7 +17,7 @@ _HEADER_TEXT = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 
 def _full_path(path: Path) -> Path:
-    """Expand `~`, and refuse what would depend on the folder that the server is started in."""
+    """Expand `~`. Refuse a relative path, because it would depend on the folder that the server is started in."""
     try:
         path = path.expanduser()
     except RuntimeError as error:  # no such user, or a user without a home
@@ -28,7 +28,7 @@ def _full_path(path: Path) -> Path:
 
 
 def _items(separator: str) -> BeforeValidator:
-    """Read a list from a variable's text; a list that code hands over stays as it is."""
+    """Split a variable's text into a list. A list that code passes stays as it is."""
 
     def split(value: Any) -> Any:
         if not isinstance(value, str):
@@ -87,7 +87,7 @@ def _database_url(value: str) -> str:
 
 
 def _port(value: Any) -> Any:
-    # Kubernetes makes such variables for every Service; one that is named peft-studio meets the setting.
+    # Kubernetes sets such variables for every Service. One named peft-studio sets this one.
     if isinstance(value, str) and value.startswith(("tcp://", "udp://")):
         raise ValueError(
             "Kubernetes sets this for a Service named peft-studio; set it in the pod, or enableServiceLinks: false"

@@ -1,4 +1,4 @@
-"""What is tried before the server starts: the address and the folders that the settings name."""
+"""Checks before the server starts: the address and the folders that the settings name."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from core.settings import Settings, SettingsRejected
 
 
 def check_host(settings: Settings) -> None:
-    """Look the address up that the server is to listen on.
+    """Look up the address that the server listens on.
 
     Raises:
         SettingsRejected: No such host is known.
@@ -25,14 +25,14 @@ def check_host(settings: Settings) -> None:
 
 
 def open_home(settings: Settings) -> IO[str]:
-    """Make the data directory where there is none, and take it for this process.
+    """Create the data directory if it does not exist, and lock it for this process.
 
     Returns:
-        The open lock file; keep it.
+        The open lock file. Keep it open: closing it releases the lock.
 
     Raises:
         HomeTaken: Another server has it.
-        SettingsRejected: It cannot be made or written.
+        SettingsRejected: It cannot be created or written.
     """
     try:
         lock = lock_home(settings.home)
@@ -46,7 +46,7 @@ def open_home(settings: Settings) -> IO[str]:
 
 
 def make_cache_dir(settings: Settings) -> None:
-    """Make the cache's folder where there is none.
+    """Create the cache folder if it does not exist.
 
     Raises:
         SettingsRejected: It cannot be made.

@@ -76,7 +76,7 @@ def exposition(jobs_by_state: Mapping[str, int], memory_bytes: Mapping[tuple[str
     """
     for state, count in jobs_by_state.items():
         jobs.labels(state).set(count)
-    model_memory_bytes.clear()  # of what was unloaded
+    model_memory_bytes.clear()  # drops the models that were unloaded since
     for names, size in memory_bytes.items():
         model_memory_bytes.labels(*names).set(size)
     return generate_latest(REGISTRY)

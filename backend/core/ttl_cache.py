@@ -1,4 +1,4 @@
-"""A value computed once per time to live, however many ask at the same moment."""
+"""A cached value. It is computed once per time to live, however many threads ask for it at once."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class Timed(Generic[T]):
 
 
 class TtlCell(Generic[T]):
-    """One cached value. Ages are taken from the monotonic clock: a wall clock set back changes nothing.
+    """One cached value. Ages come from the monotonic clock, so setting the wall clock back changes nothing.
 
     Args:
         ttl_s: Seconds a value is served for.
@@ -42,7 +42,7 @@ class TtlCell(Generic[T]):
         asked_at = self._clock.monotonic()
         with self._lock:
             held = self._held
-            # A refresh is satisfied by a computation that began after it was asked for.
+            # A computation that began after the refresh was requested satisfies it.
             stale = held is None or self._clock.monotonic() - held[2] >= self._ttl_s
             if held is None or stale or (refresh and held[2] < asked_at):
                 started = self._clock.monotonic()

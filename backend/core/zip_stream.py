@@ -1,4 +1,4 @@
-"""A zip that is made as it is read: no copy is stored."""
+"""A zip file that is made while it is sent. No copy is stored."""
 
 import io
 import zipfile
@@ -9,7 +9,7 @@ _CHUNK_BYTES = 2**20
 
 
 class _Pipe(io.RawIOBase):
-    """A write-only file that gives its content to whoever drains it."""
+    """A write-only file whose content `drain` takes out."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
@@ -34,7 +34,7 @@ class _Pipe(io.RawIOBase):
 
 
 def zip_files(files: Sequence[tuple[str, Path]]) -> Iterator[bytes]:
-    """Yield a zip of (name in it, path), uncompressed: weights do not shrink, and data often is packed already."""
+    """Yield an uncompressed zip of (name in the zip, path). Weights do not shrink, and data is often packed already."""
     pipe = _Pipe()
     with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
         for name, path in files:

@@ -84,7 +84,8 @@ def create_adapter(
     return methods.adapter_state(base.model, name) | taken if methods.changed_layers(base.model, config) else {}
 
 
-# What LoftQ had taken out of W when it rounded last. Its own A and B came after that; those of the others are it.
+# LoftQ keeps these factors beside its A and B: it subtracts their product from W before the last rounding, and then
+# computes A and B once more. The other methods subtract the product of A and B themselves.
 _TAKEN = (".taken_A.weight", ".taken_B.weight")
 
 

@@ -1,1 +1,1 @@
-"""The way to the Hub: its requests, its answers kept, its files brought into the cache."""
+"""Access to the Hub: requests, cached answers, and downloads into the Hub's cache folder."""

@@ -2,8 +2,8 @@
 
 `<root>/models--owner--name/` (or `datasets--owner--name/`) holds `blobs/<digest>`, `refs/<branch>` (a commit) and
 `snapshots/<commit>/<path>`, links into the blobs. A blob is named by the sha256 of its content, or by git's sha1 for
-what lies in git itself, so that a blob can be checked without the network. huggingface_hub does not: it takes a file of
-any content for whole.
+what lies in git itself. A blob can therefore be checked without the network. huggingface_hub does not check blobs: it
+accepts a file with any content.
 Source: huggingface_hub's guide "Understand caching", and its file_download.py.
 """
 
@@ -35,12 +35,12 @@ def hub_cache_dir() -> Path:
 
 
 class Partial:
-    """Content that is arriving: appended to a file of its own, digested on the way, and kept over a break.
+    """Content that is being downloaded. It is kept in a file of its own, hashed on the way, and can be resumed.
 
     Args:
-        path: Where it is written until it is whole.
-        file: What it is to become.
-        check: Called now and then while what is there already is digested; may raise.
+        path: The file that holds it until it is complete.
+        file: The repository's file that it becomes.
+        check: Called now and then while earlier content is hashed. It may raise.
     """
 
     def __init__(self, path: Path, file: RepoFile, check: Callable[[], None]) -> None:
@@ -65,23 +65,23 @@ class Partial:
 
     @property
     def is_full(self) -> bool:
-        """Whether as much has arrived as there is."""
+        """Whether all bytes have arrived."""
         return self.size_bytes == self._file.size_bytes
 
     def write(self, chunk: bytes) -> None:
-        """Append what arrived."""
+        """Append bytes."""
         self._handle.write(chunk)
         self._digest.update(chunk)
         self.size_bytes += len(chunk)
 
     def restart(self) -> None:
-        """Forget what arrived."""
+        """Drop what has arrived."""
         self._handle.truncate(0)
         self._digest = content_hash(self._file.blob, self._file.size_bytes)
         self.size_bytes = 0
 
     def matches(self) -> bool:
-        """Tell whether what arrived is what the Hub has."""
+        """Tell whether the content has the digest that the Hub names."""
         return self.is_full and self._digest.hexdigest() == self._file.blob
 
     def move_to(self, blob: Path) -> None:
@@ -97,8 +97,8 @@ class HubCacheDir:
 
     Args:
         root: The folder: HF_HUB_CACHE.
-        verified_dir: Where it is remembered which blobs were checked, so that each is read whole only once.
-        free_bytes: Tells what is free on a folder's device.
+        verified_dir: Notes of the blobs that were checked, so that each is read in full only once.
+        free_bytes: Takes a folder. It returns the free bytes on its device.
     """
 
     def __init__(
@@ -167,12 +167,12 @@ class HubCacheDir:
 
     @contextmanager
     def locked(self, repo: Repo, file: RepoFile, check: Callable[[], None]) -> Iterator[None]:
-        """Keep others, huggingface_hub in other processes too, from downloading the same content.
+        """Keep other threads and processes, also those of huggingface_hub, from downloading the same content.
 
         Args:
             repo: The repository.
             file: The file.
-            check: Called now and then while another holds it; may raise.
+            check: Called now and then while another one holds the lock. It may raise.
         """
         from filelock import Timeout
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
@@ -190,10 +190,10 @@ class HubCacheDir:
             yield
 
     def link(self, repo: Repo, commit: str, file: RepoFile) -> None:
-        """Make the snapshot's entry of a file whose content is there."""
+        """Create the snapshot's entry of a file whose content is in the cache."""
         entry = self.snapshot(repo, commit) / file.path
         if ".." in Path(file.path).parts or Path(file.path).is_absolute():
-            raise ValueError(f"{file.path!r} leaves the snapshot")  # the tree was checked; this is the last line
+            raise ValueError(f"{file.path!r} leaves the snapshot")  # the tree was checked before, too
         entry.parent.mkdir(parents=True, exist_ok=True)
         blob = self.blob(repo, file)
         target = os.path.relpath(blob, entry.parent)
@@ -208,7 +208,7 @@ class HubCacheDir:
         os.replace(fresh, entry)
 
     def is_intact(self, blob: Path) -> bool:
-        """Tell whether a blob's content is what its name says; read only if it changed since the last time."""
+        """Tell whether a blob's content matches its name. It is read only if the file changed since the last check."""
         try:
             stamp = _stamp(blob)
         except OSError:
@@ -217,7 +217,7 @@ class HubCacheDir:
             if json.loads(self._note(blob, stamp).read_bytes()) == stamp:
                 return True
         except (OSError, ValueError):
-            pass  # not checked yet, or the note is broken: then it is checked now
+            pass  # there is no readable note, so the blob is checked now
         digest = content_hash(blob.name, blob.stat().st_size)
         with blob.open("rb") as handle:
             while chunk := handle.read(_READ_BYTES):
@@ -229,16 +229,16 @@ class HubCacheDir:
         return True
 
     def note_verified(self, blob: Path) -> None:
-        """Remember that a blob is what its name says."""
+        """Note that a blob's content matches its name."""
         try:
             stamp = _stamp(blob)
             self._verified_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             write_atomic(self._note(blob, stamp), json.dumps(stamp).encode())
         except (StorageFull, OSError) as error:
-            _log.warning("hub_cache.note_not_kept", reason=str(error))  # it is checked again the next time
+            _log.warning("hub_cache.note_not_kept", reason=str(error))  # without the note the blob is checked again
 
     def damaged(self, snapshot: Path) -> list[Path]:
-        """Return the blobs that a snapshot's entries lead to and whose content is not what their names say."""
+        """Return the blobs of a snapshot whose content does not match their names."""
         damaged = []
         for entry in sorted(snapshot.iterdir()):
             blob = _blob_of(entry)
@@ -279,7 +279,7 @@ def commit_at(repo: Path, revision: str) -> str | None:
 
 
 def _blob_of(entry: Path) -> Path | None:
-    """Return the blob that an entry links to; None for what is no link, and so has no digest for a name."""
+    """Return the blob that an entry links to. An entry that is no link has no digest as its name: then None."""
     if not entry.is_symlink():
         return None
     blob = Path(os.path.normpath(entry.parent / entry.readlink()))
@@ -287,7 +287,7 @@ def _blob_of(entry: Path) -> Path | None:
 
 
 def _stamp(path: Path) -> list[int]:
-    """Return what changes whenever a file's content does; the change time cannot be set back by a program."""
+    """Return a stamp that changes with a file's content. A program cannot set the change time back."""
     status = path.stat()
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

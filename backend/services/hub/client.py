@@ -41,7 +41,8 @@ _EXPAND = (
     *("author", "cardData", "config", "createdAt", "downloads", "gated", "lastModified"),
     *("library_name", "likes", "pipeline_tag", "safetensors", "sha", "tags"),
 )
-# As clients see it: base64 of something of the Hub's own, or what a mirror has, url-encoded so that it is no address.
+# The cursor as clients see it. The Hub's is base64. A mirror's may be anything, and is url-encoded so that it cannot
+# be an address.
 _CURSOR = re.compile(r"(?:[A-Za-z0-9+/=_.~-]|%[0-9A-F]{2})+")
 _MAX_CURSOR_CHARACTERS = 2000
 _MAX_TREE_FILES = 100_000
@@ -49,7 +50,7 @@ _log = get_logger(__name__)
 
 
 class HubClient:
-    """Asks the Hub.
+    """Sends questions to the Hub and reads its answers.
 
     Args:
         http: Sends the requests.
@@ -65,15 +66,15 @@ class HubClient:
 
     @property
     def identity(self) -> str:
-        """Who asks, as a digest: answers differ by it."""
+        """A digest of the token. The Hub's answers depend on the token."""
         return self._http.identity
 
     def search(self, query: SearchQuery, etag: str | None = None) -> Fetched[HubPage]:
-        """Return one page of models. Bounds on parameters are exact: the Hub's own are rounded outwards.
+        """Return one page of models. Bounds on parameters are exact here. The Hub rounds them outwards.
 
         Raises:
-            QueryRejected: The cursor, or another part of the query, is not one of the Hub's.
-            HubUnavailable: It does not answer, or not sensibly.
+            QueryRejected: The Hub does not accept the cursor, or another part of the query.
+            HubUnavailable: The Hub does not answer, or its answer cannot be read.
         """
         answer = self._http.get_json("/api/models", search_params(query), etag=etag)
         if answer.body is None:
@@ -106,11 +107,12 @@ class HubClient:
             for path in ("config.json", "tokenizer_config.json")
         )
         details = _record(lambda body: details_from_wire(body, revision, config, tokenizer), answer.body)
-        # The ETag is of the description, not of the files: with it, access granted since would never be noticed.
+        # The ETag covers the description, not the files. Where config.json could not be read it is left out, because
+        # access that is granted later would not be noticed with it.
         return Fetched(details, None if config is None and "config.json" in files else answer.etag)
 
     def listed_config(self, model_id: str, revision: str) -> dict[str, Any] | None:
-        """Return config.json for a list, which does without it rather than wait; None if it is no JSON object.
+        """Return config.json for a list of models; None if it is no JSON object. A slow Hub is not waited for.
 
         Raises:
             ModelRejected: There is none.
@@ -204,10 +206,10 @@ def search_params(query: SearchQuery) -> Params:
 
 
 def _next_cursor(path: str, next_url: str | None) -> str | None:
-    """Take the cursor out of a `Link`; its address is not followed, since it may be another host's.
+    """Take the cursor out of a `Link` header. The address is not followed, because it may name another host.
 
     Raises:
-        HubUnavailable: It cannot be read: the list would end here without being whole.
+        HubUnavailable: The cursor cannot be read, so the rest of the list is out of reach.
     """
     try:
         cursors = parse_qs(urlsplit(next_url or "").query, errors="strict").get("cursor", [])
@@ -217,7 +219,7 @@ def _next_cursor(path: str, next_url: str | None) -> str | None:
 
 
 def _encoded(cursor: str | None) -> str | None:
-    """Write a cursor as it is handed to clients; the Hub's own stays as it is.
+    """Write a cursor for clients. One from the Hub itself stays as it is.
 
     Raises:
         HubUnavailable: It is longer than a client may send.
@@ -238,15 +240,15 @@ def _decoded(cursor: str) -> str:
         if len(cursor) <= _MAX_CURSOR_CHARACTERS and _CURSOR.fullmatch(cursor):
             return unquote(cursor, errors="strict")
     except ValueError:
-        pass  # bytes that are no text: never handed out
+        pass  # bytes that are no text; this server never gave out such a cursor
     raise QueryRejected("`cursor` is not one that a search returned.")
 
 
 def _summaries(items: list[Any]) -> tuple[ModelSummary, ...]:
-    """Read a list's models; what is none is left out, but a list of nothing else is not the Hub's.
+    """Read the models of a list. Items that are no models are left out.
 
     Raises:
-        HubUnavailable: There are items, and none of them is a model.
+        HubUnavailable: The list has items, but none of them is a model.
     """
     summaries = []
     for item in items:

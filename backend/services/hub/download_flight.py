@@ -1,4 +1,4 @@
-"""One download, whoever waits for it: how far it is, and whether anybody still wants it."""
+"""One download that several threads may wait for: its progress, and whether anyone still waits."""
 
 import contextvars
 import threading
@@ -13,7 +13,7 @@ from core.errors import Conflict
 from domain.hub.tree import RepoFile
 
 T = TypeVar("T")
-_POLL_S = 0.1  # how soon a waiter sees progress, and that it need not wait any more
+_POLL_S = 0.1  # how often a waiting caller looks at the progress
 _SPEED_WINDOW_S = 10.0
 _SAMPLE_S = 0.1  # arrivals within it count as one
 
@@ -26,7 +26,7 @@ class DownloadCancelled(Conflict):
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a download is. `bytes_per_s` is of the last ten seconds; None before anything has arrived."""
+    """The progress of a download. `bytes_per_s` covers the last ten seconds; None before anything has arrived."""
 
     done_bytes: int
     total_bytes: int
@@ -34,7 +34,7 @@ class Progress:
 
 
 class Flight:
-    """One download, whoever waits for it."""
+    """One download that several threads may wait for."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -52,7 +52,7 @@ class Flight:
             raise DownloadCancelled("Nobody waits for the download any more.")
 
     def has(self, file: RepoFile, size_bytes: int, arrived_bytes: int = 0) -> None:
-        """Record how much of a file is here, and how much of that has just come over the wire."""
+        """Record how much of a file is on this machine, and how much of it has just arrived."""
         now = self._clock.monotonic()
         with self._lock:
             self._done[file.path] = size_bytes
@@ -64,7 +64,7 @@ class Flight:
                 self._arrived.popleft()
 
     def progress(self) -> Progress | None:
-        """Return how far it is; None until it is known how much there is."""
+        """Return the progress; None until the total is known."""
         if self.total_bytes is None:
             return None
         now = self._clock.monotonic()
@@ -76,7 +76,7 @@ class Flight:
 
 
 class Flights:
-    """The downloads under way: one for each question, however many ask it.
+    """The downloads under way. Threads that ask for the same thing share one.
 
     Args:
         clock: Measures speeds.
@@ -95,14 +95,14 @@ class Flights:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> T:
-        """Return what the work returns. It is done on a thread of its own, and is waited for by all who ask.
+        """Return the result of the work. It runs on its own thread, and every caller with the same key waits for it.
 
         Args:
-            key: Names the question.
-            name: What is fetched, for people.
-            work: Answers it; not called where that is under way already.
+            key: Identifies the work.
+            name: What is downloaded, in messages to people.
+            work: Does it. It is not called if work with the same key is under way.
             on_progress: Called on this thread about ten times a second.
-            cancelled: Asked as often; the work itself is told to stop when the last who waits has left.
+            cancelled: Called as often. The work itself is stopped when the last waiting caller has left.
 
         Raises:
             DownloadCancelled: `cancelled` said so.
@@ -127,7 +127,7 @@ class Flights:
             flight = self._flights.get(key)
             if flight is None:
                 flight = self._flights[key] = Flight(self._clock)
-                # The context carries the request's token. A daemon, because a Hub that hangs must not keep the
+                # The context carries the request's token. The thread is a daemon: a Hub that hangs must not keep the
                 # process from ending; what has arrived is resumed.
                 run = contextvars.copy_context().run
                 threading.Thread(target=run, args=(_fly, flight, work), name="download", daemon=True).start()

@@ -1,7 +1,7 @@
-"""Downloads into the Hub's cache: once however many ask, resumed, checked, and stopped when nobody waits.
+"""Downloads into the Hub's cache. They are shared, resumed, checked, and stopped when nobody waits.
 
-huggingface_hub's `snapshot_download` is not used: it begins a file anew after a break, checks lengths but no digest,
-cannot be stopped, and hides a rate limit behind "not found locally".
+huggingface_hub's `snapshot_download` is not used: it starts a file again after a broken connection, checks lengths but
+no digest, cannot be stopped, and reports a rate limit as "not found locally".
 """
 
 import time
@@ -37,9 +37,9 @@ class Listing:
 
     Attributes:
         revision: The branch, tag or commit that was asked for.
-        commit: What it is at.
-        files: All of them.
-        away: Why the Hub could not be asked; the listing is then the one of the last complete download.
+        commit: The commit that the revision is at.
+        files: All files of the commit.
+        away: Why the Hub did not answer; None if it did. The listing is then that of the last complete download.
     """
 
     repo: Repo
@@ -50,12 +50,12 @@ class Listing:
 
 
 class Downloads:
-    """Brings what is in repositories onto this machine.
+    """Downloads files of repositories to this machine.
 
     Args:
         http: Sends the requests for files.
-        client: Tells commits and trees.
-        cache: Where files go.
+        client: Finds out commits and trees.
+        cache: Holds the files.
         clock: Measures speeds.
         sleep: Waits between attempts.
         timeout_s: Seconds to wait for the next bytes; HF_HUB_DOWNLOAD_TIMEOUT by default.
@@ -84,22 +84,22 @@ class Downloads:
         *,
         spec: SnapshotSpec,
     ) -> Path:
-        """Return the snapshot's folder with everything a load reads, each file's content checked.
+        """Return the snapshot's folder. It holds everything that a load reads, and each file's content is checked.
 
         Args:
             repo: Which repository.
             revision: Branch, tag or commit; `main` if None.
             on_progress: Called on this thread about ten times a second.
-            cancelled: Asked as often; the download itself stops when the last who waits has left.
+            cancelled: Called as often. The download itself stops when the last waiting caller has left.
             spec: Which files of it are downloaded.
 
         Raises:
-            Rejected: The kind's own. The id cannot be one, or the repository is not fit to be read.
+            Rejected: An error of the repository's kind. The id is not valid, or the repository cannot be used.
             NeedsRemoteCode, NoSafeWeights: It could not be loaded safely; no weights were downloaded.
             StorageFull: The device cannot hold it; nothing was downloaded.
-            DownloadCorrupt: What arrives is not what the Hub says that it has.
-            DownloadCancelled: `cancelled` said so.
-            NotFound, AccessDenied, HubUnavailable: As the Hub says, and it is not here either.
+            DownloadCorrupt: The content does not match the digest that the Hub names.
+            DownloadCancelled: `cancelled` returned true.
+            NotFound, AccessDenied, HubUnavailable: The Hub says so, and this machine has no copy.
         """
         repo.check(revision)
         key = (repo, revision or "main", self._http.identity, spec)
@@ -112,7 +112,7 @@ class Downloads:
         )
 
     def list_files(self, repo: Repo, revision: str | None, cancelled: Callable[[], bool]) -> Listing:
-        """Return what there is at a revision. The Hub is not asked about a commit whose listing is kept.
+        """Return the files at a revision. The Hub is not asked about a commit whose listing is kept.
 
         Args:
             repo: Which repository.
@@ -120,9 +120,9 @@ class Downloads:
             cancelled: Asked about ten times a second.
 
         Raises:
-            Rejected: The kind's own. The id cannot be one, or the repository is not fit to be read.
-            DownloadCancelled: `cancelled` said so.
-            NotFound, AccessDenied, HubUnavailable: As the Hub says, and no listing is kept either.
+            Rejected: An error of the repository's kind. The id is not valid, or the repository cannot be used.
+            DownloadCancelled: `cancelled` returned true.
+            NotFound, AccessDenied, HubUnavailable: The Hub says so, and no listing is kept.
         """
         repo.check(revision)
         at = revision or "main"
@@ -136,19 +136,19 @@ class Downloads:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> Path:
-        """Return the snapshot's folder with some files of a listing, each one's content checked.
+        """Return the snapshot's folder with some files of a listing. Each file's content is checked.
 
         Args:
-            listing: What there is.
-            paths: Which of it.
+            listing: The files of the commit.
+            paths: The files to download.
             on_progress: Called on this thread about ten times a second.
-            cancelled: Asked as often; the download itself stops when the last who waits has left.
+            cancelled: Called as often. The download itself stops when the last waiting caller has left.
 
         Raises:
             StorageFull: The device cannot hold them; nothing was downloaded.
-            DownloadCorrupt: What arrives is not what the Hub says that it has.
-            DownloadCancelled: `cancelled` said so.
-            NotFound, AccessDenied, HubUnavailable: As the Hub says, and they are not here either.
+            DownloadCorrupt: The content does not match the digest that the Hub names.
+            DownloadCancelled: `cancelled` returned true.
+            NotFound, AccessDenied, HubUnavailable: The Hub says so, and this machine has no copy.
         """
         names = frozenset(paths)
         files = tuple(file for file in listing.files if file.path in names)
@@ -189,7 +189,7 @@ class Downloads:
         return self.cache.snapshot(repo, commit)
 
     def _prepare(self, repo: Repo, files: tuple[RepoFile, ...], flight: Flight) -> None:
-        """Say how much there is to do, and refuse what the device cannot hold."""
+        """Set the size of the download, and refuse one that the device cannot hold."""
         flight.total_bytes = sum(file.size_bytes for file in files)
         missing = sum(self.cache.missing_bytes(repo, file) for file in files)
         self.cache.require_space(missing, _RESERVE_BYTES)
@@ -211,13 +211,13 @@ class Downloads:
         self._prepare(repo, chosen.all, flight)
         snapshot = self.cache.snapshot(repo, commit)
         self._fetch_all(repo, commit, chosen.small, flight)
-        spec.check(snapshot, repo.id)  # before the weights: what may not be loaded is not downloaded
+        spec.check(snapshot, repo.id)  # before the weights, so that a model that may not be loaded is not downloaded
         self._fetch_all(repo, commit, chosen.weights, flight)
         self.cache.note_commit(repo, revision, commit)
         return snapshot
 
     def _whole(self, repo: Repo, commit: str | None, spec: SnapshotSpec) -> Path | None:
-        """Return a commit's folder if it is on this machine, whole and undamaged."""
+        """Return a commit's folder if this machine has all of it, undamaged."""
         if commit is None:
             return None
         snapshot = self.cache.snapshot(repo, commit)
@@ -226,13 +226,13 @@ class Downloads:
     def _explained(
         self, error: errors.HubUnavailable, repo: Repo, commit: str | None, spec: SnapshotSpec
     ) -> errors.HubUnavailable:
-        """Say beside it what is missing of a commit that is on this machine in part."""
+        """Add to the error what is missing of a commit that is partly on this machine."""
         snapshot = self.cache.snapshot(repo, commit) if commit is not None else None
         lacking = spec.lacking(snapshot) if snapshot is not None and snapshot.is_dir() else ()
         return partly_here(error, repo, lacking) if lacking else error
 
     def _fetch_all(self, repo: Repo, commit: str, files: Iterable[RepoFile], flight: Flight) -> None:
-        """Fetch files, a few at once; the first error stops the others and is raised."""
+        """Download files, a few at once. The first error stops the others and is raised."""
         files = tuple(files)
         failures: list[BaseException] = []
 
@@ -247,7 +247,7 @@ class Downloads:
         for worker in start_workers(fetch, files, _WORKERS, "download-file"):
             worker.join()
         if any(isinstance(failure, errors.StorageFull) for failure in failures):
-            for file in files:  # room for what keeps the service going
+            for file in files:  # leaves space for the database and the logs
                 self.cache.partial(repo, file).unlink(missing_ok=True)
         if failures:
             raise failures[0]

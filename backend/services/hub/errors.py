@@ -1,4 +1,4 @@
-"""The errors of huggingface_hub, of its HTTP client and of its files, in this service's terms."""
+"""Maps the errors of huggingface_hub, of its HTTP client and of its files to those of this service."""
 
 import errno
 from collections.abc import Sequence
@@ -52,20 +52,20 @@ def map_hub_error(error: Exception, repo: Repo | None) -> errors.StudioError:
         case hub.HfHubHTTPError():
             return _map_status(error.response, repo)
         case hub.LocalEntryNotFoundError() if isinstance(error.__cause__, Exception):
-            return map_hub_error(error.__cause__, repo)  # a download hides the Hub's answer behind this one
+            return map_hub_error(error.__cause__, repo)  # a download wraps the Hub's answer in this error
         case hub.LocalEntryNotFoundError() | httpx.HTTPError() | ConnectionError() | TimeoutError():
             return unavailable(f"The Hub cannot be reached ({type(error).__name__}).")
         case httpx.InvalidURL():
             return unavailable(f"The Hub's address is not a URL: {error}")
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return errors.StorageFull("No space is left on the device that holds HF_HOME.")
-        case OSError() if error.errno is None:  # raised by the client itself: what it got is not what was announced
+        case OSError() if error.errno is None:  # the client's own: an answer of the wrong length
             return unavailable(f"The Hub's answer is incomplete: {error}")
     return errors.StudioError(f"The Hub's client failed: {type(error).__name__}: {error}")
 
 
 def unavailable(detail: str, retry_after_s: float | None = None) -> errors.HubUnavailable:
-    """Make the error of a Hub that does not answer, with how long to leave it alone if that is known."""
+    """Make the error of a Hub that does not answer. It tells how long to wait, if that is known."""
     return errors.HubUnavailable(detail, **({} if retry_after_s is None else {"retry_after_s": retry_after_s}))
 
 
@@ -76,9 +76,9 @@ def partly_here(error: errors.HubUnavailable, repo: Repo, lacking: Sequence[str]
 
 
 def may_pass(error: Exception) -> bool:
-    """Tell whether the same request may well succeed soon.
+    """Tell whether the same request may succeed soon.
 
-    A host that cannot be connected to is not there: asking again would only double the wait for the local answer.
+    A refused connection is not tried again: that would only double the wait for the local answer.
     """
     import httpx
     from huggingface_hub.errors import HfHubHTTPError
@@ -89,7 +89,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def told_wait_s(response: "httpx.Response") -> float | None:
-    """Return for how long the Hub asks to be left alone: RateLimit of an exhausted window, or Retry-After.
+    """Return how long the Hub asks clients to wait: by RateLimit of an exhausted window, or by Retry-After.
 
     Source: https://huggingface.co/docs/hub/rate-limits and RFC 9110 section 10.2.3.
     """
@@ -128,8 +128,8 @@ def _map_status(response: "httpx.Response", repo: Repo | None) -> errors.StudioE
 def _blames_the_token(response: "httpx.Response") -> bool:
     """Tell whether a 401 is about the token and not about the repository.
 
-    The Hub answers 401 for a repository that does not exist only to who sends no token; with one it says 404, so a
-    401 without a code is the token's, whatever its words.
+    For a repository that does not exist, the Hub answers 401 without a token and 404 with one. A 401 without an error
+    code to a request with a token is therefore about the token, whatever its text says.
     """
     if response.status_code != 401 or response.headers.get("X-Error-Code"):
         return False

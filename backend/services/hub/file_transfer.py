@@ -1,4 +1,4 @@
-"""One file of a repository on its way into the Hub's cache: resumed where it broke off, and checked by its digest."""
+"""Downloads one file into the Hub's cache. A broken download is resumed, and the content is checked by its digest."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,9 +19,9 @@ from services.hub.http import HubHttp
 if TYPE_CHECKING:
     import httpx
 
-_ATTEMPTS = 5  # in a row without as much more as this:
+_ATTEMPTS = 5  # failures in a row, none of which brought as much as this:
 _PROGRESS_BYTES = 2**20
-_MAX_WAIT_S = 300.0  # the Hub's rate limit windows are as long; a download has nobody to answer meanwhile
+_MAX_WAIT_S = 300.0  # as long as the Hub's rate limit windows; no client waits for an answer meanwhile
 _log = get_logger(__name__)
 
 
@@ -32,15 +32,15 @@ class DownloadCorrupt(errors.Unavailable):
 
 
 class _TooLong(Exception):
-    """More arrives than the Hub says that there is."""
+    """The answer is longer than the Hub said."""
 
 
 class FileTransfer:
-    """Brings single files into the cache.
+    """Downloads single files into the cache.
 
     Args:
         http: Sends the requests.
-        cache: Where files go.
+        cache: Holds the files.
         clock: Measures waits.
         sleep: Waits between attempts.
         timeout_s: Seconds to wait for the next bytes; HF_HUB_DOWNLOAD_TIMEOUT by default.
@@ -53,10 +53,10 @@ class FileTransfer:
         self._sleep, self._timeout_s = sleep, timeout_s
 
     def fetch(self, repo: Repo, commit: str, file: RepoFile, flight: Flight) -> None:
-        """Bring a file into a commit's folder; nothing is asked for where its content is here already.
+        """Put a file into a commit's folder. It is downloaded only if the cache lacks its content.
 
         Raises:
-            DownloadCorrupt: What arrives is not what the Hub says that it has.
+            DownloadCorrupt: The content does not match the digest that the Hub names.
             DownloadCancelled: Nobody waits any more.
             StorageFull: The device cannot hold it.
             NotFound, AccessDenied, HubUnavailable: As the Hub says.
@@ -75,7 +75,7 @@ class FileTransfer:
             self._cache.link(repo, commit, file)
 
     def _fill(self, repo: Repo, commit: str, file: RepoFile, arriving: Partial, flight: Flight) -> None:
-        """Download until the content matches its digest; once more from the beginning if it does not."""
+        """Download a file and check its digest. If it does not match, download it once more from the beginning."""
         import httpx
 
         unreachable = (httpx.ConnectError, httpx.ConnectTimeout)
@@ -97,7 +97,7 @@ class FileTransfer:
                     attempts=_ATTEMPTS,
                     max_wait_s=_MAX_WAIT_S,
                     wait=lambda seconds: self._wait(seconds, flight),
-                    # Unlike for a question there is no other answer: a network that is away is waited for a while.
+                    # A cached answer cannot replace a file, so a network that is down is waited for.
                     passes=lambda error: may_pass(error) or isinstance(error, unreachable),
                     progressed=progressed,
                 )
@@ -109,7 +109,7 @@ class FileTransfer:
         raise DownloadCorrupt(f"{file.path} of {repo} arrived twice as something else than the Hub's {file.blob}.")
 
     def _receive(self, path: str, file: RepoFile, arriving: Partial, flight: Flight) -> None:
-        """Append one answer's bytes, from where the last one broke off."""
+        """Append the bytes of one answer. It starts where the last one broke off."""
         import httpx
         from huggingface_hub import constants
         from huggingface_hub.errors import HfHubHTTPError
@@ -139,7 +139,7 @@ class FileTransfer:
             raise httpx.RemoteProtocolError(f"{arriving.size_bytes} of the {file.size_bytes} bytes arrived")
 
     def _wait(self, seconds: float, flight: Flight) -> None:
-        """Wait in small steps, so that a download nobody wants is not waited for."""
+        """Wait in small steps, so that the wait ends soon after the last caller has left."""
         until = self._clock.monotonic() + seconds
         while (left_s := until - self._clock.monotonic()) > 0:
             flight.check()
@@ -147,7 +147,7 @@ class FileTransfer:
 
 
 def _continues(response: "httpx.Response", from_bytes: int) -> bool:
-    """Tell whether an answer goes on where it was asked to; one that ignores the range begins at 0."""
+    """Tell whether an answer starts at the byte that was asked for. A server that ignores the range starts at 0."""
     if response.status_code != 206:
         return from_bytes == 0
     begins = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]

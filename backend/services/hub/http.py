@@ -1,4 +1,4 @@
-"""HTTP to the Hub: its client's session and headers, one token, pauses as told, a bounded number of attempts.
+"""HTTP requests to the Hub: session, headers, token, pauses that the Hub asks for, and a bounded number of attempts.
 
 Requests go through huggingface_hub's session, headers and error classes, so that HF_TOKEN, proxies and
 HF_HUB_OFFLINE mean what they mean everywhere.
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 Params = list[tuple[str, str | int | float | bool | None]]
 Wait = Callable[[float], None]
-# The token of the request that is being answered. A ContextVar, because it must reach the HTTP call through every
-# layer without standing in a signature, a record or a log line on the way.
+# The token of the request that is being answered. A ContextVar carries it to the HTTP call through every layer, so that
+# it stands in no signature, record or log line.
 request_token: ContextVar[str | None] = ContextVar("request_token", default=None)
 _ATTEMPTS = 3
-_IMPATIENT_S = 4.0  # for what a client gets its answer without
-_MAX_WAIT_S = 10.0  # a client waits meanwhile; a longer pause is told to it instead
+_IMPATIENT_S = 4.0  # where a client gets an answer without the Hub's
+_MAX_WAIT_S = 10.0  # a client waits meanwhile; it is told of a longer pause instead
 _MAX_BODY_BYTES = 32 * 2**20  # 100 models expanded are 1-2 MB, the largest tokenizer_config.json some 10 MB
-_MAX_REQUEST_S = 60.0  # a server that dribbles passes every read's time limit
-_SILENCE_S = 15.0  # a Hub that let every attempt time out is not waited for again by the next who asks
+_MAX_REQUEST_S = 60.0  # a server that sends a byte now and then stays within the time limit of each read
+_SILENCE_S = 15.0  # for so long after a request timed out, the next ones do not wait for the Hub
 _log = get_logger(__name__)
 
 
@@ -71,7 +71,7 @@ class HubHttp:
 
     @property
     def identity(self) -> str:
-        """Who asks, as a digest of the token; empty without one. Answers differ by it; the token cannot be read off."""
+        """A digest of the token; empty without one. Cached answers are kept apart by it."""
         token = hub_token()
         return hashlib.sha256(f"peft-studio {token}".encode()).hexdigest()[:16] if token else ""
 
@@ -85,14 +85,14 @@ class HubHttp:
         is_file: bool = False,
         patient: bool = True,
     ) -> Answer:
-        """Fetch and parse. Where the Hub has just let a patient request time out, this fails at once.
+        """Send a GET request and parse the answer. It fails at once if a patient request has just timed out.
 
         Args:
             path: Below the endpoint.
             params: The query.
             repo: What it is about; None for a search.
-            etag: Of what is held already.
-            is_file: Whether it is a file of a repository: its nonsense is the repository's, not the Hub's.
+            etag: The ETag of the answer that the caller holds.
+            is_file: Whether it is a file of a repository. If it cannot be read, the error then blames the repository.
             patient: Whether to wait for a slow Hub, and to try again.
 
         Raises:
@@ -128,17 +128,17 @@ class HubHttp:
         passes: Callable[[Exception], bool] = may_pass,
         progressed: Callable[[], bool] = lambda: False,
     ) -> R:
-        """Do something with a path until it works, waiting as told.
+        """Repeat a request until it works. Wait between attempts as the Hub asks.
 
         Args:
             path: Tells which of the Hub's rate limits applies.
             repo: What it is about; None for a search.
-            once: One attempt.
+            once: Makes one attempt.
             attempts: How many may fail in a row.
-            max_wait_s: A longer pause is an error that tells its length.
+            max_wait_s: If the Hub asks for a longer pause, the error tells its length.
             wait: Waits between attempts, in place of this object's `sleep`.
             passes: Whether an error is worth another attempt.
-            progressed: Whether the attempt that failed got further; then the count begins anew.
+            progressed: Whether the failed attempt got further. The count of attempts then starts again.
 
         Raises:
             StudioError: As `map_hub_error` says.
@@ -175,7 +175,7 @@ class HubHttp:
         headers: dict[str, str] | None = None,
         timeout_s: float | None = None,
     ) -> Iterator["httpx.Response"]:
-        """Send one GET request and yield its answer's head; the body is still to be read.
+        """Send one GET request and yield the answer before its body is read.
 
         Raises:
             httpx.HTTPError, OSError: As huggingface_hub raises them.
@@ -191,7 +191,7 @@ class HubHttp:
         with _followed(session, request) as response:
             telemetry.hub_requests.labels(str(response.status_code)).inc()
             if not response.is_error and (told_s := told_wait_s(response)):
-                self._pause(path, told_s)  # the last request of a window; the next would be refused
+                self._pause(path, told_s)  # the window has no request left; the next one would be refused
             if response.is_error:
                 response.read()
                 hf_raise_for_status(response)
@@ -231,7 +231,7 @@ class HubHttp:
             wait(left_s)
 
     def _limit_of(self, path: str) -> tuple[str, str]:
-        """Name the rate limit that a request falls under: who asks, and whether for the API or for files.
+        """Name the rate limit of a request. The API and the files have one each for every token.
 
         Source: https://huggingface.co/docs/hub/rate-limits.
         """
@@ -246,7 +246,7 @@ def nonsense(
     Args:
         path: What was asked for.
         what: What is wrong with the answer.
-        file_of: The repository that the answer is a file of, and to blame; None for an answer of the Hub's own.
+        file_of: The repository whose file the answer is, which the error blames; None for an answer of the Hub itself.
     """
     if file_of is not None:
         return file_of.kind.rejected(f"{path} {what}.")
@@ -254,7 +254,7 @@ def nonsense(
 
 
 def hub_token() -> str | None:
-    """Return the request's token, or else the one that every Hub tool would send."""
+    """Return the token of the request, or else the one that other Hub tools would send."""
     from huggingface_hub import constants, get_token
 
     given = request_token.get()
@@ -264,14 +264,14 @@ def hub_token() -> str | None:
 
 
 def is_offline() -> bool:
-    """Tell whether the operator wants the Hub left alone."""
+    """Tell whether the operator has switched the Hub off (HF_HUB_OFFLINE)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def _headers() -> dict[str, str]:
-    """Make a request's headers. huggingface_hub's own `build_hf_headers` asks the Hub a question of its own first."""
+    """Make a request's headers. huggingface_hub's `build_hf_headers` would send a request of its own first."""
     from huggingface_hub import __version__
 
     token = hub_token()
@@ -281,10 +281,10 @@ def _headers() -> dict[str, str]:
 
 @contextmanager
 def _followed(session: "httpx.Client", request: "httpx.Request") -> Iterator["httpx.Response"]:
-    """Send a request, go where the answer points to, and yield the answer that points nowhere.
+    """Send a request, follow its redirects, and yield the final answer.
 
-    The query goes along where the new address has none, as that of a renamed repository; httpx drops it, and with it
-    the page that was asked for.
+    A redirect to an address without a query keeps the request's query. The Hub sends such redirects for renamed
+    repositories. httpx would drop the query, and with it the page that was asked for.
 
     Raises:
         httpx.HTTPError, OSError: As huggingface_hub raises them.
@@ -297,7 +297,7 @@ def _followed(session: "httpx.Client", request: "httpx.Request") -> Iterator["ht
             if response.next_request is None:
                 yield response
                 return
-            response.read()  # or the connection could not be used again
+            response.read()  # without reading, the connection could not be used again
         finally:
             response.close()
         query, request = request.url.query, response.next_request
@@ -311,12 +311,12 @@ def _parse(content: bytes, path: str, file_of: Repo | None) -> Any:
         body = from_json(content)  # unlike json.loads it refuses deep nesting and lone surrogates with a ValueError
     except ValueError as error:
         raise nonsense(path, file_of=file_of) from error
-    if body is None:  # it would be taken for "nothing has changed"
+    if body is None:  # callers would take None for "nothing has changed"
         raise nonsense(path, file_of=file_of)
     return body
 
 
 @singleton
 def get_hub_http() -> HubHttp:
-    """Return the process's way to the Hub: one, so that a pause it asks for holds for everything."""
+    """Return the process's HTTP access to the Hub. There is one, so that a pause holds for all requests."""
     return HubHttp(SystemClock(), time.sleep)

@@ -1,4 +1,4 @@
-"""What the Hub said, kept on disk: fresh for a while, then revalidated, and stale when the Hub is away."""
+"""The Hub's answers, cached on disk. They are revalidated after a while, and served stale if the Hub is away."""
 
 import hashlib
 import os
@@ -25,15 +25,15 @@ T = TypeVar("T")
 Stamp = tuple[int, int, int, int]  # changes with a file's content
 SEARCH_TTL_S = 3600.0
 DETAILS_TTL_S = 86400.0
-_FORMAT = 1  # of the files; another number is another shape, and the entry is fetched again
+_FORMAT = 1  # version of the files; an entry with another number is fetched again
 _MAX_ENTRIES = 2000  # searches differ endlessly; at 20-100 kB each this stays below 200 MB
-_MAX_REMEMBERED = 64  # parsed, beside the files: what is asked again and again is not parsed again
+_MAX_REMEMBERED = 64  # entries that are kept parsed, so that frequent questions parse no file
 _log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Fetched(Generic[T]):
-    """An upstream answer. `value` is None where the holder of `etag` has it already (HTTP 304)."""
+    """An upstream answer. `value` is None where the value of the sent `etag` is still valid (HTTP 304)."""
 
     value: T | None
     etag: str | None
@@ -66,12 +66,12 @@ class _Remembered:
 
 
 class MetadataCache:
-    """One JSON file a key. What was read is remembered as long as its file stays as it was.
+    """One JSON file for each key. A parsed entry is remembered until its file changes.
 
     Args:
-        folder: Where the files are; made at the first write.
-        clock: Its wall clock ages entries, since they outlive the process.
-        max_entries: The oldest files beyond so many are deleted.
+        folder: Holds the files. It is created at the first write.
+        clock: Entries outlive the process, so their age comes from the wall clock.
+        max_entries: The oldest files beyond this number are deleted.
         max_remembered: Entries that are kept parsed in memory.
     """
 
@@ -92,17 +92,17 @@ class MetadataCache:
         fetch: Callable[[str | None], Fetched[T]],
         ttl_s: Callable[[T], float | None],
     ) -> Cached[T]:
-        """Return the value of a key, asking upstream at most once however many threads want it.
+        """Return the value of a key. Threads that ask at the same time share one upstream request.
 
         Args:
-            key: Names the question; hashed into the file's name.
-            adapter: Checks what was read from disk.
-            fetch: Asks upstream, given the ETag of what is held.
-            ttl_s: Seconds a value stays fresh; None is for good.
+            key: Identifies the question. The file's name is its hash.
+            adapter: Validates what was read from disk.
+            fetch: Asks upstream. It takes the ETag of the cached value.
+            ttl_s: Seconds a value stays fresh; None for ever.
 
         Raises:
-            HubUnavailable: Upstream cannot be reached and nothing is held.
-            Exception: Whatever else `fetch` raises; nothing is stored.
+            HubUnavailable: Upstream cannot be reached and nothing is cached.
+            Exception: Any other error of `fetch`. Nothing is stored.
         """
         with self._lock:
             flight = self._flights.get(key)
@@ -124,7 +124,7 @@ class MetadataCache:
                 del self._flights[key]
 
     def peek(self, key: str, adapter: TypeAdapter[T], ttl_s: Callable[[T], float | None]) -> Cached[T] | None:
-        """Return what is held, of whatever age, without asking upstream; `stale` says that it should be."""
+        """Return the cached value of any age without asking upstream. `stale` says that it is past its time."""
         held = self._read(key, adapter)
         if held is None:
             return None
@@ -169,7 +169,7 @@ class MetadataCache:
         if ttl_s is None:
             return True
         age = self._clock.now() - entry.fetched_at
-        # An entry from the future was written under a clock that has been set back: its age is not known.
+        # An entry from the future was written before the clock was set back. Its age is not known.
         return timedelta(0) <= age < timedelta(seconds=ttl_s)
 
     def _path(self, key: str) -> Path:
@@ -234,14 +234,14 @@ class MetadataCache:
             self._remember(path.name, _Remembered(_stamp(path.stat()), adapter, entry))
             self._prune()
         except (StorageFull, OSError) as error:
-            # The answer is at hand; a disk that cannot keep it only makes the next question slower.
+            # The caller has its answer. If the disk cannot keep it, only the next question is slower.
             _log.warning("metadata_cache.not_kept", reason=str(error))
 
     def _prune(self) -> None:
         files = self._files()
         if len(files) <= self._max_entries:
             return
-        # Half at once, oldest first, so that this is not done at every write.
+        # The oldest half goes at once, so that not every write has to delete.
         for _, path in sorted((path.stat().st_mtime, path) for path in files)[: len(files) - self._max_entries // 2]:
             path.unlink(missing_ok=True)
 

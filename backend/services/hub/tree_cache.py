@@ -1,6 +1,6 @@
-"""What a commit holds, kept in the Hub's cache as huggingface_hub keeps it: `trees/<commit>.json`.
+"""The listings of commits in the Hub's cache, in huggingface_hub's own place: `trees/<commit>.json`.
 
-A commit's listing never changes. With it a copy in the cache can be told from a part of one without the network.
+A commit's listing never changes. It shows without the network whether a copy in the cache is complete.
 Source: huggingface_hub/_tree_cache.py.
 """
 
@@ -22,7 +22,7 @@ _log = get_logger(__name__)
 
 
 def read_tree(folder: Path, repo: Repo, commit: str) -> tuple[RepoFile, ...] | None:
-    """Return a commit's files, checked like the Hub's own answer; None if they are not known, or not readable.
+    """Return a commit's files, checked like an answer of the Hub; None if there is no readable listing.
 
     Args:
         folder: The repository's, in the cache.
