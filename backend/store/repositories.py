@@ -199,7 +199,7 @@ class Adapters:
 
 
 def _export(row: Row[Any]) -> ExportRecord:
-    values = dict(row._mapping)
+    values = _values_by_key(row, exports)
     kind = values["kind"] = ExportKind(values["kind"])
     values["state"] = ExportState(values["state"])
     values["settings"] = SETTINGS[kind].model_validate(values["settings"])

@@ -143,4 +143,4 @@ def test_an_export_is_read_by_its_kind(
         Exports(connection).delete("exp_1")
         Exports(connection).add(found)
         written = connection.execute(select(tables.exports)).one()._mapping
-    assert {name: written[name] for name in row} == row
+    assert {name: written[tables.exports.c[name]] for name in row} == row
