@@ -1,4 +1,4 @@
-"""Settles how a file's rows are read: recognised by their columns, or as the client says."""
+"""Decides how a file's rows are read: by their columns, or as the client says."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ _LABELS = FIELDS["kto"].required["label"]
 
 
 class NotRecognised(ValueError):
-    """The rows' format cannot be told; the message says what to do."""
+    """The format of the rows cannot be recognised. The message says what to do."""
 
 
 def settle(rows: Sequence[Mapping[str, Any]], format_: DatasetFormat | None, column_map: Mapping[str, str]) -> Reading:
-    """Settle the format by the first rows of a file.
+    """Decide the format from the first rows of a file.
 
     Args:
         rows: At least one.
@@ -27,7 +27,7 @@ def settle(rows: Sequence[Mapping[str, Any]], format_: DatasetFormat | None, col
         column_map: The format's field → the column it is in, or a path into one (`instances.0.output`).
 
     Raises:
-        NotRecognised: It cannot be told, or what the client says does not fit the columns.
+        NotRecognised: The format cannot be recognised, or the client's settings do not fit the columns.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     absent = [column for column in column_map.values() if all(column_value(row, column) is None for row in rows)]
@@ -161,7 +161,7 @@ def _advice(rows: Sequence[Mapping[str, Any]], columns: list[str], prompts: list
 
 
 def _likely_answer(rows: Sequence[Mapping[str, Any]], columns: list[str]) -> str:
-    """Guess what to put into an example: an answer inside a nested column, a telling name, or the longest texts."""
+    """Guess the answer's column for the advice's example: a nested answer, a typical name, or the longest texts."""
     for column in columns:
         value = rows[0].get(column)
         path, inner = (f"{column}.0", value[0]) if isinstance(value, list) and value else (column, value)

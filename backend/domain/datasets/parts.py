@@ -1,4 +1,4 @@
-"""Which files of a repository or a folder make the dataset that was asked for.
+"""Chooses the files of a repository or a folder that make up the requested dataset.
 
 Source: the rules of `datasets`: the card's `configs`, or else the names of files and folders
 (https://huggingface.co/docs/hub/datasets-file-names-and-splits and .../datasets-manual-configuration).
@@ -15,7 +15,7 @@ from core.errors import DatasetRejected
 
 _KINDS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # the likeliest first
 _PACKED = (".gz", ".zip")
-# Files that stand beside the data and are none.
+# Files beside the data that hold no data.
 _NO_DATA = frozenset(("dataset_infos.json", "dataset_info.json", "state.json", "requirements.txt", "license.txt"))
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -50,7 +50,7 @@ def choose(paths: Sequence[str], card: Mapping[str, Any] | None, config: str | N
         split: The split asked for; `train` if None, or the only one.
 
     Raises:
-        DatasetRejected: There is no such configuration or split, or several and none was named.
+        DatasetRejected: There is no such configuration or split, or there are several and the client named none.
     """
     data = [path for path in paths if _kind(path) is not None and _is_data(path)]
     configs = (card or {}).get("configs")
@@ -85,7 +85,7 @@ def _kind(path: str) -> str | None:
 
 
 def _of_one_kind(config: str, split: str, paths: Sequence[str]) -> Parts:
-    """Keep the format that most files have: the same rows are often published in several."""
+    """Keep the files of the most frequent format. The same rows are often published in several formats."""
     kinds = Counter(str(_kind(path)) for path in paths)
     best = max(kinds, key=lambda kind: (kinds[kind], -_KINDS.index(kind)))
     kept = sorted(path for path in paths if _kind(path) == best)

@@ -9,16 +9,16 @@ class NothingToHoldOut(ValueError):
 
 
 def held_out(rows: Iterable[bytes], fraction: float, seed: int) -> frozenset[int]:
-    """Choose rows to hold out. Equal rows stay on one side: what is validated on was never trained on.
+    """Choose rows to hold out. Equal rows stay on one side, so no validation row is trained on.
 
-    The choice depends on what the rows say and not on their order, and a row that is added moves few others.
+    The choice depends on the rows' content, not on their order. An added row moves few others to the other side.
 
     Args:
         rows: The rows as bytes.
         fraction: How much to hold out, 0..1; at least one row, and never all.
 
     Returns:
-        The positions of the rows held out, at most `fraction` of all unless repetitions allow no less.
+        The positions of the held-out rows. They are at most `fraction` of all rows, unless equal rows force more.
 
     Raises:
         NothingToHoldOut: There are not two different rows.
@@ -32,7 +32,7 @@ def held_out(rows: Iterable[bytes], fraction: float, seed: int) -> frozenset[int
         raise NothingToHoldOut("all rows are the same: none can be held out for validation")
     size = max(1, round(fraction * count))
     chosen: list[int] = []
-    for _, positions in sorted(groups.items())[:-1]:  # the last group is always left to train on
+    for _, positions in sorted(groups.items())[:-1]:  # the last group is always trained on
         if len(chosen) + len(positions) <= size:
             chosen += positions
     smallest: list[int] = min(groups.values(), key=len)

@@ -1,8 +1,8 @@
-"""Turns and tools as people write them, in one form.
+"""Reads turns and tools in the forms that people write them in, and returns one form.
 
-Read are OpenAI's messages (content parts, `tool_calls`, `weight`), ShareGPT's (`from`, `value`, `function_call`,
-`observation`) and LLaMA-Factory's (`loss_weight`, parts of reasoning and tool calls). What comes out is what chat
-templates take: `role`, `content`, and where there is one `reasoning_content`, `tool_calls`, `tool_call_id`, `name`
+It reads OpenAI's messages (content parts, `tool_calls`, `weight`), ShareGPT's (`from`, `value`, `function_call`,
+`observation`) and LLaMA-Factory's (`loss_weight`, parts of reasoning and tool calls). The result is what chat templates
+take: `role`, `content`, and if present `reasoning_content`, `tool_calls`, `tool_call_id`, `name`
 and, on an answer that must not be learned, `weight: 0`.
 """
 
@@ -21,7 +21,7 @@ _ROLES = {
     "developer": "system",
 }
 _PLAIN = {"role", "content"}
-_KEPT = ("user", "assistant", "system", "tool")  # a tuple: what stands for a role may not be hashable
+_KEPT = ("user", "assistant", "system", "tool")  # a tuple, because a row's role may be a value that is not hashable
 _READ = frozenset(
     (
         *("role", "from", "content", "value", "name", "tool_calls", "tool_call_id", "function_call", "weight"),
@@ -35,7 +35,7 @@ class RowRejected(ValueError):
 
 
 def kind_of(value: Any) -> str:
-    """Say in JSON's words what a value is."""
+    """Name a value's type in JSON's terms."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "text"}
     return names.get(type(value), "a list" if isinstance(value, list) else "an object")
 
@@ -45,10 +45,10 @@ def read_turns(value: Any, where: str, notes: set[str]) -> list[Turn]:
 
     Args:
         where: The column, for messages.
-        notes: Takes what is worth telling about rows that are kept.
+        notes: Collects remarks about rows that are kept.
 
     Raises:
-        RowRejected: It is no list of turns, or one of them is broken.
+        RowRejected: The value is no list of turns, or a turn is broken.
     """
     value = from_text(value, where)
     if not isinstance(value, list):
@@ -66,12 +66,12 @@ def read_turn(turn: Any, where: str, notes: set[str]) -> Turn:
     """Read one turn.
 
     Raises:
-        RowRejected: A field is missing, of the wrong type, or would be lost.
+        RowRejected: A field is missing, has the wrong type, or would be lost.
     """
     if not isinstance(turn, dict):
         raise RowRejected(f"{where} is {kind_of(turn)}, not an object with a role and content")
     if turn.keys() == _PLAIN and turn["role"] in _KEPT and isinstance(turn["content"], str) and turn["content"].strip():
-        return {"role": turn["role"], "content": turn["content"]}  # most turns, at a quarter of the time
+        return {"role": turn["role"], "content": turn["content"]}  # the short way for most turns
     told = turn["role"] if "role" in turn else turn.get("from")
     role = _ROLES.get(told.lower()) if isinstance(told, str) else None
     if role is None:
@@ -213,7 +213,7 @@ def from_text(value: Any, where: str) -> Any:
 
 
 def refuse_constant(name: str) -> Any:
-    """Refuse NaN and Infinity, which Python's parser takes.
+    """Refuse NaN and Infinity, which Python's parser accepts.
 
     Raises:
         ValueError: Always.
@@ -222,10 +222,10 @@ def refuse_constant(name: str) -> Any:
 
 
 def check_conversation(turns: list[Turn], notes: set[str]) -> None:
-    """See that the turns make a conversation that ends with an answer.
+    """Check that the turns are a conversation that ends with an answer.
 
     Raises:
-        RowRejected: They do not.
+        RowRejected: They are not.
     """
     roles = [turn["role"] for turn in turns]
     if "system" in roles[1:]:

@@ -1,4 +1,4 @@
-"""A repository of the Hub: of which kind it is, what it is called, and where it is found."""
+"""A repository of the Hub: its kind, its names and its addresses."""
 
 import re
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,99}")
 
 @dataclass(frozen=True)
 class RepoKind:
-    """A kind of repository: its words, its places and its errors.
+    """A kind of repository: its names, its addresses and its errors.
 
     Attributes:
         word, plural: What one is called; the plural is also the name of the kind's routes below `/api`.
         file_prefix: Stands before the id in the address of a file.
         folder_prefix: Begins the name of a repository's folder in the Hub's cache.
-        terms: What is to be accepted on the page of a gated one.
+        terms: What a user must accept on the page of a gated repository.
         id_field: The member of a problem document that names it.
         missing, gated, rejected: The errors of this kind.
     """
@@ -49,7 +49,8 @@ class RepoKind:
         """Refuse what cannot be a branch, tag or commit.
 
         Raises:
-            Rejected: The kind's own. It has characters that no revision has, or is too long.
+            Rejected: An error of the repository's kind. The revision has characters that no revision has, or it is too
+                long.
         """
         if not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision or revision.endswith("/"):
             raise self.rejected(f"{revision[:100]!r} is not the name of a branch, a tag or a commit.")
@@ -95,12 +96,12 @@ class Repo:
 
     @property
     def api_path(self) -> str:
-        """What the Hub says of it is at and below this path."""
+        """The path of the API's answers about the repository. More are below it."""
         return f"/api/{self.kind.plural}/{self.id}"
 
     @property
     def file_path(self) -> str:
-        """Its files are below this path."""
+        """The path below which its files are."""
         return f"/{self.kind.file_prefix}{self.id}"
 
     @property
@@ -112,8 +113,8 @@ class Repo:
         """Refuse what cannot be an id of the Hub, or a branch, tag or commit.
 
         Raises:
-            Rejected: The kind's own. The id is not `name` or `owner/name` in the Hub's characters, or is too long; or
-                the revision is none.
+            Rejected: An error of the repository's kind. The id or the revision has characters that the Hub does not
+                allow, or it is too long.
         """
         allowed = _ID.fullmatch(self.id) and len(self.id) <= _MAX_ID_CHARACTERS
         if not allowed or "--" in self.id or ".." in self.id or self.id.endswith(".git"):
@@ -125,13 +126,13 @@ class Repo:
             self.kind.check_revision(revision)
 
     def not_found(self) -> NotFound:
-        """Return the error of a repository that is not there, or not for who asks: the Hub does not say which."""
+        """Return the error of a repository that does not exist, or that the Hub hides from the client."""
         return self.kind.missing(
             f"The Hub has no {self.kind.word} {self.id}, or it is private and HF_TOKEN has no access."
         )
 
     def no_such_revision(self) -> NotFound:
-        """Return the error of a branch, tag or commit that is not there."""
+        """Return the error of a branch, tag or commit that does not exist."""
         return self.kind.missing(f"{self.id} has no such revision.")
 
     def access_to_ask_for(self) -> AccessDenied:
@@ -143,7 +144,7 @@ class Repo:
 
 
 def model_repo(model_id: str) -> Repo:
-    """Return a model's repository. Adapters are in such ones too."""
+    """Return a model's repository. Adapters are in model repositories too."""
     return Repo(MODELS, model_id)
 
 

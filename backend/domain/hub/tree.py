@@ -1,4 +1,4 @@
-"""The files of a repository as its tree lists them, checked before one of their names touches a disk."""
+"""The files of a repository as its tree lists them. Their names are checked before they are used on a disk."""
 
 import hashlib
 import re
@@ -33,20 +33,20 @@ class RepoFile:
 
     @property
     def blob(self) -> str:
-        """The name of its content in the Hub's cache, which is its digest: the sha256, or else git's sha1."""
+        """The name of its content in the Hub's cache: its sha256 digest, or else git's sha1."""
         return self.sha256 or self.git_sha1
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a load reads: first what may refuse it, then what is large."""
+    """What a load reads. The small files come first, because they may be a reason to refuse the load."""
 
     small: tuple[RepoFile, ...]
     weights: tuple[RepoFile, ...]
 
     @property
     def all(self) -> tuple[RepoFile, ...]:
-        """Both."""
+        """All files."""
         return self.small + self.weights
 
 
@@ -70,7 +70,7 @@ def is_blob_name(name: str) -> bool:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Tell whether a revision is a whole commit, which never changes."""
+    """Tell whether a revision is a full commit id. Such a revision never changes."""
     return revision is not None and bool(_SHA1.fullmatch(revision))
 
 
@@ -78,7 +78,8 @@ def tree_from_wire(repo: Repo, entries: Iterable[Any]) -> tuple[RepoFile, ...]:
     """Read the Hub's tree of a commit.
 
     Raises:
-        Rejected: The kind's own. A path leads out of the repository, stands there twice, or an entry is not one.
+        Rejected: An error of the repository's kind. A path leads out of the repository or is listed twice, or an entry
+            is broken.
     """
     files: dict[str, RepoFile] = {}
     for entry in map(mapping, entries):

@@ -1,4 +1,4 @@
-"""Single values of the Hub's JSON: one that is not what it should be is None, or empty."""
+"""Reads single values of the Hub's JSON. A value of the wrong type is read as None, or as empty."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -6,12 +6,12 @@ from typing import Any
 
 
 def text(value: Any) -> str | None:
-    """Return a string that says something, or None."""
+    """Return a string that is not blank, or None."""
     return value if isinstance(value, str) and value else None
 
 
 def texts(value: Any) -> tuple[str, ...]:
-    """Return the strings of a list, or a string as the only one: cards are written both ways."""
+    """Return the strings of a list. A single string counts as a list of one: cards use both forms."""
     values = value if isinstance(value, list) else [value]
     return tuple(item for item in values if isinstance(item, str) and item)
 
@@ -22,7 +22,7 @@ def count(value: Any) -> int | None:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """Return a JSON object, empty if the value is none."""
+    """Return a JSON object; an empty one if the value is no object."""
     return value if isinstance(value, dict) else {}
 
 

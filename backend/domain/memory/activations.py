@@ -15,7 +15,7 @@ WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 @dataclass(frozen=True)
 class Stack:
-    """What a training program does its own way.
+    """How a training program differs from others in what it keeps.
 
     Attributes:
         adapter_width: Bytes of an adapter's numbers, gradients included. Four in our engine: over a 16-bit base, PEFT
@@ -72,10 +72,10 @@ def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
 
 
 def missing_targets(shape: ModelShape, names: str | Sequence[str]) -> list[str]:
-    """Return those of the target modules that are no linear module of the model, by the engine's rule for names.
+    """Return the target modules that name no linear module of the model, by the engine's rule for names.
 
-    Of a family that the engine loads every linear module is known (tests/engine/test_model_shapes.py); of one that it
-    does not load, nothing is said.
+    For a family that the engine loads, every linear module is known (tests/engine/test_model_shapes.py). For a family
+    that it does not load, the result is empty.
     """
     if isinstance(names, str) or shape.obstacle is not None:
         return []
@@ -107,7 +107,7 @@ def _means(name: str, path: str) -> bool:
 
 
 def _matching(block: Block, path: str, wanted: str) -> int:
-    """Count the layers of a block in which a name means a module: the end of its full path, from a dot on."""
+    """Count the layers of a block in which a name means a module. A name is the end of a path, from a dot on."""
     if _means(wanted, path):
         return block.count
     if not wanted.endswith(f".{path}"):
@@ -119,7 +119,7 @@ def _matching(block: Block, path: str, wanted: str) -> int:
 
 
 def _is_one_of(text: str, indexes: tuple[int, ...]) -> bool:
-    """Tell whether a text is a number as a path has it; nobody has looked yet at how long it is."""
+    """Tell whether a text is one of the numbers, as written in a path. The text may have any length."""
     return text.isdecimal() and len(text) < 9 and str(int(text)) == text and int(text) in indexes
 
 

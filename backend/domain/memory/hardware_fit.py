@@ -1,4 +1,4 @@
-"""What the memory at hand decides: rows a pass, passes a step, recomputation, and on a CPU the precision."""
+"""Fits a configuration to the memory: rows a pass, passes a step, recomputation, and on a CPU the precision."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -18,9 +18,9 @@ def fit_to_memory(
 ) -> Mapping[str, Any]:
     """Return the changes that make a configuration fit the device, and on a GPU use it.
 
-    The fastest that fits is chosen: all rows of a step in one pass, then fewer rows with more passes, then activations
-    computed twice, and last, on a CPU, weights in bf16 instead of fp32. The effective batch stays what it was. What the
-    client set itself is left alone, and so is everything else that changes what is learned.
+    The fastest way that fits is chosen. The first way is all rows of a step in one pass. Then come fewer rows with more
+    passes, then activations that are computed twice. On a CPU, bf16 weights instead of fp32 come last. The effective
+    batch does not change. Nothing changes that the client set, and nothing else that affects what is learned.
 
     Args:
         shape: The model.
@@ -30,13 +30,13 @@ def fit_to_memory(
         on_gpu: Whether the device is a CUDA GPU.
 
     Returns:
-        Parameter → value, empty where nothing has to change; if nothing fits, what needs least.
+        Parameter → value. It is empty if nothing has to change. If nothing fits, it is the way that needs least.
     """
     needs: list[tuple[int, Mapping[str, Any]]] = []
     tight: Mapping[str, Any] | None = None
     for changes in _options(config, kept, on_gpu=on_gpu):
         if tight is not None and changes["precision"] != config.precision:
-            break  # what may fit in fp32 is not worth a type several times slower
+            break  # if fp32 may fit, bf16 is not worth it: it is several times slower
         needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu)
         verdict = judge(needed, available_bytes)
         if verdict == "fits":

@@ -1,4 +1,4 @@
-"""What a repository's JSON files may ask of whoever loads them, and what they may not."""
+"""Checks what a repository's JSON files ask of the program that loads them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,10 +51,10 @@ def check_asks_for_no_code(model_id: str, name: str, content: Mapping[str, Any])
 
 
 def check_dimensions(model_id: str, config: Mapping[str, Any]) -> None:
-    """Refuse a config.json whose dimensions would keep whoever builds the model busy for ever.
+    """Refuse a config.json with dimensions so large that building the model would never end.
 
     Raises:
-        ModelRejected: A dimension is no model's.
+        ModelRejected: A dimension is larger than that of any model.
     """
     for part in _objects(config):
         for names, limit in ((_LAYERS, _MAX_LAYERS), (_WIDTHS, _MAX_WIDTH)):

@@ -1,7 +1,7 @@
-"""What is known of a model, as records; what is not known is None, never 0 and never a guess.
+"""Records of what is known of a model. What is not known is None, never 0 and never a guess.
 
-The second half reads the Hub's JSON (https://huggingface.co/docs/hub/api) into them: pure, and it refuses nothing
-but an answer that names no model, because an odd field must not hide the rest.
+The second half reads the Hub's JSON (https://huggingface.co/docs/hub/api) into these records. It refuses only an answer
+that names no model: an odd field must not hide the other fields.
 """
 
 import re
@@ -34,7 +34,7 @@ TASKS = (
 )
 
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-# The Hub began to store creation dates then and gives older repositories this one.
+# The Hub began to store creation dates at this time. Older repositories have it as their date.
 # Source: huggingface_hub/hf_api.py, ModelInfo.created_at.
 _CREATED_BEFORE_DATES = "2022-03-02T23:29:04.000Z"
 
@@ -153,7 +153,7 @@ class RatedModel:
 
 @dataclass(frozen=True)
 class SearchPage:
-    """The answer to a search. `stale`: past its time to live, served because the Hub cannot be reached."""
+    """The answer to a search. `stale` says that it is past its time to live: the Hub could not be reached."""
 
     models: tuple[RatedModel, ...]
     next_cursor: str | None
@@ -192,7 +192,7 @@ def check_revision(revision: str) -> None:
 
 
 def in_bounds(summary: ModelSummary, query: SearchQuery) -> bool:
-    """Tell whether a model has as many parameters as a query asks for; an unknown number is within no bound."""
+    """Tell whether a model's parameters are within a query's bounds. An unknown number is within no bound."""
     if query.min_parameters is None and query.max_parameters is None:
         return True
     known = summary.parameters
@@ -202,9 +202,9 @@ def in_bounds(summary: ModelSummary, query: SearchQuery) -> bool:
 
 
 def weight_files(paths: Iterable[str]) -> tuple[str, ...]:
-    """Choose, from a repository's paths, the safetensors files that a load would read; none if a shard is missing.
+    """Choose the safetensors files that a load would read; none if a shard is missing.
 
-    The order is transformers' own: `model.safetensors`, then numbered shards; otherwise what lies at the top.
+    The order is that of transformers: `model.safetensors`, then numbered shards, then other files at the top.
     """
     top = sorted(path for path in paths if path.endswith(".safetensors") and "/" not in path)
     if "model.safetensors" in top:

@@ -143,7 +143,7 @@ def _elements(name: str, shape: tuple[int, ...]) -> int:
 
 
 def _check_layout(spans: list[tuple[int, int, str]], data_bytes: int) -> None:
-    """Tensors lie end to end and fill the file: a gap could hide data, an overlap alias it."""
+    """Check that the tensors fill the file without gaps. A gap could hide data, and an overlap could alias it."""
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:

@@ -1,4 +1,4 @@
-"""What a model is made of: its layers, their linear modules, and what a token leaves behind in each.
+"""What a model is made of: its layers, their linear modules, and what each keeps of a token for the backward pass.
 
 `domain.models.architectures` builds these from a config.json; the memory estimate reads them. H is the hidden size.
 """
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-# What the input of a linear module is, for whoever has to keep it until the backward pass:
+# What the input of a linear module is. It has to be kept until the backward pass:
 #   a shared tensor ("attention", "mlp") that several modules read and nothing else keeps,
 #   "kept", a tensor that another operation of the layer keeps anyway, or "own", a tensor only this module reads.
 Input = Literal["attention", "mlp", "kept", "own"]
@@ -40,11 +40,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Kept:
-    """Elements that one token leaves behind in one layer for the backward pass, adapters left out.
+    """Elements that one layer keeps of one token for the backward pass. Adapters are left out.
 
     Attributes:
-        fp32: In four bytes whatever the compute type: the inputs of norms that compute in fp32.
-        plain: In the compute type.
+        fp32: Kept in four bytes for every compute type, such as the inputs of norms that compute in fp32.
+        plain: Kept in the compute type.
         masked: More in the compute type when an attention mask is passed: SDPA is then given keys and values
             repeated to all heads (transformers, integrations/sdpa_attention.py, `use_gqa_in_sdpa`).
         attentions: Attention operations; each keeps its own copy of a mask of T × T elements a row.

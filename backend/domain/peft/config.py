@@ -71,7 +71,7 @@ class PeftConfig(BaseModel):
 
 
 PARAMETER_NAMES: tuple[str, ...] = tuple(PeftConfig.model_fields)
-# What every run did before there was a setting for it.
+# The values of settings that older runs did not have, as those runs behaved.
 _BEFORE: dict[str, Any] = {
     "min_learning_rate_ratio": 0.0,
     "adam_beta1": 0.9,
@@ -84,10 +84,10 @@ _BEFORE: dict[str, Any] = {
 
 
 def recorded(values: object) -> PeftConfig:
-    """Read a configuration that was stored, maybe before some of the settings existed.
+    """Read a stored configuration. It may be older than some of the settings.
 
     Raises:
-        ValidationError: It is none.
+        ValidationError: The value is no configuration.
     """
     return PeftConfig.model_validate(_BEFORE | values if isinstance(values, dict) else values)
 

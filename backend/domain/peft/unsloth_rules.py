@@ -1,4 +1,4 @@
-"""What Unsloth's fast layers can hold, and what goes to plain transformers + PEFT instead, with the reason.
+"""What Unsloth's fast layers support. The rest goes to plain transformers + PEFT, with the reason.
 
 Source: `unsloth/models/loader.py` and `llama.py` of unsloth 2026.10.7, read for what they refuse or quietly change;
 tests/engine/test_unsloth_contract.py checks these rules against the installed version.
@@ -10,13 +10,13 @@ LEAST_CAPABILITY = (7, 0)  # Unsloth's kernels are for Volta and later
 # `FastLanguageModel` has layers of its own for these, on which it fuses the adapter's products. Any other family it
 # hands to a generic, compiled path; Gemma 2 it has too, but with soft-capped logits in a loss of its own.
 FAST_FAMILIES = frozenset({"llama", "mistral", "gemma", "qwen2", "qwen3"})
-# Beyond the length that a base was loaded for, Unsloth cuts what it is given without an error. Loading for more
-# than is asked costs little and lets requests share a base.
+# Unsloth silently cuts rows that are longer than the length that the base was loaded for. Loading for a greater length
+# costs little, and requests can then share a base.
 SHARED_LENGTH = 2048
 
 
 def obstacle(config: PeftConfig, model_type: str | None) -> str | None:
-    """Say why Unsloth cannot hold a base as it is asked for; None if it can."""
+    """Return why Unsloth cannot load a base as requested; None if it can."""
     if model_type is None:
         return "the model's family is not known, and Unsloth is fast for known ones only"
     if model_type not in FAST_FAMILIES:

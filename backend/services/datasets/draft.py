@@ -1,4 +1,4 @@
-"""A dataset that is being put together: its files, as they come."""
+"""A draft of a dataset: its files while they arrive."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from services.datasets.imports import Import
 
 
 class Draft:
-    """A dataset that is being put together. Files come first, then they are read."""
+    """A dataset that is being put together. First its files arrive, then they are read."""
 
     def __init__(self, dataset_id: str, folder: Path, progress: Import, max_bytes: int) -> None:
         self.id, self.folder, self.progress = dataset_id, folder, progress
@@ -24,22 +24,22 @@ class Draft:
         return DraftFile(self, name, Path("original") / f"{len(self.files):04d}")
 
     def count(self, size: int) -> None:
-        """Count what came.
+        """Count bytes that arrived.
 
         Raises:
-            ImportCancelled: It is no longer wanted.
-            TooLarge: It is more than a dataset may have.
+            ImportCancelled: The import was cancelled.
+            TooLarge: The dataset is larger than allowed.
         """
         self.progress.check()
         self._size_bytes += size
-        # What was downloaded first is counted already.
+        # Downloaded files were counted when they arrived.
         self.progress.received_bytes = max(self.progress.received_bytes, self._size_bytes)
         if self._size_bytes > self._max_bytes:
             raise TooLarge(f"The dataset is larger than {self._max_bytes} bytes.")
 
 
 class DraftFile:
-    """One file as it comes; closing it keeps it."""
+    """One file while it arrives. Closing it keeps it."""
 
     def __init__(self, draft: Draft, name: str, path: Path) -> None:
         self._draft, self._name, self._path = draft, name, path
@@ -50,9 +50,9 @@ class DraftFile:
         """Append.
 
         Raises:
-            ImportCancelled: It is no longer wanted.
-            TooLarge: It is more than a dataset may have.
-            StorageFull: There is no room for it.
+            ImportCancelled: The import was cancelled.
+            TooLarge: The dataset is larger than allowed.
+            StorageFull: There is no space for it.
         """
         self._draft.count(len(data))
         self._digest.update(data)

@@ -1,4 +1,4 @@
-"""The folder of a dataset, and files that are on the disk once however many datasets have them."""
+"""The folders of datasets. A file that several datasets have is stored once."""
 
 import json
 import os
@@ -16,10 +16,10 @@ _MANIFEST = "dataset.json"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it came.
+    """A file as the client sent it.
 
     Attributes:
-        name: What the sender calls it.
+        name: The client's name for it.
         path: Where it is, below the dataset's folder.
     """
 
@@ -31,7 +31,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a dataset beside its record.
+    """Facts about a dataset that its database record does not hold.
 
     Attributes:
         source: Where it came from: an upload, the Hub, a folder.
@@ -55,8 +55,8 @@ class Manifest:
 class DatasetFiles:
     """The datasets' files.
 
-    A file's content is also linked to under its sha256 in `content/`, so that a second dataset with the same content
-    is a second link. The file system counts the links, and nothing else has to be kept in step with it.
+    `content/` has a hard link to each file, named by its sha256. A second dataset with the same content is one more
+    link. The file system counts the links, so no other count can disagree with it.
 
     Args:
         folder: One sub-folder a dataset: `original/`, `rows.jsonl` and `dataset.json`.
@@ -78,7 +78,7 @@ class DatasetFiles:
         shutil.rmtree(self._folder / f"{dataset_id}.tmp", ignore_errors=True)
 
     def commit(self, dataset_id: str, manifest: Manifest) -> Path:
-        """Make a dataset that was put together whole: it is there, or it is not."""
+        """Move a finished draft to its place, as a whole or not at all."""
         temporary, final = self._folder / f"{dataset_id}.tmp", self.path(dataset_id)
         with self._lock:
             for file in manifest.files:
@@ -102,7 +102,7 @@ class DatasetFiles:
                 os.link(shared, again)
                 os.replace(again, path)
         except OSError as error:
-            # Some file systems know no hard links; the file then stays where it is, once for each dataset.
+            # Some file systems have no hard links. Each dataset then has a copy of its own.
             if isinstance(error, FileNotFoundError) or not path.exists():
                 raise
 
@@ -111,7 +111,7 @@ class DatasetFiles:
         return self._folder / dataset_id
 
     def manifest(self, dataset_id: str) -> Manifest:
-        """Return a dataset's manifest; of the first version's datasets little is known."""
+        """Return a dataset's manifest. Those of the first version hold little."""
         folder = self.path(dataset_id)
         file = folder / _MANIFEST
         if not file.exists():
@@ -135,7 +135,7 @@ class DatasetFiles:
             shared.unlink()
 
     def remove_leftovers(self) -> None:
-        """Delete what cut-off uploads left. Whole folders stay, even unknown ones: another database may know them."""
+        """Delete the remains of interrupted uploads. Whole folders stay: another database may use unknown ones."""
         for folder in self._folder.glob("ds_*.tmp"):
             shutil.rmtree(folder)
         for shared in self._content.iterdir():

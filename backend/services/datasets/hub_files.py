@@ -1,4 +1,4 @@
-"""The files of a dataset on the Hub: which make the split that was asked for, and a copy of them on this machine."""
+"""Chooses the files of a Hub dataset that make up the requested split, and downloads them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class HubFiles:
-    """What was fetched.
+    """The downloaded files.
 
     Attributes:
         commit: The repository's, 40 digits.
@@ -46,21 +46,21 @@ class HubDatasets:
     def fetch(
         self, hub_id: str, revision: str | None, config: str | None, split: str | None, progress: Import
     ) -> HubFiles:
-        """Fetch what is not here yet.
+        """Download the files that this machine lacks.
 
         Args:
             hub_id: Which dataset.
             revision: Branch, tag or commit; `main` if None.
             config: The configuration; the default one if None.
             split: The split; `train` if None, or the only one.
-            progress: Where it is shown how far the download is, and says whether it is still wanted.
+            progress: The import. It shows the progress, and tells whether it was cancelled.
 
         Raises:
-            ImportCancelled: It is no longer wanted; what has arrived is gone on with at the next import.
+            ImportCancelled: The import was cancelled. The next import continues with what has arrived.
             DatasetRejected: There is no such configuration or split.
             TooLarge: The files are larger than a dataset may be.
             StorageFull, DownloadCorrupt: As `Downloads.fetch_files` says.
-            DatasetNotFound, DatasetGated, AccessDenied, HubUnavailable: As the Hub says, and they are not here either.
+            DatasetNotFound, DatasetGated, AccessDenied, HubUnavailable: The Hub says so, and this machine has no copy.
         """
         try:
             return self._fetch(hub_id, revision, config, split, progress)
@@ -83,7 +83,7 @@ class HubDatasets:
             progress.received_bytes = download.done_bytes
 
         folder = self._downloads.fetch_files(listing, parts.paths, show, cancelled)
-        # Only now: whoever finds the Hub away gets the commit that is here whole.
+        # Noted last, so that an import without the Hub gets a commit that is complete.
         self._downloads.cache.note_commit(listing.repo, listing.revision, listing.commit)
         return HubFiles(listing.commit, parts, folder)
 

@@ -1,4 +1,4 @@
-"""What is being brought in now: how far each upload, download and reading is."""
+"""The imports under way: the progress of each upload, download and reading."""
 
 import threading
 import uuid
@@ -22,13 +22,13 @@ class ImportCancelled(Conflict):
 
 @dataclass
 class Import:
-    """One dataset that is not there yet.
+    """One dataset that is being imported.
 
     Attributes:
-        received_bytes: Of the files, as they come.
-        total_bytes: What the sender says they have, or None.
+        received_bytes: Bytes of the files that have arrived.
+        total_bytes: Their size as the sender says, or None.
         rows: Read so far.
-        cancelled: Set once it is no longer wanted.
+        cancelled: Set once a client has cancelled it.
     """
 
     id: str
@@ -41,7 +41,7 @@ class Import:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
-        """Raise ImportCancelled once it is no longer wanted."""
+        """Raise ImportCancelled if a client has cancelled it."""
         if self.cancelled.is_set():
             raise ImportCancelled(f"The import of {self.name} was cancelled.")
 
@@ -72,10 +72,10 @@ class Imports:
             return list(self._running.values())
 
     def cancel(self, import_id: str) -> Import:
-        """Say that an import is no longer wanted. It ends within a second or so, and leaves nothing.
+        """Cancel an import. It ends within about a second, and leaves nothing.
 
         Raises:
-            ImportNotFound: None of that id is running.
+            ImportNotFound: No import with that id is running.
         """
         with self._lock:
             item = self._running.get(import_id)

@@ -1,7 +1,7 @@
 """Reads files into normal rows. `python -m services.datasets.intake` does it in a process of its own.
 
-What a client sends is parsed where it can only harm itself: the process has a limit on its memory, takes what the
-server leaves of the processor, and its death is an error of one upload.
+A client's file is parsed in a process of its own, so that it cannot harm the server. The process has a memory limit and
+a low priority. If it dies, only one upload fails.
 """
 
 import hashlib
@@ -28,11 +28,11 @@ from services.datasets.reading.source_row import SourceRow
 from services.datasets.reading.text_rows import TextRows
 
 _MAX_ERRORS = 100
-_MAX_NOTES = 200  # distinct ones; a file of random keys must not fill the memory
+_MAX_NOTES = 200  # distinct notes; a file of random keys must not fill the memory
 _DETECTION_ROWS = 100
 _DETECTION_BYTES = 8 * 2**20
 _PROGRESS_ROWS = 2000
-# Names of fields and escapes make rows longer; a Parquet file that repeats one text in a billion rows is no data.
+# Field names and escapes make rows longer. A Parquet file that repeats one text in a billion rows is refused.
 _MAX_GROWTH = 2
 _MAX_MEMORY_BYTES = 4 * 2**30
 _NICE = 5
@@ -95,7 +95,7 @@ def read_dataset(request: IntakeRequest, report: Report) -> IntakeResult:
     """Write `rows.jsonl`.
 
     Args:
-        report: Told rows read and bytes written, now and then.
+        report: Called now and then with the rows read and the bytes written.
 
     Raises:
         DatasetRejected: The files cannot be read, have no usable row, or have bad ones that are not to be skipped.
@@ -146,7 +146,7 @@ class _Intake:
         return self._result
 
     def _rows(self) -> Iterator[SourceRow]:
-        """Yield the rows of all files, after the format was settled by the first ones."""
+        """Decide the format from the first rows, then yield the rows of all files."""
         several = len(self._request.files) > 1
         for path, filename in self._request.files:
             with open_rows(Path(path), filename, _options(self._request), self._encodings.get(path)) as file:
@@ -249,7 +249,7 @@ class _Intake:
 
 
 def _first(rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
-    """Yield the rows by which the format is settled: the first hundred, or fewer if they are long."""
+    """Yield the rows that decide the format: the first hundred, or fewer if they are long."""
     size, good = 0, 0
     for row in rows:
         yield row

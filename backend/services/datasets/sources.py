@@ -1,4 +1,4 @@
-"""Datasets from the Hub, and from a folder on this machine."""
+"""Imports datasets from the Hub, and from a folder on this machine."""
 
 import os
 from collections.abc import Mapping
@@ -41,13 +41,13 @@ class Datasets(Protocol):
 
 
 class DatasetSources:
-    """Brings datasets in from elsewhere than an upload.
+    """Imports datasets from the Hub and from a folder.
 
     Args:
         datasets: Stores them.
         hub: Fetches the Hub's.
-        folder: What may be taken from this machine is below it.
-        max_bytes: Larger ones of a folder are refused before they are copied.
+        folder: Only files below it may be imported from this machine.
+        max_bytes: Larger datasets of a folder are refused before they are copied.
     """
 
     def __init__(self, datasets: Datasets, hub: HubDatasets, folder: Path, max_bytes: int) -> None:
@@ -67,10 +67,10 @@ class DatasetSources:
         """Download the files of one split and store them as a dataset.
 
         Raises:
-            ImportCancelled: It is no longer wanted.
+            ImportCancelled: The import was cancelled.
             DatasetNotFound, DatasetGated, AccessDenied, HubUnavailable, DownloadCorrupt: As `HubDatasets.fetch` says.
             DatasetRejected: There is no such configuration or split, or the files cannot be read.
-            TooLarge, StorageFull: They are larger than a dataset may be, or than what is free.
+            TooLarge, StorageFull: The files are larger than a dataset may be, or than the free space.
         """
         with self._datasets.imports.running(name or hub_id, "downloading", None) as progress:
             fetched = self._hub.fetch(hub_id, revision, config, split, progress)
@@ -87,7 +87,7 @@ class DatasetSources:
 
         Raises:
             DatasetNotFound: There is nothing of that name.
-            PathNotAllowed: It is elsewhere, or a link to elsewhere.
+            PathNotAllowed: The path leads out of the folder, by itself or by a link.
             ImportCancelled, DatasetRejected, TooLarge: As for the Hub.
         """
         start = self._inside(path)
@@ -118,7 +118,7 @@ class DatasetSources:
 
     def _inside(self, path: str) -> Path:
         root = self._folder.resolve()
-        # By its words first, so that nobody learns what is elsewhere.
+        # The path's text is checked first, so that the answer tells nothing about files elsewhere.
         words = PurePosixPath(os.path.normpath(path))
         if "\0" in path or words.is_absolute() or words.parts[:1] == (os.pardir,):
             raise PathNotAllowed(f"{path!r:.200} is not below {root}, from which datasets may be taken.")

@@ -1,4 +1,4 @@
-"""Runs the reading of a file in a process of its own, and understands how it ended."""
+"""Reads a file in a process of its own, and explains how the process ended."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from services.datasets.intake import IntakeRequest, IntakeResult
 _BACKEND = Path(__file__).resolve().parents[2]
 _TAIL_BYTES = 4096
 _SILENCE_S = 0.5
-# A reader needs no secret, and asks nobody for anything.
+# The reader needs no secret and makes no request.
 _ENVIRONMENT = (
     "PATH",
     "LANG",
@@ -41,11 +41,11 @@ def read_in_process(request: IntakeRequest, report: Report) -> IntakeResult:
 
     Args:
         request: What to read.
-        report: Told rows read and bytes written, twice a second at least; what it raises ends the process.
+        report: Called at least twice a second with the rows read and the bytes written. If it raises, the process ends.
 
     Raises:
-        DatasetRejected: As it says; or the process died over the file.
-        StorageFull: There is no room for the rows.
+        DatasetRejected: `read_dataset` says so, or the process died.
+        StorageFull: There is no space for the rows.
     """
     with tempfile.TemporaryFile() as log, _start(log) as process:
         final: dict[str, Any] | None = None
@@ -62,7 +62,7 @@ def read_in_process(request: IntakeRequest, report: Report) -> IntakeResult:
                 else:
                     final = message
         except BrokenPipeError:
-            final = None  # it died before it read the request; how, is told below
+            final = None  # it died before it read the request; the reason is found below
         except BaseException:
             process.kill()
             raise

@@ -1,4 +1,4 @@
-"""Runs the torch side of the CUDA validation in a process of its own, so that a crash is an answer too."""
+"""Runs the torch side of the CUDA validation in a process of its own, so that a crash becomes a failed check."""
 
 import json
 import os
@@ -17,7 +17,7 @@ _LIMIT_S = 180.0  # importing Unsloth alone takes 10 s, and a first CUDA context
 _TAIL_LINES = 5
 _TAIL_BYTES = 8192
 RESULT_FD_VARIABLE = "PEFT_STUDIO_RESULT_FD"
-# The checks import what an engine imports and, like an engine, call nobody.
+# The checks import what an engine imports. Like an engine, they make no requests.
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -39,9 +39,9 @@ class CudaCheck:
 def run_cuda_checks(
     command: tuple[str, ...] = ("-m", "engine.cuda_checks"), limit_s: float = _LIMIT_S
 ) -> list[CudaCheck]:
-    """Run the checks; the process's death or silence becomes a failed check.
+    """Run the checks. If the process dies or hangs, that is a failed check.
 
-    The result is one line of JSON on a pipe of its own, so whatever the libraries print cannot be taken for it.
+    The result is one line of JSON on a separate pipe, apart from what the libraries print.
 
     Args:
         command: What the interpreter runs.

@@ -1,4 +1,4 @@
-"""CPU, memory and disk, as much of them as this process may use: a container's limit is the memory there is."""
+"""CPU, memory and disk, as far as this process may use them. In a container, its limit counts as the memory."""
 
 import math
 import os
@@ -155,7 +155,7 @@ class HostProbe:
             if limit is None or limit >= _UNLIMITED:
                 continue
             used = self._number(f"{folder}/{'memory.current' if unified else 'memory.usage_in_bytes'}") or 0
-            # The kernel drops inactive file cache before it kills: counting it as used would refuse what fits.
+            # The kernel drops inactive file cache before it kills a process, so it does not count as used.
             field = "inactive_file" if unified else "total_inactive_file"
             yield limit, max(0, used - self._statistic(f"{folder}/memory.stat", field))
 
@@ -188,7 +188,7 @@ class HostProbe:
         try:
             return (self._root / path).read_text(encoding="utf-8", errors="replace")
         except OSError:
-            return ""  # not there on this system: there is no such limit
+            return ""  # this system has no such file, so there is no such limit
 
     @cached_property
     def _cpuinfo(self) -> dict[str, str]:
@@ -209,8 +209,8 @@ def get_host_probe() -> HostProbe:
 class _CpuLoad:
     """The machine's load between two readings.
 
-    psutil.cpu_percent() keeps its last reading per thread, so that each new thread of a pool is told 0.0; here all
-    threads share one.
+    psutil.cpu_percent() keeps its last reading per thread, so each new thread of a pool gets 0.0. Here all threads
+    share one reading.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Models here and on the Hub: their files, what they are, what is in the way of a load, whether they fit."""
+"""Models on this machine and on the Hub: their files, their facts, what prevents a load, and whether they fit."""

@@ -1,4 +1,4 @@
-"""What keeps a model from being loaded here, however much memory there is."""
+"""What prevents a load of a model, apart from memory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from services.models.safety import check_snapshot, no_safe_weights
 
 
 def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
-    """Say what a load would be refused for, from what the Hub lists and from config.json.
+    """Return the reasons to refuse a load, as far as the Hub's listing and config.json tell.
 
     Args:
         details: The model as the Hub describes it.
         has_token: Whether the Hub was asked with somebody's token.
 
     Returns:
-        A sentence each; empty where nothing is known to be in the way.
+        A sentence for each reason; empty if none is known.
     """
     model_id, paths = details.summary.model_id, [file.path for file in details.files]
     if details.disabled:
@@ -36,7 +36,7 @@ def blockers_of(details: ModelDetails, *, has_token: bool) -> list[str]:
 
 
 def is_loadable(summary: ModelSummary, config: Mapping[str, Any]) -> bool:
-    """Tell whether a list shows that nothing is in the way of a load; of the files it has none but config.json.
+    """Tell whether the Hub's list shows no reason to refuse a load. Of the files, only config.json is known there.
 
     Parameters are what the Hub counted in the headers of the weights that a load reads. The tag `safetensors` does for
     any file of that kind, in whatever folder.
@@ -55,10 +55,10 @@ def _config_blockers(model_id: str, config: Mapping[str, Any]) -> list[str]:
 
 
 def local_blockers(model: LocalModel) -> list[str]:
-    """Say what a load of a model on this machine would be refused for; its weights were read when it was found.
+    """Return the reasons to refuse a load of a model on this machine. Its weights are known to be readable.
 
     Returns:
-        A sentence, or nothing where none is known to be in the way.
+        A sentence; empty if no reason is known.
     """
     if model.path is None:
         return []
@@ -66,18 +66,18 @@ def local_blockers(model: LocalModel) -> list[str]:
         check_snapshot(model.path, model.model_id)
     except (NeedsRemoteCode, ModelRejected) as error:
         return [error.detail]
-    except OSError as error:  # it was there a moment ago
+    except OSError as error:  # it was deleted a moment ago
         return [f"{model.model_id} cannot be read: {error.strerror}."]
     return []
 
 
 def disabled(model_id: str) -> AccessDenied:
-    """Make the error of a repository that the Hub has closed; no licence and no token opens it."""
+    """Make the error of a repository that the Hub has closed. No licence and no token gives access."""
     return AccessDenied(f"{model_id} has been disabled by the Hub, which hands out none of its files.")
 
 
 def no_config(details: ModelDetails, *, has_token: bool) -> AccessDenied | ModelRejected:
-    """Make the error of a model whose config.json is not to be had, which says why."""
+    """Make the error of a model whose config.json cannot be read. It says why."""
     model_id = details.summary.model_id
     if details.disabled:
         return disabled(model_id)

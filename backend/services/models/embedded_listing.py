@@ -6,7 +6,7 @@ from services.models.local import LocalModel
 
 
 def embedded_local_model() -> LocalModel:
-    """Describe it from what is known of the package; once prepared, its folder speaks for itself."""
+    """Describe the model by what is known of its package. Once it is prepared, its folder is read instead."""
     summary = ModelSummary(
         model_id=MODEL_ID,
         author=MODEL_ID.split("/")[0],

@@ -1,4 +1,4 @@
-"""A model's shape, from its config alone: local if it is here, from the Hub if it is not."""
+"""A model's shape, read from its config.json on this machine or on the Hub."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol

@@ -1,4 +1,4 @@
-"""From a model id to a folder of safe weights on this machine, downloading it if need be."""
+"""Turns a model id into a folder of safe weights on this machine. It downloads what is missing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -37,8 +37,8 @@ class ModelFiles:
 
     Args:
         embedded: The model that needs no Hub.
-        registry: Finds what is on this machine already, and what the Hub says of the rest.
-        downloads: Fetches what is not here.
+        registry: Finds models on this machine, and asks the Hub about others.
+        downloads: Downloads what is missing.
         pickled: Converts pickled weights.
     """
 
@@ -90,14 +90,14 @@ class ModelFiles:
         *,
         allow_pickle: bool = False,
     ) -> Path:
-        """Return the folder. What the Hub's cache holds is checked against its digests, and mended if need be.
+        """Return the folder. Files in the Hub's cache are checked by their digests; damaged ones are replaced.
 
         Args:
             model_id: Which model.
-            revision: Branch, tag or commit; what is here, or else `main`, if None.
-            on_progress: Takes the state of the load and how far it is.
-            cancelled: Asked now and then; a download that nobody waits for any more stops.
-            allow_pickle: Whether pickled weights will do where there are no safetensors; they are converted once.
+            revision: Branch, tag or commit. None is the copy on this machine, or else `main`.
+            on_progress: Takes the state of the load and its progress.
+            cancelled: Called now and then. A download stops when its last waiting caller has left.
+            allow_pickle: Whether pickled weights are accepted if there are no safetensors. They are converted once.
 
         Raises:
             ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
@@ -139,7 +139,7 @@ class ModelFiles:
         if local is not None and local.path is not None:
             if not self._downloads.cache.holds(local.path) or not self._downloads.cache.damaged(local.path):
                 return local.path
-            revision = local.revision  # the same commit again, as whole as it was
+            revision = local.revision  # downloads what is damaged of the same commit
         on_progress("downloading", LoadProgress())
         return self._downloads.fetch(
             model_repo(model_id),

@@ -12,15 +12,15 @@ from services.hardware.machine import Machine
 
 
 def fit_of(machine: Machine, config: dict[str, Any] | None, _summary: ModelSummary, algorithm: str) -> Fit | None:
-    """Judge an algorithm with its defaults against what is free now; what else a load is refused for is not seen here.
+    """Judge an algorithm's defaults by the memory that is free now. Other reasons to refuse a load are not considered.
 
     Args:
         machine: Has the device that the fine-tune would run on.
-        config: config.json, if it is at hand: nothing is fetched for a list.
+        config: config.json if it is known. It is not downloaded for a list.
         algorithm: Its id.
 
     Returns:
-        The verdict, or None where the memory is not known, or no default goes with the model.
+        The verdict; None if the memory is not known, or if the defaults do not suit the model.
     """
     shape = read_shape(config) if config is not None else None
     if shape is None:
@@ -35,7 +35,7 @@ def fit_of(machine: Machine, config: dict[str, Any] | None, _summary: ModelSumma
             shape=shape,
             available_bytes=device.available_bytes,
         ).config
-    except SettingRejected:  # e.g. it knows fewer tokens than a row may have: one odd model must not hide a list
+    except SettingRejected:  # one odd model, say with a very short context, must not hide a list
         return None
     assessment = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
     if assessment.estimate is None:

@@ -1,4 +1,4 @@
-"""A model's folder: which folders are one, and which of its files may be read."""
+"""Model folders: which folders are model folders, and which of their files may be read."""
 
 import os
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def model_folder(root: Path, parts: list[str]) -> Path | None:
 
 
 def text_of(path: Path) -> str | None:
-    """Return a small file's text, or None if it cannot be had."""
+    """Return a small file's text, or None if it cannot be read."""
     try:
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -56,8 +56,8 @@ def inside(path: Path, roots: tuple[Path, ...]) -> Path:
     """Return where a path leads, if that is below one of the roots.
 
     Raises:
-        ValueError: It is a link to elsewhere.
-        OSError: It leads nowhere.
+        ValueError: The path is a link that leads out of the roots.
+        OSError: The path leads nowhere.
     """
     resolved = path.resolve(strict=True)
     if not any(resolved.is_relative_to(root) for root in roots):
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: It is none, or is too large.
+        ValueError: The file holds no JSON object, or is too large.
         OSError: It cannot be read.
     """
     if path.stat().st_size > _MAX_JSON_BYTES:

@@ -1,4 +1,4 @@
-"""The config.json of the models of a list, so that it can be said of each whether it fits."""
+"""The config.json of each model in a list. They are needed to say which models fit."""
 
 import json
 import threading
@@ -20,10 +20,10 @@ from services.hub.client import HubClient
 from services.hub.metadata_cache import DETAILS_TTL_S, SEARCH_TTL_S, Fetched, MetadataCache
 
 _MAX_CONFIGS, _MAX_REMEMBERED = 10_000, 1000  # on disk, at some 2 kB each, and parsed
-_MAX_ASKED = 100  # as many as a list has, whatever a mirror sends
+_MAX_ASKED = 100  # the length of a list; a mirror may send more
 _WORKERS = 8
-_LIMIT_S = 4.0  # a list is not held up longer than that; what comes later is there the next time
-_QUIET_S = 60.0  # after the Hub has failed to answer, nothing is asked for so long
+_LIMIT_S = 4.0  # a list waits no longer; later answers are used the next time
+_QUIET_S = 60.0  # no questions for so long after the Hub has failed to answer
 _LIBRARIES = frozenset({None, "transformers", "peft", "trl", "unsloth", "safetensors"})
 _log = get_logger(__name__)
 
@@ -40,7 +40,7 @@ _LISTED = TypeAdapter(ListedConfig)
 
 
 class ListedConfigs:
-    """Finds them in the cache, and asks the Hub for what is not there, each once.
+    """Finds them in the cache, and asks the Hub once for each of the others.
 
     Args:
         hub: Asks the Hub.
@@ -54,7 +54,7 @@ class ListedConfigs:
         self._quiet_until = float("-inf")
 
     def of(self, models: Sequence[ModelSummary], *, ask: bool) -> dict[str, dict[str, Any]]:
-        """Return model id → config.json, of those that could be had.
+        """Return model id → config.json, without those that could not be read.
 
         Args:
             models: Of one list.
@@ -122,7 +122,7 @@ def config_cache(folder: Path, clock: Clock) -> MetadataCache:
 
 
 def _ttl_s(model: ModelSummary) -> Callable[[ListedConfig], float | None]:
-    """What cannot be read may be readable soon; it is asked for again no sooner than the list itself."""
+    """A config that cannot be read may be readable soon. It is asked for again when the list is."""
     known = None if is_commit(model.sha) else DETAILS_TTL_S
     return lambda listed: known if listed.readable else SEARCH_TTL_S
 

@@ -1,8 +1,8 @@
 """Models on this machine: the operator's folders, what was prepared here, the Hub's cache, the embedded model.
 
 Only names, config.json and safetensors headers are read. A folder whose weights are missing, truncated or broken
-is no model, and neither is one of the Hub's cache without a tokenizer, which a download completes: it is left out,
-and the log says why.
+is no model. A model in the Hub's cache that has no tokenizer is none either, because a download would complete it.
+Such a folder is left out, and the log says why.
 """
 
 import threading
@@ -64,7 +64,7 @@ class LocalModel:
 
 
 class LocalModels:
-    """Finds them; every call looks at the disk again, but a header is parsed once for a file's size and time.
+    """Finds the models. Every call looks at the disk again. A header is parsed again only if its file changed.
 
     Args:
         model_dirs: Folders with `name` or `owner/name` below them.
@@ -89,18 +89,18 @@ class LocalModels:
         self._headers: dict[tuple[str, int, int], SafetensorsHeader] = {}
 
     def all(self) -> tuple[LocalModel, ...]:
-        """Return every model once, by id; what the operator put in a folder comes before other copies of it."""
+        """Return every model once, ordered by id. The operator's folders come before other copies."""
         by_id: dict[str, LocalModel] = {}
         for model in self._candidates():
             by_id.setdefault(model.model_id, model)
         return tuple(by_id[model_id] for model_id in sorted(by_id, key=str.lower))
 
     def find(self, model_id: str, revision: str | None = None) -> LocalModel | None:
-        """Return the model of an id, or None. Only where it would lie is looked at.
+        """Return the model of an id, or None. Only its possible folders are looked at.
 
         Args:
             model_id: `name` or `owner/name`.
-            revision: A commit, to be found in the Hub's cache; None is whatever is here.
+            revision: A commit in the Hub's cache. None accepts any copy on this machine.
         """
         try:
             check_model_id(model_id)
@@ -111,7 +111,7 @@ class LocalModels:
     def find_last(self, model_id: str, revision: str) -> LocalModel | None:
         """Return the model at the commit that a branch or tag was at when the Hub's cache last fetched it, or None.
 
-        The branch may have moved on since: this is for when the Hub cannot be asked.
+        It is used when the Hub cannot be asked. The branch may have moved on since.
         """
         cache_dir = self._hub_cache_dir()
         try:
@@ -123,7 +123,7 @@ class LocalModels:
         return self.find(model_id, commit) if commit is not None else None
 
     def lacking(self, model_id: str, revision: str | None) -> tuple[str, ...]:
-        """Say what is missing of a model that the Hub's cache holds in part; nothing if it is whole or not there."""
+        """Return the parts that a model in the Hub's cache lacks; none if it is whole or not there."""
         cache_dir = self._hub_cache_dir()
         if cache_dir is None:
             return ()
@@ -146,7 +146,7 @@ class LocalModels:
         return None
 
     def search(self, query: SearchQuery) -> list[LocalModel]:
-        """Return the models that a query matches, by id: what orders the Hub's list is not known here."""
+        """Return the models that a query matches, ordered by id. The Hub's order is not known here."""
         return [model for model in self.all() if _matches(model.summary, query)]
 
     def config(self, model: LocalModel) -> dict[str, Any] | None:
@@ -192,7 +192,7 @@ class LocalModels:
             return None
 
     def _roots(self, folder: Path) -> tuple[Path, ...]:
-        """Return where a model's files may be: in its folder, or for the Hub's cache in what its links are made to."""
+        """Return where a model's files may be: in its folder, or for the Hub's cache where its links lead."""
         cache_dir = self._hub_cache_dir()
         if cache_dir is None or not folder.resolve().is_relative_to(cache_dir.resolve()):
             return (folder.resolve(),)
@@ -259,7 +259,7 @@ class LocalModels:
                 return
 
     def _read(self, model_id: str, folder: Path, revision: str | None) -> Iterator[LocalModel]:
-        """Yield the model in a folder, if there is a whole one whose files are all below its roots."""
+        """Yield the model in a folder, if it is whole and all its files are below its roots."""
         try:
             yield self._load(model_id, folder, revision)
         except NoSafeWeights:
@@ -271,7 +271,7 @@ class LocalModels:
         """Read the model in a folder.
 
         Raises:
-            NoSafeWeights, ModelRejected, ValueError, OSError: There is no whole one, and why.
+            NoSafeWeights, ModelRejected, ValueError, OSError: There is no whole model. The message says why.
         """
         check_model_id(model_id)
         names = [path.name for path in folder.iterdir() if path.is_file()]
@@ -328,7 +328,7 @@ def _summary(model_id: str, config: dict[str, Any], parameters: int | None, size
 
 
 def _matches(summary: ModelSummary, query: SearchQuery) -> bool:
-    """Tell whether a model matches; what is not known of it matches no filter."""
+    """Tell whether a model matches. An unknown value matches no filter."""
     wanted = {
         "task": query.task,
         "author": query.author,

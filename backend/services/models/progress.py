@@ -1,4 +1,4 @@
-"""How far it is from a model's id to a model in memory."""
+"""The progress of a load, from the download to the model in memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from services.hub.download_flight import Progress
 
 @dataclass(frozen=True)
 class LoadProgress:
-    """How far a load is; None where it cannot be known."""
+    """The progress of a load; None where it is not known."""
 
     fraction: float | None = None
     downloaded_bytes: int | None = None

@@ -1,4 +1,4 @@
-"""Whether a model's folder is safe to load: JSON that asks for no code, weights that hold none."""
+"""Checks that a model's folder is safe to load: its JSON files ask for no code, and its weights hold none."""
 
 import json
 from collections.abc import Iterable
@@ -57,7 +57,7 @@ def check_safe(folder: Path, model_id: str) -> None:
 
 
 def no_safe_weights(model_id: str, paths: Iterable[str]) -> NoSafeWeights:
-    """Make the error of a model without whole safetensors, which says what there is instead."""
+    """Make the error of a model without complete safetensors. It says what there is instead."""
     if pickled_weights(paths):
         return NoSafeWeights(
             f"{model_id} has pickled weights only, which can run code when they are read. With allow_pickle=true they "

@@ -1,18 +1,18 @@
-"""Reads dimensions from a config.json that anybody may have written."""
+"""Reads dimensions from a config.json, which is not trusted."""
 
 from collections.abc import Mapping
 from typing import Any
 
-_LARGEST = 10_000_000  # no real dimension is near it; a config with more is an attack on whoever multiplies
+_LARGEST = 10_000_000  # far above any real dimension; a larger one is an attack
 _MOST_LAYERS = 10_000
 
 
 class NotKnown(ValueError):
-    """The config does not say, or says what no model of the family has: nothing is guessed from it."""
+    """The config lacks a value, or has one that no model of the family has. Nothing is guessed."""
 
 
 class ConfigReader:
-    """A config.json, with the values that its class fills in where the file is silent.
+    """A config.json, with its class's defaults for values that the file lacks.
 
     Args:
         config: The parsed file, or the part of it that describes the text model.

@@ -1,4 +1,4 @@
-"""What a file is packed in: gzip and zip are opened as streams, and never to more than they may hold."""
+"""Opens gzip and zip files as streams. What comes out is limited in size."""
 
 import gzip
 import io
@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 from core.errors import DatasetRejected
 
-# Text shrinks to a quarter by gzip, and repetitive rows to a fiftieth; what grows more is no data.
+# gzip shrinks text to a quarter, and repetitive rows to a fiftieth. What shrinks more is not a dataset.
 _MAX_RATIO = 200
 _RATIO_FROM_BYTES = 64 * 2**20
 _PEEK_BYTES = 64 * 2**10
@@ -42,7 +42,7 @@ def unpack(path: Path, filename: str, max_bytes: int) -> Unpacked:
     """Open a file, taking up to two layers of packing off.
 
     Args:
-        max_bytes: What is packed in more is refused, and so is what shrank to less than a 200th.
+        max_bytes: A file with more content is refused, and so is one that was packed to less than a 200th.
 
     Raises:
         DatasetRejected: It is packed otherwise, broken, encrypted, or holds several files.
@@ -97,7 +97,7 @@ def _is_hidden(name: str) -> bool:
 
 
 class _Bounded(io.RawIOBase):
-    """What comes out of a packed stream, up to a size; its errors become refusals."""
+    """The content of a packed stream, up to a size. Errors of the stream become refusals."""
 
     def __init__(self, layer: IO[bytes], kind: str, packed_bytes: int, max_bytes: int) -> None:
         self._layer, self._kind = layer, kind

@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 from services.datasets.reading.source_row import CHUNK_BYTES, MAX_ROW_BYTES, NotUtf8, SourceRow, rejected, too_long
 
-_TAIL = 16  # characters at the end of what has been read in which an error may only be the cut
+_TAIL = 16  # an error in so many characters at the window's end may come from the cut alone
 
 
 class DoubledKey(ValueError):
@@ -35,7 +35,7 @@ def is_object(line: bytes) -> bool:
 
 
 def read_lines(stream: BinaryIO, *, trusted: bool) -> Iterator[SourceRow]:
-    """Read an object a line; a line that is none is an error of its own.
+    """Read one object from each line. A line without an object is an error of that row only.
 
     Raises:
         DatasetRejected: A line is longer than a row may be.
@@ -71,7 +71,7 @@ def _row(number: int, value: Any) -> SourceRow:
 
 
 def read_list(stream: BinaryIO, *, trusted: bool) -> Iterator[SourceRow]:
-    """Read the elements of one list, holding one at a time.
+    """Read the elements of one list, one at a time.
 
     Raises:
         DatasetRejected: It is not JSON; the line is named.
@@ -113,7 +113,7 @@ class _Window:
         self.line = 1
 
     def _fill(self) -> bool:
-        """Read as much again as is left; tell whether there was any."""
+        """Read more text; tell whether there was any."""
         data = self._stream.read(max(CHUNK_BYTES, len(self._text) - self._at))
         try:
             more = self._decoder.decode(data, final=not data)
@@ -130,7 +130,7 @@ class _Window:
         self._at = to
 
     def next(self) -> str:
-        """Go to the next character that is no space and return it, or "" at the end."""
+        """Move to the next character that is no space, and return it; "" at the end."""
         while True:
             rest = len(self._text)
             at = self._at
@@ -170,7 +170,7 @@ class _Window:
             except ValueError as error:
                 self._more_or_raise(error)
                 continue
-            # A number or a word at the window's end may go on behind it.
+            # A number or a word at the window's end may continue after it.
             if end == len(self._text) and not isinstance(value, dict | list | str) and self._fill():
                 continue
             if end - self._at > MAX_ROW_BYTES:
@@ -180,7 +180,7 @@ class _Window:
             return _row(line, value)
 
     def _more_or_raise(self, error: ValueError) -> None:
-        """Read on if the value may only be cut by the window's end, otherwise say what is wrong and where."""
+        """Read more if the window's end may have cut the value. Otherwise raise an error with its place."""
         at, cut, reason = self._at, False, str(error)
         if isinstance(error, json.JSONDecodeError):
             at, reason = error.pos, error.msg

@@ -1,4 +1,4 @@
-"""Decides what a file is by its content, and by its name where the content does not tell."""
+"""Recognises a file's type by its content, or by its name if the content does not tell."""
 
 import io
 import os
@@ -52,7 +52,7 @@ def open_rows(path: Path, filename: str, options: ReadOptions, encoding: str | N
     """Open a file.
 
     Args:
-        encoding: What was recognised after `NotUtf8`; broken bytes are then errors of their rows.
+        encoding: The encoding that was recognised after `NotUtf8`. Broken bytes are then errors of their rows.
 
     Raises:
         DatasetRejected: It cannot be read as a whole.
@@ -84,7 +84,7 @@ def recognise(path: Path, filename: str, options: ReadOptions) -> str:
 
 @contextmanager
 def _seekable(unpacked: Unpacked, path: Path) -> Iterator[Path]:
-    """Give the path of a file's content; Parquet is read from its end, so what is packed is laid aside."""
+    """Give the path of a file's content. Parquet is read from its end, so a packed file is unpacked first."""
     if not unpacked.packing:
         yield path
         return
@@ -159,7 +159,7 @@ def _begin(stream: _Buffered) -> tuple[list[bytes], bytes]:
 
 
 class _Rejoined(io.RawIOBase):
-    """What was read already, and the rest."""
+    """A stream of the part that was read already, followed by the rest."""
 
     def __init__(self, begun: bytes, rest: _Buffered) -> None:
         self._begun, self._rest = memoryview(begun), rest
