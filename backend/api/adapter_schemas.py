@@ -12,7 +12,7 @@ from store.records import AdapterRecord
 
 
 class ImportFields(Request):
-    """What may be said of an adapter that is brought in."""
+    """What a client may say about an adapter that it imports."""
 
     name: str | None = Field(default=None, min_length=1, max_length=200)
     base_model_id: ModelId | None = Field(
@@ -21,7 +21,7 @@ class ImportFields(Request):
     base_revision: Revision | None = None
 
     def settings(self) -> ImportSettings:
-        """Return it in the service's terms."""
+        """Return it as the service's type."""
         return ImportSettings(self.name, self.base_model_id, self.base_revision)
 
 

@@ -18,7 +18,7 @@ Column = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 class ReadFields(BaseModel):
-    """What a client may say of its files. In a form `column_map` is JSON."""
+    """What a client may say about its files. In a form, `column_map` is JSON."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -44,7 +44,7 @@ class ReadFields(BaseModel):
             raise ValueError(f"column_map is not JSON: {error}") from error
 
     def settings(self) -> ReadSettings:
-        """Return them in the service's terms."""
+        """Return them as the service's type."""
         return ReadSettings(
             format=None if self.format == "auto" else self.format,
             column_map=self.column_map,

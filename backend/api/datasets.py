@@ -1,4 +1,4 @@
-"""/api/datasets: bring in, look at, hand out, delete."""
+"""/api/datasets: import, inspect, download and delete datasets."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeVar
@@ -58,11 +58,11 @@ _BODY = {
 
 @router.post("", status_code=201, openapi_extra=_BODY, dependencies=ASKS_THE_HUB)
 async def add(request: Request, datasets: Datasets, sources: Sources) -> schemas.DatasetResponse:
-    """Store a dataset: a file that is sent as a form, one of the Hub, or files below `imports/`.
+    """Store a dataset: a file sent as a form, a dataset of the Hub, or files below `imports/`.
 
-    Conversations, instructions, prompts with answers, preferences and text are recognised. A file is read as it
-    comes, and stored whole or not at all. `GET /api/datasets/imports` shows how far it is. A download from the Hub that
-    broke off, or was cancelled, goes on where it was when the dataset is asked for again.
+    Conversations, instructions, prompts with answers, preferences and text are recognised. A file is read while it
+    arrives. It is stored whole or not at all. `GET /api/datasets/imports` shows the progress. If a download from the
+    Hub broke off or was cancelled, the next request for the dataset continues it.
     """
     if request.headers.get("content-type", "").startswith("application/json"):
         record = await may_ask_the_hub(_bring, await request.json(), sources)
@@ -113,13 +113,13 @@ def list_datasets(datasets: Datasets) -> schemas.DatasetList:
 
 @router.get("/imports")
 def imports(datasets: Datasets) -> schemas.ImportList:
-    """Uploads and downloads under way, with how far they are."""
+    """Uploads and downloads under way, with their progress."""
     return schemas.ImportList(imports=[schemas.import_view(item) for item in datasets.imports.all()])
 
 
 @router.post("/imports/{import_id}/cancel", status_code=202)
 def cancel_import(import_id: str, datasets: Datasets) -> schemas.ImportResponse:
-    """End an import at once. Nothing of it is kept but what was downloaded, which the next import goes on with."""
+    """End an import at once. Only what was downloaded is kept: the next import continues with it."""
     return schemas.import_view(datasets.imports.cancel(import_id))
 
 
@@ -150,7 +150,7 @@ def preview(
 async def analyze(dataset_id: str, body: AnalyzeRequest, datasets: Datasets, analyses: Analyses) -> object:
     """What a fine-tune of a model would learn: lengths, what is cut, what carries loss, steps, and an example.
 
-    Every row is tokenized as training would, without weights; the answer is kept.
+    Every row is tokenized as in training. No weights are loaded. The answer is cached.
     """
     names = ("model_id", "revision", "algorithm", "use_case", "example_row")
     request = AnalysisRequest(
@@ -168,12 +168,12 @@ async def analyze(dataset_id: str, body: AnalyzeRequest, datasets: Datasets, ana
 def download(
     dataset_id: str, datasets: Datasets, form: Annotated[Form, Query()] = "original"
 ) -> FileResponse | StreamingResponse:
-    """The file as it came (several as a zip), or the normal rows as JSONL, which can be uploaded again."""
+    """The uploaded file (several as a zip), or the normal rows as JSONL, which can be uploaded again."""
     answer = datasets.download(dataset_id, form)
     if isinstance(answer.content, Iterator):
         headers = {"Content-Disposition": f'attachment; filename="{answer.filename}"'}
         return StreamingResponse(answer.content, media_type="application/zip", headers=headers)
-    # Never a type that a browser would show: what is in it came from elsewhere.
+    # Never a type that a browser would show, because the content is not trusted.
     kind = "application/jsonl" if form == "normalised" else "application/octet-stream"
     return FileResponse(answer.content, media_type=kind, filename=answer.filename)
 

@@ -1,4 +1,4 @@
-"""/api/exports: what is made of adapters, and how far it is."""
+"""/api/exports: exports of adapters and their progress."""
 
 from typing import Annotated
 
@@ -35,14 +35,14 @@ def download(export_id: str, exports: Exports) -> StreamingResponse:
 
 @router.get("/{export_id}/files/{name:path}", response_class=FileResponse)
 def download_file(export_id: str, name: str, exports: Exports) -> FileResponse:
-    """One file of what was made. Takes `Range`, so that a download that broke off goes on."""
+    """One file of what was made. It accepts `Range`, so that a broken download can be continued."""
     path = exports.file(export_id, name)
     return FileResponse(path, media_type="application/octet-stream", filename=path.name)
 
 
 @router.post("/{export_id}/cancel", status_code=202)
 def cancel(export_id: str, exports: Exports) -> ExportResponse:
-    """End an export: a queued one at once, a running one within a tensor. Nothing of it is kept."""
+    """End an export. A queued one ends at once, a running one after the present tensor. Nothing of it is kept."""
     return show(exports, exports.cancel(export_id))
 
 

@@ -20,7 +20,7 @@ Interval = Annotated[float, Query(ge=0.1, le=60, description="Seconds from one r
 
 @router.get("/profile")
 def profile(hardware: Hardware, refresh: Refresh = False) -> Profile:
-    """The machine, measured at most five minutes ago. In a container, its limit is the memory there is."""
+    """The machine, measured at most five minutes ago. In a container, its memory limit counts as the memory."""
     timed = hardware.profile(refresh=refresh)
     times = {
         "measured_at": to_text(timed.measured_at),
@@ -32,7 +32,7 @@ def profile(hardware: Hardware, refresh: Refresh = False) -> Profile:
 
 @router.get("/cuda/validate")
 def validate_cuda(hardware: Hardware) -> Validation:
-    """Check for real that a CUDA fine-tune would work: driver, torch, matrix products, bf16, 4-bit, Unsloth.
+    """Test that a CUDA fine-tune would work: driver, torch, matrix products, bf16, 4-bit, Unsloth.
 
     Without a GPU one check says so, and `valid` is false.
     """
@@ -47,7 +47,7 @@ def usage(hardware: Hardware) -> Usage:
 
 @router.get("/stream", response_class=EventSourceResponse)
 async def stream(hardware: Hardware, interval_s: Interval = 1.0) -> AsyncIterator[ServerSentEvent]:
-    """Live readings as server-sent events named `usage`, until the reader goes away."""
+    """Live readings as server-sent events named `usage`, until the client disconnects."""
     while True:
         reading = await asyncio.to_thread(usage, hardware)  # a slow driver must not hold up other requests
         yield ServerSentEvent(data=reading, event="usage")

@@ -16,9 +16,9 @@ HUB_TOKEN = Header(
 
 
 async def use_hub_token(token: Annotated[str | None, HUB_TOKEN] = None) -> None:
-    """Use the header's token for what this request asks of the Hub.
+    """Use the header's token for this request's calls to the Hub.
 
-    The context is the request's own task's, and goes with it.
+    The context belongs to the request's task, and ends with it.
     """
     if token is not None:
         request_token.set(token)

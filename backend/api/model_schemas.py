@@ -35,7 +35,7 @@ class SearchRequest(Request):
     only_fitting: bool = Field(default=False, description="Leave out what does not fit this machine.")
 
     def to_query(self) -> SearchQuery:
-        """Return the query in the domain's terms."""
+        """Return the query as the domain's type."""
         values = self.model_dump() | {"tags": tuple(self.tags), "query": self.query or None}
         return SearchQuery(**values | {"algorithm": self.algorithm.value if self.algorithm else None})
 
@@ -70,7 +70,7 @@ class ModelSummaryResponse(_Summary):
 
     @classmethod
     def of(cls, summary: ModelSummary, fit: Fit | None, **more: Any) -> Self:
-        """Make the response of a record, with what a subclass adds."""
+        """Make the response of a record, with the fields that a subclass adds."""
         return cls(**_fields(summary), fit=_fit(fit), **more)
 
 
@@ -138,7 +138,7 @@ class ConfigResponse(Response):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
-        """Read config.json, under the names that the families use; a nested text model speaks for the whole."""
+        """Read config.json under the names that the families use. A nested text model stands for the whole model."""
         inner = config.get("text_config")
         merged = {**config, **inner} if isinstance(inner, dict) else dict(config)
 

@@ -15,7 +15,7 @@ Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
 
 @router.post("/search", dependencies=ASKS_THE_HUB)
 async def search(body: SearchRequest, registry: Registry) -> SearchResponse:
-    """Search the Hub; the answer says whether it is the Hub's, a cached one, or this machine's own models."""
+    """Search the Hub. The answer says whether it is from the Hub, from the cache, or lists this machine's models."""
     return await may_ask_the_hub(lambda: SearchResponse.of(registry.search(body.to_query())))
 
 
@@ -25,7 +25,7 @@ async def popular(
     registry: Registry,
     limit: Annotated[int, Query(ge=1, le=100, description="Models.")] = 20,
 ) -> SearchResponse:
-    """Return a task's most downloaded models; a task nobody knows is a 404 that lists the tasks."""
+    """Return a task's most downloaded models. An unknown task is a 404 that lists the tasks."""
     return await may_ask_the_hub(lambda: SearchResponse.of(registry.popular(task, limit)))
 
 
@@ -37,11 +37,12 @@ def local(registry: Registry) -> LocalModelsResponse:
 
 @router.delete("/cache", status_code=204)
 def clear_cache(registry: Registry) -> None:
-    """Forget what the Hub said; downloaded models stay."""
+    """Drop the cached answers of the Hub. Downloaded models stay."""
     registry.clear_cache()
 
 
-# Last: it takes every path below the prefix. An id may hold one slash; the registry refuses more.
+# This route is the last, because it takes every path below the prefix. An id may hold one slash. The registry refuses
+# more.
 @router.get("/{model_id:path}", dependencies=ASKS_THE_HUB)
 async def details(
     model_id: str,

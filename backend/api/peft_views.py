@@ -1,4 +1,4 @@
-"""From the domain and the services to the responses of /api/peft."""
+"""Converts types of the domain and the services to the responses of /api/peft."""
 
 from dataclasses import asdict
 from typing import Any

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from core import errors
 from core.logging import get_logger
 
-_RETRY_AFTER_S = 30  # where what does not answer has not said how long that will last
+_RETRY_AFTER_S = 30  # where nothing says how long the service will be unavailable
 _log = get_logger(__name__)
 
 STATUS: dict[type[errors.StudioError], int] = {

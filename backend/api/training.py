@@ -26,14 +26,14 @@ Training = Annotated[TrainingService, Depends(get_training_service)]
 After = Annotated[int, Query(ge=0, description="Only events with a higher sequence number.")]
 LastEventId = Annotated[int | None, Header(ge=0)]
 _PAGE = 500
-_LOOK_AGAIN_S = 15.0  # a stream that was not woken looks all the same
+_LOOK_AGAIN_S = 15.0  # a stream looks for events this often, even if nothing wakes it
 
 
 def _json(schema: str) -> dict[str, Any]:
     return {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
 
 
-# What the framework does not see of a route that streams: its other form, and that refusals are JSON as everywhere.
+# The framework does not document these parts of a streaming route: its JSON form, and its errors, which are JSON.
 _OF_EVENTS: dict[int | str, dict[str, Any]] = {
     200: _json("JobEvents"),
     "default": _json("Problem") | {"description": "A problem document (RFC 9457)."},
@@ -64,7 +64,7 @@ def get_job(job_id: str, training: Training) -> schemas.JobResponse:
 
 
 class JsonEventsRoute(APIRoute):
-    """Takes the requests for events that ask for JSON; the route of the stream, on the same path, takes the others."""
+    """Takes the requests for events as JSON. The stream's route, on the same path, takes the others."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Match a request for events whose query has `format=json`."""
@@ -82,12 +82,12 @@ def events_as_json(
     return schemas.JobEvents(events=[schemas.JobEvent.model_validate(event) for event in page])
 
 
-# Before the stream, which takes what this leaves; and which is what the OpenAPI document shows.
+# This route comes before the stream's, which takes the other requests and is the one in the OpenAPI document.
 router.add_api_route("/jobs/{job_id}/events", events_as_json, route_class_override=JsonEventsRoute)
 
 
 def job_that_is_there(job_id: str, training: Training) -> str:
-    """Refuse an unknown job while there can still be a problem document: before the stream begins."""
+    """Refuse an unknown job before the stream begins. Afterwards a problem document could not be sent."""
     return training.ledger.get(job_id).id
 
 
@@ -99,18 +99,18 @@ async def events(
     after: After = 0,
     last_event_id: LastEventId = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    """What happened to the job, as server-sent events (live, until it ends) or as JSON.
+    """The job's events, as server-sent events (live, until it ends) or as JSON.
 
-    Events: state, progress, started, built (what the run is made of, read back from the modules and the optimizer),
-    metrics, evaluation, checkpoint. Each `id` is a sequence number without gaps; a reader that comes back with
-    `Last-Event-ID` gets all that it missed. Every step is there once, however often the run was cut off. The stream of
-    a paused or interrupted job stays open.
+    Events: state, progress, started, built (a report of what the run was built of, read from the modules and the
+    optimizer), metrics, evaluation, checkpoint. Each `id` is a sequence number without gaps. A client that reconnects
+    with `Last-Event-ID` gets the events that it missed. Every step is there once, even if the run was interrupted. The
+    stream of a paused or interrupted job stays open.
     """
     sent = _start(after, last_event_id)
     with training.ledger.broadcast.listening(job_id) as changed:
         while True:
             changed.clear()
-            # In this order: a job seen as final has written its last event before the events are read.
+            # The state is read before the events: a job in a final state has written its last event.
             ended = (await asyncio.to_thread(training.ledger.get, job_id)).state in FINAL_STATES
             page = await asyncio.to_thread(training.ledger.events, job_id, sent, _PAGE)
             for event in page:
@@ -165,31 +165,31 @@ def checkpoints(
 
 @router.post("/jobs/{job_id}/cancel", status_code=202)
 def cancel(job_id: str, training: Training, body: schemas.CancelRequest | None = None) -> schemas.JobResponse:
-    """End a job: a queued one at once, a running one within a forward pass. The base stays loaded."""
+    """End a job. A queued one ends at once, a running one within a forward pass. The base stays loaded."""
     return _view(training, training.cancel(job_id, body.keep if body is not None else "nothing"))
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202)
 def pause(job_id: str, training: Training) -> schemas.JobResponse:
-    """Stop a job so that it can go on later; a running one writes a checkpoint within a forward pass."""
+    """Stop a job so that it can continue later. A running one writes a checkpoint within a forward pass."""
     return _view(training, training.pause(job_id))
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202)
 def resume(job_id: str, training: Training) -> schemas.JobResponse:
-    """Queue a paused or interrupted job now. It goes on from its newest checkpoint that verifies."""
+    """Queue a paused or interrupted job now. It continues from its newest checkpoint that verifies."""
     return _view(training, training.resume(job_id))
 
 
 @router.post("/jobs/{job_id}/checkpoint", status_code=202)
 def checkpoint(job_id: str, training: Training) -> schemas.JobResponse:
-    """Write a checkpoint after the step under way; the event `checkpoint` says when it is there."""
+    """Write a checkpoint after the present step. The event `checkpoint` tells when it is written."""
     return _view(training, training.write_checkpoint(job_id))
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
 def delete(job_id: str, training: Training) -> None:
-    """Forget a job that has ended, with its checkpoints; its adapter stays."""
+    """Delete a job that has ended, with its checkpoints. Its adapter stays."""
     training.delete(job_id)
 
 

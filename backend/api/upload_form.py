@@ -1,4 +1,4 @@
-"""A multipart upload that goes to its place as it comes: no copy in memory, none in the system's temporary folder."""
+"""Writes a multipart upload to its place while it arrives. No copy is kept in memory or in the temporary folder."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
@@ -16,7 +16,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Receiver(Protocol):
-    """Where a file goes as it comes."""
+    """Takes a file while it arrives."""
 
     def write(self, data: bytes) -> int:
         """Append."""
@@ -49,11 +49,11 @@ class _Sink:
         self.whole = True
 
     def close(self) -> None:
-        """Nothing: the draft decides what becomes of the file."""
+        """Do nothing. The draft keeps or discards the file."""
 
 
 class _Parser(MultiPartParser):
-    """Starlette's parser, writing the file where it belongs instead of to a spooled one."""
+    """Starlette's parser. It writes the file to its place instead of to a spooled file."""
 
     def __init__(self, request: Request, receive: Callable[[str], Receiver]) -> None:
         super().__init__(request.headers, request.stream(), max_files=1, max_fields=_MAX_FIELDS)
@@ -66,7 +66,7 @@ class _Parser(MultiPartParser):
         if upload is not None:
             if self._current_part.field_name != "file":
                 raise MultiPartException(f"The file is in the field {self._current_part.field_name!r:.60}, not 'file'.")
-            # Names are shown on terminals: what would steer one is not kept.
+            # Names are shown on terminals, so control characters are replaced.
             shown = "".join(letter if letter.isprintable() else "_" for letter in upload.filename or "upload")
             self.sink = _Sink(self._receive(shown[-200:]))
             upload.file = cast(Any, self.sink)
@@ -76,13 +76,13 @@ async def read_upload(request: Request, receive: Callable[[str], Receiver]) -> d
     """Read a form with one file.
 
     Args:
-        receive: Opens the place of the file by its name.
+        receive: Takes the file's name. It opens the place for its content.
 
     Returns:
         The other fields.
 
     Raises:
-        UploadMalformed: It is no such form, or it is cut off.
+        UploadMalformed: The body is no such form, or it is incomplete.
         starlette.requests.ClientDisconnect: The client went away.
     """
     parser = _Parser(request, receive)
@@ -109,13 +109,13 @@ async def read_upload(request: Request, receive: Callable[[str], Receiver]) -> d
 
 
 def validated(model: type[M], values: Any) -> M:
-    """Check a body that was read by hand, with the errors of one that FastAPI read.
+    """Validate a body that FastAPI did not read. The errors are those that FastAPI would raise.
 
     Args:
         values: The fields, or the JSON itself.
 
     Raises:
-        RequestValidationError: They are not what the model wants.
+        RequestValidationError: The values do not fit the model.
     """
     try:
         return model.model_validate_json(values) if isinstance(values, bytes) else model.model_validate(values)

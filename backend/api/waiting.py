@@ -1,4 +1,4 @@
-"""How routes wait for what takes long: for other threads without holding one, and for the Hub on threads apart."""
+"""How routes wait: for other threads without holding a thread, and for the Hub on separate threads."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,16 +14,16 @@ _HUB_THREADS = 40  # as many as anyio has for everything else
 
 
 async def until_done(future: "Future[Any]", timeout_s: float | None = None) -> None:
-    """Wait until another thread has resolved a future, or the time is up; the caller looks at what became of it."""
+    """Wait until another thread has resolved a future, or the time is up. The caller looks at the future."""
     wrapped = asyncio.wrap_future(future)
     wrapped.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs it as unseen
     await asyncio.wait([wrapped], timeout=timeout_s)
 
 
 async def may_ask_the_hub(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call what may wait for the Hub: one that hangs must not take the threads that all else is answered on.
+    """Make a call that may wait for the Hub. It gets separate threads, so a Hub that hangs blocks no other request.
 
-    The call sees the request's context, and so its token.
+    The call sees the request's context, and with it the token.
     """
     return await to_thread.run_sync(partial(call, *args, **kwargs), limiter=_hub_limiter())
 
