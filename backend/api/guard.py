@@ -126,8 +126,8 @@ class Guard:
         return None
 
     def _is_ours(self, host: str) -> bool:
-        found = _HOST.fullmatch(host)
-        name = found.group(1).strip("[]").lower() if found is not None else None
+        matched = _HOST.fullmatch(host)
+        name = matched.group(1).strip("[]").lower() if matched is not None else None
         return name is not None and (name in self._hosts or is_loopback(name))
 
     def _may_call(self, origin: str, host: str) -> bool:

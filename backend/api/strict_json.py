@@ -88,12 +88,12 @@ def _bad(path: str, status: int, detail: str) -> ASGIApp:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    members = dict(pairs)
+    if len(members) != len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {doubled!r:.60} is there twice")
-    return found
+    return members
 
 
 def _constant(name: str) -> Any:

@@ -71,9 +71,9 @@ def tokenizer_files(names: Iterable[str]) -> list[str]:
     Args:
         names: Relative paths with `/`.
     """
-    found = list(names)
-    vocabulary = {name for name in vocabulary_files(found) if _VOCABULARY_NAME.search(name)}
-    return sorted(name for name in found if name in vocabulary | _TOKENIZER_FILES or is_named_template(name))
+    present = list(names)
+    vocabulary = {name for name in vocabulary_files(present) if _VOCABULARY_NAME.search(name)}
+    return sorted(name for name in present if name in vocabulary | _TOKENIZER_FILES or is_named_template(name))
 
 
 def kept_files(names: Iterable[str]) -> list[str]:
@@ -82,8 +82,8 @@ def kept_files(names: Iterable[str]) -> list[str]:
     Args:
         names: Relative paths with `/`.
     """
-    found = set(names)
-    kept = {*tokenizer_files(found), *(found & _KEPT_FILES)}
+    present = set(names)
+    kept = {*tokenizer_files(present), *(present & _KEPT_FILES)}
     return sorted(kept, key=lambda name: (name == WEIGHTS, name))
 
 
@@ -98,9 +98,9 @@ def check_names(where: str, names: Iterable[str]) -> None:
         NoSafeWeights: The weights are there as a pickle only.
         AdapterRejected: There are pickles beside them, or no adapter.
     """
-    found = set(names)
-    pickles = sorted(name for name in found if PurePosixPath(name).suffix.lower() in _PICKLED)
-    if WEIGHTS not in found and "adapter_model.bin" in found:
+    present = set(names)
+    pickles = sorted(name for name in present if PurePosixPath(name).suffix.lower() in _PICKLED)
+    if WEIGHTS not in present and "adapter_model.bin" in present:
         raise NoSafeWeights(
             f"{where} has its weights in adapter_model.bin only, which can run code and is not read. Convert it to "
             "adapter_model.safetensors."
@@ -111,7 +111,7 @@ def check_names(where: str, names: Iterable[str]) -> None:
             "an adapter needs none of them: leave them out."
         )
     for name in (CONFIG, WEIGHTS):
-        if name not in found:
+        if name not in present:
             raise AdapterRejected(f"{where} has no {name}: it is not an adapter as PEFT saves it.")
 
 
@@ -223,12 +223,12 @@ def _modules(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -
     """Return the layers that the tensors belong to, once each has its A and B of one rank."""
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in header.shapes.items():
-        found = _TENSOR.fullmatch(name)
-        if found is None:
+        matched = _TENSOR.fullmatch(name)
+        if matched is None:
             raise AdapterRejected(
                 f"{where}: {WEIGHTS} holds {name[:120]!r}, which is neither A, B nor a magnitude of a linear layer."
             )
-        parts.setdefault(found["module"], {})[found["part"].split(".")[0]] = shape
+        parts.setdefault(matched["module"], {})[matched["part"].split(".")[0]] = shape
     if not parts or header.parameters_by_dtype.keys() - _FLOATS:
         raise AdapterRejected(f"{where}: {WEIGHTS} holds {dict(header.parameters_by_dtype)}; floats are expected.")
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())

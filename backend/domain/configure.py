@@ -201,15 +201,15 @@ def _validated(
 
 def _model_choices(shape: ModelShape, choices: Mapping[str, Choice]) -> dict[str, Choice]:
     """Follow the model: no row longer than it knows, no adapters where PEFT cannot put them with dropout."""
-    found = {}
+    changed = {}
     if shape.max_positions is not None and choices["max_seq_length"].value > shape.max_positions:
-        found["max_seq_length"] = Choice(shape.max_positions, "default", "the longest sequence that the model knows")
+        changed["max_seq_length"] = Choice(shape.max_positions, "default", "the longest sequence that the model knows")
     if shape.adapts_experts:
         attention = sorted({linear.path.rpartition(".")[2] for linear, _ in shape.linears() if "attn" in linear.path})
-        found["target_modules"] = Choice(
+        changed["target_modules"] = Choice(
             attention, "default", "attention alone: on stacked experts PEFT takes no dropout and all experts' memory"
         )
-    return found
+    return changed
 
 
 def _memory_choices(
@@ -221,12 +221,12 @@ def _memory_choices(
 ) -> dict[str, Choice]:
     """Choose what the memory decides; the effective batch stays."""
     changes = fit_to_memory(shape, config, available_bytes, overrides, on_gpu=machine.has_gpu)
-    found = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=machine.has_gpu)
+    needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=machine.has_gpu)
     rows, gib = f"{config.max_seq_length} tokens a row", f"{available_bytes / 2**30:.1f} GiB free"
     reason = {
         "fits": f"so that {rows} fit the {gib}",
         "tight": f"so that {rows} just fit the {gib}",
-    }.get(judge(found, available_bytes), f"needs least, but {rows} do not fit the {gib} in any way")
+    }.get(judge(needed, available_bytes), f"needs least, but {rows} do not fit the {gib} in any way")
     return {name: Choice(value, "hardware", reason) for name, value in changes.items()}
 
 
@@ -271,26 +271,26 @@ def _contradictions(
     machine: MachineFacts,
     shape: ModelShape | None,
 ) -> list[tuple[str, str]]:
-    found = _method_refusals(SPECS[algorithm], overrides)
+    refusals = _method_refusals(SPECS[algorithm], overrides)
     if overrides.get("loftq_iterations") is not None and values["init_weights"] != "loftq":
-        found.append(("loftq_iterations", "without effect but with the algorithm 'loftq'"))
+        refusals.append(("loftq_iterations", "without effect but with the algorithm 'loftq'"))
     if not machine.has_gpu:
-        found += _cpu_refusals(values)
+        refusals += _cpu_refusals(values)
     if shape is not None:
-        found += _model_refusals(shape, values)
+        refusals += _model_refusals(shape, values)
     if overrides.get("max_steps") is not None and "epochs" in overrides:
-        found.append(("epochs", "has no effect beside max_steps; send one of them"))
+        refusals.append(("epochs", "has no effect beside max_steps; send one of them"))
     if values["scheduler"] == "constant" and values["min_learning_rate_ratio"] > 0:
-        found.append(("min_learning_rate_ratio", "has no effect with scheduler='constant', which does not decay"))
+        refusals.append(("min_learning_rate_ratio", "has no effect with scheduler='constant', which does not decay"))
     if values["early_stopping_patience"] is not None and values["eval_every_steps"] is None:
-        found.append(("early_stopping_patience", "early stopping needs eval_every_steps"))
-    return found
+        refusals.append(("early_stopping_patience", "early stopping needs eval_every_steps"))
+    return refusals
 
 
-def _refuse(found: list[tuple[str, str]]) -> None:
-    if found:
-        errors = [{"location": [name], "message": f"{name}: {message}"} for name, message in found]
-        raise SettingRejected("; ".join(f"{name}: {message}" for name, message in found), errors=errors)
+def _refuse(refusals: list[tuple[str, str]]) -> None:
+    if refusals:
+        errors = [{"location": [name], "message": f"{name}: {message}"} for name, message in refusals]
+        raise SettingRejected("; ".join(f"{name}: {message}" for name, message in refusals), errors=errors)
 
 
 def require_device(config: PeftConfig, machine: MachineFacts) -> None:
@@ -306,26 +306,26 @@ def require_device(config: PeftConfig, machine: MachineFacts) -> None:
 
 
 def _method_refusals(spec: AlgorithmSpec, overrides: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = []
+    refusals = []
     for name, value in overrides.items():
         if name in spec.fixed and value != spec.fixed[name]:
-            found.append((name, f"{spec.name} requires {name}={spec.fixed[name]!r}: {spec.reasons[name]}"))
+            refusals.append((name, f"{spec.name} requires {name}={spec.fixed[name]!r}: {spec.reasons[name]}"))
         for refused, reason in spec.refused.get(name, {}).items():
             if value == refused:
-                found.append((name, f"{name}={value!r} cannot be used with {spec.name}: {reason}"))
-    return found
+                refusals.append((name, f"{name}={value!r} cannot be used with {spec.name}: {reason}"))
+    return refusals
 
 
 def _model_refusals(shape: ModelShape, values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = []
+    refusals = []
     if shape.max_positions is not None and values["max_seq_length"] > shape.max_positions:
-        found.append(("max_seq_length", f"the model knows sequences of at most {shape.max_positions} tokens"))
+        refusals.append(("max_seq_length", f"the model knows sequences of at most {shape.max_positions} tokens"))
     missing = missing_targets(shape, values["target_modules"])
     if missing:
         named = ", ".join(missing[:_MOST_NAMED])
         known = ", ".join(sorted({linear.path.rpartition(".")[2] for linear, _ in shape.linears()}))
-        found.append(("target_modules", f"the model has no linear layer named {named}; it has {known}"))
-    return found
+        refusals.append(("target_modules", f"the model has no linear layer named {named}; it has {known}"))
+    return refusals
 
 
 def _cpu_refusals(values: Mapping[str, Any]) -> list[tuple[str, str]]:

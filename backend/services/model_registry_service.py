@@ -107,7 +107,7 @@ class ModelRegistryService:
             return self._search_local(query)
         params = search_params(query)
         try:
-            found = self._cache.get(
+            page = self._cache.get(
                 self._key("search", params), _PAGES, lambda etag: self._hub.search(query, etag), lambda _: SEARCH_TTL_S
             )
         except HubUnavailable as error:
@@ -115,8 +115,8 @@ class ModelRegistryService:
                 raise  # a Hub that says when to ask again is there: this machine's models are no answer in its place
             _log.warning("models.answered_locally", reason=error.detail)
             return self._search_local(query)
-        rated = self._judge(found.value, query, ask=not found.stale)
-        return SearchPage(rated, found.value.next_cursor, found.source, found.fetched_at, found.stale)
+        rated = self._judge(page.value, query, ask=not page.stale)
+        return SearchPage(rated, page.value.next_cursor, page.source, page.fetched_at, page.stale)
 
     def popular(self, task: str, limit: int) -> SearchPage:
         """Return a task's most downloaded models.
@@ -217,7 +217,7 @@ class ModelRegistryService:
         if revision is not None:
             check_revision(revision)
         try:
-            found = self._cache.get(
+            cached = self._cache.get(
                 self._key("details", [model_id, revision]),
                 _DETAILS,
                 lambda etag: self._hub.details(model_id, revision, etag),
@@ -237,8 +237,8 @@ class ModelRegistryService:
             details = replace(self._local.details(local), revision=revision or local.revision)
             return details, "local", self._clock.now(), False
         is_here = local is not None or (revision is not None and self._local.find(model_id) is not None)
-        details = replace(found.value, summary=replace(found.value.summary, local=is_here))
-        return details, found.source, found.fetched_at, found.stale
+        details = replace(cached.value, summary=replace(cached.value.summary, local=is_here))
+        return details, cached.source, cached.fetched_at, cached.stale
 
     def _search_local(self, query: SearchQuery) -> SearchPage:
         start = (query.cursor or _LOCAL_CURSOR).removeprefix(_LOCAL_CURSOR) or "0"
@@ -289,10 +289,12 @@ class ModelRegistryService:
     def _fits(self, details: ModelDetails, local: LocalModel | None) -> dict[str, Fit | None]:
         """Judge every algorithm, by what a load would take: the copy on this machine if there is one."""
         if local is None:
-            config, found = details.config, blockers_of(details, has_token=bool(self._hub.identity))
+            config, blockers = details.config, blockers_of(details, has_token=bool(self._hub.identity))
         else:
-            config, found = self._local.config(local), local_blockers(local)
-        return {item.value: self._fit(config, details.summary, item.value, blocked=bool(found)) for item in Algorithm}
+            config, blockers = self._local.config(local), local_blockers(local)
+        return {
+            item.value: self._fit(config, details.summary, item.value, blocked=bool(blockers)) for item in Algorithm
+        }
 
     def _fit(
         self, config: dict[str, Any] | None, summary: ModelSummary, algorithm: str | None, *, blocked: bool

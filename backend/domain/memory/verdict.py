@@ -65,11 +65,11 @@ class Sibling:
     shape: ModelShape
 
 
-def judge(found: Estimate, available_bytes: int) -> Verdict:
+def judge(needed: Estimate, available_bytes: int) -> Verdict:
     """Compare an estimate with what is free: tight where only the range's upper end does not fit."""
-    if found.total_bytes > available_bytes:
+    if needed.total_bytes > available_bytes:
         return "does_not_fit"
-    return "tight" if found.high_bytes > available_bytes else "fits"
+    return "tight" if needed.high_bytes > available_bytes else "fits"
 
 
 def judge_run(
@@ -123,17 +123,22 @@ def assess(
     Args:
         siblings: Finds models that could be taken instead; asked only if the fine-tune does not fit.
     """
-    found = judge_run(shape, config, available_bytes, on_gpu=on_gpu, batch=batch)
-    if shape is None or available_bytes is None or found.estimate is None or found.verdict in ("fits", "unknown"):
-        return found
+    assessment = judge_run(shape, config, available_bytes, on_gpu=on_gpu, batch=batch)
+    if (
+        shape is None
+        or available_bytes is None
+        or assessment.estimate is None
+        or assessment.verdict in ("fits", "unknown")
+    ):
+        return assessment
 
     def judge_sibling(other: ModelShape, changed: PeftConfig) -> Assessment:
         return judge_run(other, changed, available_bytes, on_gpu=on_gpu, batch=_shrunk(batch, changed))
 
-    changes = _suggest(shape, config, found.estimate, available_bytes, on_gpu=on_gpu, batch=batch)
+    changes = _suggest(shape, config, assessment.estimate, available_bytes, on_gpu=on_gpu, batch=batch)
     if siblings is not None:
         changes += _smaller(shape, config, siblings(shape), judge_sibling)
-    return replace(found, suggestions=changes)
+    return replace(assessment, suggestions=changes)
 
 
 def assess_loading(
@@ -145,9 +150,9 @@ def assess_loading(
     siblings: Callable[[ModelShape], Sequence[Sibling]] | None = None,
 ) -> Assessment:
     """Estimate the load of a base alone and judge it; arguments and result as in `assess`."""
-    found = _judge_loading(shape, config, available_bytes, on_gpu=on_gpu)
-    if shape is None or available_bytes is None or found.verdict != "does_not_fit":
-        return found
+    assessment = _judge_loading(shape, config, available_bytes, on_gpu=on_gpu)
+    if shape is None or available_bytes is None or assessment.verdict != "does_not_fit":
+        return assessment
 
     def judge_sibling(other: ModelShape, changed: PeftConfig) -> Assessment:
         return _judge_loading(other, changed, available_bytes, on_gpu=on_gpu)
@@ -158,7 +163,7 @@ def assess_loading(
         changes.append(Suggestion(*_IN_4_BITS, smaller.total_bytes, judge(smaller, available_bytes)))
     if siblings is not None:
         changes += _smaller(shape, config, siblings(shape), judge_sibling)
-    return replace(found, suggestions=changes)
+    return replace(assessment, suggestions=changes)
 
 
 def _judge_loading(
@@ -179,24 +184,24 @@ def savings(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> list[str]
     Each change is the mildest of its kind, in the order in which a practitioner would try them.
     """
     before = estimate(shape, config, on_gpu=on_gpu).total_bytes
-    found = []
+    advice = []
     for (change, values), *_ in _changes(shape, config):
         after = estimate(shape, config.model_copy(update=values), on_gpu=on_gpu).total_bytes
         if after < _WORTH_IT * before:
-            found.append(f"{change} (needs about {(before - after) / 1e9:.2g} GB less)")
-    return found
+            advice.append(f"{change} (needs about {(before - after) / 1e9:.2g} GB less)")
+    return advice
 
 
 def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
-    found = [] if shape.obstacle is None else [f"the engine cannot load {shape.model_type}: {shape.obstacle}"]
+    blockers = [] if shape.obstacle is None else [f"the engine cannot load {shape.model_type}: {shape.obstacle}"]
     if shape.stored is not None:
         if shape.stored.method != "bitsandbytes":
-            found.append(f"the weights are published in {shape.stored.method}, which this engine does not train on")
+            blockers.append(f"the weights are published in {shape.stored.method}, which this engine does not train on")
         elif config.quantization != "none":
-            found.append("the weights are quantised already: use quantization 'none'")
+            blockers.append("the weights are quantised already: use quantization 'none'")
     if missing := missing_targets(shape, config.target_modules):
-        found.append(f"the model has no linear layer named {', '.join(missing)}")
-    return found
+        blockers.append(f"the model has no linear layer named {', '.join(missing)}")
+    return blockers
 
 
 def _reaches_experts(config: PeftConfig) -> bool:
@@ -206,10 +211,10 @@ def _reaches_experts(config: PeftConfig) -> bool:
 
 def _reasons(config: PeftConfig, batch: Batch | None, needed: Estimate, available: int | None) -> list[str]:
     rows, length = (config.batch_size, config.max_seq_length) if batch is None else (batch.rows, batch.length)
-    found = [f"{rows} rows of {length} tokens, {rows * length} a forward pass, are assumed"]
+    reasons = [f"{rows} rows of {length} tokens, {rows * length} a forward pass, are assumed"]
     if available is None:
-        return [*found, "the device does not say what is free"]
-    return [*found, f"{needed.total_bytes} bytes estimated, {available} available"]
+        return [*reasons, "the device does not say what is free"]
+    return [*reasons, f"{needed.total_bytes} bytes estimated, {available} available"]
 
 
 # Suggestions
@@ -231,8 +236,8 @@ def _suggest(
 
     def with_changes(change: str, values: Mapping[str, Any]) -> Suggestion:
         changed = config.model_copy(update=dict(values))
-        found = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed))
-        return Suggestion(change, values, found.total_bytes, judge(found, available_bytes))
+        after = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed))
+        return Suggestion(change, values, after.total_bytes, judge(after, available_bytes))
 
     single = [_mildest_that_fits(with_changes(*option) for option in options) for options in _changes(shape, config)]
     useful = [item for item in single if item.estimate_bytes < _WORTH_IT * needed.total_bytes]
@@ -317,7 +322,11 @@ def _smaller(
     smaller = [item for item in siblings if item.shape.parameters < shape.parameters]
     for item in sorted(smaller, key=lambda item: -item.shape.parameters):
         length = min(config.max_seq_length, item.shape.max_positions or config.max_seq_length)
-        found = judge_sibling(item.shape, config.model_copy(update={"max_seq_length": length}))
-        if found.estimate is not None and found.verdict in ("fits", "tight") and length >= _SHORTEST_ALLOWED:
-            return [Suggestion(f"the smaller model {item.model_id}", {}, found.estimate.total_bytes, found.verdict)]
+        assessment = judge_sibling(item.shape, config.model_copy(update={"max_seq_length": length}))
+        if assessment.estimate is not None and assessment.verdict in ("fits", "tight") and length >= _SHORTEST_ALLOWED:
+            return [
+                Suggestion(
+                    f"the smaller model {item.model_id}", {}, assessment.estimate.total_bytes, assessment.verdict
+                )
+            ]
     return []

@@ -88,10 +88,10 @@ def choose_device(wanted: str | int, gpus: Sequence[GpuFacts], host_available_by
     if wanted == "auto":
         gpu = max(gpus, key=lambda gpu: gpu.memory_free_bytes or 0)
     else:
-        found = [gpu for gpu in gpus if str(gpu.index) == str(wanted)]
-        if not found:
+        matching = [gpu for gpu in gpus if str(gpu.index) == str(wanted)]
+        if not matching:
             raise _rejected("device", f"there is no GPU {wanted}; this machine has {len(gpus)}")
-        gpu = found[0]
+        gpu = matching[0]
     facts = MachineFacts(has_gpu=True, supports_bf16=bool(gpu.supports_bf16))
     return Device(f"cuda:{gpu.index}", facts, gpu.memory_free_bytes, gpu.uuid, gpu.compute_capability)
 

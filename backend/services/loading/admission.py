@@ -61,29 +61,30 @@ def next_to_give_way(
     return min(idle, key=lambda base: base.use.last_s)
 
 
-def refuse_what_is_blocked(found: Assessment, what: str) -> None:
+def refuse_what_is_blocked(assessment: Assessment, what: str) -> None:
     """Raise for an assessment that knows of what no memory would help against, before anything is downloaded.
 
     Raises:
         ModelRejected: With the reasons.
     """
-    if found.blockers:
-        raise ModelRejected(f"{what} would fail: {'; '.join(found.blockers)}.")
+    if assessment.blockers:
+        raise ModelRejected(f"{what} would fail: {'; '.join(assessment.blockers)}.")
 
 
-def refuse_what_does_not_fit(found: Assessment, what: str, device: Device) -> None:
+def refuse_what_does_not_fit(assessment: Assessment, what: str, device: Device) -> None:
     """Raise for an assessment that says so; what is not known is admitted.
 
     Raises:
         DoesNotFit: With the estimate and the changes that would make it fit.
     """
-    if found.verdict != "does_not_fit" or found.estimate is None:
+    if assessment.verdict != "does_not_fit" or assessment.estimate is None:
         return
     raise DoesNotFit(
-        f"{what} needs about {found.estimate.total_bytes} bytes on {device.torch_name}, where {found.available_bytes} "
-        "can be had. Unload another model, make one of the suggested changes, or send force=true to try all the same.",
-        estimate_bytes=found.estimate.total_bytes,
-        available_bytes=found.available_bytes,
-        estimate=asdict(found.estimate),
-        suggestions=[{**asdict(item), "overrides": dict(item.overrides)} for item in found.suggestions],
+        f"{what} needs about {assessment.estimate.total_bytes} bytes on {device.torch_name}, where "
+        f"{assessment.available_bytes} can be had. Unload another model, make one of the suggested changes, "
+        "or send force=true to try all the same.",
+        estimate_bytes=assessment.estimate.total_bytes,
+        available_bytes=assessment.available_bytes,
+        estimate=asdict(assessment.estimate),
+        suggestions=[{**asdict(item), "overrides": dict(item.overrides)} for item in assessment.suggestions],
     )

@@ -155,13 +155,13 @@ class BasePool:
             with self.lock:
                 bases = list(self._bases.values())
             device = with_room(self._machine.device(device_name(device.torch_name)), bases, own)
-            found = judge(device)
-            refuse_what_is_blocked(found, what)
-            if found.verdict != "does_not_fit":
+            assessment = judge(device)
+            refuse_what_is_blocked(assessment, what)
+            if assessment.verdict != "does_not_fit":
                 return
             idle = next_to_give_way(device, bases, judge, own, self._make_room_after_s)
             if idle is None:
-                refuse_what_does_not_fit(found, what, device)
+                refuse_what_does_not_fit(assessment, what, device)
                 return
             self._retire(idle, self._make_room_after_s, f"room for: {what}", unkept_s=0.0)
 
