@@ -13,8 +13,8 @@ import torch
 from core.manifest import sha256_of
 from core.version import VERSION
 from domain.protocol import StepMetrics, Train
-from engine import methods
 from engine.base import Base
+from engine.decompositions import freezes_others
 from engine.trainer import Outcome
 
 _FORMAT = 1
@@ -67,7 +67,7 @@ def begin_card(base: Base, command: Train) -> dict[str, Any]:
         "validation_fraction": command.validation_fraction,
         "config": command.config.model_dump(mode="json"),
         # Whether it corrects the 4-bit weights that it was trained on, rather than the published ones.
-        "belongs_to_nf4": command.config.quantization == "nf4" and not methods.freezes_others(command.config),
+        "belongs_to_nf4": command.config.quantization == "nf4" and not freezes_others(command.config),
         "outcome": None,
         "packages": packages(),
         "machine": {

@@ -1,14 +1,7 @@
 """How A, B and the frozen weight under them start, for the methods that start from a decomposition of the weight.
 
-Each of them freezes F = W − s·B'A' in place of W and starts at F + s·B₀A₀:
-
-    PiSSA    B'A' = B₀A₀, the r largest singular values of W (arXiv 2404.02948, section 3)
-    OLoRA    B'A' = B₀A₀, the first r columns of Q and rows of R in W = QR (arXiv 2406.01775, algorithm 1)
-    LoftQ    on 4 bits alone: B₀A₀ is the best correction of what rounding F lost, and B'A' the one before it, or
-             nothing where there is one iteration (arXiv 2310.08659, algorithm 1)
-
-On a base in 4 bits W is read from the model's files, a layer at a time, decomposed in fp32, and F is rounded as the
-base's own weights were (QPiSSA: arXiv 2404.02948, section 4).
+`engine.decompositions` has a row for each of them. On a base in 4 bits W is read from the model's files, a layer at a
+time, and decomposed in fp32. F is rounded as the base's own weights were (QPiSSA: arXiv 2404.02948, section 4).
 """
 
 from collections.abc import Callable
@@ -19,14 +12,14 @@ from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import transpose
 from torch import nn
 
-from domain.peft.config import DECOMPOSED, PeftConfig
+from domain.peft.config import PeftConfig
 from engine import methods
 from engine.base import Base
+from engine.decompositions import DECOMPOSITIONS, Decomposition, Factors, freezes_others
 from engine.errors import BadSetting
 from engine.frozen_weights import PublishedWeights, adapted_layer, freeze
 
 Tensors = dict[str, torch.Tensor]
-Factors = tuple[torch.Tensor, torch.Tensor]  # A as (r, in) and B as (out, r)
 
 
 def create_adapter(
@@ -60,7 +53,8 @@ def create_adapter(
         BadSetting: The method cannot start on this model.
     """
     base.create(name, methods.lora_config(config, base_model_id, revision))
-    if config.init_weights not in DECOMPOSED:
+    decomposition = DECOMPOSITIONS.get(config.init_weights)
+    if decomposition is None:
         return {}
     paths = list(methods.targeted_layers(base.model, config))
     _check_all_are_linear(base, name, paths, config)
@@ -72,12 +66,13 @@ def create_adapter(
             layer, key = adapted_layer(base.model, path), f"base_model.model.{path}"
             weight = _weight(layer, path, published, config)
             if again is not None:
-                _subtract(layer, name, weight, *(again[key + part].to(weight.device) for part in _taken_parts(config)))
+                parts = _TAKEN if decomposition.of_rounding else (".lora_A.weight", ".lora_B.weight")
+                _subtract(layer, name, weight, *(again[key + part].to(weight.device) for part in parts))
                 continue
             _check_rank(path, weight, config)
-            (a, b), before = _start(layer, name, weight, config)
+            (a, b), before = _start(layer, name, weight, config, decomposition)
             layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a.contiguous(), b.contiguous()
-            if config.init_weights == "loftq" and before is not None:
+            if decomposition.of_rounding and before is not None:
                 taken |= {key + part: factor.cpu() for part, factor in zip(_TAKEN, before, strict=True)}
     if again is not None:
         return again
@@ -89,29 +84,21 @@ def create_adapter(
 _TAKEN = (".taken_A.weight", ".taken_B.weight")
 
 
-def _taken_parts(config: PeftConfig) -> tuple[str, str]:
-    return _TAKEN if config.init_weights == "loftq" else (".lora_A.weight", ".lora_B.weight")
-
-
-def _start(layer: LoraLayer, name: str, weight: torch.Tensor, config: PeftConfig) -> tuple[Factors, Factors | None]:
+def _start(
+    layer: LoraLayer, name: str, weight: torch.Tensor, config: PeftConfig, decomposition: Decomposition
+) -> tuple[Factors, Factors | None]:
     """Freeze what the method freezes; return A and B to start from, and those whose product was taken out of W."""
-    scaling = layer.scaling[name]
-    if config.init_weights == "loftq":
-        return _alternate(layer, name, weight, config)
-    decompose = principal_factors if config.init_weights == "pissa" else orthonormal_factors
-    factors = decompose(weight, config.rank, scaling)
-    _subtract(layer, name, weight, *factors)
-    return factors, factors
-
-
-def _alternate(layer: LoraLayer, name: str, weight: torch.Tensor, config: PeftConfig) -> tuple[Factors, Factors | None]:
-    """Round W less the correction, and correct the rounding, in turns; the first rounding is the base's own."""
+    if not decomposition.of_rounding:
+        factors = decomposition.factors(weight, config.rank, layer.scaling[name])
+        _subtract(layer, name, weight, *factors)
+        return factors, factors
+    # The first rounding is the base's own.
     taken: Factors | None = None
     for _ in range(config.loftq_iterations or 1):
         if taken is not None:
             _subtract(layer, name, weight, *taken)
         lost = weight - dequantize_module_weight(layer.get_base_layer()).to(torch.float32)
-        factors, before = principal_factors(lost, config.rank, layer.scaling[name]), taken
+        factors, before = decomposition.factors(lost, config.rank, layer.scaling[name]), taken
         taken = factors
     return factors, before
 
@@ -124,7 +111,7 @@ def _check_all_are_linear(base: Base, name: str, paths: list[str], config: PeftC
     Raises:
         BadSetting: It names one.
     """
-    if not methods.freezes_others(config):
+    if not freezes_others(config):
         return
     for path, module in base.model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A and path not in paths:
@@ -162,24 +149,3 @@ def _subtract(layer: LoraLayer, name: str, weight: torch.Tensor, a: torch.Tensor
     """Freeze W − s·B·A in place of a layer's weight, in PEFT's order of operations, so that the bits are PEFT's."""
     residual = weight - layer.scaling[name] * b @ a
     freeze(layer.get_base_layer(), transpose(residual, getattr(layer, "fan_in_fan_out", False)))
-
-
-def principal_factors(weight: torch.Tensor, rank: int, scaling: float) -> Factors:
-    """Return A and B whose product, scaled, is the best approximation of a weight of that rank.
-
-    Source: PiSSA (arXiv 2404.02948), equations 2 and 3; the arithmetic is PEFT's (`LoraLayer.pissa_init`).
-    """
-    left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    root = torch.diag(torch.sqrt(values[:rank] / scaling))
-    return root @ right[:rank], left[:, :rank] @ root
-
-
-def orthonormal_factors(weight: torch.Tensor, rank: int, _scaling: float) -> Factors:
-    """Return A and B from a QR decomposition, B with orthonormal columns.
-
-    Source: OLoRA (arXiv 2406.01775), algorithm 1; the arithmetic is PEFT's (`LoraLayer.olora_init`), which scales
-    what is subtracted and not the factors.
-    """
-    q, r = torch.linalg.qr(weight)
-    # Views would keep all of Q and R; and a product's bits may depend on how its factors lie in memory.
-    return r[:rank].clone(), q[:, :rank].clone(memory_format=torch.contiguous_format)

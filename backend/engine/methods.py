@@ -9,11 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from domain.peft.config import PeftConfig
+from engine.decompositions import freezes_others
 from engine.errors import BadSetting
 from engine.frozen_weights import unwrapped
-
-# In PEFT's terms. What starts from a decomposition starts as plain LoRA there, and `engine.initialisation` goes on.
-_INIT = {"default": True, "gaussian": "gaussian", "pissa": True, "olora": True, "loftq": True}
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -85,7 +83,8 @@ def lora_config(config: PeftConfig, base_model_id: str, revision: str | None) ->
         bias=config.bias,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights=_INIT[config.init_weights],
+        # What starts from a decomposition starts as plain LoRA in PEFT, and `engine.initialisation` goes on.
+        init_lora_weights="gaussian" if config.init_weights == "gaussian" else True,
         base_model_name_or_path=base_model_id,
         revision=revision,
     )
@@ -94,11 +93,6 @@ def lora_config(config: PeftConfig, base_model_id: str, revision: str | None) ->
 def changed_layers(model: nn.Module, config: PeftConfig) -> list[str]:
     """Name the layers under whose adapters a run of this configuration freezes other weights than the base's."""
     return list(targeted_layers(model, config)) if freezes_others(config) else []
-
-
-def freezes_others(config: PeftConfig) -> bool:
-    """Tell whether there are such layers. LoftQ's first iteration rounds the weights as the base does anyway."""
-    return config.init_weights in ("pissa", "olora") or (config.loftq_iterations or 0) > 1
 
 
 def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

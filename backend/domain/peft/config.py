@@ -1,6 +1,6 @@
 """The complete configuration of a fine-tune: every parameter, its type, range and meaning, in one place."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
@@ -8,8 +8,10 @@ from domain.peft.foreign_names import instead_of
 
 TargetModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.]+$")]
 
-# Initialisations that decompose each target's weight in fp32.
-DECOMPOSED = ("pissa", "olora", "loftq")
+# Initialisations that decompose each target's weight in fp32. Each is a method of its own in `domain.peft.algorithms`,
+# and has its arithmetic in `engine.decompositions`.
+Decomposed = Literal["pissa", "olora", "loftq"]
+DECOMPOSED: tuple[Decomposed, ...] = get_args(Decomposed)
 
 
 class PeftConfig(BaseModel):
@@ -26,7 +28,7 @@ class PeftConfig(BaseModel):
     bias: Literal["none"] = Field(description="Which biases are trained. Only 'none': see the constraints.")
     use_rslora: bool = Field(description="Scale by alpha / √r (rsLoRA).")
     use_dora: bool = Field(description="Train magnitudes beside directions (DoRA).")
-    init_weights: Literal["default", "gaussian", "pissa", "olora", "loftq"] = Field(description="How A and B start.")
+    init_weights: Literal["default", "gaussian", Decomposed] = Field(description="How A and B start.")
     quantization: Literal["none", "nf4", "int8"] = Field(description="How the base's linear weights are stored.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="Type of the base's weights and of the compute.")
     learning_rate: float = Field(gt=0, le=1, description="Peak learning rate.")

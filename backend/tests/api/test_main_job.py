@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from domain.peft.algorithms import Algorithm
 from tests.support.rows import messages_jsonl
 from tests.support.server import StudioServer, wait_until
 from tests.support.stock_peft import in_stock_peft
@@ -16,7 +17,7 @@ from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ALGORITHMS = ["lora", "qlora", "dora", "pissa", "rslora", "olora", "lora-plus", "loftq"]
+ALGORITHMS = [algorithm.value for algorithm in Algorithm]
 IN_4_BITS = {"quantization": "nf4"}
 OVERRIDES = {
     "rank": 4,

@@ -10,7 +10,7 @@ from core.errors import SettingRejected
 from domain.configure import Configuration, MachineFacts, configure
 from domain.models.architectures.registry import read_shape
 from domain.peft.algorithms import SPECS, Algorithm
-from domain.peft.config import PARAMETER_NAMES, PeftOverrides
+from domain.peft.config import DECOMPOSED, PARAMETER_NAMES, PeftOverrides
 from domain.peft.use_cases import USE_CASES, UseCaseId
 from services.models.embedded import CONFIG
 
@@ -25,7 +25,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "bias": st.just("none"),
     "use_rslora": st.booleans(),
     "use_dora": st.booleans(),
-    "init_weights": st.sampled_from(["default", "gaussian", "pissa", "olora", "loftq"]),
+    "init_weights": st.sampled_from(["default", "gaussian", *DECOMPOSED]),
     "quantization": st.sampled_from(["none", "nf4", "int8"]),
     "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
     "learning_rate": st.floats(1e-7, 1),

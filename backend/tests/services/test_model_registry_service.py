@@ -19,6 +19,7 @@ from core.errors import (
 )
 from core.settings import Settings
 from domain.models.records import Fit, ModelSummary, SearchPage, SearchQuery
+from domain.peft.algorithms import Algorithm
 from services.hub.client import HubClient
 from services.hub.errors import QueryRejected
 from services.hub.http import HubHttp, request_token
@@ -368,14 +369,7 @@ def test_details_are_judged_for_every_algorithm(bench: Bench) -> None:
     bench.hub.add_model("me/m", FILES, safetensors={"total": 50})
     fits = bench.registry(fits_if_small).details("me/m").fits
     assert {name: fit and fit.verdict for name, fit in fits.items()} == {
-        "lora": "does_not_fit",
-        "qlora": "fits",
-        "dora": "does_not_fit",
-        "pissa": "does_not_fit",
-        "rslora": "does_not_fit",
-        "olora": "does_not_fit",
-        "lora-plus": "does_not_fit",
-        "loftq": "does_not_fit",
+        algorithm: "fits" if algorithm == "qlora" else "does_not_fit" for algorithm in Algorithm
     }
 
 
