@@ -158,49 +158,29 @@ class JobLog(Response):
 
 
 def job_view(record: JobRecord, place: QueuePlace | None) -> JobResponse:
-    """Show a job, and its place in the queue."""
-    progress, result = record.progress, record.result
-    names = (
-        "id",
-        "name",
-        "state",
-        "model_id",
-        "revision",
-        "loaded_model_id",
-        "dataset_id",
-        "validation_dataset_id",
-    )
-    rest = (
-        "validation_fraction",
-        "priority",
-        "attempts",
-        "resumed_from",
-        "adapter_id",
-        "created_at",
-        "started_at",
-        "finished_at",
-    )
-    return JobResponse(
-        **{name: getattr(record, name) for name in (*names, *rest)},
-        algorithm=Algorithm(record.algorithm),
-        config=recorded(record.config),
-        progress=JobProgress.model_validate(progress),
-        metrics=JobMetrics(
-            last=progress.last.as_json() if progress.last is not None else None,
+    """Show a job, and its place in the queue. A field that the record has under the same name is shown as it is."""
+    result, engine = record.result, record.progress.engine
+    last = record.progress.last
+    shown = {
+        **{name: getattr(record, name) for name in JobResponse.model_fields if hasattr(record, name)},
+        "config": recorded(record.config),
+        "metrics": JobMetrics(
+            last=last.as_json() if last is not None else None,
             initial_eval_loss=result.initial_eval_loss if result is not None else None,
             final_eval_loss=result.final_eval_loss if result is not None else None,
             best_eval_loss=result.best_eval_loss if result is not None else None,
             adapter_step=result.adapter_step if result is not None else None,
         ),
-        engine=None if progress.engine is None else JobEngine.model_validate(progress.engine),
-        queue=None
-        if place is None
-        else JobQueue(
-            position=place.position,
-            estimated_start_at=to_text(place.estimated_start_at) if place.estimated_start_at is not None else None,
-        ),
-        error=error_view(record.error),
-    )
+        "engine": engine,
+        "queue": place and _queue_view(place),
+        "error": error_view(record.error),
+    }
+    return JobResponse.model_validate(shown)
+
+
+def _queue_view(place: QueuePlace) -> JobQueue:
+    start = place.estimated_start_at
+    return JobQueue(position=place.position, estimated_start_at=to_text(start) if start is not None else None)
 
 
 def checkpoint_view(facts: CheckpointFacts) -> CheckpointResponse:

@@ -1,6 +1,6 @@
 """Rows as frozen dataclasses: what the services hold instead of dictionaries."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -34,11 +34,12 @@ class DatasetRecord:
     created_at: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """A training job.
+    """A training job. The fields with a default are those that a new job has nothing for.
 
     Attributes:
+        sequence: Its place among all jobs; given when it is stored.
         load_options: How the loaded model that it names was loaded, to load the same again; None without one.
         result: What it came to; None before it has trained anything to its end.
         attempts: How often it was started.
@@ -49,9 +50,9 @@ class JobRecord:
     """
 
     id: str
-    sequence: int
+    sequence: int = 0
     name: str
-    state: JobState
+    state: JobState = JobState.QUEUED
     priority: int
     idempotency_key: str | None
     request_sha256: str
@@ -64,17 +65,17 @@ class JobRecord:
     dataset_id: str
     validation_dataset_id: str | None
     validation_fraction: float
-    progress: JobProgress
-    result: JobResult | None
-    attempts: int
-    stalls: int
-    resumed_from: str | None
-    cancel_request: str | None
-    adapter_id: str | None
-    error: Failure | None
+    progress: JobProgress = field(default_factory=JobProgress)
+    result: JobResult | None = None
+    attempts: int = 0
+    stalls: int = 0
+    resumed_from: str | None = None
+    cancel_request: str | None = None
+    adapter_id: str | None = None
+    error: Failure | None = None
     created_at: str
-    started_at: str | None
-    finished_at: str | None
+    started_at: str | None = None
+    finished_at: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from pydantic import TypeAdapter
 from sqlalchemy import Connection, Row, Table, delete, func, insert, select, update
 
 from domain.exports import RESULTS, SETTINGS, ExportChange
 from domain.jobs.export_states import ExportKind, ExportState
 from domain.jobs.failures import Failure
-from domain.jobs.figures import JobResult
-from domain.jobs.load_options import LoadOptions
-from domain.jobs.progress import JobProgress
 from domain.jobs.states import JobState
 from domain.jobs.stored import Stored
 from store.records import AdapterRecord, DatasetRecord, EventRecord, ExportRecord, JobRecord
@@ -71,15 +69,14 @@ def _values_by_key(row: Row[Any], table: Table) -> dict[str, Any]:
     return {column.key: row._mapping[column] for column in table.c}
 
 
+# Reads each column as the type of the record's field.
+_JOB = TypeAdapter(JobRecord)
+_NEVER_NULL = ("load_options", "result")  # columns of `jobs` that hold {} for None
+
+
 def _job(row: Row[Any]) -> JobRecord:
     values = _values_by_key(row, jobs)
-    values["state"] = JobState(values["state"])
-    values["validation_fraction"] = float(values["validation_fraction"])
-    values["load_options"] = LoadOptions.model_validate(values["load_options"]) if values["load_options"] else None
-    values["progress"] = JobProgress.model_validate(values["progress"])
-    values["result"] = JobResult.model_validate(values["result"]) if values["result"] else None
-    values["error"] = Failure.model_validate(values["error"]) if values["error"] is not None else None
-    return JobRecord(**values)
+    return _JOB.validate_python(values | {name: values[name] or None for name in _NEVER_NULL})
 
 
 class Jobs:
@@ -95,8 +92,7 @@ class Jobs:
     def add(self, record: JobRecord) -> None:
         """Store a job."""
         values = _values(record) | {"validation_fraction": repr(record.validation_fraction)}
-        for name in ("load_options", "result"):  # columns that are never null
-            values[name] = values[name] or {}
+        values |= {name: values[name] or {} for name in _NEVER_NULL}
         self._connection.execute(insert(jobs).values(**values))
 
     def get(self, job_id: str) -> JobRecord | None:

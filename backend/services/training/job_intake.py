@@ -7,7 +7,6 @@ from typing import Any
 
 from core.errors import CheckpointUnusable, SettingRejected
 from domain.jobs.progress import JobProgress
-from domain.jobs.states import JobState
 from domain.memory.activations import Batch
 from domain.memory.hardware_fit import FITTED
 from domain.peft.algorithms import SPECS, Algorithm
@@ -88,9 +87,7 @@ class JobIntake:
             self.analyses.check_learnable(dataset_id, model_id, revision, config)
         record = JobRecord(
             id=job_id,
-            sequence=0,
             name=request.name or f"{request.algorithm.value} on {model_id.rsplit('/', 1)[-1]}",
-            state=JobState.QUEUED,
             priority=request.priority,
             idempotency_key=request.idempotency_key,
             request_sha256=digest_of(request),
@@ -104,16 +101,7 @@ class JobIntake:
             validation_dataset_id=request.validation_dataset_id,
             validation_fraction=request.validation_fraction,
             progress=JobProgress(forced=True) if request.force else JobProgress(),
-            result=None,
-            attempts=0,
-            stalls=0,
-            resumed_from=None,
-            cancel_request=None,
-            adapter_id=None,
-            error=None,
             created_at=now,
-            started_at=None,
-            finished_at=None,
         )
         found = self._checkpoint_for(record, source, request.resume_from)
         if not request.force:

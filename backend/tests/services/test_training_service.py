@@ -91,11 +91,10 @@ class Studio:
 
     def add(self, number: int, **changes: Any) -> str:
         record = JobRecord(
-            id=f"job_{number}", sequence=number, name="n", state=JobState.QUEUED, priority=0, idempotency_key=None,
-            request_sha256="", model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora",
+            id=f"job_{number}", sequence=number, name="n", priority=0, idempotency_key=None, request_sha256="",
+            model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora",
             config=CONFIG.model_dump(mode="json"), dataset_id="ds", validation_dataset_id=None,
-            validation_fraction=0.0, progress=JobProgress(), result=None, attempts=0, stalls=0, resumed_from=None,
-            cancel_request=None, adapter_id=None, error=None, created_at=MOMENT, started_at=None, finished_at=None,
+            validation_fraction=0.0, created_at=MOMENT,
         )  # fmt: skip
         with self.database.begin() as connection:
             Jobs(connection).add(replace(record, **changes))
