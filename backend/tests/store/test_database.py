@@ -118,16 +118,11 @@ def test_events_of_many_writers_are_numbered_without_gaps(database: Database) ->
 
 def _fill_first_version(database: Database) -> None:
     _upgrade(database, "0001")
-    old = {
-        name: value
-        for name, value in (asdict(_job(1)) | {"progress": {}, "result": {}}).items()
-        if name not in ("stalls", "resumed_from", "cancel_request", "load_options")
-    }
+    values = asdict(_job(1)) | {"progress": {}, "result": {}, "config": {"rank": 4}, "validation_fraction": "0.1"}
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
-        columns = [Column(name, JSON if isinstance(value, dict) else None) for name, value in old.items()]
-        jobs = Table("jobs", MetaData(), *columns)
-        connection.execute(jobs.insert().values(**old | {"config": {"rank": 4}, "validation_fraction": "0.1"}))
+        jobs = Table("jobs", MetaData(), autoload_with=connection)
+        connection.execute(jobs.insert().values({column.name: values[column.name] for column in jobs.c}))
 
 
 def test_a_database_of_the_first_version_keeps_its_jobs(empty: Database) -> None:
