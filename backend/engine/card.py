@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ import torch
 
 from core.manifest import sha256_of
 from core.version import VERSION
+from domain.jobs.figures import RunOutcome
 from domain.protocol import StepMetrics, Train
 from engine.base import Base
 from engine.decompositions import freezes_others
-from engine.trainer import Outcome
 
 _FORMAT = 1
 _NF4 = (
@@ -82,11 +81,11 @@ def begin_card(base: Base, command: Train) -> dict[str, Any]:
     }
 
 
-def finish_card(card: dict[str, Any], outcome: Outcome, losses: dict[int, float]) -> dict[str, Any]:
+def finish_card(card: dict[str, Any], outcome: RunOutcome, losses: dict[int, float]) -> dict[str, Any]:
     """Return a card with what came of the run, and `losses` as [step, loss]."""
     stride = -(-len(losses) // _MAX_LOSSES) or 1
     kept = [[step, loss] for step, loss in sorted(losses.items())][::stride]
-    return card | {"outcome": asdict(outcome), "losses": kept}
+    return card | {"outcome": outcome.model_dump(), "losses": kept}
 
 
 def _commit_of(path: Path) -> str | None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from core.errors import StorageFull
 from core.files import storage_errors, whole_folder
 from core.manifest import write_manifest
+from domain.jobs.figures import RunOutcome
 from domain.protocol import Train
 from engine import methods
 from engine.base import Base
@@ -20,9 +21,8 @@ from engine.channel import Stopped
 from engine.checkpoints import Tensors
 from engine.errors import CannotSave
 from engine.tokenizer_folder import save_tokenizer
-from engine.trainer import Outcome
 
-_NOTHING_YET = Outcome(
+_NOTHING_YET = RunOutcome(
     steps=0,
     adapter_step=0,
     first_loss=0.0,
@@ -66,7 +66,7 @@ class HandingOut:
         ):
             self._fill(Path(scratch), _NOTHING_YET, {})
 
-    def write(self, outcome: Outcome, losses: dict[int, float]) -> None:
+    def write(self, outcome: RunOutcome, losses: dict[int, float]) -> None:
         """Write the folder: it is whole or it is not there.
 
         A run cut off after this and before its record was written is handed out again from its last checkpoint.
@@ -77,7 +77,7 @@ class HandingOut:
         with whole_folder(self._output) as folder:
             self._fill(folder, outcome, losses)
 
-    def _fill(self, folder: Path, outcome: Outcome, losses: dict[int, float]) -> None:
+    def _fill(self, folder: Path, outcome: RunOutcome, losses: dict[int, float]) -> None:
         state = methods.adapter_state(self._base.model, self._adapter_id)
         lora = self._base.model.peft_config[self._adapter_id]
         if self._initial:

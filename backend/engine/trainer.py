@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import set_seed
 
 from core.errors import StorageFull
+from domain.jobs.figures import RunOutcome
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, Computing, Evaluated, StepMetrics
 from engine.base import Base
@@ -35,27 +36,6 @@ from engine.neftune import add_noise
 from engine.optimizer import go_on_with, make_optimizer, make_scheduler, planned_steps, settings_of
 from engine.rows import RowStore
 from engine.run_report import run_report
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run did. Losses are means a trained token; None where nothing was evaluated.
-
-    Attributes:
-        adapter_step: The step whose parameters are handed out: the last, or with early stopping the best evaluated.
-    """
-
-    steps: int
-    adapter_step: int
-    first_loss: float
-    final_loss: float
-    initial_eval_loss: float | None
-    final_eval_loss: float | None
-    best_eval_loss: float | None
-    tokens: int
-    elapsed_s: float
-    stopped_early: bool
-    stopped_on_request: bool
 
 
 class Control(Protocol):
@@ -131,7 +111,7 @@ class Trainer:
         self._started = self._checkpoint_s = time.monotonic()
         self._elapsed_before_s = self.progress.elapsed_s
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Train to the last step, to early stopping, or until the client wants what there is.
 
         Raises:
@@ -153,7 +133,7 @@ class Trainer:
         finally:
             self._end()
 
-    def hand_out(self) -> Outcome:
+    def hand_out(self) -> RunOutcome:
         """Train no more: put the parameters in place that a run which was stopped here hands out."""
         return self._outcome(stopped_on_request=True)
 
@@ -204,7 +184,7 @@ class Trainer:
         patience = self._config.early_stopping_patience
         return patience is not None and self.progress.waits >= patience
 
-    def _outcome(self, *, stopped_on_request: bool) -> Outcome:
+    def _outcome(self, *, stopped_on_request: bool) -> RunOutcome:
         """Sum the run up; with early stopping, put the parameters of the best evaluation in place first."""
         progress = self.progress
         if progress.first_loss is None or progress.loss is None:
@@ -213,7 +193,7 @@ class Trainer:
             with torch.no_grad():
                 for name, parameter in self._named.items():
                     parameter.copy_(self._best[name])
-        return Outcome(
+        return RunOutcome(
             steps=progress.step,
             adapter_step=progress.best_step if self._best and progress.best_step is not None else progress.step,
             first_loss=progress.first_loss,

@@ -3,7 +3,6 @@
 import json
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
     with saving(f"the run has ended after step {outcome.steps}"):
         base.attach(command.adapter_id, output)
     return TrainingFigures(
-        **asdict(outcome),
+        **dict(outcome),
         trainable_parameters=started["trainable_parameters"],
         rows=len(rows),
         validation_rows=len(validation),

@@ -5,14 +5,12 @@ from pydantic import Field
 from domain.jobs.stored import Stored
 
 
-class TrainingFigures(Stored):
+class RunOutcome(Stored):
     """What a run did. Losses are means a trained token; None where nothing was evaluated.
 
     Attributes:
         adapter_step: The step whose parameters are handed out: the last, or with early stopping the best evaluated.
         tokens: All non-padding tokens that were trained on.
-        rows: Rows that were trained on; rows with nothing to learn are left out.
-        memory_bytes: What the engine holds after the run.
     """
 
     steps: int
@@ -26,6 +24,16 @@ class TrainingFigures(Stored):
     elapsed_s: float
     stopped_early: bool
     stopped_on_request: bool
+
+
+class TrainingFigures(RunOutcome):
+    """What a run did, and on what.
+
+    Attributes:
+        rows: Rows that were trained on; rows with nothing to learn are left out.
+        memory_bytes: What the engine holds after the run.
+    """
+
     trainable_parameters: int
     rows: int
     validation_rows: int

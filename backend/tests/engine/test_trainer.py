@@ -8,6 +8,7 @@ import torch
 from peft import PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup, set_seed
 
+from domain.jobs.figures import RunOutcome
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from domain.protocol import Evaluated, StepMetrics
@@ -17,7 +18,7 @@ from engine.batches import epoch_batches
 from engine.errors import NotFinite
 from engine.optimizer import planned_steps
 from engine.rows import Row, RowStore
-from engine.trainer import Outcome, Trainer
+from engine.trainer import Trainer
 from tests.engine.test_methods import config_for, load
 
 
@@ -43,7 +44,7 @@ class GoOn:
 
 def run(
     path: Path, config: PeftConfig, rows: list[Row], validation: list[Row] | None = None
-) -> tuple[Base, Trainer, list[Any], Outcome]:
+) -> tuple[Base, Trainer, list[Any], RunOutcome]:
     base = load(path, config)
     set_seed(config.seed)
     base.create("adp", methods.lora_config(config, "tests/tiny", None))
