@@ -89,15 +89,18 @@ class Installer:
             raise NotReady(f"{self.environment} could not be made; what {command[0]} says is above.")
 
     def _is_usable(self) -> bool:
-        asked = "import sys; print(sys.version_info[:2])"
+        if self._say("import sys; print(sys.version_info[:2])") != str(sys.version_info[:2]):
+            return False
+        has_pip = "import importlib.util; print(importlib.util.find_spec('pip') is not None)"
+        return self.uv is not None or self._say(has_pip) == "True"
+
+    def _say(self, program: str) -> str:
+        """Run a program with the environment's Python; return what it prints, or nothing where that fails."""
         try:
-            answer = subprocess.run([self.python, "-c", asked], capture_output=True, text=True, check=False)
+            answer = subprocess.run([self.python, "-c", program], capture_output=True, text=True, check=False)
         except OSError:
-            return False
-        if answer.stdout.strip() != str(sys.version_info[:2]):
-            return False
-        has_pip = "import importlib.util, sys; sys.exit(importlib.util.find_spec('pip') is None)"
-        return self.uv is not None or subprocess.run([self.python, "-c", has_pip], check=False).returncode == 0
+            return ""
+        return answer.stdout.strip()
 
     def run(self, action: str, *arguments: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
         """Run `pip ACTION` or `uv pip ACTION` on the environment.
@@ -134,12 +137,7 @@ class Installer:
 
     def torch_installed(self) -> str | None:
         """Return the version of the torch that the environment has already; None if it has none."""
-        asked = "import importlib.metadata as m; print(m.version('torch'))"
-        try:
-            answer = subprocess.run([self.python, "-c", asked], capture_output=True, text=True, check=False)
-        except OSError:
-            return None
-        return answer.stdout.strip() or None
+        return self._say("import importlib.metadata as m; print(m.version('torch'))") or None
 
     def torch_versions(self) -> str:
         """Ask the index which torch it has.
