@@ -43,3 +43,16 @@ def test_how_the_adapter_computes_is_added_to_the_engine() -> None:
     progress = JobProgress().on_engine(EngineUsed(name="unsloth", reason="asked for", computation=None))
     assert progress.as_json() == {"engine": {"name": "unsloth", "reason": "asked for", "computation": None}}
     assert progress.computed("PEFT's layers").as_json()["engine"]["computation"] == "PEFT's layers"
+
+
+@given(st.lists(st.booleans(), min_size=1))
+def test_the_newest_failure_decides_whether_the_next_run_only_hands_out(pauses: list[bool]) -> None:
+    progress = JobProgress().started(3, 10)
+    assert not progress.hands_out
+    for hands_out in pauses:
+        before, progress = progress, progress.paused(hands_out=hands_out)
+        assert progress.hands_out is hands_out
+        assert progress.model_copy(update={"hands_out": before.hands_out}) == before  # and nothing else is changed
+    # The next run of it begins, and knows.
+    assert progress.started(3, 10).hands_out is pauses[-1]
+    assert progress.started(3, 10).as_json()["hands_out"] is pauses[-1]
