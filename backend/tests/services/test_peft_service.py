@@ -1,7 +1,6 @@
 """Loading, joining and giving way, with engines that take no time."""
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 
-import services.loading.pool as pool_module
 from core.errors import DoesNotFit, HubUnavailable, SettingRejected
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
@@ -19,27 +17,7 @@ from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, Peft
 from store.database import Database
 from tests.support.engine_double import SHORT_ANSWER, EngineDoubles
 from tests.support.hub_double import ManualClock
-from tests.support.little_memory import FAR_ID, GRACE_S, IDLE_S, load, peft_with_little_memory
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> EngineDoubles:
-    engines = EngineDoubles()
-    monkeypatch.setattr(pool_module, "EngineProcess", engines)
-    return engines
-
-
-@pytest.fixture
-def peft(clock: ManualClock, engines: EngineDoubles, tmp_path: Path) -> Iterator[PeftService]:
-    # In bf16, as it is configured where memory is this short.
-    service = peft_with_little_memory(clock, engines, "bf16", tmp_path)
-    yield service
-    service.close()
+from tests.support.little_memory import FAR_ID, GRACE_S, IDLE_S, load
 
 
 def _for_client(name: str) -> LoadRequest:

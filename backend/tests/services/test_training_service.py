@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from core.errors import (
     StudioError,
     TransitionNotPermitted,
 )
-from domain.configure import MachineFacts, configure
+from domain.configure import configure
 from domain.jobs.load_options import LoadOptions
 from domain.jobs.progress import JobProgress
 from domain.jobs.states import FINAL_STATES, JobState
@@ -33,15 +32,12 @@ from services.training.request_contexts import RequestContexts
 from services.training.work import TrainingWork
 from services.training_service import TrainingService
 from store.database import Database
-from store.records import DatasetRecord, JobRecord
+from store.records import JobRecord
 from store.repositories import Datasets, Jobs
 from tests.support.commit_cutter import CommitCutter
+from tests.support.job_records import CONFIG, CPU, DATASET, job_record
 from tests.support.postgres import postgres
 from tests.support.server import wait_until
-
-CPU = MachineFacts(has_gpu=False, supports_bf16=False)
-CONFIG = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU).config
-MOMENT = "2026-01-01T00:00:00.000000Z"
 
 
 class Models(PeftService):
@@ -80,7 +76,7 @@ class Studio:
         self.database = Database(url or f"sqlite:///{folder / 'studio.db'}")
         self.database.migrate()
         with self.database.begin() as connection:
-            Datasets(connection).add(DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], MOMENT))
+            Datasets(connection).add(DATASET)
         none: Any = None  # what no job of these tests comes to
         peft, analyses = Models(load), NoAnalyses()
         self.checkpoints, contexts, clock = CheckpointStore(folder / "checkpoints"), RequestContexts(), SystemClock()
@@ -90,14 +86,9 @@ class Studio:
         self.service = TrainingService(self.ledger, self.queue, none, self.checkpoints, contexts, clock)
 
     def add(self, number: int, **changes: Any) -> str:
-        record = JobRecord(
-            id=f"job_{number}", sequence=number, name="n", priority=0, idempotency_key=None, request_sha256="",
-            model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora",
-            config=CONFIG.model_dump(mode="json"), dataset_id="ds", validation_dataset_id=None,
-            validation_fraction=0.0, created_at=MOMENT,
-        )  # fmt: skip
+        record = job_record(number, **changes)
         with self.database.begin() as connection:
-            Jobs(connection).add(replace(record, **changes))
+            Jobs(connection).add(record)
         return record.id
 
     def states(self) -> list[JobState]:

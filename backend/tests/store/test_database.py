@@ -19,10 +19,10 @@ from domain.exports import GgufSettings
 from domain.jobs.states import JobState
 from store import database as module
 from store.database import Database, newest_migration
-from store.records import DatasetRecord, JobRecord
 from store.repositories import Adapters, Datasets, Exports, Jobs
 from store.tables import metadata
 from tests.support.commit_cutter import CommitCutter, Cut
+from tests.support.job_records import DATASET, job_record
 from tests.support.postgres import Postgres, postgres
 from tests.support.small_disk import fill
 
@@ -57,17 +57,6 @@ def database(empty: Database) -> Database:
     return empty
 
 
-def _job(number: int, priority: int = 0) -> JobRecord:
-    return JobRecord(
-        id=f"job_{number}", sequence=number, name="n", priority=priority, idempotency_key=None, request_sha256="",
-        model_id="m", revision=None, loaded_model_id=None, load_options=None, algorithm="lora", config={},
-        dataset_id="ds", validation_dataset_id=None, validation_fraction=0.1, created_at="2026-01-01T00:00:00.000000Z",
-    )  # fmt: skip
-
-
-DATASET = DatasetRecord("ds", "n", "messages", 1, 0, 1, "0" * 64, [], [], "2026-01-01T00:00:00.000000Z")
-
-
 def test_the_migrations_make_the_tables_of_the_code(database: Database) -> None:
     with database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
@@ -82,7 +71,7 @@ def test_the_newest_migration_is_the_head_that_alembic_names(database: Database)
 def test_jobs_come_by_priority_then_order_and_change_state_once(database: Database) -> None:
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
-        for record in (_job(1), _job(2), _job(3, priority=5)):
+        for record in (job_record(1, validation_fraction=0.1), job_record(2), job_record(3, priority=5)):
             Jobs(connection).add(record)
     with database.begin() as connection:
         jobs = Jobs(connection)
@@ -99,7 +88,7 @@ def test_jobs_come_by_priority_then_order_and_change_state_once(database: Databa
 def test_events_of_many_writers_are_numbered_without_gaps(database: Database) -> None:
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
-        Jobs(connection).add(_job(1))
+        Jobs(connection).add(job_record(1))
 
     def write() -> None:
         for _ in range(20):
@@ -118,7 +107,7 @@ def test_events_of_many_writers_are_numbered_without_gaps(database: Database) ->
 
 def _fill_first_version(database: Database) -> None:
     _upgrade(database, "0001")
-    values = asdict(_job(1)) | {"progress": {}, "result": {}, "config": {"rank": 4}, "validation_fraction": "0.1"}
+    values = asdict(job_record(1)) | {"progress": {}, "result": {}, "config": {"rank": 4}, "validation_fraction": "0.1"}
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
         jobs = Table("jobs", MetaData(), autoload_with=connection)
@@ -221,7 +210,7 @@ def test_a_full_disk_is_named_and_what_was_there_can_be_read(small_disk: Path) -
     database.migrate()
     with database.begin() as connection:
         Datasets(connection).add(DATASET)
-        Jobs(connection).add(_job(1))
+        Jobs(connection).add(job_record(1))
     fill(small_disk)
     with pytest.raises(StorageFull):
         for _ in range(100):

@@ -45,11 +45,6 @@ def hub() -> Iterator[HubDouble]:
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 def client(hub: HubDouble, clock: ManualClock) -> HubClient:
     return HubClient(HubHttp(clock, clock.sleep, endpoint=hub.url))
 

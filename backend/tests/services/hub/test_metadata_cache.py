@@ -36,11 +36,6 @@ class Upstream:
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
 def cache(tmp_path: Path, clock: ManualClock) -> MetadataCache:
     return MetadataCache(tmp_path / "hub", clock)
 

@@ -3,12 +3,10 @@
 The machine has room for one load and a half, and the engines take no time.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import services.loading.pool as pool_module
 from core.errors import DoesNotFit, LoadedModelNotFound
 from domain.memory.activations import Batch
 from domain.models.load_states import LoadState
@@ -20,28 +18,14 @@ from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, Peft
 from store.database import Database
 from tests.support.engine_double import SHORT_ANSWER, EngineDoubles
 from tests.support.hub_double import ManualClock
-from tests.support.little_memory import GRACE_S, IDLE_S, load, peft_with_little_memory
+from tests.support.little_memory import GRACE_S, IDLE_S, load
 
 FP32 = {"precision": "fp32"}  # where memory is short the default would be bf16, and two bases fit
 
 
 @pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> EngineDoubles:
-    engines = EngineDoubles()
-    monkeypatch.setattr(pool_module, "EngineProcess", engines)
-    return engines
-
-
-@pytest.fixture
-def peft(clock: ManualClock, engines: EngineDoubles, tmp_path: Path) -> Iterator[PeftService]:
-    service = peft_with_little_memory(clock, engines, "fp32", tmp_path)
-    yield service
-    service.close()
+def precision() -> str:
+    return "fp32"
 
 
 def _load(peft: PeftService, name: str, *, for_job: bool = False) -> LoadedModel:

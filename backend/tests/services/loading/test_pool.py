@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import services.loading.pool as pool_module
 from core.errors import EngineUnavailable, ModelBusy, ModelNotReady
 from domain.memory.verdict import Assessment
 from domain.models.load_states import LoadState
@@ -64,18 +63,6 @@ class Owner:
 @pytest.fixture
 def owner() -> Owner:
     return Owner()
-
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> EngineDoubles:
-    engines = EngineDoubles()
-    monkeypatch.setattr(pool_module, "EngineProcess", engines)
-    return engines
 
 
 @pytest.fixture

@@ -2,25 +2,31 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from domain.configure import MachineFacts, configure
-from domain.peft.algorithms import Algorithm
+from services.dataset_service import DatasetService
 from services.training.dataset_analysis import DatasetAnalysisService, some_answer_fits
+from tests.support.job_records import CONFIG, job_record
+
+
+class OneDataset(DatasetService):
+    """Has the rows of one file."""
+
+    def __init__(self, rows: Path) -> None:
+        self._rows = rows
+
+    def rows_path(self, dataset_id: str) -> Path:
+        return self._rows
 
 
 def test_a_job_queued_before_some_settings_existed_is_looked_at(tmp_path: Path) -> None:
-    machine = MachineFacts(has_gpu=False, supports_bf16=False)
-    config = configure(Algorithm.LORA, use_case=None, overrides={}, machine=machine).config.model_dump(mode="json")
+    config = CONFIG.model_dump(mode="json")
     for name in ("adam_beta1", "neftune_noise_alpha", "lora_plus_ratio"):
         del config[name]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "Once."}) + "\n")
     nothing: Any = None
-    datasets: Any = SimpleNamespace(rows_path=lambda _: tmp_path / "rows.jsonl")
-    service = DatasetAnalysisService(nothing, datasets, nothing, nothing, tmp_path)
-    job: Any = SimpleNamespace(config=config, dataset_id="ds")
-    assert service.begin_in_doubt(job) is None
+    service = DatasetAnalysisService(nothing, OneDataset(tmp_path / "rows.jsonl"), nothing, nothing, tmp_path)
+    assert service.begin_in_doubt(job_record(1, config=config)) is None
     service.close()
 
 

@@ -1,27 +1,55 @@
 """What an engine's death means, and how often a job is tried again."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.clock import SystemClock
 from core.errors import StudioError
+from domain import protocol
 from domain.jobs.failures import failure
-from domain.jobs.progress import JobProgress
 from domain.jobs.retries import MAX_STALLS, TRANSIENT, wait_s
+from domain.jobs.states import JobState
 from services.engines.process import EngineDied
 from services.hardware.host_probe import HostProbe
+from services.training.checkpoint_store import CheckpointStore
+from services.training.ledger import JobLedger
 from services.training.run import TrainingRun
+from services.training.run_control import RunControl
+from services.training.run_journal import RunJournal
+from services.training.running_job import RunningJob
+from services.training.work import Trained, TrainingWork
+from store.database import Database
+from store.records import JobRecord
+from store.repositories import Datasets, Jobs
+from tests.support.job_records import DATASET, job_record
 
 
-def run_with(oom_kills: list[int]) -> TrainingRun:
-    job: Any = SimpleNamespace(progress=JobProgress(), stalls=0)
-    work: Any = SimpleNamespace(oom_kills=lambda: oom_kills.pop(0))
-    none: Any = SimpleNamespace()
-    return TrainingRun(job, "cpu", ledger=none, work=work, checkpoints=none, clock=none, closing=none, retry_after=none)
+class DyingEngine(TrainingWork):
+    """Its engine dies as soon as it is to train."""
+
+    def __init__(self, death: dict[str, Any], oom_kills: list[int]) -> None:
+        none: Any = None  # what a run that ends so early does not come to
+        super().__init__(none, none, none, none, none, None, lambda: oom_kills.pop(0))
+        self._death = death
+
+    def run(
+        self,
+        job: RunningJob,
+        device: str,
+        control: RunControl,
+        journal: RunJournal,
+        on_event: Callable[[protocol.RunEvent], None],
+    ) -> Trained:
+        raise EngineDied("it ended", **self._death)
+
+    def savings(self, job: JobRecord, device: str) -> list[str]:
+        return []
 
 
 @pytest.mark.parametrize(
@@ -35,10 +63,25 @@ def run_with(oom_kills: list[int]) -> TrainingRun:
     ],
 )
 def test_the_kernels_kill_for_memory_is_told_from_others(
-    death: dict[str, Any], oom_kills: list[int], error_class: str
+    tmp_path: Path, death: dict[str, Any], oom_kills: list[int], error_class: str
 ) -> None:
-    run = run_with(oom_kills)
-    assert run._death_class(EngineDied("it ended", **death)) == error_class
+    database = Database(f"sqlite:///{tmp_path / 'studio.db'}")
+    database.migrate()
+    ledger = JobLedger(database, SystemClock(), lambda _: None)
+    with database.begin() as connection:
+        Datasets(connection).add(DATASET)
+        Jobs(connection).add(job_record(1))
+    run = TrainingRun(
+        job_record(1), "cpu",
+        ledger=ledger, work=DyingEngine(death, oom_kills), checkpoints=CheckpointStore(tmp_path / "checkpoints"),
+        clock=SystemClock(), closing=threading.Event(), retry_after=lambda *_: None,
+    )  # fmt: skip
+    run.begin()
+    run.execute()
+    job = ledger.get("job_1")
+    database.close()
+    assert job.error is not None and job.error.error_class == error_class
+    assert job.state is (JobState.FAILED if error_class == "out_of_host_memory" else JobState.INTERRUPTED)
 
 
 def test_want_of_memory_is_never_tried_again_blindly() -> None:
