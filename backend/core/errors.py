@@ -30,7 +30,7 @@ To add one:
     │   ├── AdapterOfAnotherBase      services.generation_service
     │   ├── GenerationRejected        services.generation_service
     │   ├── ExportRejected
-    │   ├── PushRejected              services.exports.push
+    │   ├── PushRejected              services.hub.uploads
     │   ├── QueryRejected             services.hub.errors
     │   ├── UploadMalformed           api.upload_form
     │   └── UploadAbandoned           api.datasets

@@ -21,6 +21,7 @@ from services.exports.push import HubPush
 from services.exports.queue import ExportQueue, Work
 from services.hardware.host_probe import get_host_probe
 from services.hub.http import get_hub_http
+from services.hub.uploads import HubUploads
 from services.model_registry_service import get_model_facts
 from services.peft_service import get_peft_service
 from store.database import get_database
@@ -177,7 +178,7 @@ def get_export_service() -> ExportService:
     works: dict[ExportKind, Work] = {
         ExportKind.MERGED: model_export,
         ExportKind.GGUF: model_export,
-        ExportKind.PUSH: HubPush(adapters, get_hub_http().endpoint),
+        ExportKind.PUSH: HubPush(adapters, HubUploads(get_hub_http())),
     }
     ledger = ExportLedger(get_database(), clock)
     return ExportService(ledger, adapters, works, get_settings().home / "exports", clock)

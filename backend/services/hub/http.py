@@ -38,6 +38,7 @@ _ATTEMPTS = 3
 _IMPATIENT_S = 4.0  # where a client gets an answer without the Hub's
 _MAX_WAIT_S = 10.0  # a client waits meanwhile; it is told of a longer pause instead
 _MAX_BODY_BYTES = 32 * 2**20  # 100 models expanded are 1-2 MB, the largest tokenizer_config.json some 10 MB
+_CONNECT_S = 7.5
 _MAX_REQUEST_S = 60.0  # a server that sends a byte now and then stays within the time limit of each read
 _SILENCE_S = 15.0  # for so long after a request timed out, the next ones do not wait for the Hub
 _log = get_logger(__name__)
@@ -186,6 +187,7 @@ class HubHttp:
         limit_s = timeout_s or self._timeout_s
         timeout = httpx.Timeout(limit_s, connect=limit_s / 2)
         sent = _headers() | (headers or {})
+        limit_sessions()
         session = get_session()
         request = session.build_request("GET", self.endpoint + path, params=params, headers=sent, timeout=timeout)
         with _followed(session, request) as response:
@@ -251,6 +253,24 @@ def nonsense(
     if file_of is not None:
         return file_of.kind.rejected(f"{path} {what}.")
     return unavailable(f"The Hub's answer to {path} {what}.")
+
+
+@singleton
+def limit_sessions() -> None:
+    """Give every session of huggingface_hub a time limit: it has none of its own, nor have its functions that write.
+
+    This closes the session that there is, so it comes before the first request. `HubHttp` names its own limits.
+    """
+    import httpx
+    from huggingface_hub.utils import set_client_factory  # type: ignore[attr-defined]
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limited() -> httpx.Client:
+        client = default_client_factory()
+        client.timeout = httpx.Timeout(_MAX_REQUEST_S, connect=_CONNECT_S)
+        return client
+
+    set_client_factory(limited)
 
 
 def hub_token() -> str | None:

@@ -1,6 +1,7 @@
 """Pushes go to a double of the Hub through huggingface_hub; what it cannot take, and what stops them."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextvars import copy_context
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any, cast
 
 import pytest
 
+from core.clock import SystemClock
 from core.errors import AccessDenied, HubUnavailable, ModelRejected, StudioError
 from domain.exports import PushedAdapter, PushSettings
 from domain.jobs.export_states import ExportKind, ExportState
 from services.exports.control import ExportControl, ExportStopped
-from services.exports.push import HubPush, PushRejected
-from services.hub.http import request_token
+from services.exports.push import HubPush
+from services.hub.http import HubHttp, request_token
+from services.hub.uploads import HubUploads, PushRejected
 from store.records import AdapterRecord, ExportRecord
 from tests.support.adapter_double import adapter_files, write_files
 from tests.support.hub_double import HubDouble, ManualClock, quiet_environment
@@ -40,7 +43,7 @@ class Bench:
     def __init__(self, hub: HubDouble, folder: Path) -> None:
         self.hub = hub
         self.adapters = OneAdapter(write_files(folder / "adp_1", adapter_files()))
-        self.push = HubPush(cast(Any, self.adapters), hub.url)
+        self.push = HubPush(cast(Any, self.adapters), HubUploads(HubHttp(SystemClock(), time.sleep, endpoint=hub.url)))
         self.control = ExportControl(ManualClock())
         self.stages: list[tuple[str, float | None]] = []
         report = self.control.report
