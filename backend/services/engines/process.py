@@ -1,14 +1,11 @@
 """A handle on one engine process: start it, send commands, receive events, know how it ended."""
 
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,41 +14,16 @@ from typing import Any, Generic
 import psutil
 from pydantic import ValidationError
 
-from core import allocator, telemetry
+from core import telemetry
 from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
-from core.settings import get_settings
 from domain import protocol
 from domain.protocol import E, R
+from services.engines.log import EngineLog
+from services.engines.spawning import spawn
 
-_BACKEND = Path(__file__).resolve().parents[2]
-_LOG_CAP_BYTES = 4 * 2**20
-_LOG_TAIL_LINES = 40
 # An engine beats every two seconds, on a thread that torch lets run; one that is silent for so long hangs.
 _SILENCE_S = 60.0
-# Where core/allocator.py leaves it to glibc: that gives freed tensors back to the kernel at once by default and faults
-# them in again at the next step. 1.11-1.25 times the training speed with these thresholds.
-ENGINE_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31),
-    "MALLOC_TOP_PAD_": str(64 * 2**20),
-    "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**50),  # large tensors are no news
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",  # an engine reads local files only; the server does the downloading
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "PYTHONUNBUFFERED": "1",
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-    # What an environment could change about how Unsloth computes: all of them as engine/unsloth_backend.py expects.
-    "UNSLOTH_RETURN_LOGITS": "0",
-    "UNSLOTH_RETURN_HIDDEN_STATES": "0",
-    "UNSLOTH_FUSED_LORA_DROPOUT": "1",
-    "UNSLOTH_USE_NEW_MODEL": "0",
-    "UNSLOTH_ENABLE_FULL_FINETUNING": "0",
-    "UNSLOTH_TILED_MLP": "0",
-    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # torch then numbers GPUs as NVML does, and not the fastest first
-}
-# PR_SET_PDEATHSIG fires when the *thread* that forked ends, so one thread that never ends starts all engines.
-_spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
 _log = get_logger(__name__)
 
 
@@ -114,23 +86,24 @@ class EngineProcess:
         gpu_uuid: str | None = None,
         backend: str = "transformers",
     ) -> None:
-        self._log_path = log_path
         self._on_exit = on_exit
         self._silence_s, self._heard_s = silence_s, time.monotonic()
         self._unresponsive, self._handling = False, False
         self._pending: dict[str, _Pending[Any, Any]] = {}
         self._lock = threading.Lock()
-        self._tail: deque[str] = deque(maxlen=_LOG_TAIL_LINES)
+        self._log = EngineLog(log_path)
         self._closing = False
         self._ended = threading.Event()
         self.garbage_lines = 0
         log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._process, self._commands, events = _spawner.submit(_spawn, log_path.parent, gpu_uuid, backend).result()
+            self._process, self._commands, events = spawn(log_path.parent, gpu_uuid, backend)
         except OSError as error:
             raise EngineUnavailable(f"No engine process could be started: {error}") from error
         telemetry.engine_starts.inc()
-        self._log_thread = threading.Thread(target=self._copy_log, name="engine-log", daemon=True)
+        self._log_thread = threading.Thread(
+            target=self._log.copy, args=(self._process.stdout,), name="engine-log", daemon=True
+        )
         self._log_thread.start()
         threading.Thread(target=self._read_events, args=(events,), name="engine-events", daemon=True).start()
         threading.Thread(target=self._watch, name="engine-watch", daemon=True).start()
@@ -160,7 +133,7 @@ class EngineProcess:
 
     def log_tail(self) -> list[str]:
         """Return the last lines of the engine's own output."""
-        return list(self._tail)
+        return self._log.tail()
 
     def request(self, command: protocol.Command[R, E], on_event: Callable[[E], None] | None = None) -> "Future[R]":
         """Send a command.
@@ -314,68 +287,3 @@ class EngineProcess:
             signal=number,
             log_tail=self.log_tail(),
         )
-
-    def _copy_log(self) -> None:
-        """Copy the engine's output to its file, starting a new one at the cap; drains whatever it prints."""
-        stream = self._process.stdout
-        if stream is None:
-            raise EngineUnavailable("The engine has no output pipe.")
-        file, size = self._log_path.open("ab"), self._log_path.stat().st_size
-        with stream:
-            # Bounded reads: a line of a gigabyte must not be held in memory.
-            for line in iter(lambda: stream.readline(65536), b""):
-                self._tail.append(line.decode("utf-8", "replace").rstrip())
-                try:
-                    if size + len(line) > _LOG_CAP_BYTES:
-                        file.close()
-                        os.replace(self._log_path, self._log_path.with_suffix(".log.1"))
-                        file, size = self._log_path.open("ab"), 0
-                    size += file.write(line)
-                    file.flush()
-                except (OSError, ValueError):  # a full disk: an engine whose output nobody takes would stop
-                    continue
-        with suppress(OSError):
-            file.close()
-
-
-def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subprocess.Popen[bytes]", Any, Any]:
-    """Start `python -m engine` with a private pair of pipes. Runs on the spawner's thread."""
-    command_read, command_write = os.pipe()
-    event_read, event_write = os.pipe()
-    environment = {
-        **os.environ,
-        **ENGINE_ENVIRONMENT,
-        # Unsloth writes the code it generates to the working directory unless it is told where.
-        "UNSLOTH_COMPILE_LOCATION": str(work_dir / "unsloth_compiled_cache"),
-        protocol.BACKEND_VARIABLE: backend,
-        protocol.COMMAND_FD_VARIABLE: str(command_read),
-        protocol.EVENT_FD_VARIABLE: str(event_write),
-        "PEFT_STUDIO_PARENT_PID": str(os.getpid()),
-        "PEFT_STUDIO_ENGINE_NICE": str(get_settings().engine_nice),
-    }
-    if gpu_uuid is not None:
-        # By uuid: an index would depend on what the server itself is shown, and Unsloth names cuda:0 in places.
-        environment["CUDA_VISIBLE_DEVICES"] = gpu_uuid
-    elif library := allocator.preload():  # of no use where tensors are in a GPU's memory, and untried there
-        environment["LD_PRELOAD"] = str(library)
-    for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"):
-        environment.pop(secret, None)
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "engine"],
-            cwd=_BACKEND,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(command_read, event_write),
-            start_new_session=True,  # a terminal's Ctrl-C is for the server, which then ends its engines
-        )
-    except OSError:
-        os.close(command_write)
-        os.close(event_read)
-        raise
-    finally:
-        os.close(command_read)
-        os.close(event_write)
-    return process, os.fdopen(command_write, "wb"), os.fdopen(event_read, "rb")

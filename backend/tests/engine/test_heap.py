@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.engines.process import ENGINE_ENVIRONMENT
+from services.engines.spawning import ENGINE_ENVIRONMENT
 
 BACKEND = Path(__file__).resolve().parents[2]
 BLOCK, BLOCKS = 24 * 2**20, 8

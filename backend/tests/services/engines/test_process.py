@@ -72,7 +72,7 @@ def _double(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> Engin
         "events.flush()\n"
         "commands.readline()\n"
     )
-    monkeypatch.setattr("services.engines.process._BACKEND", package.parent)
+    monkeypatch.setattr("services.engines.spawning._BACKEND", package.parent)
     return EngineProcess(folder / "engine.log")
 
 

@@ -8,7 +8,7 @@ import sys
 from itertools import pairwise
 
 RECORD = "NO_ENGINE_RECORD"  # the variable that names the file
-ENGINE = ("-m", "engine")  # what services/engines/process.py starts
+ENGINE = ("-m", "engine")  # what services/engines/spawning.py starts
 IMPORTS = ("torch", "transformers")  # seconds each
 
 
