@@ -17,7 +17,8 @@ from services.engines.process import EngineDied, EngineProcess
 from services.loading.borrowing import borrow
 from services.peft_service import ConfiguredLoad, LoadedModel, PeftService
 from services.training.checkpoint_store import CheckpointStore
-from services.training.dataset_analysis import DatasetAnalysisService, require_learnable
+from services.training.dataset_analysis import DatasetAnalysisService
+from services.training.learnable import require_learnable
 from services.training.run_card import about_run
 from services.training.run_control import RunControl
 from services.training.run_journal import RunJournal

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from services.dataset_service import DatasetService
-from services.training.dataset_analysis import DatasetAnalysisService, some_answer_fits
+from services.training.dataset_analysis import DatasetAnalysisService
 from tests.support.job_records import CONFIG, job_record
 
 
@@ -28,18 +28,3 @@ def test_a_job_queued_before_some_settings_existed_is_looked_at(tmp_path: Path) 
     service = DatasetAnalysisService(nothing, OneDataset(tmp_path / "rows.jsonl"), nothing, nothing, tmp_path)
     assert service.begin_in_doubt(job_record(1, config=config)) is None
     service.close()
-
-
-def test_the_calls_of_earlier_turns_count_too(tmp_path: Path) -> None:
-    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "x" * 200}}}
-    turns: list[dict[str, Any]] = [
-        {"role": "user", "content": "Look."},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "Nothing."},
-        {"role": "assistant", "content": "There is nothing."},
-    ]
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"messages": turns}) + "\n")
-    assert some_answer_fits(rows, "assistant", 64)
-    assert not some_answer_fits(rows, "last_assistant", 64)
-    assert some_answer_fits(rows, "last_assistant", 512)
