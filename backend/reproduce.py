@@ -128,20 +128,20 @@ def _read(card: IO[bytes], weights: IO[bytes]) -> Adapter:
     if len(text) > _MAX_CARD_BYTES:
         raise ValueError(f"{_CARD_NAME} is larger than {_MAX_CARD_BYTES} bytes")
     try:
-        found = _CARD.validate_json(text)
+        values = _CARD.validate_json(text)
     except ValidationError as error:  # its own text quotes what it refuses
         why = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise ValueError(f"{_CARD_NAME}: {why[:1000]}") from None
-    json.dumps([found["config"], found["validation_fraction"]], allow_nan=False)  # they are sent
-    if found["resumed_from"] is not None:
+    json.dumps([values["config"], values["validation_fraction"]], allow_nan=False)  # they are sent
+    if values["resumed_from"] is not None:
         raise CannotReproduce(
-            f"The run began with the checkpoint {found['resumed_from']} of another job, which is not in the card."
+            f"The run began with the checkpoint {values['resumed_from']} of another job, which is not in the card."
         )
-    if found["outcome"].get("stopped_on_request"):
+    if values["outcome"].get("stopped_on_request"):
         raise CannotReproduce(
-            f"The run was ended by a client after step {found['outcome'].get('steps')}: no setting does that again."
+            f"The run was ended by a client after step {values['outcome'].get('steps')}: no setting does that again."
         )
-    return Adapter(found, _sha256(iter(lambda: weights.read(_CHUNK_BYTES), b"")))
+    return Adapter(values, _sha256(iter(lambda: weights.read(_CHUNK_BYTES), b"")))
 
 
 def _sha256(chunks: Iterable[bytes]) -> str:

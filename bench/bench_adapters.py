@@ -110,10 +110,10 @@ def main() -> None:
         same = statistics.median(first_token_s(studio, loaded_id, ids[0]) for _ in range(5))
         switching = statistics.median(first_token_s(studio, loaded_id, ids[n % ADAPTERS]) for n in range(1, 9))
         print(f"a first token: same adapter {same * 1000:.0f} ms, another each time {switching * 1000:.0f} ms")
-        found = studio.http.get(f"/api/peft/loaded-models/{loaded_id}").json()
+        shown = studio.http.get(f"/api/peft/loaded-models/{loaded_id}").json()
         studio.http.delete(f"/api/peft/loaded-models/{loaded_id}").raise_for_status()
         load_beside_peft(Path(path), [Path(home) / "inbox" / str(number) for number in range(ADAPTERS)])
-        print(json.dumps({"adapters": len(found["adapters"]), "engine_gone": not psutil.pid_exists(pid)}))
+        print(json.dumps({"adapters": len(shown["adapters"]), "engine_gone": not psutil.pid_exists(pid)}))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ STEPS, MIB = 6, 2**20
 def run(point: Point, model: Path, name: str) -> tuple[int, float]:
     """Return the peak in bytes and the fastest step in seconds."""
     use_allocator(name)
-    found = measure(point, model, STEPS)
-    return found["peak_bytes"], found["step_s"]
+    measured = measure(point, model, STEPS)
+    return measured["peak_bytes"], measured["step_s"]
 
 
 def main(rounds: int) -> int:
@@ -47,8 +47,8 @@ def main(rounds: int) -> int:
             pairs = []
             for number in range(rounds):
                 names = ("glibc", "tcmalloc") if number % 2 == 0 else ("tcmalloc", "glibc")
-                found = {name: run(point, model, name) for name in names}
-                pairs.append((found["glibc"], found["tcmalloc"]))
+                measured = {name: run(point, model, name) for name in names}
+                pairs.append((measured["glibc"], measured["tcmalloc"]))
             peak, step = (statistics.median(tcmalloc[i] / glibc[i] for glibc, tcmalloc in pairs) for i in (0, 1))
             shown = ", ".join(f"{glibc[0] / MIB:,.0f} -> {tcmalloc[0] / MIB:,.0f}" for glibc, tcmalloc in pairs)
             lower &= peak < 1

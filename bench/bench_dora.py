@@ -60,8 +60,8 @@ def prepare(path: Path) -> Base:
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Return the seconds that a call takes, and what it returns."""
     began = time.perf_counter()
-    found = run()
-    return time.perf_counter() - began, found
+    returned = run()
+    return time.perf_counter() - began, returned
 
 
 def training_pass(base: Base, name: str, ids: torch.Tensor) -> tuple[float, float]:
@@ -74,9 +74,9 @@ def training_pass(base: Base, name: str, ids: torch.Tensor) -> tuple[float, floa
         loss.backward()
         return float(loss.detach())
 
-    found = timed(run)
+    timing = timed(run)
     base.model.zero_grad(set_to_none=True)
-    return found
+    return timing
 
 
 def answer(base: Base, name: str, ids: torch.Tensor) -> tuple[float, list[int]]:

@@ -21,14 +21,14 @@ MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def latencies_ms(http: httpx.Client) -> list[float]:
     """Time requests at a fixed rate, from when each should have been sent: a late start is waiting too."""
-    found = []
+    latencies = []
     begin = time.perf_counter()
     for number in range(REQUESTS):
         due = begin + number * INTERVAL_S
         time.sleep(max(0.0, due - time.perf_counter()))
         http.get("/api/hardware/profile").raise_for_status()
-        found.append((time.perf_counter() - due) * 1000)
-    return found
+        latencies.append((time.perf_counter() - due) * 1000)
+    return latencies
 
 
 def show(name: str, values: list[float]) -> None:

@@ -30,15 +30,15 @@ class Judged:
 def fit(features: np.ndarray, wanted: np.ndarray, peaks: np.ndarray) -> np.ndarray:
     """Least squares of relative errors with coefficients of at least 0, over every subset of the features."""
     left, right = features / peaks[:, None], wanted / peaks
-    best, found = np.inf, np.zeros(features.shape[1])
+    best, coefficients = np.inf, np.zeros(features.shape[1])
     for size in range(1, features.shape[1] + 1):
         for columns in itertools.combinations(range(features.shape[1]), size):
             part, *_ = np.linalg.lstsq(left[:, columns], right, rcond=None)
             rest = float(((left[:, columns] @ part - right) ** 2).sum())
             if (part >= 0).all() and rest < best:
-                best, found = rest, np.zeros(features.shape[1])
-                found[list(columns)] = part
-    return found
+                best, coefficients = rest, np.zeros(features.shape[1])
+                coefficients[list(columns)] = part
+    return coefficients
 
 
 def figures(points: Sequence[Judged]) -> dict[str, str]:
@@ -69,7 +69,7 @@ def summary(groups: Mapping[str, Sequence[Judged]]) -> list[str]:
     rows = {name: figures(points) for name, points in groups.items() if points}
     columns = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    return lines + [f"| {name} | " + " | ".join(found.values()) + " |" for name, found in rows.items()]
+    return lines + [f"| {name} | " + " | ".join(values.values()) + " |" for name, values in rows.items()]
 
 
 def halves(points: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:

@@ -24,8 +24,8 @@ ENDED = ("succeeded", "failed", "cancelled", "interrupted")
 def read(path: Path, rows: int) -> list[dict[str, Any]]:
     """Read the first rows of a JSON or JSONL file."""
     text = path.read_text(encoding="utf-8")
-    found = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
-    return list(found[:rows])
+    all_rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines()]
+    return list(all_rows[:rows])
 
 
 def run(http: httpx.Client, dataset_id: str, algorithm: str, steps: int, length: int, rate: str) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
         assert shape is not None
         batch = Batch(point.batch, point.length, point.batch > 1)
         with constants_of(PLATFORMS[row["allocator"]]):
-            found = estimate(shape, point.config(), on_gpu=False, batch=batch)
-        sizes = found.total_bytes, found.low_bytes, found.high_bytes, row["peak_bytes"]
+            estimated = estimate(shape, point.config(), on_gpu=False, batch=batch)
+        sizes = estimated.total_bytes, estimated.low_bytes, estimated.high_bytes, row["peak_bytes"]
         judged.append(Judged(_name(point), *sizes, point in FITTED))
     return judged
 
@@ -115,13 +115,13 @@ def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if point not in FITTED or peak <= 1.02 * row["loaded_bytes"]:
             continue
         config, batch = point.config(), Batch(point.batch, point.length, point.batch > 1)
-        found = estimate(shape, config, on_gpu=False, batch=batch)
+        estimated = estimate(shape, config, on_gpu=False, batch=batch)
         layers = kept_by_layers(shape, config, batch, on_gpu=False)
         plain, extras = layers.plain_bytes, layers.all_bytes - layers.plain_bytes
         trained, quantized = adapter_parameters(shape, config) * 12, config.quantization != "none"
         decomposed = (config.init_weights == "pissa") * dense_bytes(shape, config)
         features.append([MIB, plain * (not quantized), plain * quantized, extras, trained, decomposed])
-        tensors = weights_bytes(shape, config) + trained + found.activations_bytes + found.logits_bytes
+        tensors = weights_bytes(shape, config) + trained + estimated.activations_bytes + estimated.logits_bytes
         wanted.append(peak - tensors)
         peaks.append(peak)
     values = fit(np.array(features, float), np.array(wanted, float), np.array(peaks, float))
@@ -163,13 +163,13 @@ def loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         kinds.setdefault(key, []).append(row["loaded_bytes"])
         configs[key] = config
     lines = ["| loading | predicted MiB | measured MiB, median (least to most) | error |", "|---|---:|---:|---:|"]
-    for (model, quantization, precision), found in kinds.items():
+    for (model, quantization, precision), measured in kinds.items():
         shape = SHAPES[model]
         assert shape is not None
         with constants_of(PLATFORMS[rows[0]["allocator"]]):
             predicted = loading_bytes(shape, configs[model, quantization, precision], on_gpu=False)
-        middle = statistics.median(found)
-        span = f"{middle / MIB:,.0f} ({min(found) / MIB:,.0f} to {max(found) / MIB:,.0f})"
+        middle = statistics.median(measured)
+        span = f"{middle / MIB:,.0f} ({min(measured) / MIB:,.0f} to {max(measured) / MIB:,.0f})"
         held = precision if quantization == "none" else f"{quantization}, computes in {precision}"
         lines.append(f"| {model}, {held} | {predicted / MIB:,.0f} | {span} | {predicted / middle - 1:+.1%} |")
     return lines
@@ -178,10 +178,10 @@ def loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Write what one allocator's points say."""
     platform, judged = PLATFORMS[name], judge(rows)
-    pairs = [(found, point_of(row)) for found, row in zip(judged, rows, strict=True)]
-    on, off = halves([found for found, point in pairs if point not in (*ELSEWHERE, *LONGER)])
-    elsewhere = [found for found, point in pairs if point in ELSEWHERE]
-    longer = [found for found, point in pairs if point in LONGER]
+    pairs = [(judgement, point_of(row)) for judgement, row in zip(judged, rows, strict=True)]
+    on, off = halves([judgement for judgement, point in pairs if point not in (*ELSEWHERE, *LONGER)])
+    elsewhere = [judgement for judgement, point in pairs if point in ELSEWHERE]
+    longer = [judgement for judgement, point in pairs if point in LONGER]
     in_use = (
         platform.overhead_bytes / MIB,
         platform.slack_loading,
@@ -210,13 +210,13 @@ def goals_missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name the goals that the points do not meet on which nothing was fitted; none if there are no points."""
     if not rows:
         return []
-    judged = [found for found in judge(rows) if not found.fitted]
-    errors = sorted(abs(found.error) for found in judged)
-    inside = sum(found.low <= found.measured <= found.high for found in judged)
+    judged = [point for point in judge(rows) if not point.fitted]
+    errors = sorted(abs(point.error) for point in judged)
+    inside = sum(point.low <= point.measured <= point.high for point in judged)
     checks = {
         "median error at most 5 %": statistics.median(errors) <= 0.05,
         "90th percentile at most 15 %": errors[int(0.9 * len(errors))] <= 0.15,
         "95 % in the range": inside >= 0.95 * len(judged),
-        "never more than 5 % under": min(found.error for found in judged) >= -0.05,
+        "never more than 5 % under": min(point.error for point in judged) >= -0.05,
     }
     return [goal for goal, met in checks.items() if not met]

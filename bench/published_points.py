@@ -119,11 +119,11 @@ def read_points(path: Path, configs: Path) -> tuple[list[Published], list[tuple[
     points, left_out = [], []
     with path.open(encoding="utf-8", newline="") as file:
         for line, row in enumerate(csv.DictReader(file), start=2):
-            found = _point(line, row, configs)
-            if isinstance(found, str):
-                left_out.append((line, row["model_id"], found))
+            point = _point(line, row, configs)
+            if isinstance(point, str):
+                left_out.append((line, row["model_id"], point))
             else:
-                points.append(found)
+                points.append(point)
     return points, left_out
 
 

@@ -154,7 +154,7 @@ def analysis_view(analysis: Analysis, duplicate_rows: int | None) -> AnalysisRes
 
 
 def _warnings(figures: DatasetFigures, config: PeftConfig) -> list[str]:
-    rows, found = figures.rows, {name: finding.rows for name, finding in figures.findings}
+    rows, affected = figures.rows, {name: finding.rows for name, finding in figures.findings}
     length = f"max_seq_length={config.max_seq_length}"
     told = {
         "answer_lost": f"lose all that would be learned at {length}",
@@ -163,7 +163,7 @@ def _warnings(figures: DatasetFigures, config: PeftConfig) -> list[str]:
         "refused": "are refused by the chat template, so a job would fail",
         "without_end_mark": "do not end with a special token: the model may not learn to stop",
     }
-    warnings = [f"{found[name]} of {rows} rows {what}" for name, what in told.items() if found[name]]
+    warnings = [f"{affected[name]} of {rows} rows {what}" for name, what in told.items() if affected[name]]
     warnings += [
         f"the chat template leaves out {item.what} in {item.rows} of the {figures.looked_at_rows} rows looked at"
         for item in figures.left_out

@@ -119,13 +119,13 @@ class _Findings:
             examples.append(number)
 
     def result(self) -> DatasetFigures:
-        found = {
+        findings = {
             name: Finding(rows=self._counts[name], examples=self._examples.get(name, []))
             for name in Findings.model_fields
         }
         return DatasetFigures(
             rows=self._counts["rows"],
-            findings=Findings(**found),
+            findings=Findings(**findings),
             refusals=[Refusal(reason=reason, rows=rows) for reason, rows in self._refusals.most_common(_EXAMPLES)],
             left_out=[LeftOut(what=what, rows=rows) for what, rows in sorted(self._left_out.items())],
             looked_at_rows=self._counts["looked_at"],

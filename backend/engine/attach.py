@@ -66,12 +66,12 @@ def attach_plain(model: Any, name: str, path: Path) -> PeftModel | None:
     with _all_or_nothing(model, name), no_init_weights():  # memory that is not written to is not taken
         if isinstance(model, PeftModel):
             _make_places(model, name, config, layers)
-            found = model
+            adapted = model
         else:
             was_training = model.training
-            found = PeftModelForCausalLM(model, config, adapter_name=name, low_cpu_mem_usage=True).train(was_training)
-        _fill({key: unwrapped(found).get_submodule(key) for key in layers}, name, tensors)
-    return found
+            adapted = PeftModelForCausalLM(model, config, adapter_name=name, low_cpu_mem_usage=True).train(was_training)
+        _fill({key: unwrapped(adapted).get_submodule(key) for key in layers}, name, tensors)
+    return adapted
 
 
 def detach_plain(model: PeftModel, name: str) -> bool:
@@ -120,7 +120,7 @@ def _targeted(model: Any, config: LoraConfig) -> dict[str, Any] | None:
     """
     bare, adapted = unwrapped(model), isinstance(model, PeftModel)
     head = bare.get_output_embeddings()
-    found = {}
+    layers = {}
     for key, module in _own_modules(bare):
         if not check_target_module_exists(config, key):
             continue
@@ -131,8 +131,8 @@ def _targeted(model: Any, config: LoraConfig) -> dict[str, Any] | None:
         weight = layer.weight
         if weight.dtype.is_floating_point and weight.dtype not in _FLOATS:
             return None  # PEFT gives A and B other types than fp32 there
-        found[key] = module
-    return found or None
+        layers[key] = module
+    return layers or None
 
 
 def _own_modules(bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -199,19 +199,19 @@ def attach_by_peft(model: Any, name: str, path: Path, device: str) -> PeftModel:
     """
     with _all_or_nothing(model, name):
         if isinstance(model, PeftModel):
-            found, renamed = model, None
+            adapted, renamed = model, None
         else:
             config = PeftConfig.from_pretrained(str(path))
             config.inference_mode = True
             renamed = getattr(model, "_checkpoint_conversion_mapping", {})
             kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-            found = kind(model, config, adapter_name=name)
-        loaded = found.load_adapter(str(path), name, torch_device=device, key_mapping=renamed)
+            adapted = kind(model, config, adapter_name=name)
+        loaded = adapted.load_adapter(str(path), name, torch_device=device, key_mapping=renamed)
         for fault, keys in (("lacks", loaded.missing_keys), ("has no place for", loaded.unexpected_keys)):
             if keys:
                 subject = "the file" if fault == "lacks" else "the base"
                 raise ValueError(f"{subject} {fault} {len(keys)} tensors, the first of them {sorted(keys)[0]}")
-    return found
+    return adapted
 
 
 @contextmanager

@@ -65,8 +65,8 @@ def matrix_product(torch: Any, index: int, kind: str) -> Check:
     right = torch.randn(_SIZE, _SIZE, generator=generator).to(dtype)
     expected = left.double() @ right.double()
     device = f"cuda:{index}"
-    found = (left.to(device) @ right.to(device)).double().cpu()
-    error = float((found - expected).abs().max())
+    product = (left.to(device) @ right.to(device)).double().cpu()
+    error = float((product - expected).abs().max())
     detail = f"Largest difference from the CPU's answer: {error:.2e}."
     if error <= _TOLERANCE[kind]:  # false for NaN too
         return _check(f"matrix_product_{kind}_{index}", "pass", detail)
@@ -142,12 +142,12 @@ def refused_versions(requirements: list[str], installed: Callable[[str], str] = 
         if not wanted or requirement.name.lower().replace("-", "_") not in _UNSLOTH_NEEDS:
             continue
         try:
-            found = installed(requirement.name)
+            version = installed(requirement.name)
         except PackageNotFoundError:
             refused.append(f"{requirement.name}{requirement.specifier} (not installed)")
             continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            refused.append(f"{requirement.name}{requirement.specifier} (installed: {found})")
+        if not requirement.specifier.contains(version, prereleases=True):
+            refused.append(f"{requirement.name}{requirement.specifier} (installed: {version})")
     return refused
 
 

@@ -51,11 +51,11 @@ class PublishedWeights:
         Raises:
             BadSetting: The files do not hold the weight, or hold another one under its name.
         """
-        found = next((name for name in self._names(f"{path}.weight") if name in self._files), None)
+        stored = next((name for name in self._names(f"{path}.weight") if name in self._files), None)
         held = dequantize_module_weight(layer).detach().to(torch.float32)
-        if found is not None:
-            with safe_open(self._files[found], framework="pt") as tensors:
-                weight = tensors.get_tensor(found)
+        if stored is not None:
+            with safe_open(self._files[stored], framework="pt") as tensors:
+                weight = tensors.get_tensor(stored)
             if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D):
                 weight = weight.T  # transformers turned it round as it took a quantised linear layer in its place
             if weight.is_floating_point() and weight.shape == held.shape:
@@ -89,12 +89,12 @@ def parts(weight: Any) -> dict[str, torch.Tensor]:
     Source: bitsandbytes' `QuantState`; its code books are constants.
     """
     state = getattr(weight, "quant_state", None)
-    found = {"weight": weight.data}
+    tensors = {"weight": weight.data}
     if state is not None:
-        found["absmax"] = state.absmax
+        tensors["absmax"] = state.absmax
         if state.nested:
-            found |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
-    return found
+            tensors |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
+    return tensors
 
 
 def freeze(layer: Any, weight: torch.Tensor) -> None:

@@ -41,8 +41,8 @@ class GgufMetadata:
 
     def token_of(self, role: str) -> int | None:
         """Return the token of a role."""
-        found = self.get(f"tokenizer.ggml.{role}_token_id")
-        return None if found is None else int(found)
+        token = self.get(f"tokenizer.ggml.{role}_token_id")
+        return None if token is None else int(token)
 
     @property
     def ends(self) -> list[int]:
@@ -57,8 +57,8 @@ def read_tokenizer(metadata: GgufMetadata) -> Any:
         BadModel: The file does not say how text is split, or in a way that is not known here.
     """
     name = str(metadata.get("tokenizer.ggml.pre", ""))
-    found = pre_tokenizer_of(name)
-    if found is None:
+    splitter = pre_tokenizer_of(name)
+    if splitter is None:
         said = f"by {name!r:.40}, which is not known here" if name else "in no way that the file names"
         raise BadModel(
             f"the tokenizer of the GGUF file splits text {said}: it would read other tokens than the model's"
@@ -68,16 +68,16 @@ def read_tokenizer(metadata: GgufMetadata) -> Any:
     used = [number for number, kind in enumerate(kinds) if kind != TokenType.UNUSED]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocabulary = {tokens[number]: number for number in used}
-    core = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=found.ignores_merges))
-    if found.composes:
+    core = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=splitter.ignores_merges))
+    if splitter.composes:
         core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pre_tokenizers.Sequence([_step(step) for step in found.steps])
+    core.pre_tokenizer = pre_tokenizers.Sequence([_step(step) for step in splitter.steps])
     core.decoder = decoders.ByteLevel()
     marks = [number for number in used if kinds[number] in (*_SPECIAL, TokenType.USER_DEFINED)]
     core.add_tokens(
         [AddedToken(tokens[number], normalized=False, special=kinds[number] in _SPECIAL) for number in marks]
     )
-    _surround(core, metadata, tokens, adds_bos=found.adds_bos)
+    _surround(core, metadata, tokens, adds_bos=splitter.adds_bos)
     roles = {theirs: metadata.token_of(ours) for ours, theirs in _ROLES.items()}
     named = {f"{role}_token": tokens[number] for role, number in roles.items() if number is not None}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **named)

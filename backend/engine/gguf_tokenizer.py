@@ -97,11 +97,11 @@ def _add_ends(roles: dict[str, int], ends: TurnEnds, *, keeps_eos: bool) -> None
             roles.setdefault("eom", own)
 
 
-def _templates(found: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
+def _templates(templates: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
     """Return chat templates as GGUF has them: one, or several by name with the default among them."""
-    if not isinstance(found, dict):
-        return found
-    return [{"name": name, "template": template} for name, template in found.items()]
+    if not isinstance(templates, dict):
+        return templates
+    return [{"name": name, "template": template} for name, template in templates.items()]
 
 
 def _tokens(tokenizer: Any, vocabulary: int) -> tuple[list[str], list[TokenType]]:

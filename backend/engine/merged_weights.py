@@ -182,14 +182,14 @@ def merged_weight(layer: LoraLayer, adapter: str) -> torch.Tensor:
 
 def stored_dtypes(folder: Path) -> Mapping[str, torch.dtype]:
     """Return the floating-point types of the tensors in a folder's safetensors files, by name."""
-    found = {}
+    dtypes = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
                 dtype = _STORED.get(tensors.get_slice(name).get_dtype())
                 if dtype is not None:
-                    found[name] = dtype
-    return found
+                    dtypes[name] = dtype
+    return dtypes
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -27,7 +27,7 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     model = unwrapped(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = {}
+    layers = {}
     adapted = None  # the layer with adapters whose parts are being passed over
     for name, module in model.named_modules():
         if module is head or (adapted is not None and name.startswith(adapted)):
@@ -36,10 +36,10 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
         if isinstance(module, LoraLayer):
             module = module.get_base_layer()
         if isinstance(module, nn.Linear):  # bitsandbytes' quantised layers are subclasses
-            found[name] = (module.in_features, module.out_features)
+            layers[name] = (module.in_features, module.out_features)
         elif isinstance(module, Conv1D):
-            found[name] = (module.weight.shape[0], module.weight.shape[1])
-    return found
+            layers[name] = (module.weight.shape[0], module.weight.shape[1])
+    return layers
 
 
 def targeted_layers(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int, int]]:

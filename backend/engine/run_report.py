@@ -64,10 +64,10 @@ def _storage(module: nn.Module) -> str | None:
 
 def _elements(parameters: Iterable[nn.Parameter]) -> dict[str, int]:
     """Count stored elements by type; a packed 4-bit weight counts as the bytes that hold it."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for parameter in parameters:
-        found[_name(parameter.dtype)] += parameter.numel()
-    return dict(found)
+        counts[_name(parameter.dtype)] += parameter.numel()
+    return dict(counts)
 
 
 def _name(dtype: Any) -> str:

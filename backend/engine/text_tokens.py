@@ -30,8 +30,8 @@ class TextTokenizer:
         return TextTokens([*before, *ids, *after], places)
 
 
-def _without(added: list[int], mark: int | None, found: list[int]) -> list[int]:
-    return [token for token in added if token != mark] if found == [mark] else added
+def _without(added: list[int], mark: int | None, tokens: list[int]) -> list[int]:
+    return [token for token in added if token != mark] if tokens == [mark] else added
 
 
 def _added(tokenizer: Any) -> tuple[list[int], list[int]]:

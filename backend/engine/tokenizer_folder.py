@@ -57,8 +57,8 @@ def own_template(folder: Path) -> Template | None:
     if not named and (folder / _SETTINGS).is_file():
         said = json.loads((folder / _SETTINGS).read_bytes()).get("chat_template")
         named = {item["name"]: item["template"] for item in said} if isinstance(said, list) else {"default": said}
-    found = {name: template for name, template in named.items() if template}
-    return found["default"] if found.keys() == {"default"} else found or None
+    templates = {name: template for name, template in named.items() if template}
+    return templates["default"] if templates.keys() == {"default"} else templates or None
 
 
 def fingerprint(folder: Path) -> str:

@@ -121,7 +121,7 @@ class ExportService:
         """
         record = self.ledger.get(export_id)
         folder = self.path_of(record)
-        names = [found for found, _ in self.files(record)]
+        names = [made for made, _ in self.files(record)]
         if folder is None or name not in names:
             raise ExportFileNotFound(f"The export is {record.state.value}; its files are {names}.")
         return folder / name

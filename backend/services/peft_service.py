@@ -81,8 +81,8 @@ class PeftService:
             SettingRejected: There is no such device.
             ModelNotFound: There is no such model.
         """
-        found = self._machine.device(device if loaded is None else device_name(loaded.base.key.device))
-        return ModelOnDevice(model_id, revision, self._facts.shape(model_id, revision), found, loaded)
+        place = self._machine.device(device if loaded is None else device_name(loaded.base.key.device))
+        return ModelOnDevice(model_id, revision, self._facts.shape(model_id, revision), place, loaded)
 
     def configure(
         self,

@@ -67,8 +67,8 @@ class Database:
         with self.begin() as connection:
             if not inspect(connection).has_table("alembic_version"):
                 return None
-            found: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-            return found
+            version: str | None = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+            return version
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:

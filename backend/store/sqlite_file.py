@@ -31,15 +31,15 @@ def check(path: Path) -> None:
         return
     try:
         with closing(sqlite3.connect(path)) as connection:
-            found = [row[0] for row in connection.execute("PRAGMA quick_check(5)")]
+            problems = [row[0] for row in connection.execute("PRAGMA quick_check(5)")]
     except sqlite3.OperationalError as error:  # with no room for the index of its WAL, for one
         raise OSError(
             f"{path} cannot be opened ({error}). Is the disk full, or another program at the file?"
         ) from error
     except sqlite3.DatabaseError as error:
-        found = [str(error)]
-    if found != ["ok"]:
-        raise DatabaseDamaged(f"{path} is damaged ({'; '.join(found)}). {_advice(path)}")
+        problems = [str(error)]
+    if problems != ["ok"]:
+        raise DatabaseDamaged(f"{path} is damaged ({'; '.join(problems)}). {_advice(path)}")
 
 
 def _advice(path: Path) -> str:

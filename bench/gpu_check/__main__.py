@@ -45,8 +45,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="gpu-check-") as name:
         for model in models:
             folder = Path(name) / model
-            found = _check_model(model, algorithms, folder, arguments)
-            rows, peers, left_out = rows + found[0], peers | found[1], left_out + found[2]
+            checked = _check_model(model, algorithms, folder, arguments)
+            rows, peers, left_out = rows + checked[0], peers | checked[1], left_out + checked[2]
             shutil.rmtree(folder)  # the next one's weights need the room
     text = document(_machine(gpus, arguments), rows, peers, left_out, on_cpu=arguments.cpu)
     print(text)
@@ -89,23 +89,23 @@ def _check_model(
     def config_of(name: str) -> dict[str, Any]:
         return dict(json.loads((folder / "models" / name / "config.json").read_text(encoding="utf-8")))
 
-    found, left_out = cases(
+    planned, left_out = cases(
         [model], algorithms, on_cpu=arguments.cpu, length=length, everything=arguments.all, config_of=config_of
     )
     device = "cpu" if arguments.cpu else "cuda:0"
     tasks = [
         task(kind, case, folder, device)
-        for case in found
+        for case in planned
         for kind in ("prove", "merged", *(("peer",) if _has_peer(case) else ()))
     ]
     groups = [tasks] if arguments.cpu else [[item] for item in tasks]
     answers: dict[str, dict[str, Any]] = {}
     for number, group in enumerate(groups):
         answers |= _run(group, folder, str(number))
-    rows = [judge(case, answers, on_cpu=arguments.cpu) for case in found]
+    rows = [judge(case, answers, on_cpu=arguments.cpu) for case in planned]
     peers = {
         f"{case.model}-{case.algorithm.value}": answers.get(f"peer:{case.id}", {"error": "the process ended"})
-        for case in found
+        for case in planned
         if _has_peer(case)
     }
     for row in rows:
@@ -166,11 +166,11 @@ def _run(tasks: list[dict[str, Any]], folder: Path, name: str) -> dict[str, dict
         except subprocess.TimeoutExpired:
             code = None
     lines = answers.read_text(encoding="utf-8").splitlines() if answers.is_file() else []
-    found = {answer.pop("id"): answer for answer in map(json.loads, lines)}
-    if code != 0 or any("error" in answer for answer in found.values()):
+    answered = {answer.pop("id"): answer for answer in map(json.loads, lines)}
+    if code != 0 or any("error" in answer for answer in answered.values()):
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
         print(f"exit code {code}; the last lines:\n" + "\n".join(tail), file=sys.stderr, flush=True)
-    return found
+    return answered
 
 
 def _machine(gpus: list[GpuReading], arguments: argparse.Namespace) -> list[str]:

@@ -66,7 +66,7 @@ def cases(
     Args:
         config_of: Gives a model's config.json by its name.
     """
-    found, left_out = [], []
+    planned, left_out = [], []
     facts = MachineFacts(has_gpu=not on_cpu, supports_bf16=not on_cpu)
     for model in models:
         shape = read_shape(config_of(model))
@@ -77,7 +77,7 @@ def cases(
             config = configure(
                 algorithm, use_case=None, overrides=settings(on_cpu=on_cpu, length=length), machine=facts, shape=shape
             ).config
-            found.append(Case(model, algorithm, "transformers", config))
+            planned.append(Case(model, algorithm, "transformers", config))
             why = obstacle(config, shape.model_type if shape else None)
             if on_cpu:
                 left_out.append(f"{algorithm.value} on {model} through Unsloth: it needs a CUDA GPU")
@@ -87,8 +87,8 @@ def cases(
                 longest = loaded_length(config, shape.max_positions if shape else None)
                 if longest < config.max_seq_length:
                     raise ValueError(f"{model} knows {longest} tokens only")
-                found.append(Case(model, algorithm, "unsloth", config))
-    return found, left_out
+                planned.append(Case(model, algorithm, "unsloth", config))
+    return planned, left_out
 
 
 def task(kind: str, case: Case, folder: Path, device: str) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def prove(task: dict[str, Any]) -> dict[str, Any]:
     base = Base(Path(task["model_path"]), config, task["device"], task["engine"])
     before = mean_loss(base, task["held_out"], config)
     whole, figures = _train(base, config, task, "whole", recorded_step=0)
-    found = {
+    answer = {
         "computation": whole.of("computing")[-1].how,
         "losses": [event.loss for event in whole.of("metrics")],
         "tokens_per_s": speed(
@@ -91,7 +91,7 @@ def prove(task: dict[str, Any]) -> dict[str, Any]:
         "trainable_parameters": figures.trainable_parameters,
     }
     with base.using("whole"):
-        found["after"] = mean_loss(base, task["held_out"], config)
+        answer["after"] = mean_loss(base, task["held_out"], config)
     about = AboutExport(
         adapter_id="whole", adapter_name="whole", adapter_version=1, base_model_id="check/base", base_revision=None,
         format="merged", created_at=datetime.now(UTC).isoformat(),
@@ -106,9 +106,9 @@ def prove(task: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     base.detach("whole")
     resumed, _ = _train(base, config, task, "resumed", recorded_step=task["resume_at"])
-    found["resumed_from"] = resumed.of("started")[-1].resumed_from_step
-    found["resumed_losses"] = [event.loss for event in resumed.of("metrics")]
-    return found
+    answer["resumed_from"] = resumed.of("started")[-1].resumed_from_step
+    answer["resumed_losses"] = [event.loss for event in resumed.of("metrics")]
+    return answer
 
 
 def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_step: int) -> tuple[Recorder, Any]:

@@ -55,10 +55,10 @@ class CompatibilityService:
             shape=shape,
             available_bytes=device.available_bytes,
         ).config
-        found = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+        assessment = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings)
         if blockers:
-            return replace(found, verdict="unknown", suggestions=[], blockers=[*blockers, *found.blockers])
-        return found
+            return replace(assessment, verdict="unknown", suggestions=[], blockers=[*blockers, *assessment.blockers])
+        return assessment
 
 
 @singleton

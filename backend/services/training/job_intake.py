@@ -103,11 +103,11 @@ class JobIntake:
             progress=JobProgress(forced=True) if request.force else JobProgress(),
             created_at=now,
         )
-        found = self._checkpoint_for(record, source, request.resume_from)
+        checkpoint = self._checkpoint_for(record, source, request.resume_from)
         if not request.force:
             # The last of what may refuse it: idle models are unloaded for this.
             self.peft.admit_run(where, config, self._largest_batch(dataset, where, config))
-        return self._begin_with(*found, record) if found is not None else record
+        return self._begin_with(*checkpoint, record) if checkpoint is not None else record
 
     def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
         record = self.datasets.check_trainable(request.dataset_id, config.train_on)

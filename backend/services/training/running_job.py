@@ -62,14 +62,14 @@ class RunningJob:
         with self.lock:
             while not self._ledger.move(self.record, following, adapter=adapter, **columns):
                 try:
-                    found = self._ledger.get(self.id)
+                    newest = self._ledger.get(self.id)
                 except JobNotFound:
                     raise RunEnded from None
-                if found.state is following:
+                if newest.state is following:
                     break
-                if found.state not in ACTIVE_STATES or not may_change(found.state, following):
+                if newest.state not in ACTIVE_STATES or not may_change(newest.state, following):
                     raise RunEnded
-                self.record = replace(self.record, state=found.state)
+                self.record = replace(self.record, state=newest.state)
             self.record = replace(self.record, state=following)
 
     def finish(self, following: JobState, adapter: AdapterRecord | None = None, **columns: Any) -> None:
