@@ -12,8 +12,8 @@ from services.loading.loaded_base import LoadedBase
 def with_room(device: Device, bases: Iterable[LoadedBase], own: LoadedBase | None = None) -> Device:
     """Return a device with what a new load, or a run on a loaded base, may use of it.
 
-    Loads under way have not taken yet what they will need, so that is not free; what the run's own base holds
-    already is in its estimate, so it counts as free.
+    Loads under way have not yet taken all the memory that they will need. That part is not free. The memory that the
+    run's own base holds is part of the run's estimate. It counts as free.
 
     Args:
         device: With what the system reports as free.
@@ -37,14 +37,14 @@ def next_to_give_way(
 ) -> LoadedBase | None:
     """Return the idle base to unload next for something that does not fit; None if unloading would not help.
 
-    The longest unused goes first. What a job loaded for itself and has left goes at once, and what a client asked for
-    once nothing has used it for `idle_s`.
+    The base that has been unused for longest goes first. A base that a job loaded for itself goes as soon as the job
+    has left it. A base that a client asked for goes after `idle_s` seconds without use.
 
     Args:
-        device: With what may be used of it now.
+        device: With the memory that may be used of it now.
         bases: Every base there is.
-        judge: Says whether the thing fits on a device.
-        own: The base that it will run on, which stays.
+        judge: Says whether the load or run fits on a device.
+        own: The base that the run uses. It stays.
         idle_s: Seconds without use after which a client's base gives way.
     """
     if device.available_bytes is None:
@@ -62,7 +62,7 @@ def next_to_give_way(
 
 
 def refuse_what_is_blocked(assessment: Assessment, what: str) -> None:
-    """Raise for an assessment that knows of what no memory would help against, before anything is downloaded.
+    """Refuse a load or run that would fail with any amount of memory, before anything is downloaded.
 
     Raises:
         ModelRejected: With the reasons.
@@ -72,7 +72,7 @@ def refuse_what_is_blocked(assessment: Assessment, what: str) -> None:
 
 
 def refuse_what_does_not_fit(assessment: Assessment, what: str, device: Device) -> None:
-    """Raise for an assessment that says so; what is not known is admitted.
+    """Refuse a load or run that is estimated not to fit. One without an estimate is admitted.
 
     Raises:
         DoesNotFit: With the estimate and the changes that would make it fit.

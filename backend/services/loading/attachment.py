@@ -8,10 +8,10 @@ from services.loading.loaded_base import LoadedBase
 
 
 def attach(base: LoadedBase, adapter_id: str, path: Path) -> None:
-    """Make an adapter usable on a base, if it is not yet. It stays until the base is unloaded.
+    """Put an adapter on a base, unless it is there already. It stays until the base is unloaded.
 
     Raises:
-        ModelNotReady: There is no base yet, or no more.
+        ModelNotReady: The base is not loaded yet, or not any more.
         ModelBusy: A job holds it.
     """
     if adapter_id in base.adapters:
@@ -35,6 +35,6 @@ def detach(base: LoadedBase, adapter_id: str) -> None:
     try:
         process = base.engine()
     except ModelNotReady:
-        return  # it is being unloaded, and the adapter with it
+        return  # the base is being unloaded, and the adapter with it
     held = process.request(protocol.DetachAdapter(adapter_id=adapter_id)).result()
     base.detached(adapter_id, held.memory_bytes)

@@ -9,10 +9,10 @@ from services.hardware.devices import Device, EngineName, device_name
 
 @dataclass(frozen=True)
 class BaseKey:
-    """What makes two requests the same base in memory: everything that changes how it is loaded.
+    """Identifies a base in memory: everything that changes how it is loaded.
 
     Attributes:
-        max_seq_length: Tokens that Unsloth loads it for; None for transformers, where it makes no difference.
+        max_seq_length: Tokens that Unsloth loads it for; None for transformers, which loads alike for every length.
     """
 
     model_id: str
@@ -51,7 +51,7 @@ class BaseRequest:
 
     @property
     def options(self) -> LoadOptions:
-        """What it takes to load the same again."""
+        """The options with which the same base is loaded again."""
         return LoadOptions(
             engine=self.key.engine,
             device=device_name(self.key.device),

@@ -10,9 +10,9 @@ class BaseUse:
 
     Attributes:
         last_at: When it was last used; None before it is loaded.
-        last_s: The same on the monotonic clock; when it was asked for, before it is loaded.
-        for_client: Whether a client asked for it or used it. What a job loads for itself is nobody's.
-        awaited: How many wait for it to load, for another to leave it, or between two commands.
+        last_s: The same on the monotonic clock. Before it is loaded: when it was asked for.
+        for_client: Whether a client has asked for it or used it, and not only jobs.
+        awaited: How many callers wait for it: to load, to be left by another, or between two of their commands.
     """
 
     def __init__(self, clock: Clock, *, for_client: bool) -> None:
@@ -26,17 +26,17 @@ class BaseUse:
         """Record that it is used now.
 
         Args:
-            for_client: Whether a client uses it, and not a job: it is kept for the client from now on.
+            for_client: Whether a client uses it, and not a job. It is then kept for the client.
         """
         self.last_at, self.last_s = self._clock.now(), self._clock.monotonic()
         self.for_client = self.for_client or for_client
 
     def over_for(self, idle_s: float, unkept_s: float | None) -> bool:
-        """Whether nobody waits for it, and nothing has used it for a while.
+        """Whether nobody waits for it, and nothing has used it for a time.
 
         Args:
-            idle_s: How long.
-            unkept_s: How long if no client asked for it or used it; `idle_s` if None.
+            idle_s: The time.
+            unkept_s: The time for a base that no client has asked for or used; `idle_s` if None.
         """
         wanted_s = idle_s if unkept_s is None or self.for_client else unkept_s
         return not self.awaited and self._clock.monotonic() - self.last_s >= wanted_s

@@ -9,15 +9,16 @@ from services.engines.process import EngineProcess
 from services.loading.loaded_base import LoadedBase
 from services.loading.loaded_model import LoadedModel
 
-# Takes what is waited for and how far that is (0..1, or None). Waits a moment, or raises if the work is to end.
+# Takes the thing that is waited for and its progress (0..1, or None). Waits a moment, or raises if the work is to end.
 Wait = Callable[[str, float | None], None]
 
 
 @contextmanager
 def borrow(model: LoadedModel, purpose: str, wait: Wait) -> Iterator[EngineProcess]:
-    """Hold the base of a model for the length of the block, once it is loaded and nothing else holds it.
+    """Wait until the base of a model is loaded and free, and hold it for the length of the block.
 
-    The base does not give way to other loads from the call on. Others who ask for its engine get ModelBusy.
+    From the call on the base does not give way to other loads. While it is held, others who ask for its engine get
+    ModelBusy.
 
     Args:
         model: The model, loaded or loading.

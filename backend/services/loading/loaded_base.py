@@ -19,17 +19,17 @@ from services.models.progress import LoadProgress
 
 
 class LoadedBase:
-    """The state of one base. Changes come from the loader's thread and the engine's; readers see them at once.
+    """The state of one base. The loader's thread and the engine's thread change it; any thread may read it.
 
     Attributes:
         wanted: What was asked for.
         use: Who uses it.
-        loading: Done when the load has ended, well or not.
-        error: Why there is no base.
+        loading: Done when the load has succeeded or failed.
+        error: Why the load failed, or why the engine ended.
         process: The engine that holds it, or is to hold it.
-        loaded: What the engine said of the base; None until it is loaded.
-        loaded_at: When that was.
-        memory_bytes: What it holds on its device, by its engine.
+        loaded: The engine's description of the base; None until it is loaded.
+        loaded_at: When it was loaded.
+        memory_bytes: The memory that it holds on its device, as its engine reports it.
         adapters: The adapters that are on it.
         busy_with: The long piece of work that holds it, if one does.
     """
@@ -68,8 +68,8 @@ class LoadedBase:
         """Change the state. The caller holds the lock.
 
         Returns:
-            Whether it is in that state now. A base that is being unloaded stays so, whatever its loader and its engine
-            still report.
+            Whether it is in that state now. A base that is being unloaded leaves that state no more, whatever its
+            loader and its engine still report.
 
         Raises:
             TransitionNotPermitted: The table of transitions does not allow it.
@@ -92,7 +92,7 @@ class LoadedBase:
 
     @property
     def settled(self) -> bool:
-        """Whether the load has ended, well or not."""
+        """Whether the load has succeeded or failed."""
         return self._settled.is_set()
 
     @property
@@ -108,7 +108,7 @@ class LoadedBase:
     # Loading
 
     def report(self, state: str, progress: LoadProgress) -> None:
-        """Record progress of the load. What says no time left gets one by the time that it took to get this far."""
+        """Record progress of the load. The time left is estimated from the time so far if the progress names none."""
         with self._lock:
             if not self._enter(LoadState(state)):
                 return
@@ -118,7 +118,11 @@ class LoadedBase:
             self.progress = progress
 
     def adopt(self, process: EngineProcess) -> bool:
-        """Take the engine that will hold the base; False if it was unloaded meanwhile and nobody will end it."""
+        """Take the engine that will hold the base.
+
+        Returns:
+            False if the base was unloaded meanwhile. The caller then ends the engine.
+        """
         with self._lock:
             if self._state is LoadState.UNLOADING:
                 return False
@@ -126,9 +130,9 @@ class LoadedBase:
             return True
 
     def ready(self, loaded: Loaded) -> None:
-        """Record what the engine said of the loaded base."""
+        """Record that the base is loaded, with the engine's description of it."""
         with self._lock:
-            self.loaded_at = self._clock.now()  # first: whoever sees that it is loaded reads when
+            self.loaded_at = self._clock.now()  # first: who sees `loaded` may read it
             self.loaded = loaded
             self.memory_bytes = loaded.memory_bytes
             self.use.now()
@@ -136,17 +140,17 @@ class LoadedBase:
                 self.progress = replace(self.progress, fraction=1.0, bytes_per_s=None, eta_s=0.0)
 
     def fail(self, error: StudioError) -> None:
-        """Record why there is no base."""
+        """Record why the load failed, or why the engine ended."""
         with self._lock:
             self.adapters = ()
             self.memory_bytes = None
             if self._state is not LoadState.UNLOADING:
-                self.error = error  # first: whoever waits for the end of the load reads it then
+                self.error = error  # first: who waits for the end of the load reads it next
                 self._enter(LoadState.FAILED)
 
     @property
     def resident_bytes(self) -> int:
-        """Memory that it holds on its device now, as far as that can be seen; 0 before there is an engine."""
+        """Memory that it holds on its device now, as far as it can be measured; 0 before there is an engine."""
         process = self.process
         if process is None:
             return 0
@@ -157,7 +161,7 @@ class LoadedBase:
     # Using
 
     def join(self, *, for_client: bool) -> bool:
-        """Take part in a base that is there, which is a use of it by a client or a job; False if there is none."""
+        """Use the base for one more client or job; return False if it has failed or is being unloaded."""
         with self._lock:
             if self._state in GONE:
                 return False
@@ -166,7 +170,7 @@ class LoadedBase:
 
     @contextmanager
     def awaited(self) -> Iterator[None]:
-        """Keep it from giving way while somebody waits for it to load, for another to leave it, or between commands."""
+        """Keep it from giving way while a caller waits for it to load or to be free, and between its commands."""
         with self._lock:
             self.use.awaited += 1
         try:
@@ -211,7 +215,7 @@ class LoadedBase:
             return process
 
     def release(self) -> None:
-        """Give the engine back. It may have died meanwhile, and the base with it."""
+        """Give the engine back. The engine may have died meanwhile."""
         with self._lock:
             self.busy_with = None
             self.use.now()
@@ -219,7 +223,7 @@ class LoadedBase:
                 self._enter(LoadState.READY)
 
     def touch(self) -> None:
-        """Record that it was used until now."""
+        """Record a use that ends now."""
         with self._lock:
             self.use.now()
 
@@ -243,7 +247,7 @@ class LoadedBase:
     # Unloading
 
     def idle_for(self, idle_s: float, unkept_s: float | None = None) -> bool:
-        """Whether it is loaded, nothing runs on it, and it is not in use, as `BaseUse.over_for` says."""
+        """Whether it is loaded, nothing runs on it, and its use has been over for a time (`BaseUse.over_for`)."""
         with self._lock:
             return self._idle_for(idle_s, unkept_s)
 
@@ -253,19 +257,19 @@ class LoadedBase:
         return self.use.over_for(idle_s, unkept_s)
 
     def retire(self, idle_s: float, unkept_s: float | None = None) -> bool:
-        """Begin to unload it if it has been idle for so long; whoever asks for its engine from now on is refused.
+        """Begin to unload it if it has been idle for a time. From then on its engine is refused to everyone.
 
         Returns:
-            Whether it is to be unloaded. In one step with the look: no command can come in between.
+            Whether it is to be unloaded. The check and the change are one step: no command can come in between.
         """
         with self._lock:
             return self._idle_for(idle_s, unkept_s) and self._enter(LoadState.UNLOADING)
 
     def begin_unloading(self, *, though_busy: bool = False) -> None:
-        """Begin to unload it, whatever it is doing but a job.
+        """Begin to unload it, even while it is used for a short command.
 
         Args:
-            though_busy: Whether a job does not matter: the server ends.
+            though_busy: Unload it even while a job holds it, since the server ends.
 
         Raises:
             ModelBusy: A job holds it.

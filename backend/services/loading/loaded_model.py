@@ -47,7 +47,7 @@ class LoadedModel:
     """A base model with the configuration it was asked for. Several may share one base.
 
     Attributes:
-        asked: What the client set itself; it holds for jobs on the model.
+        asked: The settings that the client chose. They hold for jobs on the model.
     """
 
     id: str
@@ -66,7 +66,7 @@ class LoadedModel:
         return self.base.state
 
     def answers(self, request: LoadRequest | ConfiguredLoad, base: LoadedBase, config: PeftConfig) -> bool:
-        """Whether it is what a request for this base and this configuration asks for: no second one is needed."""
+        """Whether it satisfies a request for this base and this configuration, so that no second one is needed."""
         same = self.base is base and self.algorithm == request.algorithm
         asked_alike = isinstance(request, ConfiguredLoad) or self.asked == request.overrides
         return same and asked_alike and self.config == config
@@ -74,12 +74,12 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelOnDevice:
-    """A model and the device that it is to run on, looked up once for all that is asked about them.
+    """A model and the device that it is to run on, looked up once.
 
     Attributes:
         shape: The model's dimensions; None where its family is not known.
-        device: With what the system reports as free.
-        loaded: The loaded model that is to be used; None where a base is found or loaded.
+        device: With the memory that the system reports as free.
+        loaded: The loaded model that is to be used; None where the service picks or loads a base.
     """
 
     model_id: str

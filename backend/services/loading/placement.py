@@ -1,4 +1,4 @@
-"""Which base in memory serves a request, what loads it, and the command that does."""
+"""Which base in memory serves a request, which engine loads it, and the command that loads it."""
 
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ from services.loading.loaded_model import ConfiguredLoad, LoadRequest, ModelOnDe
 
 
 class ChoosesEngines(Protocol):
-    """The machine, as far as it is asked here."""
+    """The part of the machine that is needed here."""
 
     def engine(self, wanted: str, device: Device, obstacle: str | None) -> EngineChoice:
         """Return the engine for a device, and why."""
@@ -23,13 +23,13 @@ class ChoosesEngines(Protocol):
 def place(
     machine: ChoosesEngines, wanted: str, where: ModelOnDevice, config: PeftConfig
 ) -> tuple[BaseKey, EngineChoice]:
-    """Say which base serves a request, loaded already or not, and why on that engine.
+    """Return which base serves a request, whether it is loaded or not, and the reason for its engine.
 
     Args:
-        machine: Tells the engines.
+        machine: Knows which engines there are.
         wanted: `auto`, `transformers` or `unsloth`.
         where: The model and its device.
-        config: What decides how its weights are stored.
+        config: Decides how its weights are stored.
 
     Raises:
         SettingRejected: Unsloth was asked for and cannot do it.
@@ -45,10 +45,10 @@ def place(
 def wanted_base(
     machine: ChoosesEngines, request: LoadRequest | ConfiguredLoad, where: ModelOnDevice, config: PeftConfig
 ) -> BaseRequest:
-    """Say which base a load asks for, and how it is loaded if it is not there.
+    """Return which base a load asks for, and how it is loaded if it is not there.
 
     Args:
-        machine: Tells the engines.
+        machine: Knows which engines there are.
         request: A client's, or a job's.
         where: The model and its device.
         config: The configuration of the request.
@@ -71,7 +71,7 @@ def wanted_base(
 
 
 def load_command(path: Path, config: PeftConfig, key: BaseKey, device: Device) -> protocol.LoadBase:
-    """Write the load. An engine that is shown one GPU knows it as the first, whichever it is of the machine's."""
+    """Write the command that loads a base. An engine that sees only one GPU calls it cuda:0."""
     if key.max_seq_length is not None:
         config = config.model_copy(update={"max_seq_length": key.max_seq_length})
     shown = "cuda:0" if device.gpu_uuid is not None else device.torch_name

@@ -29,28 +29,28 @@ T = TypeVar("T")
 class BasePool:
     """Starts bases, shares them, and ends them.
 
-    Two locks, beside the one inside each base; who takes several takes them in this order:
+    There are two locks, beside the one inside each base. A thread that takes several takes them in this order:
 
-    - Admission's is held by one load or run at a time, from the judgement whether it fits until it has begun, so that
-      two cannot both take the last memory. Making room under it ends engines, which takes seconds: nothing but another
-      admission waits for it.
-    - `lock` protects which bases there are, together with what the owner keeps about them. Every request needs it, so
-      nobody holds it while an engine starts or ends.
+    - The lock of admission. One load or run holds it at a time, from the judgement whether it fits until it has begun.
+      So two of them cannot both take the last memory. Engines are ended under it to make room, which takes seconds.
+      Only other admissions wait meanwhile.
+    - `lock`. It protects which bases there are, and what the owner keeps about them. Every request needs it, so no
+      thread holds it while an engine starts or ends.
 
     Args:
         clock: For ages and idle times.
-        machine: Tells the devices.
+        machine: Knows the devices.
         files: Brings a model's files onto this machine.
-        forgotten: Takes each base that the pool has forgotten, with `lock` held and before the pool ends its engine:
-            the owner drops what it keeps about it in the same step. May come twice for one base.
+        forgotten: Called with each base that the pool has forgotten, with `lock` held and before its engine ends. The
+            owner drops what it keeps about the base. It may be called twice for one base.
         log_dir: Where engines write.
         idle_unload_s: A base unused for this long is unloaded.
         make_room_after_s: A client's base unused for this long is unloaded where another needs its memory.
         engine_silence_s: An engine that is silent for this long is ended.
 
     Attributes:
-        lock: For owners to change or read what they keep about bases in one step with the bases. It may be taken again
-            by the thread that holds it.
+        lock: An owner holds it while it reads or changes what it keeps about bases. The thread that holds it may take
+            it again.
     """
 
     def __init__(
@@ -69,9 +69,9 @@ class BasePool:
         self._log_dir, self._engine_silence_s = log_dir, engine_silence_s
         self._idle_unload_s, self._make_room_after_s = idle_unload_s, make_room_after_s
         self.lock = threading.RLock()
-        # Those to join, where a base that failed makes way for the next of its key; and all that are not forgotten.
+        # The bases that a request may join. One that failed is replaced by the next of its key.
         self._bases: dict[BaseKey, LoadedBase] = {}
-        self._held: list[LoadedBase] = []
+        self._held: list[LoadedBase] = []  # every base that is not forgotten
         self._admission = threading.Lock()
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
         self._closed = threading.Event()
@@ -80,12 +80,12 @@ class BasePool:
     # Reading
 
     def find(self, serves: Callable[[BaseKey], bool]) -> LoadedBase | None:
-        """Return the oldest base whose key will do, in whatever state it is."""
+        """Return the oldest base whose key serves, in any state."""
         with self.lock:
             return next((base for key, base in self._bases.items() if serves(key)), None)
 
     def room_on(self, device: Device, own: LoadedBase | None = None) -> Device:
-        """Return a device with what a new load, or a run on the base `own`, may use of it: see `with_room`."""
+        """Return a device with the memory that a new load, or a run on the base `own`, may use: see `with_room`."""
         with self.lock:
             return with_room(device, self._bases.values(), own)
 
@@ -94,13 +94,13 @@ class BasePool:
     def admit_run(
         self, what: str, judge: Callable[[Device], Assessment], device: Device, runs_on: LoadedBase | BaseKey
     ) -> None:
-        """Refuse a run that does not fit, even once idle bases have been unloaded for it.
+        """Unload idle bases if a run needs their memory; refuse the run if it does not fit even then.
 
         Args:
-            what: Names it in the refusal.
+            what: Names the run in the refusal.
             judge: Says whether it fits on a device.
             device: Where it runs.
-            runs_on: The base it will run on; or its key, and then it runs on the base of that key, if there is one.
+            runs_on: The base that it will use; or the base's key where the base may not be there yet.
 
         Raises:
             DoesNotFit: With the estimate and what would make it fit.
@@ -117,20 +117,19 @@ class BasePool:
     def join_or_start(
         self, wanted: BaseRequest, judge: Callable[[Device], Assessment], register: Callable[[LoadedBase], T]
     ) -> T:
-        """Join the base that is there already, or start loading it, after unloading idle ones where that is needed.
+        """Join the base that is there already, or start loading it. Idle bases are unloaded if it needs their memory.
 
         Args:
             wanted: The base.
             judge: Says whether loading it fits on a device; not asked if the load is forced or the base is there.
-            register: Takes the base, with `lock` held since it was joined or started: no other thread sees the one
-                without the other, and none can unload it in between.
+            register: Called with the base. `lock` is held from the moment that the base was joined or started, so no
+                thread sees an unregistered base or unloads it in between.
 
         Returns:
             What `register` returned.
 
         Raises:
-            DoesNotFit: Loading it needs more than the device has free beside the loads under way, even with every idle
-                base unloaded.
+            DoesNotFit: It needs more memory than the device would have with every idle base unloaded.
             ModelRejected: The engine cannot train the model, and the load is not forced.
             EngineUnavailable: The pool is closed.
         """
@@ -147,9 +146,9 @@ class BasePool:
     def _make_room(
         self, what: str, judge: Callable[[Device], Assessment], device: Device, own: LoadedBase | None
     ) -> None:
-        """Refuse what is blocked, and what does not fit, after unloading idle bases where that makes it fit.
+        """Unload idle bases until a load or run fits; refuse it if it is blocked or does not fit even then.
 
-        The caller holds admission's lock, and not `lock`. What an unloaded base gave back is measured, not computed.
+        The caller holds the lock of admission, and not `lock`. The memory that an unloaded base gave back is measured.
         """
         while True:
             with self.lock:
@@ -180,7 +179,7 @@ class BasePool:
         return base
 
     def _load(self, base: LoadedBase) -> None:
-        """Bring the files here and load them in a new engine; every outcome is a state of the base."""
+        """Bring the files here and load them in a new engine. However it ends, the base's state says so."""
         wanted = base.wanted
         try:
             path = self._files.ensure(
@@ -214,7 +213,7 @@ class BasePool:
             self._fail(base, StudioError(f"The model could not be loaded: {type(error).__name__}."))
 
     def _fail(self, base: LoadedBase, error: StudioError) -> None:
-        """Record why there is no base: with it for the client to see, or else with the job alone that wanted it."""
+        """Record why a load failed. The base stays listed if a client asked for it; a job has the error itself."""
         base.fail(error)
         if not base.use.for_client:
             self._forget(base)
@@ -228,7 +227,7 @@ class BasePool:
     # Unloading
 
     def begin_unloading(self, base: LoadedBase) -> None:
-        """Forget a base whatever it is doing but a job; the caller ends its engine then, without `lock`.
+        """Forget a base, unless a job holds it. The caller ends its engine afterwards, without `lock`.
 
         Raises:
             ModelBusy: A job holds it; it stays.
@@ -245,13 +244,12 @@ class BasePool:
                 self._retire(base, self._idle_unload_s, "idle")
 
     def _retire(self, base: LoadedBase, idle_s: float, why: str, unkept_s: float | None = None) -> None:
-        """Unload a base if it has been idle for so long; its memory is free then.
+        """Unload a base if it has been idle for a time. Its memory is free on return.
 
-        From the first line on it gives its engine to nobody; then it is forgotten, and its engine ends last, without
-        `lock`.
+        The base first refuses its engine to everyone. Then it is forgotten. Its engine ends last, without `lock`.
         """
         if not base.retire(idle_s, unkept_s):
-            return  # it was put to use, or unloaded, at this very moment
+            return  # another thread has just begun to use it, or to unload it
         self._forget(base)
         base.end_process()
         _log.info("model.unloaded", model_id=base.key.model_id, why=why)

@@ -23,7 +23,7 @@ class CheckpointFacts:
 
 
 class CheckpointStore:
-    """One sub-folder a job, one below it a checkpoint.
+    """Keeps a folder for each job, and in it a folder for each checkpoint.
 
     Args:
         folder: Holds all of them.
@@ -42,7 +42,7 @@ class CheckpointStore:
 
         Args:
             job_id: The job.
-            check_sums: Whether to read every file and compare its sum, and not only its size.
+            check_sums: Whether to compare every file's sum, and not only its size.
         """
         checkpoints = (_facts(path, check_sums) for path in sorted(self.folder_of(job_id).glob("step-*")))
         return [facts for facts in checkpoints if facts is not None]
@@ -90,9 +90,9 @@ class CheckpointStore:
             shutil.rmtree(self.folder_of(job_id))
 
     def remove_leftovers(self) -> None:
-        """Delete checkpoints in the making, and put back those that were being replaced.
+        """Delete unfinished checkpoints, and put back those that were being replaced.
 
-        Folders of jobs that the database does not know are left alone: it may be another one, or an older copy.
+        Folders of jobs that the database does not know stay: the database may be another one, or an older copy.
         """
         for folder in self._folder.glob("job_*/"):
             finish_replacing(folder)
@@ -110,7 +110,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _facts(path: Path, check_sums: bool) -> CheckpointFacts | None:
-    """Return one checkpoint, or None if its run has deleted it in this moment."""
+    """Return one checkpoint, or None if its run has just deleted it."""
     problem = None
     try:
         (verify if check_sums else read_manifest)(path)

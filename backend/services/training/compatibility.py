@@ -30,7 +30,7 @@ class CompatibilityService:
     ) -> Assessment:
         """Judge a fine-tune against a device's free memory, or against `memory_bytes`.
 
-        What a load would refuse the model for is a blocker, and the verdict then unknown.
+        A reason for which a load would refuse the model is a blocker. The verdict is then `unknown`.
 
         Raises:
             ModelNotFound, HubUnavailable: As the Hub says.

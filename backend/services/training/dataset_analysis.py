@@ -1,4 +1,4 @@
-"""What a fine-tune would learn from a dataset: worked out once by an engine that has a tokenizer and no weights."""
+"""What a fine-tune would learn from a dataset. An engine that has a tokenizer and no weights computes it once."""
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +32,7 @@ class AnalysisRequest:
     """Which dataset, for which model, with which settings of a job.
 
     Attributes:
-        example_row: The row to show rendered, from 0, or None for the first with something to learn.
+        example_row: The row to show rendered, counted from 0; None for the first row with something to learn.
     """
 
     dataset_id: str
@@ -55,10 +55,10 @@ class Duration:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The figures of the engine, what they were made with, and how long training would take.
+    """The engine's figures, the settings that they hold for, and how long training would take.
 
     Attributes:
-        duration: From the newest job that trained this model in this way, or None if there is none.
+        duration: From the newest job that trained this model by this method; None if there is none.
     """
 
     dataset_id: str
@@ -70,7 +70,7 @@ class Analysis:
 
 
 class Running:
-    """An analysis under way: how far it is (0..1), and a future of its figures."""
+    """An analysis under way: its progress (0..1), and a future of its figures."""
 
     def __init__(self, request: AnalysisRequest, config: PeftConfig) -> None:
         self.request, self.config = request, config
@@ -79,7 +79,7 @@ class Running:
 
 
 class DatasetAnalysisService:
-    """Analyses datasets, one at a time, and keeps what came out beside the dataset.
+    """Analyses datasets, one at a time, and keeps each analysis beside its dataset.
 
     Args:
         log_dir: Where engines write.
@@ -96,7 +96,7 @@ class DatasetAnalysisService:
         self._process: EngineProcess | None = None
 
     def begin(self, request: AnalysisRequest) -> Running:
-        """Begin an analysis, or join the one that is under way, or find the one that is kept.
+        """Return a kept analysis, join one that is under way, or begin one.
 
         Raises:
             DatasetNotFound, ModelNotFound: There is none of that id.
@@ -108,9 +108,9 @@ class DatasetAnalysisService:
         return self._begin(request, config)
 
     def begin_in_doubt(self, job: JobRecord) -> Running | None:
-        """Begin an analysis of a job's data where it is in doubt that anything can be learned; None where it is not.
+        """Begin an analysis of a job's data if it may be that nothing can be learned from it; else return None.
 
-        Without one, that would come out once the base is downloaded and loaded.
+        Without the analysis the job would fail only after its base is downloaded and loaded.
 
         Raises:
             DatasetNotFound, ModelNotFound: There is none of that id.
@@ -152,7 +152,7 @@ class DatasetAnalysisService:
         wanted = (model_id, revision, config.train_on)
         for kept in self._kept.of(dataset_id):
             about = kept.about
-            # What is beyond the end of a row is beyond that of a shorter one.
+            # A row that has nothing to learn within a length has nothing within a shorter one.
             longer = about.max_seq_length >= config.max_seq_length
             if longer and (about.model_id, about.revision, about.train_on) == wanted:
                 require_learnable(dataset_id, config.max_seq_length, kept.figures)
@@ -226,7 +226,7 @@ class DatasetAnalysisService:
         return None
 
     def close(self) -> None:
-        """End what is under way."""
+        """End the analysis that is under way."""
         self._worker.shutdown(wait=False, cancel_futures=True)
         process = self._process
         if process is not None:

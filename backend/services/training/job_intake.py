@@ -1,4 +1,4 @@
-"""What a client wants trained becomes a job, or is refused with the reason."""
+"""Checks a client's request for a training: it becomes a job, or is refused with the reason."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from store.records import DatasetRecord, JobRecord
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a client wants trained."""
+    """A client's request for a training."""
 
     model_id: str | None
     loaded_model_id: str | None
@@ -40,7 +40,7 @@ class JobRequest:
 
 
 _MUST_MATCH = ("model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction")
-# What may differ between a run and the one whose checkpoint it begins with.
+# The settings that may differ between a run and the one whose checkpoint it begins with.
 _MAY_DIFFER = frozenset({
     "epochs", "max_steps", "eval_every_steps", "early_stopping_patience",
     "checkpoint_every_steps", "checkpoint_every_minutes", "keep_checkpoints",
@@ -105,7 +105,7 @@ class JobIntake:
         )
         checkpoint = self._checkpoint_for(record, source, request.resume_from)
         if not request.force:
-            # The last of what may refuse it: idle models are unloaded for this.
+            # The last check, since it may unload idle models.
             self.peft.admit_run(where, config, self._largest_batch(dataset, where, config))
         return self._begin_with(*checkpoint, record) if checkpoint is not None else record
 
@@ -133,7 +133,7 @@ class JobIntake:
     def _checkpoint_for(
         self, record: JobRecord, source: JobRecord | None, resume_from: str | None
     ) -> tuple[str, str, int] | None:
-        """Return the job, the id and the step of the checkpoint that a new job begins with, if it is to have one."""
+        """Return the job, the id and the step of the checkpoint that a new job begins with; None without one."""
         if source is None or resume_from is None:
             return None
         checkpoint_id, about = self.checkpoints.about(source.id, resume_from.partition("/")[2] or None)
@@ -165,11 +165,13 @@ def _model_of(request: JobRequest, loaded: LoadedModel | None) -> tuple[str, str
 
 
 def _overrides(request: JobRequest, loaded: LoadedModel | None, source: JobRecord | None) -> dict[str, Any]:
-    """Return what is set for a job: by its client, by the base that it names, and by the job that it goes on from.
+    """Return the settings of a job that are not left to the defaults.
 
-    A loaded base is taken as it was loaded, or refused. What the client set itself when it loaded the model holds for
-    its jobs of the same algorithm. What was fitted to the memory for an earlier job stays for one that goes on from its
-    checkpoint.
+    They come from its client, from the loaded model that it names, and from the job whose checkpoint it begins with:
+
+    - Quantization and precision are those of the loaded model. A request for others is refused.
+    - The settings that the client chose when it loaded the model hold for jobs of the same algorithm.
+    - The settings that were fitted to the memory for the earlier job stay as they are.
     """
     overrides = dict(request.overrides)
     if loaded is not None:
@@ -187,13 +189,13 @@ def _overrides(request: JobRequest, loaded: LoadedModel | None, source: JobRecor
 
 
 def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Return what was set for a loaded model, less the length of the run if the job has its own."""
+    """Return the settings that were chosen for a loaded model, without the length of a run if the job sets one."""
     own_length = {"epochs", "max_steps"} & overrides.keys()
     return {name: value for name, value in loaded.asked.items() if not (own_length and name in ("epochs", "max_steps"))}
 
 
 def digest_of(request: JobRequest) -> str:
-    """Return a sum over a request, to tell whether two are the same."""
+    """Return a digest of a request, which tells whether two requests are the same."""
     return hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -15,12 +15,12 @@ from domain.peft.config import PeftConfig
 from domain.results import DatasetFigures
 from services.dataset_service import DatasetService
 
-_VERSION = 1  # of what is computed; a kept analysis of another one is not used
+_VERSION = 1  # of the computation; an analysis of another version is not used
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*"),
     *("chat_template*", "additional_chat_templates/*"),
 )
-# What changes the figures; the rest of a configuration does not.
+# The settings that change the figures.
 _SETTINGS = (
     *("train_on", "max_seq_length", "packing", "batch_size", "gradient_accumulation"),
     *("epochs", "max_steps"),
@@ -109,7 +109,7 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> str:
-    """Return a sum over the files that make a tokenizer."""
+    """Return a digest of the files that make a tokenizer."""
     digest = hashlib.sha256()
     files = sorted({file for pattern in _TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()})
     for file in files:

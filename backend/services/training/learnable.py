@@ -1,4 +1,4 @@
-"""Whether a dataset can teach a model anything: known from an analysis, or seen in its first rows."""
+"""Whether a model can learn anything from a dataset, by an analysis or by the dataset's first rows."""
 
 import json
 from itertools import islice
@@ -14,8 +14,8 @@ _WHY_NOTHING = {
     "nothing_to_learn": "no token is learned",
     "refused": "the model's chat template refuses the conversation",
 }
-_LOOKED_AT = 1000  # rows; one that fits is enough, and mostly it is the first
-_TEMPLATE_TOKENS = 8  # of a turn: its marks and its role
+_LOOKED_AT = 1000  # rows; the first that fits ends the search
+_TEMPLATE_TOKENS = 8  # that a template adds to a turn: its marks and its role
 
 
 def require_learnable(dataset_id: str, max_seq_length: int, figures: DatasetFigures) -> None:
@@ -39,9 +39,10 @@ def require_learnable(dataset_id: str, max_seq_length: int, figures: DatasetFigu
 
 
 def some_answer_fits(rows: Path, train_on: str, max_seq_length: int) -> bool:
-    """Tell whether one of the first rows surely has an answer that begins within a number of tokens.
+    """Tell whether one of the first rows certainly has an answer that begins within a number of tokens.
 
-    A token is a byte at least, and a turn has some of the template's own: what is long by this count may still fit.
+    The count is an upper bound: a byte is counted as a token, and each turn has some tokens of the template. So a row
+    that is too long by this count may still fit.
     """
     with rows.open("rb") as file:
         for line in islice(file, _LOOKED_AT):
@@ -62,6 +63,6 @@ def some_answer_fits(rows: Path, train_on: str, max_seq_length: int) -> bool:
 
 
 def _most_tokens(turn: dict[str, Any]) -> int:
-    """Return what a turn may take: its text, its reasoning and the calls it makes."""
+    """Return the most tokens that a turn may take: its text, its reasoning and the calls it makes."""
     said = [value for name, value in turn.items() if name not in ("role", "weight")]
     return sum(len(part.encode() if isinstance(part, str) else json.dumps(part)) for part in said) + _TEMPLATE_TOKENS

@@ -1,4 +1,4 @@
-"""What is recorded of training jobs: their states, their events, their progress."""
+"""The records of training jobs: their states, their events, their progress."""
 
 import threading
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class IdempotencyKeyReused(Conflict):
 
 
 class JobLedger:
-    """Reads and changes what the database says of jobs, each change in one transaction.
+    """Reads and changes the records of jobs, each change in one transaction.
 
     Args:
         database: Holds it.
@@ -34,7 +34,7 @@ class JobLedger:
         ended: Takes the id of each job that has come to a final state.
 
     Attributes:
-        broadcast: Wakes whoever follows a job that has changed.
+        broadcast: Wakes the followers of a job that has changed.
         changed: Notified after every change of any job.
     """
 
@@ -103,7 +103,7 @@ class JobLedger:
         """Store a new job as queued, with the next sequence number.
 
         Returns:
-            The job; or the earlier one of the same idempotency key, and then nothing was stored.
+            The job; or the earlier one of the same idempotency key, in which case nothing was stored.
 
         Raises:
             IdempotencyKeyReused: The key belongs to another request.
@@ -157,9 +157,9 @@ class JobLedger:
     def record_event(
         self, job_id: str, kind: str | None, data: dict[str, Any], progress: JobProgress, stalls: int, *, after: int
     ) -> int:
-        """Write an event, or none if `kind` is None, and with it the job's progress.
+        """Write the job's progress and an event, or the progress alone if `kind` is None.
 
-        The same call again writes nothing twice: a database that went away may have kept the first.
+        The call may be repeated after a database went away. What was written the first time is not written again.
 
         Args:
             after: The event that was the job's newest when the one before this was written.

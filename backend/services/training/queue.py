@@ -27,7 +27,7 @@ _CHECKPOINT_GRACE_S = 30.0
 
 @dataclass(frozen=True)
 class QueuePlace:
-    """A queued job's place, from 1, and when it may start; None where the run before it has no estimate yet."""
+    """A queued job's place, counted from 1, and its estimated start; None where the run before it has no estimate."""
 
     position: int
     estimated_start_at: datetime | None
@@ -42,7 +42,7 @@ class TrainingQueue:
         checkpoints: Where engines leave the state of their runs.
         contexts: The contexts of the requests that brought a Hub token.
         clock: For times and waits.
-        devices: Tells the devices that jobs are trained on, asked once at the start.
+        devices: Returns the devices that jobs are trained on. It is called once, at the start.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class TrainingQueue:
         return self._runs.get(record.id) if record.state in ACTIVE_STATES else None
 
     def place_of(self, record: JobRecord) -> QueuePlace | None:
-        """Return where a queued job stands; None for any other.
+        """Return the place of a queued job; None for any other job.
 
-        The start is estimated for the first in the queue alone, from the run before it: what the others will take is
-        known once their data is tokenized, and not before.
+        Only the first in the queue has an estimated start, from the run before it. The length of the others is not
+        known before their data is tokenized.
         """
         if record.state is not JobState.QUEUED:
             return None
@@ -84,7 +84,7 @@ class TrainingQueue:
         return QueuePlace(1, now + timedelta(seconds=max(etas, default=0.0)))
 
     def retry_after(self, job_id: str, seconds: float) -> None:
-        """Have an interrupted job queued again after a while."""
+        """Queue an interrupted job again after a time."""
         self._retry_at_s[job_id] = self._clock.monotonic() + seconds
 
     def queue_again(self, record: JobRecord, **columns: Any) -> None:
@@ -99,7 +99,7 @@ class TrainingQueue:
     # Running
 
     def start(self) -> None:
-        """Take up what a former server left unfinished, and start working."""
+        """Take up the jobs that a former server left unfinished, and start the workers."""
         self._checkpoints.remove_leftovers()
         for record in self._ledger.all(ACTIVE_STATES):
             self._take_up(record)
@@ -125,7 +125,7 @@ class TrainingQueue:
         self._ledger.move(record, JobState.FAILED, error=details, stalls=stalls, finished_at=now)
 
     def _cancel_as_requested(self, record: JobRecord) -> None:
-        """Cancel a job whose run ended before it could obey."""
+        """Cancel a job that was to be cancelled when its run ended with the server."""
         cancelled = self._ledger.move(record, JobState.CANCELLED, finished_at=to_text(self._clock.now()))
         if cancelled and record.cancel_request == "nothing":
             self._checkpoints.delete(record.id)
@@ -166,7 +166,7 @@ class TrainingQueue:
             retry_after=self.retry_after,
         )
         with self._lock:
-            # Another device's worker may have found the same job: one of the two moves it on, the other goes by.
+            # Another device's worker may take the same job. One of the two runs it; the other passes it by.
             if self._closing.is_set() or record.id in self._runs:
                 return False
             self._runs[record.id] = run

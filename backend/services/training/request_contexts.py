@@ -1,4 +1,4 @@
-"""The Hub tokens of requests, for the jobs that they asked for."""
+"""The Hub tokens of requests, for the jobs that the requests created."""
 
 import contextvars
 

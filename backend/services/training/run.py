@@ -66,7 +66,7 @@ class TrainingRun:
         """
         now, record = self._clock.now(), self._job.record
         started = record.started_at or to_text(now)
-        # Patiently: a database that went away may have it as taken, and then nobody else would run it.
+        # Patiently: a database that goes away here may have kept the change, and then no other run would take the job.
         self._job.finish(JobState.PREPARING, started_at=started, attempts=record.attempts + 1, error=None)
         self._job.read()  # another run of it may have ended since it was read
         self._journal.begin()
@@ -83,7 +83,7 @@ class TrainingRun:
         """
         try:
             cancel_request = self._job.record.cancel_request
-            if cancel_request is not None:  # made during an earlier run, which ended before it could obey
+            if cancel_request is not None:  # made during an earlier run, which ended first
                 self.end(ENDINGS[cancel_request])
             self._control.check()
             trained = self._work.run(self._job, self._device, self._control, self._journal, self._on_event)
@@ -140,11 +140,11 @@ class TrainingRun:
         self._job.finish(state, adapter=adapter, adapter_id=adapter.id, result=kept, finished_at=now)
 
     def _fail(self, error_class: str, error: StudioError) -> None:
-        """Record what went wrong: to be tried again, to be looked at by a person, or for good."""
+        """Record a failure. The job is tried again, waits for a person, or has failed."""
         self._journal.flush()
         hands_out = self._hands_out()
         if self._control.stopped and not hands_out and (error_class == "disk_full" or error_class in TRANSIENT):
-            return self._end_early()  # it was to end anyway
+            return self._end_early()  # the run was to end anyway
         telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
         if error_class in ("out_of_memory", "out_of_host_memory"):
@@ -156,7 +156,7 @@ class TrainingRun:
         stalls = self._journal.stalls + 1
         if error_class in TRANSIENT and stalls < MAX_STALLS:
             wait = max(wait_s(self._journal.stalls), error.extras.get("retry_after_s") or 0.0)
-            self._retry_after(self._job.id, wait)  # first: once it is interrupted, the queue asks for it
+            self._retry_after(self._job.id, wait)  # first: the queue reads it as soon as the job is interrupted
             return self._job.finish(JobState.INTERRUPTED, error=details, stalls=stalls)
         if error_class in TRANSIENT:
             details = details.model_copy(update={"message": details.message + GIVEN_UP})
@@ -165,17 +165,17 @@ class TrainingRun:
         self._job.finish(JobState.FAILED, error=details, stalls=stalls, finished_at=to_text(self._clock.now()))
 
     def _has_ended(self) -> bool:
-        """Tell whether there is no step left to take: what is trained waits to be handed out, whatever failed."""
+        """Tell whether the last step is taken, so that only the adapter is left to hand out."""
         step, total = self._journal.progress.step, self._journal.progress.total_steps
         return self._trained or (total is not None and step >= total > 0)
 
     def _hands_out(self) -> bool:
-        """Tell whether the run was to end with the adapter as it is, and has one."""
+        """Tell whether the run was to hand out the adapter as it is, and has trained one."""
         progress = self._journal.progress
         return progress.hands_out or (self._control.ending == "keep_adapter" and progress.step > 0)
 
     def fail_unexpectedly(self) -> None:
-        """Record an error of the server's own; the traceback is in its log.
+        """Record an error of the server itself. Its log has the traceback.
 
         Raises:
             RunEnded: The job is not the run's any more.
@@ -203,7 +203,7 @@ class TrainingRun:
     # Steering
 
     def end(self, ending: Ending) -> None:
-        """Stop the run before its last step. A cancel overrules a pause, and a pause what the server wants.
+        """Stop the run before its last step. A cancel overrules a pause; a pause overrules the end of the server.
 
         Raises:
             TransitionNotPermitted: A pause is wanted of a job that is neither preparing nor running.

@@ -1,4 +1,4 @@
-"""What the server knows of a run, for the card of the adapter that it makes."""
+"""The server's part of an adapter's card: the job and its data."""
 
 from domain.protocol import AboutRun
 from services.dataset_service import DatasetService

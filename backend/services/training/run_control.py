@@ -36,7 +36,7 @@ class RunControl:
         lock: Held while the job moves, so that a pause and the job's move to `pausing` are one step.
 
     Attributes:
-        ending: Why the run is to end; None as long as it is not.
+        ending: Why the run is to end; None while it goes on.
     """
 
     def __init__(self, lock: threading.RLock) -> None:
@@ -64,7 +64,7 @@ class RunControl:
     def request(
         self, process: EngineProcess, command: protocol.Command[R, E], on_event: Callable[[E], None]
     ) -> "Future[R]":
-        """Send the command that trains, unless the run is to end. Whoever stops the run from now on stops it.
+        """Send the command that trains, unless the run is to end. A stop after this call stops the command.
 
         Raises:
             RunStopped: The run is to end.
@@ -75,7 +75,7 @@ class RunControl:
             return process.request(command, on_event)
 
     def set(self, ending: Ending) -> None:
-        """Have the run end. A cancel overrules a pause, and a pause what the server wants."""
+        """Have the run end. A cancel overrules a pause; a pause overrules the end of the server."""
         with self._lock:
             if self.ending is None or _RANK[ending] > _RANK[self.ending]:
                 self.ending = ending

@@ -17,7 +17,7 @@ from services.training.running_job import RunningJob
 from store.patience import AWAY
 
 _log = get_logger(__name__)
-# Steps that wait for a database that is away; with more, the run is paused.
+# The most steps that wait for a database that is away. With more of them the run is paused.
 _MOST_UNSAVED = 1000
 
 
@@ -43,12 +43,12 @@ class RunJournal:
         self.stalls = job.record.stalls
 
     def begin(self) -> None:
-        """Go on from what is recorded of the job now."""
+        """Read the job's progress and its newest event, from which the run goes on."""
         self._newest_event = self._job.patiently(lambda: self._ledger.newest_event(self._job.id))
         self.progress, self.stalls = self._job.record.progress, self._job.record.stalls
 
     def on_event(self, event: protocol.RunEvent) -> None:
-        """Record an event. Steps trained again after a crash are the same steps: they are not recorded twice."""
+        """Record an event. A step that is trained again after a crash is the same step, and is not recorded twice."""
         before = self.progress
         if isinstance(event, protocol.TrainingStarted):
             self._started = True
@@ -70,7 +70,7 @@ class RunJournal:
             self._save(event, before)
 
     def _save(self, event: protocol.RunEvent | None, progress: JobProgress) -> None:
-        """Write an event and the progress. What a database that is away cannot take waits; a full disk pauses."""
+        """Write an event and the progress. They wait for a database that is away; a full disk pauses the job."""
         self.progress = progress
         kind, data = (event.kind, event.data()) if event is not None else (None, {})
         self._unsaved.append((kind, data, progress))
@@ -83,7 +83,7 @@ class RunJournal:
 
     def _flush(self) -> None:
         with self._job.lock:
-            if self._started and self._job.state is JobState.PREPARING:  # and not, for one, pausing
+            if self._started and self._job.state is JobState.PREPARING:  # it may be pausing already
                 self._job.move(JobState.RUNNING)
         while self._unsaved:
             kind, data, progress = self._unsaved[0]
@@ -91,7 +91,7 @@ class RunJournal:
                 self._newest_event = self._ledger.record_event(
                     self._job.id, kind, data, progress, self.stalls, after=self._newest_event
                 )
-            except SQLAlchemyError:  # and no outage: this one can never be written, and must not hold up the others
+            except SQLAlchemyError:  # no outage: the event can never be written, and must not hold up the others
                 _log.exception("job.event_lost", job_id=self._job.id, event_kind=kind)
             self._unsaved.popleft()
 

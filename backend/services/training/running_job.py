@@ -52,8 +52,8 @@ class RunningJob:
     def move(self, following: JobState, adapter: AdapterRecord | None = None, **columns: Any) -> None:
         """Change the job's state.
 
-        Until the run has taken the job from the queue, others may move it. Afterwards only the run does. A record that
-        is not as expected then comes from the run's own last move: the database had made it and went away unheard.
+        Until the run has taken the job from the queue, others may move it. Afterwards only the run moves it. If the
+        record is then not as expected, the database has made the run's last move and went away before it answered.
 
         Raises:
             TransitionNotPermitted: The table of transitions does not allow it.
@@ -76,7 +76,7 @@ class RunningJob:
         """Change the job's state in a database that may be away for a while.
 
         Raises:
-            ServerEnds: The server stops first. The database says that the job runs, and the next start takes it up.
+            ServerEnds: The server stops first. The record still says that the job runs, so the next start takes it up.
         """
         self.patiently(lambda: self.move(following, adapter, **columns))
 

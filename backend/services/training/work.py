@@ -1,4 +1,4 @@
-"""What a run has an engine do: the base is found or loaded, lent, and trained on."""
+"""The work of a run: pick or load a base, borrow it, and have its engine train."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -85,7 +85,7 @@ class TrainingWork:
             job: What is trained.
             device: Where, unless the job names a loaded model: `cpu`, or a GPU's index.
             control: Stops it.
-            journal: Knows how far former runs of the job came.
+            journal: Knows the progress of earlier runs of the job.
             on_event: Takes the engine's events.
 
         Raises:
@@ -99,7 +99,7 @@ class TrainingWork:
             with borrow(model, f"training {job.id}", control.wait) as process:
                 return self._train(job, model, process, control, journal, on_event)
         except EngineDied:
-            # What this job loaded and lost is of no use to anybody; what a client loaded stays listed as failed.
+            # A base that this job loaded is of no more use once its engine has died. A client's stays listed as failed.
             if model.id not in known:
                 with suppress(LoadedModelNotFound):
                     self._peft.unload(model.id)
@@ -108,7 +108,7 @@ class TrainingWork:
     def _check_data(self, job: RunningJob, control: RunControl, journal: RunJournal) -> None:
         """End a job that would learn nothing before its base is downloaded and loaded."""
         if journal.progress.step:
-            return  # it has learned something
+            return  # an earlier run has learned something
         running = job.patiently(lambda: self._analyses.begin_in_doubt(job.record))
         if running is None:
             return
@@ -124,7 +124,7 @@ class TrainingWork:
             for model in named:
                 if model.state not in GONE and model.base.key.serves(config):
                     return model
-        # As the client had the named model loaded: another device or engine would round otherwise.
+        # With the named model's own options: another device or engine would round differently.
         options = job.load_options
         return self._peft.load(
             ConfiguredLoad(
@@ -177,5 +177,5 @@ class TrainingWork:
         return Trained(model, adapter_id, command.output_path, about.dataset_sha256, figures, process.log_tail())
 
     def savings(self, job: JobRecord, device: str) -> list[str]:
-        """Say what would need less memory, and how much; nothing where the model's layers are not known."""
+        """Name settings that would need less memory, and how much less; none where the model's layers are not known."""
         return self._peft.savings(job.model_id, job.revision, recorded(job.config), on_gpu=device != "cpu")
