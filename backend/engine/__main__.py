@@ -10,7 +10,7 @@ from engine.lifeline import die_with_parent
 def main() -> None:
     """Serve commands until the command pipe closes."""
     die_with_parent(int(os.environ["PEFT_STUDIO_PARENT_PID"]))
-    # Training gives way to the server's answers at no cost in speed: a process at nice 19 takes what is left.
+    # Training gives way to the server's answers: a process at nice 19 gets the processor time that is left over.
     os.nice(int(os.environ["PEFT_STUDIO_ENGINE_NICE"]))
     command_fd = int(os.environ[protocol.COMMAND_FD_VARIABLE])
     event_fd = int(os.environ[protocol.EVENT_FD_VARIABLE])

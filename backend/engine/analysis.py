@@ -1,4 +1,4 @@
-"""The `analyze` command: what a fine-tune would learn from a dataset, by the tokenizer that it would use."""
+"""The `analyze` command: what a fine-tune would learn from a dataset, with the tokenizer that it would use."""
 
 import math
 from array import array
@@ -138,7 +138,7 @@ class _Findings:
         )
 
     def _epoch(self) -> EpochFigures:
-        """Count one pass as the trainer makes it, and all of them."""
+        """Count one pass over the data as the trainer makes it, and all passes."""
         config = self._config
         sequences = len(self._kept)
         if config.packing:
@@ -158,7 +158,7 @@ class _Findings:
         )
 
     def _shown(self) -> RenderedRow | None:
-        """Show a row as the model sees it, in pieces that are learned, not learned, or cut off."""
+        """Show a row as the model sees it. Each piece is learned, not learned, or cut off."""
         if self._example is None:
             return None
         number, row = self._example
@@ -181,7 +181,7 @@ def _figures(values: "array[int]") -> TokenFigures:
     ordered = sorted(values) or [0]
 
     def percentile(share: int) -> int:
-        """Return the nearest rank: a value that a row has."""
+        """Return a percentile by the nearest rank, which is the value of some row."""
         return ordered[max(0, math.ceil(len(ordered) * share / 100) - 1)]
 
     return TokenFigures(

@@ -1,7 +1,7 @@
-"""The text of an answer: one decode of all its tokens, whether it is read at the end or in pieces.
+"""The text of an answer. It is the decode of all its tokens, whether it is read at the end or in pieces.
 
-A tokenizer may strip what begins a text, join bytes to characters and take spaces away before punctuation, so that the
-text of a token depends on those around it. A piece is therefore what the whole text has more than before.
+The text of a token depends on the tokens around it: a tokenizer may strip the beginning of a text, join bytes to
+characters and remove spaces before punctuation. A piece is therefore the difference between two decodes of the whole.
 """
 
 import unicodedata
@@ -18,9 +18,9 @@ class AnswerText:
 
     Args:
         tokenizer: Decodes them.
-        stop: Texts that end the answer, not part of it. They are looked for in what the model writes, special tokens
-            included.
-        ends: Tokens that end the answer, not part of it.
+        stop: Texts that end the answer and are no part of it. They are searched for in everything that the model
+            writes, special tokens included.
+        ends: Tokens that end the answer and are no part of it.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], ends: Iterable[int]) -> None:
@@ -33,11 +33,11 @@ class AnswerText:
 
     @property
     def ended(self) -> bool:
-        """Whether a token or a text has ended it."""
+        """Whether a token or a stop text has ended the answer."""
         return self.stopped or len(self._said()) < len(self._ids)
 
     def add(self, ids: Iterable[int]) -> str:
-        """Add tokens; return the text that is finished by them, or nothing."""
+        """Add tokens; return the text that has become final, or nothing."""
         self._ids += ids
         text, self.stopped = self._cut()
         self.text = text
@@ -47,13 +47,13 @@ class AnswerText:
         return piece
 
     def _settle(self, begin: int) -> None:
-        """Decode from a later token on from now, if the text behind it is the same by itself."""
+        """Begin future decodes at a later token, if the text from there on is the same by itself."""
         tail = self._decode(self._ids[begin:])
         if tail and self.text.endswith(tail):
             self._head, self._begin = self.text.removesuffix(tail), begin
 
     def finish(self) -> str:
-        """Return what of the text has not been returned yet."""
+        """Return the rest of the text, which has not been returned yet."""
         return self._piece(len(self.text))
 
     def _piece(self, end: int) -> str:
@@ -63,11 +63,11 @@ class AnswerText:
         return piece
 
     def _said(self) -> list[int]:
-        """Return the tokens without one that ended the answer."""
+        """Return the tokens without the one that ended the answer."""
         return self._ids[:-1] if self._ids and self._ids[-1] in self._ends else self._ids
 
     def _cut(self) -> tuple[str, bool]:
-        """Return the text up to the first stop text, and whether there is one."""
+        """Return the text before the first stop text, and whether there is a stop text."""
         text = self._head + self._decode(self._said()[self._begin :])
         at = _first(text, self._stop)
         if at is not None:
@@ -77,7 +77,7 @@ class AnswerText:
         return (text, False) if at is None else (self._head + self._before(written, at), True)
 
     def _before(self, written: str, at: int) -> str:
-        """Return the visible text before a character of the tail with its special tokens."""
+        """Return the visible text before a character, which is counted in the tail with its special tokens."""
         ids, count, begun = self._ids[self._begin :], len(self._ids) - self._begin, written
         while count and len(begun) > at:
             count -= 1
@@ -96,7 +96,7 @@ def _first(text: str, marks: Sequence[str]) -> int | None:
 
 
 def _finished(text: str, stop: Sequence[str]) -> int:
-    """Return how many characters no later token changes: whole words, of which none can begin a stop text."""
+    """Return how many characters are final: whole words that cannot be the beginning of a stop text."""
     whole = text.rstrip(_UNFINISHED)
     # The space before a word is a part of it: punctuation may take it away.
     word = 0 if not whole or whole.endswith("\n") or _stands_alone(whole[-1]) else len(whole) - _last_space(whole)

@@ -1,7 +1,7 @@
-"""Adapters from their files onto a base: a plain LoRA straight into the layers, all else by PEFT's own loader.
+"""Loads adapters from their files onto a base.
 
-PEFT's loader walks every module of the model a dozen times and initialises weights that the file's then replace. A
-plain LoRA needs none of it. What is not known to be plain is left to PEFT, which either loads it or says what is wrong.
+PEFT's loader walks every module of the model a dozen times, and initialises weights that the file then replaces. A
+plain LoRA needs none of that: it is put straight into the layers. PEFT loads any other adapter, or says what is wrong.
 """
 
 from collections.abc import Iterator
@@ -24,24 +24,24 @@ from transformers.initialization import no_init_weights
 
 from engine.frozen_weights import unwrapped
 
-# Settings of PEFT's under which an adapter is still plain: update_layer reads the first five, and the others change
-# nothing in one that is loaded to answer. Any other setting that is not at its default goes to PEFT's loader.
+# The settings that a plain adapter may have. update_layer reads the first five. The others change nothing in an adapter
+# that is loaded to answer. An adapter with any other setting that is not at its default goes to PEFT's loader.
 _UNDERSTOOD = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules",
     "base_model_name_or_path", "revision", "peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode",
     "init_lora_weights", "fan_in_fan_out",
 }  # fmt: skip
-# Ways to initialise A and B that leave the base's weights and the forward pass alone.
+# The ways to initialise A and B that change neither the base's weights nor the forward pass.
 _HARMLESS_INITS = (True, False, None, "gaussian")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-# The last steps of update_layer: there is nothing yet to move to a device, and activating the active adapters anew
-# would freeze one in training. Both go through every adapter on the layer.
+# The last steps of update_layer, which go through every adapter on the layer. There is nothing to move to a device yet.
+# Activating the active adapters again would freeze one in training.
 _LEFT_OUT = ("_move_adapter_to_device_of_base_layer", "set_adapter")
 _PREFIX = "base_model.model."
 
 
 def attach_plain(model: Any, name: str, path: Path) -> PeftModel | None:
-    """Put a plain LoRA's tensors in place, in fp32, frozen; nothing else of the model changes.
+    """Put a plain LoRA's tensors onto the base, in fp32 and frozen. Nothing else of the model changes.
 
     Args:
         model: The base, with adapters or without.
@@ -49,10 +49,9 @@ def attach_plain(model: Any, name: str, path: Path) -> PeftModel | None:
         path: The adapter's folder.
 
     Returns:
-        The model with the adapter; None, and nothing changed, if this is not a plain LoRA that fits to the letter.
+        The model with the adapter; None if this is not a plain LoRA that fits exactly, and then nothing has changed.
 
-    Source: PEFT 0.21, `PeftModel.load_adapter` and `BaseTuner.inject_adapter`, of which this does what is left for a
-        plain LoRA.
+    Source: PEFT 0.21, the steps of `PeftModel.load_adapter` and `BaseTuner.inject_adapter` that a plain LoRA needs.
     """
     file = path / "adapter_model.safetensors"
     config = PeftConfig.from_pretrained(str(path))
@@ -75,10 +74,10 @@ def attach_plain(model: Any, name: str, path: Path) -> PeftModel | None:
 
 
 def detach_plain(model: PeftModel, name: str) -> bool:
-    """Take a plain LoRA that is not active off a model that has others; nothing else of the model changes.
+    """Take a plain LoRA that is not active off a model that has others. Nothing else of the model changes.
 
     Returns:
-        Whether it was one. If not, nothing has changed, and it is for PEFT to take it off.
+        Whether it was a plain LoRA. If not, nothing has changed, and PEFT has to take it off.
     """
     if not _plain(model.peft_config[name]) or name in model.active_adapters:
         return False
@@ -102,7 +101,7 @@ def _plain(config: PeftConfig) -> bool:
 
 
 def _fits(model: Any, config: LoraConfig) -> bool:
-    """Tell whether the model is one on which names in the file are names in the model."""
+    """Tell whether the names in the file are the names in the model."""
     bare = unwrapped(model)
     if isinstance(model, PeftModel):
         known = type(model) in (PeftModel, PeftModelForCausalLM) and type(model.base_model) is LoraModel
@@ -116,7 +115,7 @@ def _targeted(model: Any, config: LoraConfig) -> dict[str, Any] | None:
     """Find the layers that PEFT would adapt, by their paths in the base.
 
     Returns:
-        None if there are none, if one is not a plain linear layer, or if one has no place for adapters and others have.
+        None if there are none, if one is not a plain linear layer, or if only some of them can hold adapters.
     """
     bare, adapted = unwrapped(model), isinstance(model, PeftModel)
     head = bare.get_output_embeddings()
@@ -136,7 +135,7 @@ def _targeted(model: Any, config: LoraConfig) -> dict[str, Any] | None:
 
 
 def _own_modules(bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Go through a base's modules in their order, adapted layers among them, but not through the parts of those."""
+    """Yield a base's modules in their order, adapted layers included, without the parts of adapted layers."""
     waiting = list(bare.named_children())[::-1]
     while waiting:
         key, module = waiting.pop()
@@ -146,7 +145,7 @@ def _own_modules(bare: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _match(layers: dict[str, Any], tensors: dict[str, torch.Tensor], rank: int) -> bool:
-    """Tell whether the file holds A and B of each layer in its shape, and nothing else."""
+    """Tell whether the file holds exactly A and B of each layer, in the layer's shape."""
     wanted = {}
     for key, layer in layers.items():
         wanted[f"{_PREFIX}{key}.lora_A.weight"] = (rank, layer.in_features)
@@ -156,7 +155,7 @@ def _match(layers: dict[str, Any], tensors: dict[str, torch.Tensor], rank: int) 
 
 
 def _make_places(model: PeftModel, name: str, config: LoraConfig, layers: dict[str, Any]) -> None:
-    """Enter the adapter in the model's books and give each layer a place for A and B."""
+    """Register the adapter with the model, and give each layer a place for A and B."""
     empty = LoraConfig(**{key: getattr(config, key) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")})
     empty.init_lora_weights, empty.inference_mode = False, True
     model.peft_config[name] = config
@@ -170,7 +169,7 @@ def _make_places(model: PeftModel, name: str, config: LoraConfig, layers: dict[s
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """Stand in for a step that is left out."""
+    """Do nothing, in place of a step that is left out."""
 
 
 def _fill(layers: dict[str, Any], name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -186,16 +185,16 @@ def _fill(layers: dict[str, Any], name: str, tensors: dict[str, torch.Tensor]) -
 
 
 def attach_by_peft(model: Any, name: str, path: Path, device: str) -> PeftModel:
-    """Load an adapter as PEFT does, and refuse what it would pass over: tensors that are missing or left over.
+    """Load an adapter with PEFT, and refuse missing and superfluous tensors, which PEFT would ignore.
 
     Args:
-        model: The base, with adapters or without; as it was if this fails.
-        name: What the adapter is to be called on it.
+        model: The base, with adapters or without. It stays as it was if this fails.
+        name: The adapter's name on the base.
         path: The adapter's folder.
-        device: Where PEFT is to read the tensors to; it would take the first GPU.
+        device: Where PEFT reads the tensors to. By itself it would take the first GPU.
 
     Raises:
-        ValueError: The adapter does not fit, as any other error says that comes from PEFT.
+        ValueError: The adapter does not fit. Any other error that PEFT raises means the same.
     """
     with _all_or_nothing(model, name):
         if isinstance(model, PeftModel):
@@ -216,7 +215,7 @@ def attach_by_peft(model: Any, name: str, path: Path, device: str) -> PeftModel:
 
 @contextmanager
 def _all_or_nothing(model: Any, name: str) -> Iterator[None]:
-    """Take off what a load that fails has put on the model; PEFT leaves it there."""
+    """Undo what a failed load has done to the model. PEFT would leave it there."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""What a base needs of the library that loaded it. There are two: plain transformers + PEFT, and Unsloth."""
+"""The library that loads a base, trains it and answers with it: plain transformers + PEFT, or Unsloth."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +14,10 @@ class Backend(Protocol):
     """Loads a base, and switches it between training and answering."""
 
     def load(self, path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
-        """Return the model and its tokenizer, from a folder; no code but the libraries' is run."""
+        """Load the model and its tokenizer from a folder. No code from the folder is run."""
 
     def begin_training(self, model: Any, config: PeftConfig) -> str:
-        """Prepare the model, whose one trainable adapter is active, and say how that adapter computes."""
+        """Prepare the model, whose trainable adapter is active; return how that adapter computes."""
 
     def end_training(self, model: Any, config: PeftConfig) -> None:
         """Undo what `begin_training` did, so that every other adapter on the base computes as before."""
@@ -33,7 +33,7 @@ class Backend(Protocol):
 
 
 def backend_of(engine: str) -> Backend:
-    """Return the back end of a name; Unsloth is imported only where it is used."""
+    """Return the back end of this name. Unsloth is imported only if it is named."""
     if engine == "unsloth":
         from engine.unsloth_backend import UnslothBackend
 

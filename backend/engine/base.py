@@ -82,7 +82,7 @@ class Base:
         self.model.set_adapter(name)
 
     def detach(self, name: str) -> None:
-        """Take an adapter off; the last one leaves the plain base."""
+        """Take an adapter off. Without its last adapter the base is the plain model again."""
         if name not in self.adapters:
             return
         self.tokenizers.forget(self._folders.pop(name, None))
@@ -111,7 +111,7 @@ class Base:
         return nullcontext()
 
     def served(self, name: str | None) -> ServedTokenizer:
-        """Return the tokenizer that counts for one adapter, or for the bare base for None.
+        """Return the tokenizer that an adapter is used with; for None that of the bare base.
 
         Raises:
             BadSetting: No adapter of that name came onto the base from files, or its own tokenizer cannot be used.
@@ -128,14 +128,14 @@ class Base:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def memory_bytes(self) -> int:
-        """Memory in use: reserved by torch's CUDA allocator, or resident in this process without a GPU."""
+        """Memory in use: what torch's CUDA allocator has reserved, or without a GPU what the process has resident."""
         if self.device.type == "cuda":
             return int(torch.cuda.memory_reserved(self.device))
         return int(psutil.Process().memory_info().rss)
 
 
 def logical_parameters(model: Any) -> int:
-    """Count a model's parameters; a 4-bit tensor packs two in each byte it shows."""
+    """Count a model's parameters. A 4-bit tensor has two in each of its elements."""
     count = 0
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

@@ -19,7 +19,7 @@ from engine.rendering import ChatRenderer, Rendered
 from engine.rows import IGNORED, Row, RowStore
 from engine.text_tokens import TextTokenizer
 
-# For models that ship without a template: the plainest one that keeps the turns apart.
+# For models without a template: the plainest one that keeps the turns apart.
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].capitalize() + ': ' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}{% endfor %}"
@@ -85,9 +85,9 @@ class RowTokenizer:
         return self.cut(self.whole(number, row), is_text="text" in row)
 
     def cut(self, whole: Row, *, is_text: bool) -> list[Row]:
-        """Bring a row within the limit: a conversation loses its end, a text becomes rows of like length.
+        """Bring a row within the limit. A conversation loses its end; a text becomes several rows of similar length.
 
-        None of a text is lost, and none of its rows is too short to learn from.
+        No part of a text is lost, and none of its rows is too short to learn from.
         """
         ids, labels, limit = whole.ids, whole.labels, self._limit
         if not is_text:
@@ -106,7 +106,7 @@ class RowTokenizer:
         return Row(number, encoded.ids, encoded.labels, truncated=False)
 
     def encode(self, number: int, row: dict[str, Any]) -> Encoded:
-        """Tokenize a row without a limit, and tell where in its text each token is.
+        """Tokenize a row without a limit, with the place of each token in the text.
 
         Raises:
             BadData: As for `rows`.
@@ -137,7 +137,7 @@ class RowTokenizer:
 
 
 def tokens_of(rendered: Rendered, turns: Iterable[int], offsets: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield, for each turn that the template does not leave out, its first token and the one behind its last.
+    """Yield the first token and the token behind the last one of each turn that the template does not leave out.
 
     Args:
         offsets: Each token's (start, end) characters.
@@ -219,7 +219,7 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Batches(Sequence[Batch]):
-    """An epoch's batches, each made when it is asked for: all at once they would take 24 bytes a token and more."""
+    """An epoch's batches. Each is made when it is asked for: all together they would take over 24 bytes a token."""
 
     def __init__(self, groups: Sequence[_T], make: Callable[[_T], Batch]) -> None:
         self._groups, self._make = groups, make

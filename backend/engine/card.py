@@ -1,4 +1,4 @@
-"""An adapter's card: what one needs to train it again, for a program (training.json) and for a person (README.md)."""
+"""An adapter's card: all that it takes to train it again. training.json is for programs, README.md for people."""
 
 import json
 import platform
@@ -22,13 +22,13 @@ _NF4 = (
     ', quantization_config=BitsAndBytesConfig(\n    load_in_4bit=True, bnb_4bit_quant_type="nf4", '
     "bnb_4bit_use_double_quant=True\n)",
 )
-_MAX_LOSSES = 20_000  # of a longer run every second, third, … is kept
+_MAX_LOSSES = 20_000  # of a longer run every second or third or … loss is kept
 
 
 class LossRecorder:
     """Passes events on, and keeps each step's loss.
 
-    A run that goes on from a checkpoint has the losses from there on: the earlier ones are with its job.
+    A run that goes on from a checkpoint has the losses from there on. Its job has the earlier ones.
     """
 
     def __init__(self, emit: Callable[[Any], None]) -> None:
@@ -43,16 +43,16 @@ class LossRecorder:
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of what computes a training."""
+    """Return the versions of the packages that compute a training."""
     names = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "numpy")
     return {"peft-studio": VERSION} | {name: version(name) for name in names}
 
 
 def begin_card(base: Base, command: Train) -> dict[str, Any]:
-    """Write what the adapter is to be made from and how: all that is known before the first step.
+    """Begin the card: everything about the adapter that is known before the first step.
 
     Returns:
-        JSON; `about` of the command comes first.
+        JSON, with `about` of the command first.
     """
     return {
         "format": _FORMAT,
@@ -82,14 +82,14 @@ def begin_card(base: Base, command: Train) -> dict[str, Any]:
 
 
 def finish_card(card: dict[str, Any], outcome: RunOutcome, losses: dict[int, float]) -> dict[str, Any]:
-    """Return a card with what came of the run, and `losses` as [step, loss]."""
+    """Return the card with the run's outcome, and with `losses` as [step, loss]."""
     stride = -(-len(losses) // _MAX_LOSSES) or 1
     kept = [[step, loss] for step, loss in sorted(losses.items())][::stride]
     return card | {"outcome": outcome.model_dump(), "losses": kept}
 
 
 def _commit_of(path: Path) -> str | None:
-    """Return the commit that a base's folder is, where it is one of the Hub's cache."""
+    """Return the commit of a base's folder, if it is a folder of the Hub's cache."""
     return path.name if path.parent.name == "snapshots" else None
 
 
@@ -121,7 +121,7 @@ def readme(card: dict[str, Any]) -> str:
 
 
 def _again(card: dict[str, Any]) -> str:
-    """Say how to train it again, or why that is not to be had."""
+    """Say how to train the adapter again, or why that cannot be done."""
     if card.get("resumed_from") or card["outcome"]["stopped_on_request"]:
         return (
             "`training.json` has all of the above for a program. The run began with another job's checkpoint, or a "

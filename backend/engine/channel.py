@@ -36,7 +36,7 @@ class Channel:
             try:
                 command = protocol.COMMANDS.validate_json(line)
             except ValidationError as error:
-                # Only a server of another version could send this; it must not be lost in silence.
+                # Only a server of another version could send this. It must not be dropped silently.
                 print(f"not a command: {error}", flush=True)  # noqa: T201 - the engine's log file
                 continue
             if isinstance(command, protocol.Stop):

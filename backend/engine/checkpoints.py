@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had not stopped, in safetensors and JSON, never pickle.
+"""Checkpoints: everything that a run needs to go on as if it had not stopped. The files are safetensors and JSON.
 
 checkpoints/<job>/step-00000040/
     adapter.safetensors      the trained parameters
@@ -29,12 +29,12 @@ from core.manifest import FolderDamaged, verify, write_manifest
 Tensors = dict[str, torch.Tensor]
 _NAME = re.compile(r"step-(\d{8})")
 _FORMAT = 1
-_INSIDE = "/"  # between the names of a dictionary in an optimizer's state and of what is in it
+_INSIDE = "/"  # between the name of a dictionary in an optimizer's state and the name of a tensor in it
 
 
 @dataclass
 class RunProgress:
-    """Where a run is, between two optimizer steps.
+    """The progress of a run between two optimizer steps.
 
     Attributes:
         step: Optimizer steps done.
@@ -92,7 +92,7 @@ class CheckpointFolder:
         self._folder, self._keep, self._max_bytes, self._about = folder, keep, max_bytes, dict(about)
 
     def write(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint aside, flush it, rename it; then delete what is beyond the limits.
+        """Write a checkpoint under another name, flush it and rename it; then delete checkpoints beyond the limits.
 
         Raises:
             StorageFull: No space is left; the older ones stay.
@@ -104,7 +104,7 @@ class CheckpointFolder:
         return target
 
     def prove(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint aside and delete it: whether it can be written is known before there is one to lose.
+        """Write a checkpoint under another name and delete it, to know that checkpoints can be written.
 
         Raises:
             StorageFull: No space is left.
@@ -126,12 +126,12 @@ class CheckpointFolder:
         write_manifest(folder, self._about | {"format": _FORMAT, "step": checkpoint.progress.step})
 
     def newest(self, recorded_step: int, skipped: Callable[[str, str], None]) -> Checkpoint | None:
-        """Return the newest checkpoint that verifies, or None; the damaged ones are named and passed over.
+        """Return the newest checkpoint that verifies; None without one.
 
         Args:
-            recorded_step: The last step whose metrics are recorded. Checkpoints beyond it come last: a run that
-                went on from one would leave a gap in the metrics.
-            skipped: Told the folder's name and what is wrong with it.
+            recorded_step: The last step whose metrics are recorded. Checkpoints beyond it are tried last, since a run
+                that goes on from one leaves a gap in the metrics.
+            skipped: Called with the name of each damaged folder and what is wrong with it.
         """
         finish_replacing(self._folder)
         newest_first = list(reversed(checkpoint_folders(self._folder)))
@@ -144,7 +144,7 @@ class CheckpointFolder:
         return None
 
     def _prune(self, written: Path) -> None:
-        """Delete what is beyond the limits, and later steps: a run that has just written this one abandoned them."""
+        """Delete checkpoints beyond the limits, and those of later steps, which the run has abandoned."""
         beyond, kept, total = [], 0, 0
         for folder in reversed(checkpoint_folders(self._folder)):
             abandoned = step_of(folder) > step_of(written)
@@ -169,7 +169,7 @@ def step_of(folder: Path) -> int:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint whose every file has its sum.
+    """Read a checkpoint, and verify the sum of each file.
 
     Raises:
         FolderDamaged: It does not verify, or was written by another version of this format.
@@ -214,7 +214,7 @@ def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors, plain: Mapping[str, Any]) -> None:
-    """Give an optimizer the state that `split_optimizer` took."""
+    """Give an optimizer the state that `split_optimizer` took apart."""
     state: dict[int, dict[str, Any]] = {}
 
     def put(index: str, name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from engine.channel import Channel, Stopped
 from engine.errors import BadSetting, CommandError, OutOfMemory
 from engine.heap import give_back
 
-# These come one after the other, and leave little behind.
+# These come in quick succession and free little memory.
 _SHORT = (protocol.Generate, protocol.AttachAdapter, protocol.DetachAdapter)
 
 
@@ -41,12 +41,12 @@ class CommandLoop:
         )
 
     def run(self) -> None:
-        """Serve commands; returns never (end-of-file on the command pipe ends the process)."""
+        """Serve commands until end-of-file on the command pipe ends the process."""
         while True:
             command = self._channel.next_command()
             self._serve(command)
             if not isinstance(command, _SHORT):
-                give_back()  # here it is free after a failure as well
+                give_back()  # here the memory is free after a failure too
 
     def _serve(self, command: protocol.AnyCommand) -> None:
         request_id = command.request_id
@@ -73,7 +73,7 @@ class CommandLoop:
             protocol.Failed(request_id=request_id, error_class=error_class, message=message, suggestions=suggestions)
         )
 
-    # Handlers. They import what they need: an engine that trains has no use for the libraries of an export.
+    # Handlers. Each imports what it needs: an engine that trains does not need the libraries of an export.
 
     def _load(self, command: protocol.LoadBase) -> Loaded:
         if self._base is not None:

@@ -24,7 +24,7 @@ _NF4_TOLERANCE = 0.1
 # With less than this beside the CUDA context, only the smallest models train; hence a warning and no failure.
 _ROOM_BYTES = 2048 * _MIB
 _BF16_MAJOR = 8  # Ampere (CUDA programming guide, compute capabilities)
-# What Unsloth patches at run time, so that a version it refuses breaks training and not just the import.
+# The packages that Unsloth patches at run time. A version of them that it refuses breaks training, not just the import.
 _UNSLOTH_NEEDS = ("unsloth_zoo", "torch", "transformers", "peft", "trl", "bitsandbytes", "triton", "xformers")
 _REINSTALL = "Reinstall the package for this GPU and driver."
 _FREE_MEMORY = "End other programs on the GPU; `nvidia-smi` lists them."
@@ -152,7 +152,7 @@ def refused_versions(requirements: list[str], installed: Callable[[str], str] = 
 
 
 def guarded(name: str, check: Callable[..., Check], *arguments: Any) -> Check:
-    """Run a check; what it raises is its answer."""
+    """Run a check. If it raises, the error is its result."""
     try:
         return check(*arguments)
     except Exception as error:  # noqa: BLE001 - any failure of a check is that check's result

@@ -1,4 +1,4 @@
-"""The methods that start from a decomposition of each weight: one row each, and the arithmetic of their factors.
+"""The methods that start from a decomposition of each weight: a row for each, and the arithmetic of its factors.
 
 A row is named as `init_weights` is. Each method freezes F = W − s·B'A' in place of W and starts at F + s·B₀A₀:
 
@@ -27,7 +27,8 @@ class Decomposition:
 
     Attributes:
         factors: Returns A and B from an fp32 matrix of (out, in), the rank r, and the scaling s of the product.
-        of_rounding: Whether it decomposes what rounding the weight lost, in turns with the rounding; else the weight.
+        of_rounding: Whether it decomposes the error of rounding the weight, in turns with the rounding. Otherwise it
+            decomposes the weight.
     """
 
     factors: Callable[[torch.Tensor, int, float], Factors]

@@ -1,13 +1,13 @@
-"""DoRA's layer with its norms taken in blocks of rows, so that no pass makes a second dense weight.
+"""DoRA's layer with its norms computed in blocks of rows, so that no pass makes a second dense weight.
 
-PEFT's layer multiplies an identity matrix through A and B for B·A, adds it to W and takes the norm of each row, once a
-target and pass: two or three dense matrices, and as many again when an adapter is made. Here a block of rows is all
-there is of them at a time, and while a model answers, whose adapter stands still, the norms are kept from token to
-token. Everything else is PEFT's, and its numbers are PEFT's to rounding.
+PEFT's layer computes B·A by sending an identity matrix through A and B, adds it to W and takes the norm of each row.
+That is two or three dense matrices for each target and pass, and as many when an adapter is made. Here only a block of
+their rows exists at a time. While the model answers, its adapter does not change, and the norms are kept from token to
+token. Everything else is PEFT's, and the numbers agree with PEFT's to rounding.
 
-Source: DoRA (arXiv 2402.09353), equation 5 and section 4.3; PEFT 0.21, `peft.tuners.lora.dora.DoraLinearLayer`. That
-the dense product is not needed: "Scaling DoRA" (arXiv 2603.22276), which factors the norm. Factors cancel where B·A
-nearly takes W back; blocks do not.
+Source: DoRA (arXiv 2402.09353), equation 5 and section 4.3; PEFT 0.21, `peft.tuners.lora.dora.DoraLinearLayer`.
+"Scaling DoRA" (arXiv 2603.22276) shows that the dense product is not needed. It factors the norm, which cancels digits
+where B·A nearly undoes W; blocks do not.
 """
 
 from typing import Any
@@ -19,13 +19,13 @@ from torch import nn
 
 from engine.frozen_weights import plain_weight
 
-# What a block may take: it stays in a CPU's cache, and on a GPU there are not too many kernels to start.
+# The size of a block. It stays in a CPU's cache, and a GPU does not have too many kernels to start.
 _BLOCK_BYTES = {"cpu": 2 * 2**20}
 _GPU_BLOCK_BYTES = 64 * 2**20
 
 
 def use_blocks() -> None:
-    """Let every DoRA adapter that PEFT makes or loads from now on compute so."""
+    """Make PEFT use this layer for every DoRA adapter that it makes or loads from now on."""
     variants.DoraLinearLayer = BlockedDora
 
 
@@ -37,7 +37,7 @@ class BlockedDora(DoraLinearLayer):
         self._kept: tuple[tuple[Any, ...], torch.Tensor] | None = None
 
     def train(self, mode: bool = True) -> "BlockedDora":
-        """Forget what was kept: an optimizer need not tell that it has changed A and B."""
+        """Forget the norms: an optimizer may change A and B without a trace."""
         self._kept = None
         super().train(mode)
         return self
@@ -60,7 +60,7 @@ class BlockedDora(DoraLinearLayer):
         base_result: torch.Tensor | None = None,
         adapter_name: str = "default",
     ) -> torch.Tensor:
-        """Return what comes to the base layer's output.
+        """Return what is added to the base layer's output.
 
         Args:
             x: (..., in), after dropout.
@@ -68,8 +68,8 @@ class BlockedDora(DoraLinearLayer):
             lora_B: The module whose weight is (out, rank).
             scaling: s.
             base_layer: The module whose weight is W.
-            base_result: The base layer's output for x; None if that is still to be computed, for there was dropout.
-            adapter_name: Taken for PEFT's sake.
+            base_result: The base layer's output for x; None with dropout, when it is still to be computed.
+            adapter_name: Not used; PEFT passes it.
         """
         # "we suggest treating the norm as a constant, thereby detaching it from the gradient graph" (section 4.3)
         norms = self._norms(base_layer, lora_A.weight, lora_B.weight, scaling)
@@ -91,7 +91,7 @@ class BlockedDora(DoraLinearLayer):
     def _norms(self, base_layer: Any, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
         if self.training:
             return row_norms(self._weight(base_layer), a, b, scaling)
-        # Counters of changes in place, and addresses for what is put in another's stead.
+        # The counters tell changes in place, the addresses tell replaced tensors.
         state = (scaling, *((t.data_ptr(), t._version, t.dtype) for t in (base_layer.weight, a, b)))
         if self._kept is None or self._kept[0] != state:
             self._kept = state, row_norms(self._weight(base_layer), a, b, scaling)

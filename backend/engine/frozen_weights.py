@@ -1,4 +1,4 @@
-"""The weights under an adapter: kept while a method freezes others in their place, and read from the files again."""
+"""The weights under an adapter. They are kept while a method freezes others in their place, or read from the files."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,11 +27,11 @@ _MOST_ROUNDING = 0.3
 
 
 class PublishedWeights:
-    """A model's weights as its files hold them, read one at a time: what a base in 4 bits no longer has.
+    """A model's weights as its files hold them, read one at a time. A base in 4 bits no longer has them.
 
     Args:
         folder: Holds the model's safetensors files.
-        model: As transformers made it of them, without adapters around it.
+        model: The model that transformers made from them, without adapters around it.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
@@ -45,8 +45,8 @@ class PublishedWeights:
         """Return a linear layer's weight in fp32 on the layer's device.
 
         Args:
-            path: The layer's, in the model without adapters.
-            layer: As it is held, to compare with.
+            path: The layer's path in the model without adapters.
+            layer: The layer as the base holds it, to compare with.
 
         Raises:
             BadSetting: The files do not hold the weight, or hold another one under its name.
@@ -57,7 +57,7 @@ class PublishedWeights:
             with safe_open(self._files[stored], framework="pt") as tensors:
                 weight = tensors.get_tensor(stored)
             if issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D):
-                weight = weight.T  # transformers turned it round as it took a quantised linear layer in its place
+                weight = weight.T  # transformers transposed it when it replaced the layer by a quantised linear one
             if weight.is_floating_point() and weight.shape == held.shape:
                 weight = weight.to(held.device, torch.float32)
                 if (weight - held).norm() <= _MOST_ROUNDING * held.norm():
@@ -68,13 +68,13 @@ class PublishedWeights:
         )
 
     def _names(self, name: str) -> Iterator[str]:
-        """Yield what a tensor may be called in the files: with or without the inner part's name, or renamed on load."""
+        """Yield the names that a tensor may have in the files: with or without the prefix, or renamed on load."""
         yield from (name, name.removeprefix(self._prefix), self._prefix + name)
         yield from revert_weight_conversion(self._model, {name: torch.empty(0)})
 
 
 def plain_weight(module: Any) -> torch.Tensor:
-    """Return a layer's weight as numbers, whatever they are packed in; the layer stays as it is."""
+    """Return a layer's weight as plain numbers, dequantised if need be. The layer stays as it is."""
     weight = module.weight
     if type(weight).__name__ == "Int8Params":
         # PEFT's dequantize_module_weight puts a new weight in place of an 8-bit one on the CPU, without its scales.
@@ -84,7 +84,7 @@ def plain_weight(module: Any) -> torch.Tensor:
 
 
 def parts(weight: Any) -> dict[str, torch.Tensor]:
-    """Return all tensors that make up a stored weight, as they are, not copies.
+    """Return all tensors that make up a stored weight. They are not copies.
 
     Source: bitsandbytes' `QuantState`; its code books are constants.
     """
@@ -98,13 +98,13 @@ def parts(weight: Any) -> dict[str, torch.Tensor]:
 
 
 def freeze(layer: Any, weight: torch.Tensor) -> None:
-    """Put other numbers in place of a linear layer's weight, stored as it was: in 4 bits where it was in 4 bits.
+    """Replace the numbers of a linear layer's weight. A weight that is stored in 4 bits stays stored in 4 bits.
 
-    The layer's own tensors are written to, so that all that refers to them sees the new numbers.
+    The layer's own tensors are written to, so that everything that refers to them sees the new numbers.
 
     Args:
         layer: A linear layer without adapters around it.
-        weight: As the layer holds its own, in fp32.
+        weight: The new weight in fp32, in the layer's own orientation.
     """
     stored = layer.weight
     state = getattr(stored, "quant_state", None)
@@ -129,20 +129,20 @@ def freeze(layer: Any, weight: torch.Tensor) -> None:
 
 @contextmanager
 def original_weights_kept(model: nn.Module, paths: list[str], scratch: Path) -> Iterator[None]:
-    """Give the base its own weights back after a run that froze others in their place, to the bit.
+    """Keep the base's own weights during a run that freezes others, and put them back afterwards, to the bit.
 
-    Adding a subtracted product back rounds, and a residual that was quantised cannot be undone at all; the originals
-    are kept on disk instead, 4-bit codes and their scales as they are (one file a layer, so that memory holds one
-    layer at a time), and copied back however the run ends.
+    They cannot be computed back: adding a subtracted product rounds, and quantising a residual loses it. So the
+    originals are kept on disk, 4-bit codes and their scales as they are. Each layer has a file, so that memory holds
+    one layer at a time. They are copied back however the run ends.
 
     Args:
         model: With or without adapters.
-        paths: The layers whose weights will change, in the model without adapters; none is nothing to do.
+        paths: The layers whose weights will change, as paths in the model without adapters.
         scratch: Folder for the files.
 
     Raises:
         StorageFull: They do not fit there; nothing has changed.
-        SystemExit: They cannot be read again. No one may go on computing with what the base is then.
+        SystemExit: They cannot be read again. The base is useless then, so the process must end.
     """
     if not paths:
         yield

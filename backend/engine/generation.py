@@ -15,12 +15,12 @@ from engine.channel import Channel
 from engine.errors import BadSetting
 from engine.served_tokenizer import ServedTokenizer
 
-# Below it, sampling takes the likeliest token as well, and dividing by it overflows.
+# At a lower temperature sampling also takes the likeliest token, and dividing by the temperature overflows.
 _COLDEST = 1e-6
 
 
 class _Pieces(BaseStreamer):
-    """Takes the tokens as they come and sends the text that is finished."""
+    """Takes the tokens as they come, and sends the text that is final."""
 
     def __init__(self, answer: AnswerText, channel: Channel, request_id: str) -> None:
         self._answer, self._channel, self._request_id = answer, channel, request_id
@@ -51,10 +51,10 @@ class _Ends(StoppingCriteria):
 
 
 def _prompt_ids(base: Base, served: ServedTokenizer, command: Generate) -> list[int]:
-    """Tokenize what is to be continued.
+    """Tokenize the prompt.
 
     Raises:
-        BadSetting: The chat template refuses it, it is empty or too long, or the model has no such tokens.
+        BadSetting: The chat template refuses it, it is empty or too long, or it has tokens that the model lacks.
     """
     if command.messages is not None:
         text = served.renderer.prompt([message.model_dump() for message in command.messages])

@@ -20,7 +20,7 @@ def prepare_gguf(command: PrepareGguf, channel: Channel) -> Prepared:
     """Read a GGUF file with transformers and write it as bf16 safetensors with its tokenizer.
 
     Raises:
-        BadModel: Its tokenizer splits text in a way that is not known here.
+        BadModel: Its tokenizer splits text in an unknown way.
     """
 
     def progress(stage: str, fraction: float) -> None:
@@ -37,7 +37,7 @@ def prepare_gguf(command: PrepareGguf, channel: Channel) -> Prepared:
         tokenizer.pad_token = tokenizer.eos_token
     if len(metadata.ends) > 1:
         model.generation_config.eos_token_id = metadata.ends
-    # Dequantised weights are ordinary ones; without this save_pretrained refuses a "GGUF-quantised" model.
+    # The weights are dequantised by now. Without this, save_pretrained refuses a "GGUF-quantised" model.
     model.is_quantized, model.hf_quantizer = False, None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -49,12 +49,12 @@ _FILE_TYPES: dict[GgufType, LlamaFileType] = {
     "q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
 _LARGEST_F16 = 65504.0
-_METADATA_BYTES = 32 * 2**20  # tokens, merges and their types; the largest vocabularies take half of it
+_METADATA_BYTES = 32 * 2**20  # for tokens, merges and their types; the largest vocabularies take half of it
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: its name there, where it is from, and how it is stored."""
+    """One tensor of the file: its name there, its source, and how it is stored."""
 
     name: str
     source: str | None
@@ -63,7 +63,7 @@ class _Tensor:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Its shape in bytes where it is packed, in elements otherwise."""
+        """The shape in bytes of a packed tensor, or in elements of any other."""
         packed = self.kind in (GGMLQuantizationType.BF16, GGMLQuantizationType.Q8_0)
         return quant_shape_to_byte_shape(self.shape, self.kind) if packed else self.shape
 
@@ -79,7 +79,7 @@ def export_gguf(base: Base, command: ExportGguf, channel: Channel) -> GgufFile:
     Raises:
         BadSetting: The adapter does not belong to this base; or llama.cpp has no such model or tokenizer.
         StorageFull: There is no room; nothing was written.
-        Stopped: The client ended it; nothing is left.
+        Stopped: The client ended it; the file is deleted.
     """
     output = Path(command.output_path)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def export_gguf(base: Base, command: ExportGguf, channel: Channel) -> GgufFile:
 
 
 def _tokenizer(base: Base, command: ExportGguf, scratch: Path, model: GgufModel) -> tuple[GgufTokenizer, list[str]]:
-    """Return the tokenizer, and what is to be said of it."""
+    """Return the tokenizer, and notes for the user."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".exp_tokenizer-", suffix=".tmp") as folder:
         served = base.tokenizers.written(Path(command.adapter_path), Path(folder))
         require_embeddings(served, model.vocabulary)
@@ -152,7 +152,7 @@ def _notes(merged: MergedWeights, tensors: list[_Tensor], wanted: GgufType) -> l
 
 
 def _plan(model: GgufModel, merged: MergedWeights, wanted: GgufType) -> Iterator[_Tensor]:
-    """Yield the file's tensors in order. As llama.cpp's converter does, vectors stay f32 whatever is wanted."""
+    """Yield the file's tensors in order. Vectors are f32 in every format, as llama.cpp's converter has them."""
     architecture = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == model.architecture)
     names = get_tensor_name_map(MODEL_ARCH(architecture), model.layers)
     if model.rope.frequency_factors:
@@ -239,11 +239,11 @@ def _packed(tensor: _Tensor, model: GgufModel, merged: MergedWeights) -> "np.nda
 
 
 def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of q or k: transformers rotates the two halves of a head, llama.cpp neighbouring pairs.
+    """Reorder the rows of q or k. transformers rotates the two halves of a head, llama.cpp neighbouring pairs.
 
     Args:
         weight: Of shape (heads · head size, in), or (heads · head size,) for a bias.
-        heads: Of q, or of k.
+        heads: The number of heads of q, or of k.
     """
     halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape).contiguous()

@@ -1,7 +1,7 @@
-"""A byte-level BPE tokenizer out of a GGUF file, as the model's own repository has it.
+"""Reads a byte-level BPE tokenizer out of a GGUF file. It is the same as in the model's own repository.
 
-transformers reads one by the model's architecture and passes over `tokenizer.ggml.pre`, which says how text is split
-before it is merged: the same text would become other tokens than the model was trained on.
+`tokenizer.ggml.pre` says how text is split before it is merged. transformers ignores it and goes by the model's
+architecture, so the same text could become other tokens than those that the model was trained on.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
 
 
 class GgufMetadata:
-    """What a GGUF file says beside its tensors.
+    """The metadata of a GGUF file: everything but its tensors.
 
     Args:
         path: The file.
@@ -36,7 +36,7 @@ class GgufMetadata:
 
     @property
     def has_byte_level_tokenizer(self) -> bool:
-        """Whether its tokenizer is one that `pre` belongs to."""
+        """Whether its tokenizer is byte-level BPE, the kind that `pre` belongs to."""
         return bool(self.get("tokenizer.ggml.model") == "gpt2")  # GGUF's name for byte-level BPE
 
     def token_of(self, role: str) -> int | None:
@@ -54,7 +54,7 @@ def read_tokenizer(metadata: GgufMetadata) -> Any:
     """Build the tokenizer.
 
     Raises:
-        BadModel: The file does not say how text is split, or in a way that is not known here.
+        BadModel: The file does not say how text is split, or names an unknown way.
     """
     name = str(metadata.get("tokenizer.ggml.pre", ""))
     splitter = pre_tokenizer_of(name)
@@ -96,7 +96,7 @@ def _step(step: dict[str, Any]) -> Any:
 
 
 def _surround(core: Tokenizer, metadata: GgufMetadata, tokens: list[str], *, adds_bos: bool) -> None:
-    """Have the tokenizer put around a text what the file says."""
+    """Have the tokenizer put around a text the tokens that the file names."""
     bos, eos = metadata.token_of("bos"), metadata.token_of("eos")
     before = bos is not None and metadata.get("tokenizer.ggml.add_bos_token", adds_bos)
     after = eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False)

@@ -15,15 +15,15 @@ from engine.turn_ends import TurnEnds
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """What a GGUF file says of its tokenizer.
+    """A tokenizer as a GGUF file describes it.
 
     Attributes:
         pre: llama.cpp's name for how text is split.
         tokens: By id, as many as the model has embeddings.
-        kinds: What each is.
+        kinds: The type of each token.
         special: Merges, special tokens and the chat template.
-        adds_bos: Whether a text begins with the token for it.
-        adds_eos: Whether a text ends with the token for it.
+        adds_bos: Whether a text gets the beginning-of-text token.
+        adds_eos: Whether a text gets the end-of-text token.
     """
 
     pre: str
@@ -50,8 +50,8 @@ def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int, ends: TurnEnd
     Args:
         folder: As `save_pretrained` writes it.
         base: The base's folder, whose config.json may name special tokens that the tokenizer does not.
-        vocabulary: Embeddings that the model has.
-        ends: What ends a turn.
+        vocabulary: The number of embeddings that the model has.
+        ends: The tokens and texts that end a turn.
 
     Raises:
         ExportRejected: llama.cpp would read other tokens.
@@ -65,7 +65,7 @@ def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int, ends: TurnEnd
     special = SpecialVocab(folder, load_merges=True, n_vocab=vocabulary)
     special._try_load_from_config_json(base)  # for roles that the tokenizer leaves open; its own come first
     special.chat_template = _templates(tokenizer.chat_template)
-    special.add_special_token = {}  # guessed there from the post-processor's text; asked of the tokenizer here
+    special.add_special_token = {}  # llama.cpp guesses these; the tokenizer is asked below
     ids = tokenizer("a").input_ids
     adds_eos = bool(ids) and ids[-1] == tokenizer.eos_token_id
     _add_ends(special.special_token_ids, ends, keeps_eos=adds_eos)
@@ -80,12 +80,12 @@ def read_gguf_tokenizer(folder: Path, base: Path, vocabulary: int, ends: TurnEnd
 
 
 def _add_ends(roles: dict[str, int], ends: TurnEnds, *, keeps_eos: bool) -> None:
-    """Name what ends a turn where the tokenizer's own end is another: llama.cpp stops at each of the three roles.
+    """Name the token that ends a turn, where it is not the tokenizer's own end. llama.cpp stops at each of three roles.
 
     Args:
-        roles: Special tokens by role; changed.
-        ends: What ends a turn.
-        keeps_eos: Whether texts are given the tokenizer's own end, which then keeps its role.
+        roles: Special tokens by role. This is changed.
+        ends: The tokens and texts that end a turn.
+        keeps_eos: Whether texts get the tokenizer's own end token, which then keeps its role.
     """
     own = roles.get("eos")
     if ends.mark is None or own == ends.mark:

@@ -1,12 +1,12 @@
-"""What must be true before transformers is imported."""
+"""What must be done before transformers is imported."""
 
 import sys
 
 
 def hide_broken_torchvision() -> bool:
-    """Hide a torchvision whose operators do not match the installed torch; text models need none.
+    """Hide a torchvision whose operators do not match the installed torch. Text models do not need it.
 
-    With a mismatched pair, transformers modules fail with "operator torchvision::nms does not exist".
+    With a mismatched pair, modules of transformers fail with "operator torchvision::nms does not exist".
 
     Returns:
         Whether it was hidden.

@@ -1,4 +1,4 @@
-"""The adapter's folder: proved before the first step, written after the last one."""
+"""The adapter's folder. A trial is written before the first step, the folder itself after the last one."""
 
 import json
 import tempfile
@@ -40,7 +40,8 @@ _NOTHING_YET = RunOutcome(
 class HandingOut:
     """Writes the folder that a run hands out.
 
-    Whatever of it can be known or tried before the first step is: what fails after the last one has a training to lose.
+    Everything that can be known or tried before the first step is, since a failure after the last step could lose the
+    training.
 
     Args:
         base: With the adapter on it.
@@ -54,7 +55,7 @@ class HandingOut:
         self._card = begin_card(base, command)
 
     def prove(self) -> None:
-        """Write the folder once and delete it.
+        """Write the folder once and delete it, to know that it can be written.
 
         Raises:
             StorageFull: There is no room for it.
@@ -67,9 +68,9 @@ class HandingOut:
             self._fill(Path(scratch), _NOTHING_YET, {})
 
     def write(self, outcome: RunOutcome, losses: dict[int, float]) -> None:
-        """Write the folder: it is whole or it is not there.
+        """Write the folder. It is there completely or not at all.
 
-        A run cut off after this and before its record was written is handed out again from its last checkpoint.
+        A run that is cut off between this and its record is handed out again from its last checkpoint.
 
         Raises:
             StorageFull: There is no room for it.
@@ -94,7 +95,7 @@ class HandingOut:
 
 @contextmanager
 def saving(done: str) -> Iterator[None]:
-    """Tell a failure to save from any other: what there was to save is not lost by it.
+    """Raise CannotSave for any failure of the block, since a failure to save does not lose what was trained.
 
     Args:
         done: What the run has done, for the message.

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system once a piece of work is done: other engines and programs have use for it."""
+"""Returns freed memory to the system after a piece of work, for other engines and programs."""
 
 import ctypes
 import gc
@@ -14,9 +14,9 @@ from core.allocator import TCMALLOC_SYMBOL
 
 
 def give_back() -> None:
-    """Return what is free in this process's heap, and in torch's own on a GPU, to the system.
+    """Return the free memory of this process's heap, and of torch's on a GPU, to the system.
 
-    An allocator keeps what a run has freed for the next; a fine-tune leaves as much as its activations took.
+    An allocator keeps freed memory for the next run. After a fine-tune that is as much as its activations took.
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -26,7 +26,7 @@ def give_back() -> None:
 
 @cache
 def _releaser() -> Callable[[], Any]:
-    """Return the call of the allocator that this process has: tcmalloc's, glibc's, or none.
+    """Return the call of this process's allocator that gives memory back: tcmalloc's, glibc's, or none.
 
     Source: gperftools, malloc_extension_c.h; malloc_trim(3).
     """
@@ -45,12 +45,14 @@ _PASSING_BYTES, _MOST_BYTES = 2**20, 32 * 2**20
 
 @contextmanager
 def passing() -> Iterator[None]:
-    """Map each large block apart, so that it is the system's again as soon as it is freed.
+    """Map each large block by itself during the block, so that the system has it back as soon as it is freed.
 
-    Steps of training are slower so: what one frees the next takes, and the kernel would clear it in between. Loading
-    frees each block once. glibc's heap then keeps them, for torch's alignment lets the next not fit where the last was
-    (docs/decisions/0011-the-engines-allocator.md). Other allocators stay as they are, and so does glibc's where no
-    threshold was set at the start of this process: nothing tells what to go back to.
+    This suits loading, which frees each block once. In glibc's heap the freed blocks would stay, since with torch's
+    alignment the next block does not fit in the place of the last (docs/decisions/0011-the-engines-allocator.md).
+    Training would be slower with it: a step takes what the last one freed, and the kernel would clear it in between.
+
+    Other allocators are not changed. glibc's is not changed either if no threshold was set at the start of this
+    process, since it could not be restored.
     """
     process = ctypes.CDLL(None)
     usual = os.environ.get("MALLOC_MMAP_THRESHOLD_")

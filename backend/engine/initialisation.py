@@ -1,4 +1,4 @@
-"""How A, B and the frozen weight under them start, for the methods that start from a decomposition of the weight.
+"""Gives A, B and the frozen weight under them their first values, for the methods that decompose the weight.
 
 `engine.decompositions` has a row for each of them. On a base in 4 bits W is read from the model's files, a layer at a
 time, and decomposed in fp32. F is rounded as the base's own weights were (QPiSSA: arXiv 2404.02948, section 4).
@@ -34,20 +34,20 @@ def create_adapter(
 ) -> Tensors:
     """Put a new adapter on the base, in the state that the method trains from.
 
-    Weights that others take the place of are for the caller to keep (`frozen_weights.original_weights_kept`).
+    The caller keeps the weights that are replaced (`frozen_weights.original_weights_kept`).
 
     Args:
-        base: Its weights are its own.
-        name: The adapter's.
+        base: With its own weights.
+        name: The adapter's name.
         config: The complete configuration.
         base_model_id: For the adapter's config.
         revision: For the adapter's config.
-        again: What an earlier call returned for the same run. A and B are taken from there: a second decomposition of
-            the same weights need not give the same bits, and takes minutes on a large model.
-        before_layer: Told the fraction that is done before each decomposition; may end it by raising.
+        again: The result of an earlier call for the same run. A and B are taken from it, since a second decomposition
+            of the same weights may give other bits, and takes minutes on a large model.
+        before_layer: Called with the fraction that is done before each decomposition. It may raise to end the run.
 
     Returns:
-        A and B as initialised where the adapter is trained on other weights than the base's; else nothing.
+        A and B as initialised, if the adapter is trained on other weights than the base's; else nothing.
 
     Raises:
         BadSetting: The method cannot start on this model.
@@ -87,7 +87,7 @@ _TAKEN = (".taken_A.weight", ".taken_B.weight")
 def _start(
     layer: LoraLayer, name: str, weight: torch.Tensor, config: PeftConfig, decomposition: Decomposition
 ) -> tuple[Factors, Factors | None]:
-    """Freeze what the method freezes; return A and B to start from, and those whose product was taken out of W."""
+    """Freeze the method's weight; return the first A and B, and the factors whose product was subtracted from W."""
     if not decomposition.of_rounding:
         factors = decomposition.factors(weight, config.rank, layer.scaling[name])
         _subtract(layer, name, weight, *factors)
@@ -104,12 +104,12 @@ def _start(
 
 
 def _check_all_are_linear(base: Base, name: str, paths: list[str], config: PeftConfig) -> None:
-    """Refuse adapters on stacked experts: they would start as plain LoRA, and have no plain LoRA of twice the rank.
+    """Refuse adapters on stacked experts. They would start as plain LoRA, and cannot be rewritten with twice the rank.
 
-    LoftQ's first iteration changes no weight, and experts are not rounded: there is nothing to correct in them.
+    One iteration of LoftQ is not refused: it changes no weight, and experts are not rounded.
 
     Raises:
-        BadSetting: It names one.
+        BadSetting: It names one of them.
     """
     if not freezes_others(config):
         return
@@ -123,10 +123,10 @@ def _check_all_are_linear(base: Base, name: str, paths: list[str], config: PeftC
 
 
 def _check_rank(path: str, weight: torch.Tensor, config: PeftConfig) -> None:
-    """Refuse more directions than a weight has.
+    """Refuse a rank that is larger than a weight allows.
 
     Raises:
-        BadSetting: It says how many there are.
+        BadSetting: It names the largest rank.
     """
     most = min(weight.shape)
     if config.rank > most:

@@ -12,7 +12,7 @@ def die_with_parent(parent_pid: int) -> None:
     """Ask the kernel to kill this process when its parent dies (Linux; elsewhere end-of-file does it).
 
     Args:
-        parent_pid: Who is expected to be the parent: it may have died before the kernel was asked.
+        parent_pid: The expected parent. It may have died before the kernel was asked.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)

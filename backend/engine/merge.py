@@ -1,4 +1,4 @@
-"""The `merge` command: base and adapter become one normal model that needs no PEFT."""
+"""The `merge` command: base and adapter become one ordinary model that does not need PEFT."""
 
 import json
 import shutil
@@ -22,8 +22,8 @@ from engine.merged_weights import MergedWeights, adapter_attached
 from engine.served_tokenizer import ServedTokenizer
 from engine.turn_ends import TurnEnds
 
-# A shard is in memory as a whole while it is written, and safetensors lets no other thread run meanwhile, the
-# heartbeat's neither.
+# A shard is in memory as a whole while it is written. safetensors lets no other thread run meanwhile, not even the
+# heartbeat's.
 _SHARD_BYTES = 2**30
 _RESERVE_BYTES = 64 * 2**20  # for the database and logs, which may be on the same device
 
@@ -34,7 +34,7 @@ def merge(base: Base, command: Merge, channel: Channel) -> MergedModel:
     Raises:
         BadSetting: The adapter does not belong to this base, or is not finite in the base's type.
         StorageFull: There is no room; nothing was written.
-        Stopped: The client ended it; nothing is left.
+        Stopped: The client ended it; the folder is deleted.
     """
     output = Path(command.output_path)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _notes(merged: MergedWeights) -> list[str]:
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse to begin what the device cannot hold.
+    """Refuse to begin if the device cannot hold the result.
 
     Raises:
         StorageFull: It says what is needed and what is free.
@@ -81,14 +81,14 @@ def require_space(folder: Path, needed_bytes: int) -> None:
 
 
 def require_embeddings(served: ServedTokenizer, embeddings: int) -> None:
-    """Refuse a tokenizer that has tokens which the model does not.
+    """Refuse a tokenizer that has tokens for which the model has no embeddings.
 
     Args:
-        served: What the export is to carry.
-        embeddings: How many the model has.
+        served: The tokenizer of the export.
+        embeddings: The number of embeddings that the model has.
 
     Raises:
-        BadSetting: The model would fail, or read something else, at such a token.
+        BadSetting: At such a token the model would fail or read something else.
     """
     last = max(served.tokenizer.get_vocab().values(), default=-1)
     if last >= embeddings:
@@ -99,7 +99,7 @@ def require_embeddings(served: ServedTokenizer, embeddings: int) -> None:
 
 
 def template_notes(base: Base, served: ServedTokenizer) -> list[str]:
-    """Say whose chat template an export carries where that is not the base's, and what of its ends it cannot carry."""
+    """Return notes for the user on an export's chat template: whose it is, and which ends of turns are left to say."""
     notes = []
     if served.tokenizer.chat_template != base.tokenizer.chat_template:
         notes.append("The chat template is the adapter's own, not the base's.")
@@ -112,7 +112,7 @@ def template_notes(base: Base, served: ServedTokenizer) -> list[str]:
 
 
 def merging_packages() -> dict[str, str]:
-    """Return the versions of what computed the merge."""
+    """Return the versions of the packages that computed the merge."""
     return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "gguf")}
 
 
@@ -132,7 +132,7 @@ def _write_weights(merged: MergedWeights, folder: Path, request_id: str, channel
             shard[name] = merged.compute(name)
             done += merged.tensors[name].size_bytes
             channel.emit(Progress(request_id=request_id, stage="merging", fraction=done / merged.total_bytes))
-        # Under the names that files of this architecture have, where transformers holds it under others in memory.
+        # By the name that the tensor has in files of this architecture. In memory transformers may name it differently.
         shard = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(merged.model, shard).items()}
         save_file(shard, folder / filename, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, filename)
@@ -142,7 +142,7 @@ def _write_weights(merged: MergedWeights, folder: Path, request_id: str, channel
 
 
 def _write_configs(merged: MergedWeights, source: Path, folder: Path, ends: TurnEnds) -> None:
-    """Copy the base's configs: what reads the base reads the merged model. Only what is no longer true is changed."""
+    """Copy the base's configs, so that what reads the base reads the merged model. Only outdated entries change."""
     said = merged.model.generation_config.eos_token_id
     new_ends = set(ends.ids) != set(said if isinstance(said, list) else [said])
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A base's tensors with an adapter's corrections in them, computed one at a time; the base itself is not touched."""
+"""A base's tensors with an adapter merged into them, computed one at a time. The base itself does not change."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -27,8 +27,8 @@ class MergedTensor:
     Attributes:
         host: The module that holds it, below any adapter.
         layer: The adapted layer around the host, if there is one.
-        attribute: The host's name for it.
-        dtype: What it is written as.
+        attribute: The tensor's name in the host.
+        dtype: The type that it is written as.
     """
 
     host: nn.Module
@@ -39,13 +39,13 @@ class MergedTensor:
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in the file."""
+        """Its size in the file."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
 @contextmanager
 def adapter_attached(base: Base, name: str, path: Path) -> Iterator[None]:
-    """Have an adapter on the base for the length of the block; one that was there before stays."""
+    """Put an adapter on the base for the length of the block. One that was there before stays there afterwards."""
     there = name in base.adapters
     base.attach(name, path)
     try:
@@ -60,12 +60,12 @@ class MergedWeights:
 
     Args:
         base: Holds the adapter.
-        adapter: Its name there.
+        adapter: The adapter's name on the base.
 
     Attributes:
-        tensors: In the model's order; of tensors that are tied, the one that is saved.
-        untied: Whether tied tensors had to be written apart, because the adapter changes one of them alone.
-        notes: What a user should know of how they are computed.
+        tensors: In the model's order. Of tied tensors it has the one that is saved.
+        untied: Whether tied tensors are written separately, because the adapter changes only one of them.
+        notes: What a user should know about how they are computed.
     """
 
     def __init__(self, base: Base, adapter: str) -> None:
@@ -80,18 +80,18 @@ class MergedWeights:
 
     @property
     def total_bytes(self) -> int:
-        """Of all tensors as they are written."""
+        """The size of all tensors as they are written."""
         return sum(tensor.size_bytes for tensor in self.tensors.values())
 
     def compute(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return one tensor, on the CPU.
 
         Args:
-            name: Which.
-            dtype: As what; the type of the base's own files if None.
+            name: The tensor's name.
+            dtype: Its type; the type in the base's own files if None.
 
         Raises:
-            BadSetting: It holds values that the type cannot.
+            BadSetting: It has values that the type cannot hold.
         """
         tensor = self.tensors[name]
         dtype = dtype or tensor.dtype
@@ -127,7 +127,7 @@ class MergedWeights:
             yield from self._saved(sharing)
 
     def _saved(self, sharing: list[tuple[str, MergedTensor]]) -> list[tuple[str, MergedTensor]]:
-        """Return which of the tensors that share memory are saved: one, unless the adapter changes only some."""
+        """Return which of the tensors that share memory are saved: one, unless the adapter changes some alone."""
         if len(sharing) == 1:
             return sharing
         if any(tensor.layer is not None for _, tensor in sharing):
@@ -144,7 +144,7 @@ class MergedWeights:
         return self._stored.get(name, self.dtype)
 
     def _written_dtype(self, path: Path) -> torch.dtype:
-        """Return the base's own type; of a base that is stored in fewer bits, the 16-bit type it computes in."""
+        """Return the base's own type; for a base that is stored in fewer bits, the 16-bit type that it computes in."""
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
         if isinstance(named, torch.dtype):
@@ -170,7 +170,7 @@ class MergedWeights:
 
 
 def merged_weight(layer: LoraLayer, adapter: str) -> torch.Tensor:
-    """Return an adapted layer's weight with the adapter in it, in fp32, as PEFT merges it."""
+    """Return an adapted layer's weight with the adapter merged into it as PEFT does, in fp32."""
     weight = plain_weight(layer.get_base_layer()).to(torch.float32)
     variant = layer.lora_variant.get(adapter)
     if variant is None:

@@ -1,4 +1,4 @@
-"""From our configuration to PEFT's, and from what was trained to what is handed out."""
+"""Translates a configuration to PEFT's, and a trained adapter to the one that is handed out."""
 
 import math
 
@@ -72,7 +72,7 @@ def trainable_parameters(layers: dict[str, tuple[int, int]], config: PeftConfig)
 
 
 def lora_config(config: PeftConfig, base_model_id: str, revision: str | None) -> LoraConfig:
-    """Write the configuration in PEFT's terms; nothing is left to its defaults that we let a client set."""
+    """Write the configuration in PEFT's terms. No setting that a client may choose is left to PEFT's default."""
     targets = config.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -91,7 +91,7 @@ def lora_config(config: PeftConfig, base_model_id: str, revision: str | None) ->
 
 
 def changed_layers(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Name the layers under whose adapters a run of this configuration freezes other weights than the base's."""
+    """Name the layers in which a run of this configuration freezes other weights than the base's."""
     return list(targeted_layers(model, config)) if freezes_others(config) else []
 
 
@@ -110,11 +110,11 @@ def as_plain_lora(
     plain LoRA s·B'A' on W says the same. Scaling stays s: alpha doubles with the rank, and with rsLoRA,
     whose s' = 2·alpha/√(2r) = √2·s, the factor goes into B'.
 
-    The unmodified base is W as published. Of a base in 4 bits, nf4(W − s·B₀A₀) was frozen, not W − s·B₀A₀: the
-    rounding of neither is of low rank, so no LoRA on W or on nf4(W) repeats it exactly. On W what is missing is the
-    residual's rounding alone, which QPiSSA makes small; on nf4(W) the rounding of W comes to it. The factors are the
-    same for both, and stock PEFT on either gives the logits that this service gives on it; docs/methods.md has what
-    the rounding comes to.
+    The unmodified base is W as published. On a base in 4 bits, nf4(W − s·B₀A₀) was frozen in place of W − s·B₀A₀. The
+    error of that rounding is not of low rank, so no LoRA on W or on nf4(W) repeats it exactly. On W the result lacks
+    the rounding of the residual, which QPiSSA makes small. On nf4(W) it also has the rounding of W. The factors are the
+    same for both, and stock PEFT gives the same logits as this service on either. docs/methods.md has the measured
+    sizes.
 
     Args:
         trained: The adapter's tensors after training, A as (r, in) and B as (out, r).

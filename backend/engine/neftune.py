@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 
 def add_noise(embeddings: nn.Module, alpha: float) -> RemovableHandle:
-    """Add uniform noise to what a module of embeddings returns while it trains; the handle takes it off again.
+    """Add uniform noise to the output of a module of embeddings while it trains. The handle takes the noise off again.
 
     Args:
         embeddings: Maps B × T ids to B × T × H.

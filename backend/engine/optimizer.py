@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate over the run, and how many steps there are."""
+"""The optimizer, its learning rate over the run, and the number of steps."""
 
 import math
 from collections.abc import Mapping
@@ -38,9 +38,9 @@ def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], config: PeftCon
 
 
 def parameter_groups(parameters: Mapping[str, torch.nn.Parameter], config: PeftConfig) -> list[dict[str, Any]]:
-    """Group the parameters by their learning rate: all at one; with LoRA+, B at a multiple of A's.
+    """Group the parameters by their learning rate. There is one rate; with LoRA+, B has a multiple of A's.
 
-    DoRA's magnitudes go with B, as in PEFT's `create_loraplus_optimizer`: they, too, start where the base is.
+    DoRA's magnitudes have B's rate, as in PEFT's `create_loraplus_optimizer`: both start where the base is.
 
     Source: LoRA+ (arXiv 2402.12354), section 4: B's rate is λ times A's.
     """
@@ -76,14 +76,14 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def go_on_with(settings: list[dict[str, Any]], optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
-    """Give an optimizer and its scheduler, restored from a checkpoint, this run's settings from the next step on.
+    """Give an optimizer and a scheduler that were restored from a checkpoint this run's settings.
 
-    A checkpoint brings the settings that it was written with, and the rate that its own schedule has for the next step.
+    A checkpoint brings the settings that it was written with, and its own schedule's rate for the next step.
 
     Args:
         settings: As `settings_of` returned them before the optimizer was restored.
         optimizer: Restored.
-        scheduler: Restored; its place in the schedule stays.
+        scheduler: Restored. Its place in the schedule stays.
     """
     scheduler.base_lrs = [own["initial_lr"] for own in settings]
     rates = [

@@ -44,7 +44,7 @@ def prepare_pickled(command: PreparePickled, channel: Channel) -> Prepared:
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message goes on to advise running it all the same.
+        # torch's own message advises running it all the same.
         named = _REFUSED.search(str(error))
         what = named[0] if named else "they hold something else than tensors"
         raise BadModel(f"the pickled weights of {command.model_id} are not read: {what}") from error

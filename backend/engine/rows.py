@@ -1,4 +1,4 @@
-"""Tokenized rows, and many of them in little memory.
+"""Tokenized rows, and a store that holds many of them in little memory.
 
 Shapes: T tokens a row. Labels are aligned with the inputs (label t is token t itself) and -100 where no loss is
 computed; the trainer shifts.
@@ -35,9 +35,9 @@ class Row:
 
 
 class RowStore(Sequence[Row]):
-    """Rows whose tokens lie one after the other: 8 bytes a token, where two Python lists take up to 48.
+    """Rows whose tokens are stored one after the other, in 8 bytes a token. Two Python lists take up to 48.
 
-    The rows that are taken out are copies.
+    It returns copies of its rows.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:

@@ -1,4 +1,4 @@
-"""The report of what a run was built of. It reads the modules and the optimizer, not the request."""
+"""The report on what a run consists of. It reads the modules and the optimizer, and not the request."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ def _holds(layer: BaseTunerLayer, adapter: str) -> bool:
 
 
 def _adapter_parameters(model: nn.Module) -> set[int]:
-    """Return the ids of all adapters' parameters: those of the base are the others."""
+    """Return the ids of all adapters' parameters. All other parameters are the base's."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     held = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     return {id(p) for part in held if isinstance(part, nn.Module) for p in part.parameters()}
@@ -63,7 +63,7 @@ def _storage(module: nn.Module) -> str | None:
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> dict[str, int]:
-    """Count stored elements by type; a packed 4-bit weight counts as the bytes that hold it."""
+    """Count stored elements by type. A packed 4-bit weight counts as its bytes."""
     counts: Counter[str] = Counter()
     for parameter in parameters:
         counts[_name(parameter.dtype)] += parameter.numel()

@@ -1,4 +1,4 @@
-"""A tokenizer as a model is used with it: with one adapter, or bare."""
+"""The tokenizer that a model is used with, bare or with an adapter."""
 
 import tempfile
 from functools import cached_property
@@ -17,10 +17,10 @@ TemplateSource = Literal["model", "adapter", "none: a plain one is used"]
 
 
 def complete_tokenizer(tokenizer: Any) -> None:
-    """Give a tokenizer what training needs and it lacks: a chat template, and a token to pad with if it has an end.
+    """Give a tokenizer a chat template and a padding token if it has none.
 
     Raises:
-        BadModel: It cannot tell which characters a token is, so nothing could be masked.
+        BadModel: It cannot tell which characters a token stands for, so nothing could be masked.
     """
     if tokenizer.chat_template is None:
         tokenizer.chat_template = FALLBACK_TEMPLATE
@@ -36,7 +36,7 @@ class ServedTokenizer:
     Args:
         tokenizer: Complete.
         adapted: Whether the chat template is an adapter's.
-        said_ends: What the model's generation config names as ends.
+        said_ends: The end tokens that the model's generation config names.
     """
 
     def __init__(self, tokenizer: Any, *, adapted: bool, said_ends: Any) -> None:
@@ -45,33 +45,33 @@ class ServedTokenizer:
 
     @property
     def template_source(self) -> TemplateSource:
-        """Whose chat template counts."""
+        """Whose chat template is used."""
         if self.tokenizer.chat_template == FALLBACK_TEMPLATE:
             return "none: a plain one is used"
         return "adapter" if self._adapted else "model"
 
     @cached_property
     def renderer(self) -> ChatRenderer:
-        """What renders conversations."""
+        """Renders conversations."""
         return ChatRenderer(self.tokenizer)
 
     @cached_property
     def text(self) -> TextTokenizer:
-        """What tokenizes plain texts."""
+        """Tokenizes plain texts."""
         return TextTokenizer(self.tokenizer)
 
     @cached_property
     def ends(self) -> TurnEnds:
-        """What ends an answer."""
+        """The tokens and texts that end an answer."""
         return turn_ends(self.tokenizer, self.renderer, self._said_ends)
 
 
 class ServedTokenizers:
-    """The tokenizers of a base and of the adapters on it; like ones are in memory once.
+    """The tokenizers of a base and of the adapters on it. Equal ones are in memory once.
 
     Args:
         tokenizer: The base's, complete.
-        said_ends: What the model's generation config names as ends of an answer.
+        said_ends: The end tokens that the model's generation config names.
     """
 
     def __init__(self, tokenizer: Any, said_ends: Any) -> None:
@@ -80,7 +80,7 @@ class ServedTokenizers:
         self._by_folder: dict[Path, ServedTokenizer] = {}
 
     def of_adapter(self, folder: Path) -> ServedTokenizer:
-        """Return the tokenizer that counts for an adapter, read when it is first asked for.
+        """Return the tokenizer that an adapter is used with. It is read at the first call.
 
         Raises:
             BadSetting: The adapter's own cannot be used.
@@ -91,12 +91,12 @@ class ServedTokenizers:
         return self._by_folder[folder]
 
     def forget(self, folder: Path | None) -> None:
-        """Let go of an adapter's tokenizer, if it was asked for."""
+        """Drop an adapter's tokenizer, if it was read."""
         if folder is not None:
             self._by_folder.pop(folder, None)
 
     def written(self, adapter: Path, folder: Path) -> ServedTokenizer:
-        """Write the tokenizer that counts for an adapter into a folder, and return it.
+        """Write the tokenizer that an adapter is used with into a folder, and return it.
 
         Raises:
             BadSetting: The adapter's own cannot be used.

@@ -1,4 +1,4 @@
-"""Plain text as tokens: the one place where a text gets the tokens that its tokenizer puts around it."""
+"""Tokenizes plain texts, with the tokens that a tokenizer puts around a text. Nothing else does this."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TextTokens:
-    """A text's T tokens, and the (start, end) characters of each; what is put around it has no characters."""
+    """A text's T tokens, and the (start, end) characters of each. A token that was put around it has none."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
 
 class TextTokenizer:
-    """Tokenizes texts with the tokens that a tokenizer puts around them; a mark that a text has is not added again."""
+    """Tokenizes texts with the tokens that a tokenizer puts around them. A mark that a text has is not repeated."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -35,7 +35,7 @@ def _without(added: list[int], mark: int | None, tokens: list[int]) -> list[int]
 
 
 def _added(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return what a tokenizer puts before and behind a text's own tokens: the same for every text."""
+    """Return the tokens that a tokenizer puts before and behind those of every text."""
     own, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     at = next((at for at in range(len(whole)) if own and whole[at : at + len(own)] == own), len(whole))
     return list(whole[:at]), list(whole[at + len(own) :])

@@ -1,4 +1,4 @@
-"""An end to code of others that does not come to one."""
+"""A time limit for code of others that may never end."""
 
 import signal
 import threading
@@ -11,9 +11,10 @@ from engine.errors import BadModel
 
 @contextmanager
 def cpu_limit(limit_s: float, message: str) -> Iterator[None]:
-    """End what takes too long. Processor time is counted, so that a busy machine ends nothing.
+    """End the block once it has taken too much processor time. A busy machine does not shorten the limit.
 
-    Signals reach the main thread alone, where an engine carries out its commands; elsewhere there is no limit.
+    The limit works by a signal, which reaches only the main thread. An engine carries out its commands there. On other
+    threads there is no limit.
 
     Raises:
         BadModel: The limit was passed.

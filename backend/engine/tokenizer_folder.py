@@ -1,6 +1,6 @@
-"""A tokenizer's files: saved whole, and taken from where they count.
+"""A tokenizer's files: how they are saved, and which of the adapter's and the base's files are used.
 
-A tokenizer has one chat template, several named ones, or none; transformers writes the named ones in a folder within.
+A tokenizer has one chat template, several named ones, or none. transformers writes the named ones into a sub-folder.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def write_used_tokenizer(base_tokenizer: Any, adapter: Path, folder: Path) -> bool:
-    """Write the tokenizer that counts for an adapter: its own, and what it lacks the base's.
+    """Write the tokenizer that an adapter is used with: its own, completed by the base's.
 
-    The chat template counts apart from the rest: an adapter that has one was trained with it, whatever else it has.
+    The chat template is decided separately: an adapter that has one was trained with it, whatever else it has.
 
     Args:
         base_tokenizer: The base's.
@@ -62,7 +62,7 @@ def own_template(folder: Path) -> Template | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a sum over the files that make a folder's tokenizer."""
+    """Return a digest of the files that make a folder's tokenizer."""
     digest, paths = hashlib.sha256(), dict(plain_files(folder))
     for name in tokenizer_files(paths):
         digest.update(name.encode() + b"\0" + hashlib.sha256(paths[name].read_bytes()).digest())
@@ -70,7 +70,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Tell whether a folder holds a tokenizer, and not only settings or a template of one."""
+    """Tell whether a folder holds a whole tokenizer, and not only settings or a template."""
     return (folder / "tokenizer.json").is_file() and (folder / _SETTINGS).is_file()
 
 
@@ -82,7 +82,7 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _put_template(folder: Path, template: Template | None) -> None:
-    """Give a folder's tokenizer one chat template, or several named ones, in place of its own."""
+    """Replace the chat template of a folder's tokenizer by another, or by several named ones."""
     shutil.rmtree(folder / TEMPLATES_FOLDER, ignore_errors=True)
     (folder / _TEMPLATE).unlink(missing_ok=True)
     settings = json.loads((folder / _SETTINGS).read_bytes())

@@ -39,7 +39,7 @@ from engine.run_report import run_report
 
 
 class Control(Protocol):
-    """What the client asks of a run while it runs."""
+    """Passes on what the client asks of a run while it runs."""
 
     def check_stop(self) -> None:
         """Raise Stopped if the run is to end; called between forward passes."""
@@ -52,8 +52,8 @@ class Trainer:
     """Trains the active adapter of a base.
 
     Between two optimizer steps the whole state of a run is `progress`, the parameters, the optimizer with its
-    scheduler and scaler, and the random generators; a checkpoint holds these, so a run that goes on from one
-    computes what the uninterrupted run would, to the bit where the device's arithmetic is repeatable.
+    scheduler and scaler, and the random generators. A checkpoint holds all of these. A run that goes on from one
+    computes what the uninterrupted run would compute, to the bit where the device's arithmetic is repeatable.
 
     Args:
         base: Holds the model with the adapter already created.
@@ -86,7 +86,7 @@ class Trainer:
         self._rows, self._validation = rows, validation
         self._request_id, self._emit, self._control = request_id, emit, control
         self._checkpoints, self._initial = checkpoints, initial or {}
-        # Any token will do: what is padded is neither attended to nor learned.
+        # Any token will do: padding is neither attended to nor learned.
         self._pad_id = int(base.tokenizer.pad_token_id or 0)
         # Without the adapter's own name: another job may go on from the checkpoint.
         own = f".{base.model.active_adapter}."
@@ -106,13 +106,13 @@ class Trainer:
         set_seed(config.seed)
         if resume is not None:
             self._restore(resume)
-        # The generators as they were after the last whole step: what a stop in the middle of one goes back to.
+        # The generators as they were after the last whole step. A stop in the middle of a step goes back to them.
         self._rng = rng_state(base.device)
         self._started = self._checkpoint_s = time.monotonic()
         self._elapsed_before_s = self.progress.elapsed_s
 
     def run(self) -> RunOutcome:
-        """Train to the last step, to early stopping, or until the client wants what there is.
+        """Train to the last step, to early stopping, or until the client wants the adapter as it is.
 
         Raises:
             NotFinite: The loss or the gradient of a step is NaN or infinite; the rows of that step are named.
@@ -134,11 +134,11 @@ class Trainer:
             self._end()
 
     def hand_out(self) -> RunOutcome:
-        """Train no more: put the parameters in place that a run which was stopped here hands out."""
+        """Train nothing; put the parameters in place that a run hands out which was stopped here."""
         return self._outcome(stopped_on_request=True)
 
     def prove(self) -> None:
-        """Write a checkpoint and delete it.
+        """Write a checkpoint and delete it, to know that checkpoints can be written.
 
         Raises:
             StorageFull: No space is left.
@@ -185,7 +185,7 @@ class Trainer:
         return patience is not None and self.progress.waits >= patience
 
     def _outcome(self, *, stopped_on_request: bool) -> RunOutcome:
-        """Sum the run up; with early stopping, put the parameters of the best evaluation in place first."""
+        """Return the outcome. With early stopping, put the parameters of the best evaluation in place first."""
         progress = self.progress
         if progress.first_loss is None or progress.loss is None:
             raise BadData("the run has no step: there is nothing to hand out")
@@ -223,7 +223,7 @@ class Trainer:
         )
 
     def _step(self, batches: list[Batch], batches_per_epoch: int) -> None:
-        """Take one optimizer step. `progress` changes at its end, so that a stop in its middle leaves no trace."""
+        """Take one optimizer step. `progress` changes only at its end, so a stop in between leaves it as it was."""
         # Normalised by the trained tokens of the whole step: an answer token weighs the same whichever
         # micro-batch it is in (the gradient accumulation fix of transformers 4.46).
         began = time.monotonic()
@@ -307,9 +307,9 @@ class Trainer:
             self._write_checkpoint()
 
     def _keep_the_end(self) -> None:
-        """Write the checkpoint of the last step, from which the adapter is handed out if all that follows fails.
+        """Write the checkpoint of the last step. If a later step fails, the adapter is handed out from it.
 
-        A disk that has no room for it may have room for the adapter, which is a third of it: the run goes on.
+        If the disk has no room for it, the run goes on: the adapter takes a third of the room.
         """
         if self.progress.step in (self._resumed_step, self._kept_step):
             return
@@ -350,7 +350,7 @@ class Trainer:
         self._scaler.load_state_dict(checkpoint.settings["scaler"])
         restore_rng(self._base.device, checkpoint.rng)
         self.progress, self._resumed_step = replace(checkpoint.progress), checkpoint.progress.step
-        if self.progress.step:  # the end of a shorter run is evaluated in that run alone
+        if self.progress.step:  # it may have been the last step of a shorter run, the only one that evaluates there
             self.progress.evaluation_due &= self._evaluates_after(self.progress.step)
         if self.progress.step > self.total_steps:
             raise BadSetting(f"the checkpoint is at step {self.progress.step} already, beyond {self.total_steps}")
@@ -358,12 +358,12 @@ class Trainer:
             return
         self._best = checkpoint.best
         if not self._best and self.progress.best_step != self.progress.step:
-            # Begun without early stopping: the weights of its best evaluation are not there to hand out.
+            # The run began without early stopping, so the weights of its best evaluation were not kept.
             self.progress.waits, self.progress.best_step, self.progress.best_eval_loss = 0, None, None
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _evaluate(self) -> None:
-        """Measure the loss on the validation rows; draws no random number, so a run goes on as if it had not been."""
+        """Measure the loss on the validation rows. It draws no random number, so it does not change the run."""
         self._base.model.eval()
         total, count = 0.0, 0
         lengths = self._validation.lengths()

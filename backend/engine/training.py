@@ -1,4 +1,4 @@
-"""The `train` command: data, adapter, checkpoint to go on from, run, and the folder that is handed out."""
+"""The `train` command: reads the data, makes the adapter, goes on from a checkpoint, trains, and writes the adapter."""
 
 import json
 from array import array
@@ -51,7 +51,8 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
         CommandError: Of the class that says why.
         Stopped: The client ended the run.
         StorageFull: No space is left for the adapter or a checkpoint.
-        CannotSave: The adapter cannot be written, or what it takes to write it cannot be; the end's checkpoint is kept.
+        CannotSave: The adapter or a checkpoint cannot be written, in the trial before the run or after it. What was
+            trained is in the last checkpoint.
     """
     control, recorder = _ChannelControl(channel, command.request_id), LossRecorder(channel.emit)
     rows, validation, skipped = _load_rows(base, command, channel, control.check_stop)
@@ -60,7 +61,7 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
     checkpoints = _checkpoint_folder(command)
     damaged: list[str] = []
     resume = checkpoints.newest(command.recorded_step, lambda name, why: damaged.append(f"{name}: {why}"))
-    base.detach(command.adapter_id)  # handed out before, but not recorded
+    base.detach(command.adapter_id)  # an earlier run may have handed it out without a record
     try:
         changed = methods.changed_layers(base.model, command.config)
         with original_weights_kept(base.model, changed, output.parent):
@@ -90,7 +91,7 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
                 handing_out.write(outcome, recorder.losses)
     finally:
         base.detach(command.adapter_id)
-    # What is handed out is what is served: the adapter comes back from its own files.
+    # The adapter that is served comes from the files that are handed out.
     with saving(f"the run has ended after step {outcome.steps}"):
         base.attach(command.adapter_id, output)
     return TrainingFigures(
@@ -115,7 +116,7 @@ def _checkpoint_folder(command: Train) -> CheckpointFolder:
 
 
 def _create_adapter(base: Base, command: Train, resume: Checkpoint | None, channel: Channel) -> Tensors:
-    """Put the adapter on the base; return A and B as initialised where they are needed to convert it afterwards."""
+    """Put the adapter on the base; return A and B as initialised if they are needed to convert it afterwards."""
     config = command.config
     set_seed(config.seed)
     again = resume.initial if resume is not None and resume.initial else None
@@ -138,7 +139,7 @@ def _create_adapter(base: Base, command: Train, resume: Checkpoint | None, chann
 def _load_rows(
     base: Base, command: Train, channel: Channel, check_stop: Callable[[], None]
 ) -> tuple[RowStore, RowStore, int]:
-    """Tokenize both sets; rows with nothing to learn are counted and left out."""
+    """Tokenize both sets. Rows with nothing to learn are counted and left out."""
     dataset = Path(command.dataset_path)
     paths = [dataset, Path(command.validation_path)] if command.validation_path else [dataset]
     held = _held_out(dataset, command.validation_fraction, command.config.seed)
@@ -174,13 +175,13 @@ def _count_lines(path: Path) -> int:
 
 
 def _named(numbers: Sequence[int]) -> str:
-    """Name rows, from 1, as far as it helps."""
+    """Name the first rows, counted from 1, and the number of the others."""
     more = f" and {len(numbers) - _MOST_NAMED} more" if len(numbers) > _MOST_NAMED else ""
     return f"rows {', '.join(str(number + 1) for number in numbers[:_MOST_NAMED])}{more}"
 
 
 def _held_out(path: Path, fraction: float, seed: int) -> frozenset[int]:
-    """Choose rows to hold out for validation, repeated ones all on one side."""
+    """Choose rows to hold out for validation. Rows of the same content are all held out or all trained on."""
     if fraction == 0:
         return frozenset()
     try:

@@ -1,4 +1,4 @@
-"""Plain transformers + PEFT: everywhere, the CPU included."""
+"""Plain transformers + PEFT, which run everywhere, the CPU included."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def quantization_config(config: PeftConfig) -> BitsAndBytesConfig | None:
-    """Write the storage of the base's linear weights in bitsandbytes' terms."""
+    """Describe the storage of the base's linear weights in bitsandbytes' terms."""
     if config.quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -57,9 +57,9 @@ def load_tokenizer(path: Path) -> Any:
 def _keep_gradients_through_4bit(model: Any) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for its inference kernel on CPUs with avx512_bf16.
 
-    Linear4bit does so on the first forward pass in eval mode and never undoes it; the kernel has no backward
-    pass, so training after any evaluation or generation would silently get wrong gradients (seen with
-    bitsandbytes 0.50.2: the gradient's norm fell to a fifth and the loss stayed where it was).
+    Linear4bit repacks them on the first forward pass in eval mode and never undoes it. The kernel has no backward pass.
+    Training after any evaluation or generation would silently get wrong gradients. (With bitsandbytes 0.50.2 the
+    gradient's norm fell to a fifth and the loss stayed where it was.)
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,7 +1,7 @@
-"""What ends a turn: one answer for training, generation and every export.
+"""The tokens and texts that end a turn. Training, generation and every export use the same ones.
 
-A base may end a text with one token and its chat template a turn with another, as bases do that are published to be
-fine-tuned. Training teaches the template's mark; so it ends what is generated, too.
+A base may end a text with one token while its chat template ends a turn with another. Bases that are published to be
+fine-tuned do so. Training teaches the template's mark, so the mark also ends what is generated.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from typing import Any
 from engine.errors import BadData
 from engine.rendering import ChatRenderer
 
-# What an assistant is made to say so that its end can be seen; no template repeats it.
+# The text of a test answer, behind which the template's end is read. No template repeats it.
 _ANSWER = "forty-two"
 _CONVERSATIONS = (
     [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}],
@@ -25,11 +25,11 @@ _CONVERSATIONS = (
 
 @dataclass(frozen=True)
 class TurnEnds:
-    """What ends an answer.
+    """The tokens and texts that end an answer.
 
     Attributes:
-        mark: The token that the chat template ends a turn with, if it does so with a token.
-        ids: Every token that does, the mark first.
+        mark: The token with which the chat template ends a turn; None if it ends a turn with a text.
+        ids: Every token that ends a turn, the mark first.
         texts: Ends of turns that are no single token.
     """
 
@@ -39,12 +39,12 @@ class TurnEnds:
 
 
 def turn_ends(tokenizer: Any, renderer: ChatRenderer, said: int | Iterable[int] | None) -> TurnEnds:
-    """Find what ends a turn.
+    """Find the tokens and texts that end a turn.
 
     Args:
         tokenizer: The one that the model is used with.
-        renderer: Of its chat template.
-        said: What the model's generation config names.
+        renderer: Renders its chat template.
+        said: The end tokens that the model's generation config names.
     """
     mark, text = _template_end(tokenizer, renderer)
     named = [said] if isinstance(said, int) else list(said or ())
@@ -53,7 +53,7 @@ def turn_ends(tokenizer: Any, renderer: ChatRenderer, said: int | Iterable[int] 
 
 
 def _template_end(tokenizer: Any, renderer: ChatRenderer) -> tuple[int | None, str]:
-    """Return the token that a template ends an answer with, or the text where it is no single token."""
+    """Return the token with which a template ends an answer, or the text if it is no single token."""
     for messages in _CONVERSATIONS:
         last = len(messages) - 1
         try:

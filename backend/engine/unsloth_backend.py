@@ -1,8 +1,8 @@
 """The fast path on a CUDA GPU: Unsloth loads the base with its layers and kernels.
 
-Adapters are added by plain PEFT, so that every method, several adapters on one base and exact adapter files work the
-same on both back ends; Unsloth's kernels are then fused onto the adapter for the time of its training, and taken off
-again. What Unsloth would quietly do otherwise is named at each place.
+Plain PEFT adds the adapters. So every method, several adapters on one base, and exact adapter files work the same on
+both back ends. Unsloth's kernels are put onto the adapter for the time of its training and taken off afterwards. A
+comment names each thing that Unsloth would otherwise do silently.
 """
 
 import os
@@ -23,7 +23,7 @@ _FUSED = {"mlp": ("forward", "_unsloth_forward"), "self_attn": ("apply_qkv", "ap
 
 
 def load_arguments(path: Path, config: PeftConfig, device: str) -> dict[str, Any]:
-    """Write the load in the terms of `unsloth.FastLanguageModel.from_pretrained`; nothing is left to its defaults."""
+    """Return the arguments of `unsloth.FastLanguageModel.from_pretrained`. None is left to its default."""
     four_bit = config.quantization == "nf4"
     return {
         "model_name": str(path),
@@ -57,11 +57,11 @@ def packed_lengths(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def forward_arguments(batch: Batch, device: torch.device) -> dict[str, Any]:
-    """Write a batch in the terms of Unsloth's forward pass, for the sum of the loss over the trained tokens.
+    """Return the arguments of Unsloth's forward pass for a batch. It then sums the loss over the trained tokens.
 
-    With labels it computes the loss in chunks and never holds all logits. It divides the sum by `num_items_in_batch`.
-    Packed rows are laid in one sequence with their lengths: unlike transformers, Unsloth does not see from position
-    ids where a row ends, and would let each attend to those before it.
+    With labels Unsloth computes the loss in chunks and never holds all logits. It divides the sum by
+    `num_items_in_batch`. Packed rows are put in one sequence with their lengths, since Unsloth does not read from
+    position ids where a row ends. It would let each row attend to those before it.
     """
     ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     arguments: dict[str, Any] = {"use_cache": False, "num_items_in_batch": 1}
@@ -115,7 +115,7 @@ class UnslothBackend:
         return model, load_tokenizer(path)
 
     def begin_training(self, model: Any, config: PeftConfig) -> str:
-        """Put Unsloth's kernels and checkpointing into the model, and say how many fit."""
+        """Put Unsloth's kernels and checkpointing into the model; return how many layers they fit, in words."""
         from unsloth import FastLanguageModel
         from unsloth.models._utils import apply_unsloth_gradient_checkpointing
 
