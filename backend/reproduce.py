@@ -1,6 +1,6 @@
 """`python -m reproduce <adapter folder or zip>`: train an adapter again from its card, and compare.
 
-It asks a running server (`--server`) to train with the card's base, data and settings, and compares the losses and the
+A running server (`--server`) trains with the card's base, data and settings. The command compares the losses and the
 weights. Exit code: 0 if they are the same, 1 if they differ, 2 if there is nothing to compare.
 """
 
@@ -25,12 +25,12 @@ from typing_extensions import TypedDict
 
 _WEIGHTS, _CARD_NAME = "adapter_model.safetensors", "training.json"
 _FIGURES = ("steps", "tokens", "first_loss", "final_loss", "initial_eval_loss", "final_eval_loss", "best_eval_loss")
-# Another processor, GPU or version sums in another order; over a run the differences grow.
+# Another processor, GPU or version adds numbers in another order. The differences grow over a run.
 _RELATIVE_TOLERANCE = 0.05
 _POLL_S = 1.0
 _AWAY_S = 120.0  # a server that restarts takes its jobs up again
 _MAX_CARD_BYTES = 16 * 2**20
-# What a folder or a zip that is none, or is damaged, raises where it is read.
+# The errors of reading a path that is no folder or zip, or a damaged one.
 _NOT_READ = (
     *(OSError, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
@@ -39,7 +39,7 @@ _CHUNK_BYTES = 2**20
 
 
 def _printable(text: str) -> str:
-    """Refuse what would steer a terminal: an adapter may come from anybody."""
+    """Refuse control characters, which would steer a terminal. An adapter may come from anybody."""
     if not text.isprintable():
         raise ValueError("has characters that cannot be printed")
     return text
@@ -51,7 +51,7 @@ Figure = int | float | None
 
 
 class DatasetCard(TypedDict):
-    """What a card says of a dataset."""
+    """A dataset, as a card describes it."""
 
     name: Plain
     sha256: Sha256
@@ -59,7 +59,7 @@ class DatasetCard(TypedDict):
 
 
 class MachineCard(TypedDict):
-    """What a card says of the machine. Everything in it can change the last bits."""
+    """The machine, as a card describes it. Everything in it can change the last bits of a result."""
 
     device: Plain
     engine: Plain
@@ -70,7 +70,7 @@ class MachineCard(TypedDict):
 
 
 class RunCard(TypedDict):
-    """What of an adapter's card (training.json) it takes to train it again."""
+    """The parts of an adapter's card (training.json) that are needed to train it again."""
 
     __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
 
@@ -96,7 +96,7 @@ _CARD = TypeAdapter(RunCard)
 
 
 class CannotReproduce(Exception):
-    """What the run needs is not there."""
+    """Something that the run needs is not there."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def read_adapter(path: Path | IO[bytes]) -> Adapter:
     """Read a folder or a zip.
 
     Raises:
-        CannotReproduce: It is no adapter with a card, or with one that is not of a whole run.
+        CannotReproduce: It is no adapter with a card, or the card is not of a whole run.
     """
     try:
         if isinstance(path, Path) and path.is_dir():
@@ -161,10 +161,10 @@ class Server:
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout)
 
     def call(self, method: str, path: str, **request: Any) -> httpx.Response:
-        """Ask.
+        """Send a request to the server.
 
         Raises:
-            CannotReproduce: It refuses, or does not answer; the message says why.
+            CannotReproduce: The server refuses, or does not answer. The message says why.
         """
         try:
             response = self._http.request(method, path, **request)
@@ -175,10 +175,10 @@ class Server:
         return response
 
     def job(self, job_id: str) -> dict[str, Any]:
-        """Return a job; a server that is away for a while is waited for.
+        """Return a job. A server that is away for a time is waited for.
 
         Raises:
-            CannotReproduce: It refuses, or stays away.
+            CannotReproduce: The server refuses, or stays away.
         """
         deadline_s = time.monotonic() + _AWAY_S
         while True:
@@ -202,7 +202,7 @@ class Server:
             raise CannotReproduce(f"GET {path}: {error}") from error
 
     def dataset(self, about: DatasetCard, rows_sha256: str, given: str | None) -> str:
-        """Return the id of the dataset that the card means: one that is there, or the file that is given.
+        """Return the id of the card's dataset: one that the server has, or the file that is given.
 
         Raises:
             CannotReproduce: There is none, or its rows are others.
@@ -271,7 +271,7 @@ class Server:
 
 
 def _detail(response: httpx.Response) -> str:
-    """Return what a refusal says: a problem's detail, or whatever else answered, such as a proxy."""
+    """Return the reason of a refusal: a problem's detail, or the text of any other answer, such as a proxy's."""
     try:
         return str(response.json()["detail"])
     except (ValueError, KeyError, TypeError):
@@ -279,7 +279,7 @@ def _detail(response: httpx.Response) -> str:
 
 
 def differences(first: RunCard, again: RunCard) -> list[str]:
-    """Name what is not the same about two machines and their packages."""
+    """Name the differences between two machines and their packages."""
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (dict(first["packages"]), dict(again["packages"])),
         (dict(first["machine"]), dict(again["machine"])),
@@ -293,10 +293,11 @@ def differences(first: RunCard, again: RunCard) -> list[str]:
 
 
 def compare(first: Adapter, again: Adapter, tolerance: float | None) -> bool:
-    """Print how two trainings compare; tell whether they are the same as far as they can be.
+    """Print how two trainings compare; tell whether they are the same.
 
     Args:
-        tolerance: Of losses, relative; None to ask for the same bits where nothing stands against them.
+        tolerance: The largest relative difference of losses that counts as the same. With None the bits must be the
+            same if machine and packages are.
     """
     unlike = differences(first.card, again.card)
     exact = tolerance is None and not unlike and first.card["machine"]["device"] == "cpu"
@@ -323,7 +324,7 @@ def compare(first: Adapter, again: Adapter, tolerance: float | None) -> bool:
 
 
 def _close(one: Figure, other: Figure, relative: float) -> bool:
-    """Compare losses; counts, and what is not there, have no tolerance."""
+    """Compare two figures. Only losses have a tolerance; counts and missing figures have none."""
     if not isinstance(one, float) or not isinstance(other, float):
         return one == other
     return abs(one - other) <= relative * max(abs(one), abs(other))
@@ -335,7 +336,7 @@ def say(line: str) -> None:
 
 
 def _shown(line: str) -> str:
-    """Write what would steer a terminal as escapes: a refusal quotes names that a card gives."""
+    """Write control characters as escapes, since a refusal may quote names of a card."""
     return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in line)
 
 

@@ -1,6 +1,6 @@
-"""One base with 1, 2, 4 and 8 adapters in one engine: resident memory, read from outside, and the time to load each.
+"""One base with 1, 2, 4 and 8 adapters in one engine: its resident memory, and the time to load each adapter.
 
-Then the load alone, without HTTP and the engine's channel, beside that of PEFT's own loader in the same run.
+The load alone, without HTTP and the engine's channel, is then compared with PEFT's own loader in the same run.
 """
 
 import gc
@@ -39,7 +39,7 @@ def first_token_s(studio: StudioServer, loaded_id: str, adapter_id: str | None) 
 
 
 def load_beside_peft(path: Path, folders: list[Path]) -> None:
-    """Put adapters on two bases in turn, one by the engine's way and one by PEFT's, and print how long each took."""
+    """Put adapters on two bases in turn, with the engine's loader and with PEFT's, and print the time of each."""
     from peft import PeftModel
 
     from domain.configure import MachineFacts, configure

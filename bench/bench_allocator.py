@@ -2,8 +2,8 @@
 
     python bench/bench_allocator.py [--rounds N]
 
-A fresh engine a run, six steps each, SmolLM2-135M-Instruct. The ratios are medians of the rounds' ratios, tcmalloc's
-over glibc's. Exits 1 if tcmalloc's peak is not the lower one everywhere. Some minutes a round.
+Each run is a fresh engine that trains six steps of SmolLM2-135M-Instruct. The ratios, tcmalloc's over glibc's, are
+medians over the rounds. It exits with 1 if tcmalloc's peak is not lower everywhere. A round takes some minutes.
 """
 
 import argparse

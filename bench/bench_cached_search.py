@@ -1,6 +1,6 @@
 """A cached search and a compatibility check beside a bare FastAPI route with the same payload, one by one in turn.
 
-The Hub is the tests' double; after the first search nothing is asked of it, which is checked.
+The Hub is the tests' double. The benchmark checks that it gets no request after the first search.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""An upload's memory at growing sizes, and rows a second beside `datasets.load_dataset` on the same file.
+"""The memory of an upload at growing sizes, and rows a second beside `datasets.load_dataset` on the same file.
 
-`python ../bench/bench_datasets.py [MB ...]` from `backend/`; 10 and 100 by default. Both readers are processes of
-their own, interleaved. Their times are without the imports: what a row costs. Ours includes what load_dataset does not
-do: validation by line, normal rows, duplicates, sums, and a flush to the disk.
+`python ../bench/bench_datasets.py [MB ...]` from `backend/`; 10 and 100 by default. Each reader is a process of its
+own, and they run in turn. Their times leave out the imports. Ours includes work that load_dataset does not do:
+validation of each line, normal rows, duplicates, sums, and a flush to the disk.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""DoRA with norms in blocks beside DoRA by PEFT's own layer and beside LoRA, on one base, in turn.
+"""DoRA with norms in blocks beside DoRA with PEFT's own layer and beside LoRA, on one base, in turn.
 
     python bench/bench_dora.py
 
-Seconds of a training pass (forward and backward) and of a greedy answer, SmolLM2-135M-Instruct in fp32, rank 16 on all
-linear layers: ratios of medians over the rounds, each round all three. Both DoRA adapters hold the same numbers; exits
-1 if their losses are more than 1e-5 apart or the answers differ.
+It measures the seconds of a training pass (forward and backward) and of a greedy answer of SmolLM2-135M-Instruct in
+fp32, with rank 16 on all linear layers. Each round measures all three; the ratios are of medians over the rounds. Both
+DoRA adapters hold the same numbers. It exits with 1 if their losses are more than 1e-5 apart or the answers differ.
 """
 
 import statistics
@@ -38,7 +38,7 @@ KINDS = {"lora": Algorithm.LORA, "peft": Algorithm.DORA, "blocks": Algorithm.DOR
 
 
 def prepare(path: Path) -> Base:
-    """Put one adapter of each kind on a base, with B away from zero and alike in both of DoRA's."""
+    """Put one adapter of each kind on a base. B is not zero, and is the same in both adapters of DoRA."""
     machine = MachineFacts(has_gpu=False, supports_bf16=False)
     base: Base | None = None
     for name, algorithm in KINDS.items():

@@ -1,4 +1,4 @@
-"""GET /api/hardware/profile at 50 requests a second: idle beside while a job trains, on one server."""
+"""The latency of GET /api/hardware/profile at 50 requests a second, on a server that is idle and then trains."""
 
 import json
 import os
@@ -20,7 +20,7 @@ MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def latencies_ms(http: httpx.Client) -> list[float]:
-    """Time requests at a fixed rate, from when each should have been sent: a late start is waiting too."""
+    """Time requests at a fixed rate. The time runs from when a request was due, so a late start counts as waiting."""
     latencies = []
     begin = time.perf_counter()
     for number in range(REQUESTS):

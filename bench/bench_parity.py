@@ -1,10 +1,10 @@
-"""One loss curve in three ways, on the embedded model: the engine, a loop on PyTorch and PEFT, TRL's SFTTrainer.
+"""The loss curve of the embedded model by three programs: the engine, a loop on PyTorch and PEFT, TRL's SFTTrainer.
 
     python bench/bench_parity.py
 
-Prints the largest relative difference of a step's loss from the engine's, and the seconds of each run side by side,
-loading included; exits 1 if a curve is another. The same settings, rows, order and seed; no dropout, since each way
-draws its masks from random numbers that others draw too. Takes some minutes.
+It prints the largest relative difference of a step's loss from the engine's, and the seconds of each run, loading
+included. It exits with 1 if a curve differs. Settings, rows, order and seed are the same. There is no dropout, since
+each program draws its masks from a generator that it also uses for other things. It takes some minutes.
 """
 
 import logging
@@ -31,14 +31,15 @@ from engine.transformers_backend import load_tokenizer
 from services.models.embedded import EmbeddedModel
 from tests.support.three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
 
-# Relative. Sums of fp32 in another order: one or two units in the last place (1.4e-7) were measured.
+# Relative. The programs add fp32 numbers in different orders, which changes one or two units in the last place: 1.4e-7
+# was measured.
 TOLERANCE = 1e-5
 STEPS = 6
 ALGORITHMS = (Algorithm.LORA, Algorithm.QLORA, Algorithm.DORA, Algorithm.RSLORA, Algorithm.PISSA)
 
 
 def rows_for(path: Path) -> RowStore:
-    """Tokenize questions with an answer that the model does not give by itself."""
+    """Tokenize questions with answers that the model does not give by itself."""
     tokenizer = RowTokenizer(load_tokenizer(path), "assistant", 64)
     made = [
         {"messages": [

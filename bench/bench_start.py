@@ -1,4 +1,4 @@
-"""Process start to the first 200 on /health: this server beside a bare FastAPI app under uvicorn, interleaved."""
+"""The time from process start to the first 200 on /health: this server and a bare FastAPI app, in turn."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""Points that an estimate is judged by: the errors, and least squares for constants. Sizes in bytes."""
+"""The points that an estimate is judged by: their errors, and least squares for constants. Sizes are in bytes."""
 
 import itertools
 import statistics
@@ -28,7 +28,7 @@ class Judged:
 
 
 def fit(features: np.ndarray, wanted: np.ndarray, peaks: np.ndarray) -> np.ndarray:
-    """Least squares of relative errors with coefficients of at least 0, over every subset of the features."""
+    """Return the coefficients of at least 0 with the smallest squares of relative errors, over all feature subsets."""
     left, right = features / peaks[:, None], wanted / peaks
     best, coefficients = np.inf, np.zeros(features.shape[1])
     for size in range(1, features.shape[1] + 1):

@@ -1,10 +1,10 @@
-"""Evaluation loss on held-out rows before and after a short run of each algorithm, over HTTP.
+"""The evaluation loss on held-out rows before and after a short run of each algorithm, over HTTP.
 
     python bench/learning.py --url http://127.0.0.1:8000 --data rows.json --rows 200 --steps 25
     python bench/learning.py --data rows.json --algorithms lora --rates 2e-4 default 1.3e-3
 
-Needs a running server. Prints a table; exits 1 if the loss of any run does not fall, or if the default learning rate
-leaves a higher loss than the first of the given ones.
+It needs a running server and prints a table. It exits with 1 if the loss of any run does not fall, or if the default
+learning rate leaves a higher loss than the first of the given rates.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def compare(http: httpx.Client, dataset_id: str, algorithm: str, steps: int, length: int, rates: list[str]) -> bool:
-    """Train with each rate and print what came of it."""
+    """Train with each rate and print the losses."""
     after: dict[str, float] = {}
     fell = True
     for rate in rates:

@@ -2,9 +2,9 @@
 
     nice -n 10 python ../bench/memory_estimate.py --write ../docs/memory-estimate.md      (from backend/)
 
-Measures our own engine on this CPU with each allocator that it may have (twice a quarter of an hour on two idle cores;
---save keeps the figures, --points reads kept ones), reads published peaks from ../../shared/data where that is there,
-fits each constant on one half of the points and judges on the other.
+It measures our own engine on this CPU with each allocator that the engine may have. That takes twice a quarter of an
+hour on two idle cores; --save keeps the figures, and --points reads kept ones. It reads published peaks from
+../../shared/data if that folder is there. It fits each constant on one half of the points and judges on the other half.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SHARED = ROOT.parent / "shared" / "data"
 
 
 def _published_parts(point: Published) -> dict[str, float]:
-    """Split a published point into what is known exactly and what the theory multiplies."""
+    """Split a published point into the bytes that are known exactly and those that the theory multiplies."""
     shape, config, program = point.shape, point.config, point.program
     weights = weights_bytes(shape, config)
     in_4_bits = config.quantization == "nf4"
@@ -148,7 +148,7 @@ half of the points would ask for is printed beside, as a check of the theory, an
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure, judge, print, and say by the exit code whether the goals are met with every allocator that there is."""
+    """Measure, judge and print. The exit code says whether the goals are met with every allocator that there is."""
     rows: list[dict[str, Any]]
     if arguments.points is None:
         rows = measured_points(ROOT / ".cache", arguments.save)

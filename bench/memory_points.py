@@ -1,4 +1,4 @@
-"""Measures the peak memory of our own engine on this CPU: one fresh engine process a point, seen from outside."""
+"""Measures the peak memory of our own engine on this CPU. Each point is a fresh engine process, seen from outside."""
 
 import json
 import os
@@ -157,7 +157,7 @@ LONGER = (
 
 
 def use_allocator(name: str) -> bool:
-    """Start engines with `tcmalloc` or `glibc` from now on; False if that is not to be had."""
+    """Start engines with `tcmalloc` or `glibc` from now on; return False if it is not installed."""
     if name == "glibc":
         os.environ["LD_PRELOAD"] = ""
     else:
@@ -168,7 +168,7 @@ def use_allocator(name: str) -> bool:
 
 
 def make_large(folder: Path, small: Path) -> Path:
-    """Write a Llama with random weights in bf16, of other proportions than the embedded model, with its tokenizer."""
+    """Write a Llama with random weights in bf16. It has the embedded model's tokenizer, and other proportions."""
     from engine.guards import hide_broken_torchvision
 
     hide_broken_torchvision()
@@ -194,7 +194,7 @@ def peak_bytes(pid: int) -> int:
 
 
 def write_rows(path: Path, point: Point) -> None:
-    """Write one batch of rows: all of them too long, so that they are cut to `length`, but for one that is padded.
+    """Write one batch of rows. One is short and is padded; the others are too long and are cut to `length`.
 
     For a mixed run, write twelve rows of every length up to `length`, and eight that are too long.
     """

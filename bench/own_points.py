@@ -1,4 +1,4 @@
-"""The estimate on our own engine: measured with each allocator, judged, and written as a section of the document."""
+"""The estimate for our own engine. It is measured with each allocator, judged, and written to the document."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ SHAPES = {SMALL: read_shape(CONFIG), LARGE: read_shape({**CONFIG, **LARGE_SHAPE}
 
 
 def measured_points(cache: Path, save: Path | None) -> list[dict[str, Any]]:
-    """Measure the grid with each allocator that is to be had."""
+    """Measure the grid with each allocator that is installed."""
     with tempfile.TemporaryDirectory() as scratch:
         small = EmbeddedModel(cache, Path(scratch)).prepare(lambda stage, fraction: None)
         models = {SMALL: small, LARGE: make_large(Path(scratch) / "large", small)}
@@ -63,7 +63,7 @@ def measured_points(cache: Path, save: Path | None) -> list[dict[str, Any]]:
 
 @contextmanager
 def constants_of(platform: Platform) -> Iterator[None]:
-    """Let the estimate take a CPU for one with these constants."""
+    """Make the estimate use these constants for a CPU."""
     before = estimate_module.platform
     estimate_module.platform = lambda *, on_gpu: estimate_module.GPU if on_gpu else platform
     try:
@@ -87,7 +87,7 @@ def _name(point: Point) -> str:
 
 
 def point_of(row: Mapping[str, Any]) -> Point:
-    """Read a kept measurement's point."""
+    """Return the point of a kept measurement."""
     return Point(**{name: row[name] for name in Point.__dataclass_fields__ if name in row})
 
 
@@ -106,7 +106,7 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
 
 
 def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Fit the constants of one allocator on its fitted points, where loading is not what was measured."""
+    """Fit the constants of one allocator, on those of its fitted points whose peak is not that of loading."""
     shape = SHAPES[SMALL]
     assert shape is not None
     features, wanted, peaks = [], [], []
@@ -137,7 +137,7 @@ def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def fitted_loading(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Fit what loading takes beside the weights and the file, on the fitted points that convert weights."""
+    """Fit the memory that loading takes beside the weights and the file, on the fitted points that convert weights."""
     shape = SHAPES[SMALL]
     assert shape is not None
     features, wanted, peaks = [], [], []
@@ -154,7 +154,7 @@ def fitted_loading(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write what loading alone was estimated at and took, by model and how its weights are held."""
+    """Write a table of the estimated and the measured memory of loading, by model and storage of its weights."""
     kinds: dict[tuple[str, str, str], list[int]] = {}
     configs: dict[tuple[str, str, str], PeftConfig] = {}
     for row in rows:
@@ -176,7 +176,7 @@ def loads(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Write what one allocator's points say."""
+    """Write the section of one allocator's points."""
     platform, judged = PLATFORMS[name], judge(rows)
     pairs = [(judgement, point_of(row)) for judgement, row in zip(judged, rows, strict=True)]
     on, off = halves([judgement for judgement, point in pairs if point not in (*ELSEWHERE, *LONGER)])
@@ -207,7 +207,7 @@ def section(name: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def goals_missed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the goals that the points do not meet on which nothing was fitted; none if there are no points."""
+    """Name the goals that are missed by the points on which nothing was fitted; none if there are no points."""
     if not rows:
         return []
     judged = [point for point in judge(rows) if not point.fitted]

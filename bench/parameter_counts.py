@@ -1,11 +1,10 @@
-"""Parameters counted from config.json alone, beside transformers' own count and the published one.
+"""Parameters counted from config.json alone, beside the count of transformers and the published count.
 
     python ../bench/parameter_counts.py [folder]      (from backend/)
 
-The folder, ../../shared/data/configs if none is named, holds `<owner>__<name>/config.json`. transformers builds each
-model on the meta device, where tensors have a shape and no memory; models that bring their own code are counted by us
-and by their publisher only.
-Exits 1 if a difference is not accounted for.
+The folder, by default ../../shared/data/configs, holds `<owner>__<name>/config.json`. transformers builds each model on
+the meta device, where tensors have a shape and no memory. It does not build models that bring their own code. The
+command exits with 1 if a difference is not accounted for.
 """
 
 import argparse
@@ -20,7 +19,7 @@ sys.path.insert(0, str(ROOT / "backend"))
 
 from domain.models.architectures.registry import read_shape
 
-# `safetensors.total` in the Hub's answer for the model, or for gated ones for a mirror of the same weights.
+# `safetensors.total` in the Hub's answer for the model. For a gated model it is that of a mirror of the same weights.
 PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
     "Qwen/Qwen-7B": 7_721_324_544,
@@ -60,7 +59,7 @@ PUBLISHED = {
 
 
 def _deepseek_ahead(config: dict[str, Any]) -> int:
-    """Count the layer that predicts one token further: published with the model, not loaded by transformers.
+    """Count the layer that predicts one more token. It is published with the model; transformers does not load it.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2: a whole layer, a projection from two hidden states to one,
     three norms, and copies of embedding and head.
@@ -78,7 +77,7 @@ def _routing_biases(config: dict[str, Any]) -> int:
 
 
 def _scales(config: dict[str, Any]) -> int:
-    """Count FP8's scales: one a block of 128 x 128, rounded up, in every linear module, an expert's too."""
+    """Count FP8's scales: one for each block of 128 x 128, rounded up, in every linear module, experts included."""
 
     def blocks(rows: int, columns: int) -> int:
         return math.ceil(rows / 128) * math.ceil(columns / 128)
@@ -115,7 +114,7 @@ def stored_beside(model_id: str, config: dict[str, Any]) -> tuple[int, str]:
 
 
 def counted_by_transformers(config: dict[str, Any]) -> int | None:
-    """Build the model on the meta device and count, or None where its code comes from elsewhere."""
+    """Build the model on the meta device and count; return None if its code comes from elsewhere."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Published peaks of LoRA and QLoRA fine-tuning on GPUs, as settings of our own estimate."""
+"""Published peaks of LoRA and QLoRA fine-tuning on GPUs, translated to the settings of our own estimate."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 
 GPU = MachineFacts(has_gpu=True, supports_bf16=True)
-# Configs that are published with the models and are not in the folder of configs.
+# Configs that are published with their models but are not in the folder of configs.
 _DIMENSIONS: dict[str, dict[str, Any]] = {
     "tiiuae/falcon-7b": {
         "model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
@@ -51,7 +51,7 @@ _DIMENSIONS["Qwen/Qwen-1_8B-Chat-Int4"] = _DIMENSIONS["Qwen/Qwen-1_8B-Chat"] | {
 }
 for _name in ("mistralai/Magistral-Small-2507", "mistralai/Devstral-Small-2507"):
     _DIMENSIONS[_name] = _DIMENSIONS["mistralai/Magistral-Small-2506"]
-# The model whose config another one shares.
+# Model → the model that has the same config.
 _SAME_AS = {
     "meta-llama/Llama-3.1-8B": "meta-llama/Meta-Llama-3.1-8B",
     "meta-llama/Meta-Llama-3-8B": "meta-llama/Meta-Llama-3.1-8B",
@@ -64,10 +64,10 @@ _SAME_AS = {
 
 @dataclass(frozen=True)
 class Program:
-    """A training program as far as memory goes.
+    """A training program, as far as its memory is concerned.
 
     Attributes:
-        stack: What it does its own way.
+        stack: What it does differently from our own engine.
         head_quantized: Whether the output head is stored in 4 bits too.
         nf4: Bytes a parameter in 4 bits.
         keeps_inputs: Whether 4-bit modules keep their inputs, in fp32.
@@ -82,9 +82,9 @@ class Program:
     metric_is_torchs: bool = True
 
 
-# litgpt trains in bf16 throughout, adapters and Adam's moments included, with a head that is never tied and is stored
-# in 4 bits like every linear module; nf4 without double quantisation (litgpt/finetune/lora.py); bitsandbytes of that
-# time kept the inputs of its 4-bit modules (MatMul4Bit, `ctx.tensors = (A, B)`).
+# litgpt trains in bf16 throughout, adapters and Adam's moments included. Its head is never tied, and is stored in 4
+# bits like every linear module. Its nf4 has no double quantisation (litgpt/finetune/lora.py). bitsandbytes of that time
+# kept the inputs of its 4-bit modules (MatMul4Bit, `ctx.tensors = (A, B)`).
 LITGPT = Program(
     "litgpt", Stack(adapter_width=2, makes_masks=False), head_quantized=True, nf4=0.5 + 4 / 64, keeps_inputs=True
 )
@@ -114,7 +114,7 @@ def read_points(path: Path, configs: Path) -> tuple[list[Published], list[tuple[
     """Read vram_points.csv.
 
     Returns:
-        The points, and of the rows left out the line, the model and why.
+        The points; and for each row that is left out its line, its model and the reason.
     """
     points, left_out = [], []
     with path.open(encoding="utf-8", newline="") as file:
@@ -192,7 +192,7 @@ def _shape(model_id: str, configs: Path, program: Program) -> ModelShape | None:
 
 
 def _targets(named: str, shape: ModelShape) -> str | list[str]:
-    """Translate a program's names of what it adapts."""
+    """Translate a program's names of the modules that it adapts."""
     if named.startswith("all-linear"):
         return "all-linear"
     names = named.split("+")

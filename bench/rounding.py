@@ -1,10 +1,10 @@
-"""What rounding to 4 bits comes to when an adapter is handed out, on the embedded model.
+"""The loss that rounding to 4 bits costs when an adapter is handed out, on the embedded model.
 
     python bench/rounding.py
 
-Trains each method that freezes 4-bit weights of its own (and QLoRA beside them), then takes the loss on held-out rows
-of the model as it was trained, of the adapter on the 4-bit base that serves it, and of the adapter on the published
-weights.
+It trains QLoRA and each method that freezes 4-bit weights of its own. For each it measures the loss on held-out rows
+three times: of the model as it was trained, of the adapter on the 4-bit base that serves it, and of the adapter on the
+published weights.
 """
 
 import sys
@@ -59,7 +59,7 @@ class GoOn:
 
 
 def rows_for(path: Path) -> list[Row]:
-    """Tokenize sums, told by a parrot."""
+    """Tokenize sums that a parrot tells."""
     tokenizer = RowTokenizer(load_tokenizer(path), "assistant", 64)
     texts = [(f"What is {n} plus {n + 3}?", f"Squawk! {2 * n + 3} it is, squawk.") for n in range(48)]
     made = [
@@ -78,7 +78,7 @@ def loss_of(base: Base, rows: list[Row]) -> float:
 
 
 def train(path: Path, config: PeftConfig, rows: list[Row], held: list[Row], adapter: Path) -> tuple[float, float]:
-    """Train and write the adapter; return the loss as trained, and on the base that has its own weights back."""
+    """Train and write the adapter; return the loss as trained, and the loss on the base with its own weights."""
     base = Base(path, config, "cpu", "transformers")
     with original_weights_kept(base.model, methods.changed_layers(base.model, config), adapter.parent):
         set_seed(config.seed)

@@ -1,4 +1,4 @@
-"""The few calls of the API that a fine-tune takes."""
+"""The few calls of the API that a fine-tune needs."""
 
 import json
 import os
@@ -30,13 +30,13 @@ class Event:
 
 
 class Client:
-    """Talks to the server; sends PEFT_STUDIO_API_KEY if it is set."""
+    """Sends requests to the server, with PEFT_STUDIO_API_KEY if it is set."""
 
     def __init__(self, url: str) -> None:
         key = os.environ.get("PEFT_STUDIO_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx.Timeout(120, connect=10)
-        # trust_env=False: a proxy set for the internet must not be asked for this machine.
+        # trust_env=False: a proxy for the internet must not be used for this machine.
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
 
     def get(self, path: str) -> Any:
@@ -54,7 +54,7 @@ class Client:
             return _checked(self._http.post("/api/datasets", files={"file": file}, data=form))
 
     def ask(self, loaded_model_id: str, question: str, adapter_id: str | None) -> str:
-        """Ask a loaded model, with an adapter or the bare base, always for the likeliest answer."""
+        """Return the likeliest answer of a loaded model, with an adapter or the bare base."""
         body: dict[str, Any] = {
             "messages": [{"role": "user", "content": question}],
             "max_new_tokens": 60,
@@ -66,7 +66,7 @@ class Client:
         return answer.strip()
 
     def events(self, job_id: str) -> Iterator[Event]:
-        """Yield a job's events until it ends or is paused; a stream that breaks is taken up where it was.
+        """Yield a job's events until it ends or is paused. A stream that breaks is continued where it was.
 
         Raises:
             Refused: The server knows no such job.
@@ -99,7 +99,7 @@ class Client:
             yield from _parse(response.iter_lines())
 
     def cancel(self, job_id: str) -> str:
-        """Cancel a job, wait for its end, and return its state; what goes wrong meanwhile is not raised."""
+        """Cancel a job, wait for its end, and return its state. Errors meanwhile are not raised."""
         path = f"/api/training/jobs/{job_id}"
         deadline = time.monotonic() + _CANCEL_LIMIT_S
         state = "unknown"

@@ -27,7 +27,7 @@ from show import (
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATASET = Path(__file__).parent / "pip_the_parrot.jsonl"
-# Neither is in the dataset: the first shows what was learned, the second that it carries over.
+# Neither is in the dataset. The first shows what was learned, the second that it carries over to other questions.
 QUESTIONS = ("Who are you?", "What is the capital of France?")
 ALGORITHMS = ("lora", "qlora", "dora", "pissa", "rslora")
 MAX_SEQ_LENGTH = 256
@@ -97,7 +97,7 @@ def follow(client: Client, job_id: str) -> list[float]:
 
 
 def train(client: Client, loaded_id: str, dataset_id: str) -> Run:
-    """Train and return the finished job. A job that this process is stopped in is cancelled."""
+    """Train and return the finished job. If this process is stopped meanwhile, the job is cancelled."""
     body = {
         "loaded_model_id": loaded_id,
         "dataset_id": dataset_id,
@@ -144,7 +144,7 @@ def fine_tune(server: Server, serve: str | None) -> None:
 
     Args:
         server: The server.
-        serve: The command that starts it alone, for the words at the end; None for `make serve`.
+        serve: The command that starts the server alone, printed at the end; None for `make serve`.
     """
     client = Client(server.url)
     show_hardware(client.get("/api/hardware/profile"))
@@ -187,7 +187,7 @@ def main() -> int:
     parser.add_argument("--port", type=_port, default=8000)
     parser.add_argument("--serve", metavar="COMMAND", help="what starts the server alone, as said at the end")
     arguments = parser.parse_args()
-    # The server has a session of its own: without these it would outlive a client that is told to stop.
+    # The server has a session of its own. Without these handlers it would outlive a client that is told to stop.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _end)

@@ -30,7 +30,7 @@ def _home() -> Path:
 
 
 class Server:
-    """The server at an address: one that is there already, or one of our own in a process group of its own."""
+    """The server at an address. It is there already, or it is started here in a process group of its own."""
 
     def __init__(self, host: str, port: int) -> None:
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -88,7 +88,7 @@ class Server:
             )
 
     def _health(self) -> bool | None:
-        """Return whether it is our kind of server that answers, or None if nothing does."""
+        """Return whether the program that answers is this kind of server; None if none answers."""
         try:
             response = httpx.get(f"{self.url}/health", timeout=5, trust_env=False)
         except httpx.ConnectError:
@@ -101,7 +101,7 @@ class Server:
             return False
 
     def why_ended(self) -> str | None:
-        """Return how our server ended, with its last words; None if it runs or is not ours."""
+        """Return how our server ended, with the last lines of its log; None if it runs or is not ours."""
         if self._process is None or self._process.poll() is None:
             return None
         return f"the server ended with exit code {self._process.returncode}:\n{self._tail()}"
@@ -111,7 +111,7 @@ class Server:
         return "\n".join([*lines[-_TAIL_LINES:], f"(all of it: {self._log})"])
 
     def stop(self) -> None:
-        """End the server if it is ours, and everything it started; a second Ctrl-C does not wait."""
+        """End the server if it is ours, and everything that it started. A second Ctrl-C ends the wait."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -121,7 +121,7 @@ class Server:
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             pass  # then by force
         finally:
-            # What is left of the group; an empty one is an error of lookup, or of permission on macOS.
+            # The rest of the group. An empty group is an error of lookup, or of permission on macOS.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,4 +1,4 @@
-"""What the quickstart prints: tables, progress and the way on."""
+"""Prints the quickstart's tables, its progress, and the commands to go on with."""
 
 import math
 import os
@@ -14,12 +14,12 @@ from server_process import Server
 
 _MIB = 2**20
 
-# What is printed comes from a model or a server: it is text, not mark-up.
+# The texts come from a model or a server, so they are not read as mark-up.
 console = Console(highlight=False, markup=False, emoji=False)
 
 
 class ProgressView:
-    """A bar on a terminal; elsewhere, such as in a CI log, one line for each tenth and each change of label."""
+    """A bar on a terminal. Elsewhere, as in a CI log, it is a line for each tenth and each change of label."""
 
     def __init__(self) -> None:
         self._live = sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal
@@ -50,7 +50,7 @@ class ProgressView:
             total = None if fraction is None else 1.0
             self._progress.update(self._task, description=label, total=total, completed=fraction or 0.0, text=text)
             return
-        # The small number makes 3 of 10 the third tenth in spite of rounding.
+        # The small number makes 3 of 10 the third tenth despite rounding.
         mark = (label, math.floor(10 * (fraction or 0.0) + 1e-9))
         if mark != self._printed:
             self._printed = mark
@@ -82,7 +82,7 @@ def show_hardware(profile: dict[str, Any]) -> None:
 
 
 def show_what_fits(model_id: str, answers: dict[str, dict[str, Any]]) -> None:
-    """Print the verdict on each method, and what stands against the model."""
+    """Print the verdict on each method, and the reasons against the model."""
     columns = ("method", "verdict", "estimated peak", "available")
     table = Table(*columns, title=f"What fits: {model_id}", title_justify="left")
     for algorithm, answer in answers.items():
@@ -95,7 +95,7 @@ def show_what_fits(model_id: str, answers: dict[str, dict[str, Any]]) -> None:
 
 
 def show_dataset(dataset: dict[str, Any]) -> None:
-    """Print what the server made of the file."""
+    """Print how the server has read the file."""
     console.print(f"Uploaded {dataset['rows']} rows, recognised as {dataset['format']} ({dataset['id']}).")
     for warning in dataset["warnings"]:
         console.print(f"  warning: {warning}")

@@ -1,4 +1,4 @@
-"""Proves on a CUDA machine with no network what can only be proved there: `make gpu-check`."""
+"""Proves on a CUDA machine what can only be proved there: `make gpu-check`. It needs no network."""
 
 import sys
 from pathlib import Path

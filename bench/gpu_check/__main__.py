@@ -115,7 +115,7 @@ def _check_model(
 
 
 def _has_peer(case: Case) -> bool:
-    """TRL is run once for a method, with what PEFT itself initialises as we do."""
+    """Tell whether TRL runs this case too: once for each method that PEFT itself initialises as we do."""
     return case.engine == "transformers" and case.algorithm in (Algorithm.LORA, Algorithm.QLORA)
 
 
@@ -127,7 +127,7 @@ def _compare(row: Row, rows: list[Row], peers: dict[str, dict[str, Any]]) -> Non
         if (other.case.model, other.case.algorithm) == (case.model, case.algorithm) and other.case.engine != case.engine
     ]
     compare(row, "agrees with the other engine", others[0] if others else None)
-    # The first loss only: TRL draws its rows and the adapter's start in an order of its own.
+    # Only the first loss is compared: TRL draws its rows and the adapter's first values in its own order.
     trl = peers.get(f"{case.model}-{case.algorithm.value}", {}).get("losses")
     if trl is None or not row.measured:
         row.checks["agrees with TRL"] = None
@@ -145,7 +145,7 @@ def _predicted(case: Case, config: dict[str, Any], *, on_gpu: bool) -> int | Non
 
 
 def _run(tasks: list[dict[str, Any]], folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Run tasks in a process of their own; what ended without an answer is missing from the result."""
+    """Run tasks in a process of their own. A task that ended without an answer is missing from the result."""
     answers, spec, log = (folder / f"{name}-{what}" for what in ("answers.jsonl", "tasks.json", "log.txt"))
     spec.write_text(json.dumps({"tasks": tasks, "answers": str(answers)}), encoding="utf-8")
     print(f"{', '.join(item['id'] for item in tasks)} …", file=sys.stderr, flush=True)

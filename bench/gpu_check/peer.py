@@ -1,4 +1,4 @@
-"""transformers + PEFT + TRL on the same rows with the same settings: what the engines are compared with."""
+"""transformers + PEFT + TRL on the same rows with the same settings, for comparison with the engines."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is to be proved, and what is left out with the reason."""
+"""The cases to prove, and those that are left out, with the reason."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from domain.peft.unsloth_rules import loaded_length, obstacle
 from gpu_check.shapes import SHAPES, TINY
 
 STEPS, RESUME_AT = 8, 4
-# Every method on the smallest shape; on the others the two that people run there, unless all are asked for.
+# Every method runs on the smallest shape. On the others only the two that people run there do, without --all.
 EVERYWHERE = (Algorithm.LORA, Algorithm.QLORA)
 SMALLEST = "Llama-3.2-1B"
 
@@ -33,7 +33,7 @@ class Case:
 
 
 def settings(*, on_cpu: bool, length: int) -> dict[str, Any]:
-    """Return what every run is trained with; each method adds what makes it itself."""
+    """Return the settings of every run. Each method adds its own."""
     return {
         "rank": 16 if not on_cpu else 4,
         "dropout": 0.0,  # each engine draws its own: losses could not be compared
@@ -61,7 +61,7 @@ def settings(*, on_cpu: bool, length: int) -> dict[str, Any]:
 def cases(
     models: list[str], algorithms: list[Algorithm], *, on_cpu: bool, length: int, everything: bool, config_of: Any
 ) -> tuple[list[Case], list[str]]:
-    """Return the cases, and what is left out.
+    """Return the cases, and sentences on what is left out.
 
     Args:
         config_of: Gives a model's config.json by its name.

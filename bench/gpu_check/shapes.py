@@ -1,4 +1,4 @@
-"""Real shapes with random weights, written on the spot, and the text to train on."""
+"""Writes models of real shapes with random weights, and the text to train on."""
 
 import json
 from pathlib import Path
@@ -65,6 +65,6 @@ def write_model(name: str, folder: Path) -> None:
 
 
 def write_rows(path: Path, *, rows: int, numbers: int) -> None:
-    """Write texts that have a pattern to learn, each of so many numbers, which is at least as many tokens."""
+    """Write texts that have a pattern to learn. Each has so many numbers, and at least as many tokens."""
     texts = [" ".join(str((start + step) % 10) for step in range(numbers)) for start in range(rows)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

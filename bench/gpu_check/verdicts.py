@@ -1,4 +1,4 @@
-"""From what the worker measured to what is proved, and what is not."""
+"""Judges what the worker measured: which checks have passed."""
 
 import math
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ def difference(left: list[float], right: list[float]) -> float:
 
 
 def judge(case: Case, answers: dict[str, dict[str, Any]], *, on_cpu: bool) -> Row:
-    """Say what one case has shown."""
+    """Judge the checks of one case."""
     row = Row(case)
     proved, merged = answers.get(f"prove:{case.id}"), answers.get(f"merged:{case.id}")
     if proved is None or "error" in proved:
@@ -63,7 +63,7 @@ def judge(case: Case, answers: dict[str, dict[str, Any]], *, on_cpu: bool) -> Ro
 
 
 def compare(row: Row, name: str, other: list[float] | None) -> None:
-    """Add whether a row's loss curve is another's."""
+    """Record whether two rows have the same loss curve."""
     if "losses" not in row.measured or other is None:
         row.checks[name] = None
         return

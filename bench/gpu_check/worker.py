@@ -1,6 +1,6 @@
-"""Tasks in a process of their own: `python -m gpu_check.worker TASKS.json`, one line of JSON a result.
+"""Does tasks in a process of their own: `python -m gpu_check.worker TASKS.json` writes a line of JSON for each result.
 
-A process a task on a GPU, so that one that runs out of memory, or is patched by Unsloth, touches no other.
+On a GPU each task has its own process. So a task that runs out of memory, or that Unsloth patches, affects no other.
 """
 
 import gc
@@ -19,7 +19,7 @@ WARM_UP_STEPS = 2  # what is compiled, and what allocators learn, is not the spe
 
 
 class Recorder(RecordingChannel):
-    """The channel of a command, by the kinds of its events."""
+    """A channel that keeps a command's events."""
 
     def of(self, kind: str) -> list[Any]:
         """Return the events of a kind."""
@@ -27,7 +27,7 @@ class Recorder(RecordingChannel):
 
 
 def forget_peak() -> None:
-    """Let the next `peak_bytes` count from here."""
+    """Make the next `peak_bytes` count from here."""
     import torch
 
     gc.collect()
@@ -68,7 +68,7 @@ def mean_loss(base: Any, path: str, config: Any) -> float:
 
 
 def prove(task: dict[str, Any]) -> dict[str, Any]:
-    """Train, go on from the middle as after a crash, merge, and say what the adapter and the merged model lose."""
+    """Train, go on from the middle as after a crash, merge, and measure the losses of the adapter and the merge."""
     from domain.peft.config import PeftConfig
     from domain.protocol import AboutExport, Merge
     from engine.base import Base
@@ -134,7 +134,7 @@ def _train(base: Any, config: Any, task: dict[str, Any], name: str, *, recorded_
 
 
 def merged(task: dict[str, Any]) -> dict[str, Any]:
-    """Load what `prove` merged with plain transformers, and say what it loses on the same rows."""
+    """Load the model that `prove` merged with plain transformers, and measure its loss on the same rows."""
     from domain.peft.config import PeftConfig
     from engine.base import Base
 
@@ -163,7 +163,7 @@ TASKS = {"write": write, "prove": prove, "merged": merged, "peer": peer}
 
 
 def main() -> int:
-    """Do the tasks; each result, or why there is none, is one line of the answer's file."""
+    """Do the tasks. Each result, or the reason why there is none, is one line of the answers' file."""
     hide_broken_torchvision()
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if any(task["kind"] == "prove" and task["engine"] == "unsloth" for task in spec["tasks"]):

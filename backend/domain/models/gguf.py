@@ -1,7 +1,7 @@
-"""Which models are written as GGUF, and what llama.cpp must be told of them.
+"""Which models are written as GGUF, and the metadata that llama.cpp needs for them.
 
-Source: llama.cpp's own converter (conversion/base.py, conversion/llama.py, conversion/qwen.py) and the reader that it
-writes for (src/llama-vocab.cpp), as of its September 2026 sources.
+Source: llama.cpp's sources of September 2026: its converter (conversion/base.py, conversion/llama.py,
+conversion/qwen.py) and the reader of the converter's files (src/llama-vocab.cpp).
 """
 
 import json
@@ -21,8 +21,8 @@ class _Family:
     """One architecture of llama.cpp.
 
     Attributes:
-        name: In llama.cpp.
-        permuted: Whether it rotates neighbouring pairs of q and k, where transformers rotates halves.
+        name: Its name in llama.cpp.
+        permuted: Whether llama.cpp rotates neighbouring pairs of q and k. transformers rotates halves.
     """
 
     name: str
@@ -45,7 +45,7 @@ class RopeScaling:
 
     Attributes:
         frequency_factors: Each rotation's frequency is divided by its factor (Llama 3); empty for the other kinds.
-        yarn: YaRN's parameters under llama.cpp's names, those that are set.
+        yarn: The YaRN parameters that are set, under llama.cpp's names.
     """
 
     kind: Literal["none", "linear", "yarn", "llama3"]
@@ -128,7 +128,7 @@ def _notes(config: Mapping[str, Any]) -> list[str]:
 
 
 def _rope(config: Mapping[str, Any], head_size: int) -> tuple[RopeScaling, float]:
-    """Read how positions are encoded; transformers 5 writes `rope_parameters`, earlier ones `rope_scaling`."""
+    """Read how positions are encoded. transformers 5 writes `rope_parameters`, earlier releases `rope_scaling`."""
     said = config.get("rope_parameters") or config.get("rope_scaling") or {}
     base = float(said.get("rope_theta") or config.get("rope_theta") or 10000.0)
     kind = said.get("rope_type") or said.get("type") or "default"
@@ -155,7 +155,7 @@ def _rope(config: Mapping[str, Any], head_size: int) -> tuple[RopeScaling, float
 
 
 def _llama3_factors(said: Mapping[str, Any], head_size: int, base: float) -> tuple[float, ...]:
-    """Return by what each rotation's frequency is divided.
+    """Return the factor by which each rotation's frequency is divided.
 
     Source: Llama 3.1's `apply_scaling`, as in transformers' `_compute_llama3_parameters`.
     """
@@ -175,7 +175,7 @@ def _llama3_factors(said: Mapping[str, Any], head_size: int, base: float) -> tup
     return tuple(factors)
 
 
-# The expressions by which tokenizers split text, as their tokenizer.json have them, and llama.cpp's names for them.
+# The expressions with which tokenizers split text, as in their tokenizer.json.
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = (
@@ -189,7 +189,7 @@ _TEKKEN = _CASED % ("", "") + rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE
 _GPT4O = (
     _CASED % (f"{_CONTRACTIONS}?", f"{_CONTRACTIONS}?") + rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}"
 )
-# (expression, whether a token that is whole in the vocabulary is taken without merging) → name.
+# (expression, whether a word that is a token of the vocabulary is taken without merging) → llama.cpp's name.
 _SPLITS: MappingProxyType[tuple[str, bool], str] = MappingProxyType(
     {
         (_LLAMA3, True): "llama-bpe",
@@ -200,7 +200,7 @@ _SPLITS: MappingProxyType[tuple[str, bool], str] = MappingProxyType(
     }
 )
 
-# Other names of llama.cpp's for a way that published tokenizers have without a difference.
+# Other names that llama.cpp has for the same way of splitting.
 # Source: llama.cpp, src/llama-vocab.cpp, `llama_vocab::impl::load` and the constructor of `llm_tokenizer_bpe`.
 _ALIASES: MappingProxyType[str, str] = MappingProxyType(
     {
@@ -213,19 +213,20 @@ _ALIASES: MappingProxyType[str, str] = MappingProxyType(
         "llama4": "gpt-4o",
     }
 )
-# Changed by every conversion from GGUF that makes other files of the same one: what was converted before is made anew.
+# The version of the conversion from GGUF. A change that makes other files of the same GGUF file raises it, and then
+# files that were converted before are converted again.
 CONVERSION, GGUF_CONVERSION = "conversion.json", 2
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How a byte-level tokenizer splits text before it merges, as tokenizer.json has it.
+    """How a byte-level tokenizer splits text before it merges, in the terms of tokenizer.json.
 
     Attributes:
-        steps: In order; the last is ByteLevel.
-        ignores_merges: Whether a token that is whole in the vocabulary is taken without merging.
-        composes: Whether text is normalised to NFC first, as all published tokenizers of this way do.
-        adds_bos: Whether a text begins with the token for it where the file does not say.
+        steps: In order. The last is ByteLevel.
+        ignores_merges: Whether a word that is a token of the vocabulary is taken without merging.
+        composes: Whether text is normalised to NFC first, as in all published tokenizers of this kind.
+        adds_bos: Whether a text gets the beginning-of-text token if the file does not say so.
     """
 
     steps: tuple[dict[str, Any], ...]
@@ -235,9 +236,9 @@ class PreTokenizer:
 
 
 def pre_tokenizer_of(name: str) -> PreTokenizer | None:
-    """Return the way of splitting that llama.cpp has a name for; None for a name that is not known here.
+    """Return the way of splitting with a name of llama.cpp's; None for an unknown name.
 
-    It is the inverse of `pre_tokenizer_name`.
+    This is the inverse of `pre_tokenizer_name`.
     """
     name = _ALIASES.get(name, name)
     whole, bytes_alone = (
@@ -263,8 +264,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
         tokenizer: tokenizer.json, parsed.
 
     Raises:
-        ExportRejected: It is no byte-level BPE, or splits in a way that llama.cpp has no name for: the text would
-            become other tokens there.
+        ExportRejected: It is no byte-level BPE, or llama.cpp has no name for its way of splitting. In llama.cpp a text
+            would become other tokens.
     """
     model = tokenizer.get("model") or {}
     steps = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
@@ -283,7 +284,7 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any]) -> str:
 
 
 def _steps(said: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any]]:
-    """Return the steps of a part of a tokenizer, which is none, one, or a sequence of them."""
+    """Return the steps of a part of tokenizer.json: none, one, or those of a sequence."""
     if said is None:
         return []
     return list(said.get(parts) or []) if said.get("type") == "Sequence" else [said]

@@ -1,1 +1,1 @@
-"""Engine processes: started by name, spoken to in the commands of domain/protocol.py."""
+"""Engine processes: they are started by name and take the commands of domain/protocol.py."""

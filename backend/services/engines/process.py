@@ -22,7 +22,7 @@ from domain.protocol import E, R
 from services.engines.log import EngineLog
 from services.engines.spawning import spawn
 
-# An engine beats every two seconds, on a thread that torch lets run; one that is silent for so long hangs.
+# An engine sends a heartbeat every two seconds, also while torch works. An engine that is silent for so long hangs.
 _SILENCE_S = 60.0
 _log = get_logger(__name__)
 
@@ -30,8 +30,8 @@ _log = get_logger(__name__)
 class EngineDied(EngineFailed):
     """The engine process ended while a command was running.
 
-    `exit_code` or `signal` says how, `unresponsive` whether it was ended for its silence, `log_tail` holds the last
-    lines that it wrote.
+    `exit_code` or `signal` says how it ended. `unresponsive` says whether it was killed for its silence. `log_tail`
+    holds the last lines that it wrote.
     """
 
     slug, title = "engine-died", "Engine died"
@@ -41,9 +41,9 @@ def death_class(error: EngineDied, *, out_of_memory: bool) -> str:
     """Name how an engine ended, as jobs and exports record it.
 
     Args:
-        error: Its death.
-        out_of_memory: Whether the kernel has meanwhile killed a process for want of memory. It sends SIGKILL, and
-            counts; so may a person, who does not.
+        error: The end of the engine.
+        out_of_memory: Whether the kernel has meanwhile killed a process for want of memory. It counts these kills. A
+            SIGKILL that it has not counted came from somebody else.
     """
     if error.extras.get("unresponsive"):
         return "engine_unresponsive"
@@ -53,7 +53,7 @@ def death_class(error: EngineDied, *, out_of_memory: bool) -> str:
 
 
 class CommandFailed(EngineFailed):
-    """The engine carried on but could not do what was asked; `error_class` says why."""
+    """The engine lives, but could not carry out a command. `error_class` says why."""
 
     slug, title = "engine-command-failed", "Engine command failed"
 
@@ -75,7 +75,7 @@ class EngineProcess:
         on_exit: Called once, from a thread of this class, when the process has ended.
         silence_s: Seconds without a heartbeat after which it is killed.
         gpu_uuid: The one GPU that its libraries will see; None for every one there is.
-        backend: What will load its base; Unsloth has to be imported before everything that it patches.
+        backend: The back end that will load its base. Unsloth must be imported before the packages that it patches.
     """
 
     def __init__(
@@ -139,12 +139,12 @@ class EngineProcess:
         """Send a command.
 
         Args:
-            command: What to do. Its `request_id` is what `stop` takes.
-            on_event: Takes every event before the final one, in order, on the reader's thread.
+            command: The command. `stop` takes its `request_id`.
+            on_event: Called with every event before the final one, in order, on the reader's thread.
 
         Returns:
-            A future of the command's result. It fails with CommandFailed, EngineDied, or EngineFailed if what came back
-            is none of this command.
+            A future of the command's result. It fails with CommandFailed, with EngineDied, or with EngineFailed if the
+            answer is no result of this command.
         """
         future: Future[R] = Future()
         with self._lock:
@@ -156,11 +156,11 @@ class EngineProcess:
         return future
 
     def stop(self, request_id: str, mode: protocol.StopMode = "discard") -> None:
-        """Ask the engine to end a command early; its future still gets the final event."""
+        """Ask the engine to end a command early. The command's future is done once the engine has."""
         self._send(protocol.Stop(target_id=request_id, mode=mode))
 
     def write_checkpoint(self, request_id: str) -> None:
-        """Ask the engine for a checkpoint of a training run; an event says when it is written."""
+        """Ask the engine for a checkpoint of a training run. An event says when it is written."""
         self._send(protocol.WriteCheckpoint(target_id=request_id))
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -190,13 +190,13 @@ class EngineProcess:
             _log.warning("engine.gone", pid=self.pid, command=type(line).__name__)
 
     def _watch(self) -> None:
-        """Kill an engine that has fallen silent: stopped, swapped out for good, or stuck in a driver."""
+        """Kill an engine that has fallen silent: one that is stopped, swapped out for good, or stuck in a driver."""
         tick_s = min(protocol.HEARTBEAT_S, self._silence_s / 4)
         looked_s = time.monotonic()
         while not self._ended.wait(tick_s):
             now_s = time.monotonic()
             if now_s - looked_s > 2 * tick_s:
-                self._heard_s = now_s  # this process was itself stopped meanwhile: the engine gets its time again
+                self._heard_s = now_s  # this process itself was stopped meanwhile, so the time begins again
             looked_s = now_s
             if self._handling:
                 self._heard_s = now_s
@@ -249,7 +249,7 @@ class EngineProcess:
             self._handle(event, waiting.on_event, waiting.future)
 
     def _settle(self, waiting: _Pending[R, E], event: protocol.Done) -> None:
-        """Give whoever waits the result, read as what the command is answered with."""
+        """Complete a command's future with the result, read as the type that the command names."""
         try:
             result = waiting.command.read_result(event.result)
         except ValidationError as error:
@@ -260,7 +260,7 @@ class EngineProcess:
             waiting.future.set_result(result)
 
     def _handle(self, event: protocol.CommandEvent, on_event: Callable[[Any], None], future: "Future[Any]") -> None:
-        """Hand an event on. If that fails (the disk is full, say), the command fails: this thread must live."""
+        """Pass an event on. If that fails, for instance on a full disk, the command fails and this thread goes on."""
         self._handling = True  # nobody listens for heartbeats meanwhile
         try:
             on_event(event)

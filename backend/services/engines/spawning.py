@@ -12,19 +12,20 @@ from core.settings import get_settings
 from domain import protocol
 
 _BACKEND = Path(__file__).resolve().parents[2]
-# Where core/allocator.py leaves it to glibc: that gives freed tensors back to the kernel at once by default and faults
-# them in again at the next step. 1.11-1.25 times the training speed with these thresholds.
+# The first three are for glibc's allocator, where core/allocator.py finds no other. By default glibc gives freed
+# tensors back to the kernel at once, which must then map them again at the next step. With these thresholds training
+# is 1.11-1.25 times as fast.
 ENGINE_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**31),
     "MALLOC_TOP_PAD_": str(64 * 2**20),
-    "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**50),  # large tensors are no news
+    "TCMALLOC_LARGE_ALLOC_REPORT_THRESHOLD": str(2**50),  # large tensors are not worth a line in the log
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",  # an engine reads local files only; the server does the downloading
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONUNBUFFERED": "1",
     "UNSLOTH_DISABLE_STATISTICS": "1",
-    # What an environment could change about how Unsloth computes: all of them as engine/unsloth_backend.py expects.
+    # Variables that change how Unsloth computes. These values are the ones that engine/unsloth_backend.py expects.
     "UNSLOTH_RETURN_LOGITS": "0",
     "UNSLOTH_RETURN_HIDDEN_STATES": "0",
     "UNSLOTH_FUSED_LORA_DROPOUT": "1",
@@ -33,7 +34,7 @@ ENGINE_ENVIRONMENT = {
     "UNSLOTH_TILED_MLP": "0",
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # torch then numbers GPUs as NVML does, and not the fastest first
 }
-# PR_SET_PDEATHSIG fires when the *thread* that forked ends, so one thread that never ends starts all engines.
+# PR_SET_PDEATHSIG fires when the *thread* that forked ends. So a thread that never ends starts all engines.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
 
 
@@ -43,7 +44,7 @@ def spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproce
     Args:
         work_dir: Where Unsloth may write the code that it generates.
         gpu_uuid: The one GPU that the engine sees; None for every one there is.
-        backend: What will load its base.
+        backend: The back end that will load its base.
 
     Returns:
         The process, the pipe that takes its commands, and the pipe that gives its events.
@@ -70,7 +71,7 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
         "PEFT_STUDIO_ENGINE_NICE": str(get_settings().engine_nice),
     }
     if gpu_uuid is not None:
-        # By uuid: an index would depend on what the server itself is shown, and Unsloth names cuda:0 in places.
+        # By uuid: an index depends on the GPUs that the server itself sees. Unsloth uses cuda:0 by name in places.
         environment["CUDA_VISIBLE_DEVICES"] = gpu_uuid
     elif library := allocator.preload():  # of no use where tensors are in a GPU's memory, and untried there
         environment["LD_PRELOAD"] = str(library)

@@ -1,4 +1,4 @@
-"""What an export that is running tells of itself, and how it is stopped."""
+"""The progress of a running export, and how it is stopped."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class ExportProgress:
 
     Attributes:
         fraction: Of the stage, 0..1.
-        eta_s: Until the end of the stage, by how long it took to get this far.
+        eta_s: Seconds until the end of the stage, estimated from the time that it has taken so far.
     """
 
     stage: str
@@ -61,12 +61,12 @@ class ExportControl:
         self.check()
 
     def wait_for(self, stage: str, fraction: float | None) -> None:
-        """Record what is waited for, and wait a moment, or raise ExportStopped as soon as somebody stops it."""
+        """Record what is waited for, and wait a moment; raise ExportStopped as soon as somebody stops the export."""
         self.report(stage, fraction)
         self.wait(_POLL_S)
 
     def call_on_stop(self, tell: Callable[[], None]) -> None:
-        """Have something called when it is stopped; at once if it has been."""
+        """Have a function called when the export is stopped, or at once if it is already."""
         with self._lock:
             self._on_stop = tell
             stopped = self._stopped.is_set()
@@ -74,12 +74,12 @@ class ExportControl:
             tell()
 
     def cancel(self) -> None:
-        """Stop it for good, and not only because the server ends."""
+        """Stop the export for a client. It is not taken up again, as it is when the server ends."""
         self.cancelled = True
         self.stop()
 
     def stop(self) -> None:
-        """Stop it."""
+        """Stop the export."""
         with self._lock:
             self._stopped.set()
             tell = self._on_stop

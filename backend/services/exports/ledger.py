@@ -1,4 +1,4 @@
-"""What is recorded of exports, and the only way to change it."""
+"""The records of exports. Nothing else changes them."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ _log = get_logger(__name__)
 
 
 class ExportLedger:
-    """Reads and changes what the database says of exports, each change in one transaction."""
+    """Reads and changes the records of exports, each change in one transaction."""
 
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database, self._clock = database, clock
@@ -34,7 +34,7 @@ class ExportLedger:
         return record
 
     def all(self, adapter_id: str | None = None, states: frozenset[ExportState] | None = None) -> list[ExportRecord]:
-        """Return exports, of one adapter or of all, in some states or in all, newest first."""
+        """Return exports, newest first: of one adapter or of all, in some states or in all."""
         with self._database.begin() as connection:
             return Exports(connection).all(adapter_id, states)
 

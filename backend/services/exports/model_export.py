@@ -1,4 +1,4 @@
-"""Exports that an engine computes: the base is found or loaded, lent, and given back as it was."""
+"""Exports that an engine computes. It picks or loads the base, borrows it, and gives it back unchanged."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from store.records import AdapterRecord, ExportRecord
 
 
 class ModelExport:
-    """Makes one model of an adapter and its base.
+    """Makes an adapter and its base into one model.
 
     Args:
         oom_kills: Counts the processes that the kernel has killed for want of memory.
@@ -31,10 +31,10 @@ class ModelExport:
         self._peft, self._adapters, self._facts, self._oom_kills = peft, adapters, facts, oom_kills
 
     def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: ExportSettings) -> None:
-        """Refuse what llama.cpp has no place for, by the base's config alone.
+        """Refuse a GGUF of a base that llama.cpp does not know. The base's config alone decides.
 
         Raises:
-            ExportRejected: The architecture, or how it scales positions, is not written as GGUF.
+            ExportRejected: The architecture, or its way of scaling positions, is not written as GGUF.
             ModelNotFound, ModelGated, HubUnavailable: The config cannot be had.
         """
         if kind is ExportKind.GGUF:
@@ -44,7 +44,7 @@ class ModelExport:
         """Carry an export out.
 
         Returns:
-            What the engine says of what it made.
+            The engine's description of what it made.
 
         Raises:
             ExportStopped: Somebody stopped it.
@@ -60,7 +60,7 @@ class ModelExport:
             return self._request(process, control, _merge(adapter, record, folder))
 
     def _load(self, adapter: AdapterRecord) -> LoadedModel:
-        """Load the base as it was held in the training; how precisely it computes is this machine's to choose."""
+        """Load the base with the quantization of the training. The precision is this machine's choice."""
         algorithm = Algorithm(adapter.algorithm)
         overrides = {"quantization": adapter.config["quantization"]} if adapter.config is not None else {}
         where = self._peft.on_device(adapter.base_model_id, adapter.base_revision)

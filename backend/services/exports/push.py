@@ -28,18 +28,18 @@ class HubPush:
     """Uploads an adapter's folder as one commit.
 
     Args:
-        adapters: Has the folder.
-        hub: Takes it.
+        adapters: Has the adapter's folder.
+        hub: Uploads it.
     """
 
     def __init__(self, adapters: AdapterService, hub: HubUploads) -> None:
         self._adapters, self._hub = adapters, hub
 
     def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: ExportSettings) -> None:
-        """Refuse a push that nobody may make.
+        """Refuse a push that cannot succeed.
 
         Raises:
-            ModelRejected: The id cannot be one.
+            ModelRejected: The id is no repository's.
             HubUnavailable: HF_HUB_OFFLINE is set.
             AccessDenied: There is no token.
         """
@@ -70,7 +70,7 @@ class HubPush:
         threading.Thread(target=run, args=(_settle, future, upload.run), name="hub-push", daemon=True).start()
         while not future.done():
             if upload.committing.is_set():
-                return future.result()  # it may have taken place already: the Hub's answer decides
+                return future.result()  # the commit may be made already, so a stop comes too late
             control.wait(_POLL_S)
         return future.result()
 
@@ -107,7 +107,7 @@ class _Upload:
             with ExitStack() as opened:
                 commit = self._hub.commit(repo_id, self._files(opened), message, self._before_commit)
         except StudioError:
-            self._control.check()  # a stop comes back as whatever failed by it
+            self._control.check()  # a stop may come back as another error
             raise
         return PushedAdapter(repo_id=repo_id, commit=commit, url=self._hub.url(repo_id))
 
@@ -117,11 +117,11 @@ class _Upload:
         self._control.report("committing", None)
 
     def _files(self, opened: ExitStack) -> dict[str, BinaryIO]:
-        """Open the adapter's files; they count what is read of them."""
+        """Open the adapter's files. They count the bytes that are read."""
         files = plain_files(Path(self._adapter.path))
         # Each is read twice: once for its sum, and once to be sent.
         self._total_bytes = max(1, 2 * sum(path.stat().st_size for _, path in files))
-        # A file that counts, and not a path: it shows progress, stops when told, and goes over plain HTTP.
+        # An open file and not a path: it shows progress, can be stopped, and is sent over plain HTTP.
         return {
             name: opened.enter_context(io.BufferedReader(_Counted(path, self._count), 2**20)) for name, path in files
         }
@@ -136,7 +136,7 @@ class _Upload:
 
 
 class _Counted(io.RawIOBase):
-    """A file that tells how much of it is read, whenever it is."""
+    """A file that reports the bytes of each read."""
 
     def __init__(self, path: Path, count: Callable[[int], None]) -> None:
         self._file = path.open("rb", buffering=0)

@@ -25,13 +25,13 @@ _GRACE_S = 20.0  # for a tensor under way when the server is told to stop
 
 
 class Work(Protocol):
-    """What makes exports of some kinds."""
+    """Makes exports of some kinds."""
 
     def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: ExportSettings) -> None:
-        """Refuse at once what could never be made."""
+        """Refuse an export that could never be made."""
 
     def run(self, record: ExportRecord, folder: Path, control: ExportControl) -> ExportResult:
-        """Make it, in a folder that it may fill; return what it made."""
+        """Make the export, in a folder if it has files; return a description of it."""
 
 
 class _ExportWorker:
@@ -40,12 +40,12 @@ class _ExportWorker:
     def __init__(self, name: str, run: Callable[[str], None]) -> None:
         self._queue: SimpleQueue[tuple[contextvars.Context, str] | None] = SimpleQueue()
         self._run = run
-        # A daemon: an upload to a host that hangs must not keep the process from ending.
+        # A daemon thread: an upload to a host that hangs must not keep the process from ending.
         self.thread = threading.Thread(target=self._work, name=name, daemon=True)
         self.thread.start()
 
     def put(self, export_id: str) -> None:
-        """Queue an export. The context carries the request's Hub token to the upload, and nowhere else."""
+        """Queue an export. Its context carries the request's Hub token to the upload, and nowhere else."""
         self._queue.put((contextvars.copy_context(), export_id))
 
     def close(self) -> None:
@@ -67,7 +67,7 @@ class ExportQueue:
     Args:
         ledger: Where the exports are recorded.
         works: Makes each kind of export. Kinds with the same work share a worker and wait for each other.
-        folder: One sub-folder an export that made files.
+        folder: Has a sub-folder for each export that made files.
         clock: For the times of the record.
     """
 
@@ -87,7 +87,7 @@ class ExportQueue:
         return self._running.get(export_id)
 
     def start(self) -> None:
-        """Take up what a former server left unfinished."""
+        """Take up the exports that a former server left unfinished."""
         for folder in self._folder.glob(".exp_*.tmp"):
             shutil.rmtree(folder)
         left = self._ledger.all(states=frozenset({ExportState.RUNNING, ExportState.QUEUED}))
@@ -114,7 +114,7 @@ class ExportQueue:
                 started = record.started_at or to_text(self._clock.now())
                 columns = {"attempts": record.attempts + 1, "started_at": started}
                 patiently(lambda: self._ledger.move(record, ExportState.RUNNING, **columns), self._closing)
-                # Read, and not what the move said: a database that went away may have kept one it did not answer.
+                # The record is read, since a database that went away may have made a move without answering.
                 begun = patiently(lambda: self._ledger.get(export_id), self._closing)
                 if begun.state is ExportState.RUNNING:
                     self._carry_out(begun, control)
@@ -140,10 +140,10 @@ class ExportQueue:
             self._finish(record, ExportState.SUCCEEDED, result=result)
 
     def _finish(self, record: ExportRecord, following: ExportState, **columns: Any) -> None:
-        """Record the end. What was made of an export that did not succeed goes.
+        """Record the end. The files of an export that did not succeed are deleted.
 
         Raises:
-            ServerEnds: The database cannot be written: it says `running`, and the next start takes the export up.
+            ServerEnds: The database cannot be written. It says `running`, so the next start takes the export up.
         """
         if following in FINAL_STATES:
             columns["finished_at"] = to_text(self._clock.now())
@@ -152,7 +152,7 @@ class ExportQueue:
             shutil.rmtree(self._folder / record.id, ignore_errors=True)
 
     def close(self) -> None:
-        """Stop working; a running export is queued again for the next start."""
+        """Stop working. A running export is queued again for the next start."""
         self._closing.set()
         for control in list(self._running.values()):
             control.stop()
