@@ -30,11 +30,11 @@ def check_adapter(folder: Path, where: str) -> AdapterFacts:
     """Check a folder of plain files.
 
     Args:
-        folder: With adapter_config.json and adapter_model.safetensors.
-        where: For messages.
+        folder: Has adapter_config.json and adapter_model.safetensors.
+        where: Names the adapter in messages.
 
     Raises:
-        AdapterRejected: A file is not what it should be, or asks for what is not served.
+        AdapterRejected: A file is not what it should be, or asks for something that is not served.
         NeedsRemoteCode: A file asks for code from elsewhere.
     """
     check_small_files(folder, where)
@@ -42,7 +42,7 @@ def check_adapter(folder: Path, where: str) -> AdapterFacts:
 
 
 def check_small_files(folder: Path, where: str) -> None:
-    """Refuse by what is there before the weights are: files that are no JSON, or ask for code.
+    """Check the files that can be read before the weights are there. They must be JSON, and ask for no code.
 
     Raises:
         AdapterRejected, NeedsRemoteCode: As `check_adapter` says.
@@ -84,7 +84,7 @@ def read_header(path: Path, where: str) -> SafetensorsHeader:
 
 @dataclass(frozen=True)
 class Card:
-    """What an adapter's card says of its training, as far as this version can read it."""
+    """The training of an adapter, as far as this version can read the adapter's card."""
 
     algorithm: str | None = None
     config: dict[str, Any] | None = None
@@ -95,7 +95,7 @@ class Card:
 def read_card(folder: Path, where: str) -> Card:
     """Read training.json.
 
-    Nothing in it makes anybody run anything, so that one which cannot be read does no harm: it is left out.
+    A card that cannot be read is deleted. The adapter is served without one, since nothing runs what a card says.
     """
     path = folder / CARD
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Adapters from elsewhere: a folder, a zip, a repository of the Hub; each checked as a copy and stored whole."""
+"""Imports adapters from a folder, a zip or a repository of the Hub. Each is copied, checked and stored whole."""
 
 import json
 import shutil
@@ -39,17 +39,17 @@ from store.repositories import Adapters
 
 _log = get_logger(__name__)
 _MAX_MANIFEST_BYTES = 2**20
-# What is read of an adapter's repository on the Hub.
+# The files that are read of an adapter's repository on the Hub.
 _SNAPSHOT = SnapshotSpec((Part.named(CONFIG), Part.named(WEIGHTS)), choose_adapter, check_small_files)
 
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What a client says of an adapter that it brings.
+    """A client's settings for an adapter that it imports.
 
     Attributes:
-        name: What to call it; where it is from if None.
-        base_model_id: The base, where the adapter's own config names none or another place.
+        name: The adapter's name; None to name it after its source.
+        base_model_id: The base; needed if the adapter's own config names none, or a path.
     """
 
     name: str | None
@@ -58,10 +58,10 @@ class ImportSettings:
 
 
 class ZipPlace:
-    """Where a zip goes as it comes.
+    """The file that a zip is written to while it arrives.
 
     Args:
-        path: Made when it begins to come.
+        path: Made when the first bytes arrive.
         max_bytes: A larger one is refused.
     """
 
@@ -103,13 +103,13 @@ class ZipPlace:
 
 
 class AdapterIntake:
-    """Brings adapters in.
+    """Imports adapters.
 
     Args:
-        folder: One sub-folder an adapter.
-        roots: Folders below which an adapter may be.
-        max_bytes: Larger ones are refused, packed and unpacked.
-        files: Tells whether a base is safe to load.
+        folder: Has a sub-folder for each adapter.
+        roots: An adapter's folder must be below one of these.
+        max_bytes: The most bytes of an adapter, packed or unpacked.
+        files: Knows whether a base is safe to load.
         downloads: Fetches repositories.
     """
 
@@ -131,7 +131,7 @@ class AdapterIntake:
         """Copy an adapter from a folder on this machine.
 
         Raises:
-            PathNotAllowed: It is elsewhere than where adapters may come from, or has a link to elsewhere.
+            PathNotAllowed: It is not below a permitted folder, or has a link that leads out.
             NoSafeWeights, AdapterRejected, NeedsRemoteCode, TooLarge, StorageFull: What is wrong with it.
         """
         source = allowed_folder(path, self._roots)
@@ -143,7 +143,7 @@ class AdapterIntake:
         )
 
     def from_hub(self, model_id: str, revision: str | None, settings: ImportSettings) -> AdapterRecord:
-        """Download an adapter; pickles beside it are not fetched.
+        """Download an adapter. Pickles beside it are not downloaded.
 
         Raises:
             ModelNotFound, AccessDenied, HubUnavailable, DownloadCorrupt: As the Hub says.
@@ -158,7 +158,7 @@ class AdapterIntake:
 
     @contextmanager
     def receiving(self) -> Iterator[ZipPlace]:
-        """Give a place for a zip to come to, for the length of the block."""
+        """Provide a file for a zip that arrives, for the length of the block."""
         place = ZipPlace(self._folder / f".adp_{uuid.uuid4().hex[:12]}.zip.tmp", self._max_bytes)
         try:
             yield place
@@ -167,7 +167,7 @@ class AdapterIntake:
             place.path.unlink(missing_ok=True)
 
     def from_zip(self, place: ZipPlace, settings: ImportSettings) -> AdapterRecord:
-        """Unpack the adapter that came.
+        """Unpack the adapter that has arrived.
 
         Raises:
             NoSafeWeights, AdapterRejected, NeedsRemoteCode, TooLarge, StorageFull: What is wrong with it.
@@ -179,7 +179,7 @@ class AdapterIntake:
     def _store(
         self, fill: Callable[[Path], None], settings: ImportSettings, name: str, source: dict[str, Any]
     ) -> AdapterRecord:
-        """Fill a folder, check what came as it lies there, and keep it; on any error nothing is left."""
+        """Fill a folder, check the files in it, and keep it. After any error nothing is left of it."""
         adapter_id = f"adp_{uuid.uuid4().hex[:12]}"
         target = self._folder / adapter_id
         with whole_folder(target) as folder:
@@ -219,11 +219,11 @@ class AdapterIntake:
         return stored or record
 
     def _base_of(self, facts: AdapterFacts, settings: ImportSettings, name: str) -> tuple[str, str | None]:
-        """Return the base and its revision, once it is known not to ask for code, as far as it can be known now.
+        """Return the base and its revision. A base that is known to need code of its own is refused.
 
         Raises:
-            AdapterRejected: Nobody says which base it is.
-            NeedsRemoteCode, NoSafeWeights, ModelRejected: The base is one that is never loaded here.
+            AdapterRejected: Neither the client nor the adapter names a base.
+            NeedsRemoteCode, NoSafeWeights, ModelRejected: The service never loads this base.
         """
         base = settings.base_model_id or facts.base_model
         named_here = settings.base_model_id is not None
@@ -242,7 +242,7 @@ class AdapterIntake:
 
 
 def _check_sums(folder: Path, name: str) -> None:
-    """Check an adapter that this service handed out against the sums that came with it."""
+    """Check an adapter that this service has handed out against the sums that came with it."""
     if (folder / MANIFEST).exists():
         manifest = read_json(folder / MANIFEST, name, _MAX_MANIFEST_BYTES)
         if isinstance(manifest, dict) and manifest.keys() == {"about", "files", "sum"}:
@@ -254,7 +254,7 @@ def _check_sums(folder: Path, name: str) -> None:
 
 
 def _write_config(folder: Path, facts: AdapterFacts, base: str, revision: str | None) -> list[str]:
-    """Write the config as it is served, if that is not as it came; return the settings that differ."""
+    """Write the config as it is served, if it differs from the one that came; return the settings that differ."""
     said = {"base_model_name_or_path": base, "revision": revision}
     changed = {key: value for key, value in said.items() if facts.config.get(key) != value}
     if changed or facts.rewritten:

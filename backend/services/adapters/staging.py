@@ -1,4 +1,4 @@
-"""Files of an adapter from elsewhere, copied aside: never more than allowed, never from outside, never a link."""
+"""Copies the files of an imported adapter: at most as many bytes as allowed, from its folder only, and no links."""
 
 import lzma
 import os
@@ -15,7 +15,7 @@ from domain.adapter_files import CONFIG, check_names, kept_files
 
 _CHUNK_BYTES = 2**20
 _MAX_ENTRIES = 10_000
-# zipfile reads a whole directory at once, at ten times its size; one of 10,000 files has 1 MiB.
+# zipfile reads a whole directory at once and takes ten times its size. A directory of 10,000 files has 1 MiB.
 _MAX_DIRECTORY_BYTES = 4 * 2**20
 _BROKEN = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 _END, _END_BYTES, _ZIP64_LOCATOR, _LOCATOR_BYTES = b"PK\x05\x06", 22, b"PK\x06\x07", 20
@@ -25,14 +25,14 @@ def allowed_folder(path: str, roots: Sequence[Path]) -> Path:
     """Return a folder below one of the roots.
 
     Raises:
-        PathNotAllowed: It leads elsewhere; whether there is anything is not said.
+        PathNotAllowed: It leads elsewhere. The error does not say whether anything is there.
         AdapterRejected: There is no folder of that name.
     """
     try:
         folder = Path(path).resolve()
     except (OSError, ValueError, RuntimeError) as error:
         raise AdapterRejected(f"{path!r:.200} is no path.") from error
-    # Compared part by part: /data-evil begins with /data only as text.
+    # Compared part by part, since as a text /data-evil begins with /data.
     if not Path(path).is_absolute() or not any(folder.is_relative_to(root.resolve()) for root in roots):
         raise PathNotAllowed(
             f"{path!r:.200} is not below a folder that adapters may come from: the data directory, or one of "
@@ -49,8 +49,8 @@ def copy_folder(source: Path, target: Path, max_bytes: int, roots: Sequence[Path
     Args:
         source: The folder.
         target: Where they go.
-        max_bytes: Together.
-        roots: Where links in the folder may lead, beside the folder itself.
+        max_bytes: The most bytes of all files together.
+        roots: Links in the folder may lead into it, or into these folders.
 
     Raises:
         PathNotAllowed: A link leads out of the folder.
@@ -91,7 +91,7 @@ def _check_inside(path: Path, inside: list[Path]) -> None:
 
 
 def _open_plain(path: Path, inside: list[Path]) -> IO[bytes]:
-    """Open a plain file; a pipe or a device would hang, or never end."""
+    """Open a plain file. A pipe or a device, which could hang or never end, is refused."""
     _check_inside(path, inside)
     descriptor = os.open(path.resolve(), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -101,12 +101,12 @@ def _open_plain(path: Path, inside: list[Path]) -> IO[bytes]:
 
 
 def unzip(archive: Path, target: Path, max_bytes: int) -> None:
-    """Take an adapter's files out of a zip: at its top, or in its one folder.
+    """Unpack an adapter's files. They are at the top of the zip, or in its only folder.
 
     Raises:
-        AdapterRejected: It is broken, packed in a way that is not read, or names a path that leaves it.
+        AdapterRejected: It is broken, is packed in an unknown way, or names a path outside of it.
         NoSafeWeights, AdapterRejected: As `check_names` says.
-        TooLarge, StorageFull: What is in it is too much, whatever it says of itself.
+        TooLarge, StorageFull: Its content is too large, whatever size the zip names.
     """
     _check_directory(archive)
     try:
@@ -131,7 +131,7 @@ def unzip(archive: Path, target: Path, max_bytes: int) -> None:
 
 
 def _check_directory(archive: Path) -> None:
-    """Refuse a zip whose directory would fill the memory, before zipfile reads it.
+    """Refuse a zip with a directory that would fill the memory, before zipfile reads it.
 
     Source: PKWARE's APPNOTE.TXT 6.3.10, sections 4.3.14 to 4.3.16.
     """
@@ -149,10 +149,10 @@ def _check_directory(archive: Path) -> None:
 
 
 def _members(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Return the files of a zip by their path below its top, or below its one folder.
+    """Return the files of a zip by their path below its top, or below its only folder.
 
     Raises:
-        AdapterRejected: A member is a link or a device, is there twice, or its path leaves the zip.
+        AdapterRejected: A member is a link or a device, is there twice, or has a path that leads out of the zip.
     """
     members: dict[str, zipfile.ZipInfo] = {}
     if len(infos) > _MAX_ENTRIES:
@@ -181,7 +181,7 @@ def _copy(source: IO[bytes], target: Path, left_bytes: int, max_bytes: int) -> i
     """Copy a file; return how much of the limit is left.
 
     Raises:
-        TooLarge: It is more.
+        TooLarge: The file is larger than the limit.
         StorageFull: There is no room for it.
     """
     target.parent.mkdir(exist_ok=True)
