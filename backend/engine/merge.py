@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
-from transformers.core_model_loading import revert_weight_conversion
 
 from core.errors import StorageFull
 from core.files import whole_folder
@@ -117,23 +116,24 @@ def merging_packages() -> dict[str, str]:
 
 
 def _write_weights(merged: MergedWeights, folder: Path, request_id: str, channel: Channel) -> None:
+    groups = {group[0]: group for group in merged.groups}
     plan = split_state_dict_into_shards_factory(
-        merged.tensors,
-        get_storage_size=lambda tensor: tensor.size_bytes,
+        groups,
+        get_storage_size=lambda group: sum(merged.tensors[name].size_bytes for name in group),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=_SHARD_BYTES,
     )
     done = 0
     weight_map: dict[str, str] = {}
-    for filename, names in plan.filename_to_tensors.items():
+    for filename, firsts in plan.filename_to_tensors.items():
         shard: dict[str, torch.Tensor] = {}
-        for name in names:
+        for name in (name for first in firsts for name in groups[first]):
             channel.check_stop(request_id)
             shard[name] = merged.compute(name)
             done += merged.tensors[name].size_bytes
             channel.emit(Progress(request_id=request_id, stage="merging", fraction=done / merged.total_bytes))
         # By the name that the tensor has in files of this architecture. In memory transformers may name it differently.
-        shard = {name: tensor.contiguous() for name, tensor in revert_weight_conversion(merged.model, shard).items()}
+        shard = merged.stored_names.revert(shard)
         save_file(shard, folder / filename, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, filename)
     if plan.is_sharded:

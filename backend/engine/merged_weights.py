@@ -3,18 +3,20 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors import safe_open
 from torch import nn
 
 from engine.base import Base
 from engine.errors import BadSetting
 from engine.frozen_weights import plain_weight
+from engine.stored_names import StoredNames
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _QUANTISED = {"Params4bit": "4-bit NF4", "Int8Params": "8-bit"}  # bitsandbytes' classes of weights
@@ -26,13 +28,13 @@ class MergedTensor:
 
     Attributes:
         host: The module that holds it, below any adapter.
-        layer: The adapted layer around the host, if there is one.
+        corrections: The adapter layers around the host that change the tensor.
         attribute: The tensor's name in the host.
         dtype: The type that it is written as.
     """
 
     host: nn.Module
-    layer: LoraLayer | None
+    corrections: tuple[LoraLayer, ...]
     attribute: str
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -64,6 +66,7 @@ class MergedWeights:
 
     Attributes:
         tensors: In the model's order. Of tied tensors it has the one that is saved.
+        groups: The tensors' names. Tensors that the files hold in other pieces than the model are in one group.
         untied: Whether tied tensors are written separately, because the adapter changes only one of them.
         notes: What a user should know about how they are computed.
     """
@@ -74,8 +77,11 @@ class MergedWeights:
         self._stored = stored_dtypes(base.path)
         self.dtype = self._written_dtype(base.path)
         self.untied = False
-        self.tensors = dict(self._find())
-        self.adapted_layers = sum(tensor.layer is not None for tensor in self.tensors.values())
+        self.stored_names = StoredNames(self.model)
+        found = dict(self._find())
+        self.groups = self.stored_names.groups(found)
+        self.tensors = dict(item for group in self.groups for item in self._as_stored(found, group).items())
+        self.adapted_layers = sum(bool(tensor.corrections) for tensor in self.tensors.values())
         self.notes = self._notes()
 
     @property
@@ -96,32 +102,27 @@ class MergedWeights:
         tensor = self.tensors[name]
         dtype = dtype or tensor.dtype
         with torch.no_grad():
-            if tensor.attribute != "weight":
-                value = getattr(tensor.host, tensor.attribute).detach()
-            elif tensor.layer is None:
+            if tensor.attribute == "weight":
                 value = plain_weight(tensor.host)
             else:
-                value = merged_weight(tensor.layer, self.adapter)
+                value = getattr(tensor.host, tensor.attribute).detach()
+            for layer in tensor.corrections:
+                value = corrected(layer, self.adapter, value.to(torch.float32))
             value = value.to("cpu", dtype, copy=True).contiguous()
         if dtype.is_floating_point and not bool(torch.isfinite(value).all()):
             raise BadSetting(f"{name} is not finite once merged and written as {_name(dtype)}")
         return value
 
     def _find(self) -> Iterator[tuple[str, MergedTensor]]:
-        adapted: str | None = None
         seen: dict[int, list[tuple[str, MergedTensor]]] = {}
-        for path, module in self.model.named_modules():
-            if adapted is not None and path.startswith(adapted):
-                continue  # the layer below an adapter, and the adapter's own: they are one tensor with it
-            layer = module if isinstance(module, LoraLayer) else None
-            adapted = f"{path}." if layer is not None else None
-            host = module.get_base_layer() if layer is not None else module
-            carries = layer is not None and self.adapter in layer.scaling
+        for path, host, layers in _hosts(self.model):
             for attribute, value in _own_tensors(host):
                 name = f"{path}.{attribute}" if path else attribute
-                corrected = layer if carries and attribute == "weight" else None
+                correcting = tuple(
+                    layer for layer in layers if self.adapter in layer.scaling and attribute == _corrects(layer)
+                )
                 shape = _logical_shape(host, attribute, value)
-                tensor = MergedTensor(host, corrected, attribute, shape, self._dtype_of(name, value))
+                tensor = MergedTensor(host, correcting, attribute, shape, self._dtype_of(value))
                 seen.setdefault(id(value), []).append((name, tensor))
         for sharing in seen.values():
             yield from self._saved(sharing)
@@ -130,18 +131,30 @@ class MergedWeights:
         """Return which of the tensors that share memory are saved: one, unless the adapter changes some alone."""
         if len(sharing) == 1:
             return sharing
-        if any(tensor.layer is not None for _, tensor in sharing):
+        if any(tensor.corrections for _, tensor in sharing):
             self.untied = True
             return sharing
         derived = getattr(self.model, "all_tied_weights_keys", {})
         return [next((item for item in sharing if item[0] not in derived), sharing[0])]
 
-    def _dtype_of(self, name: str, value: torch.Tensor) -> torch.dtype:
-        if type(value).__name__ in _QUANTISED:
-            return self.dtype
-        if not value.is_floating_point():
-            return value.dtype
-        return self._stored.get(name, self.dtype)
+    def _dtype_of(self, value: torch.Tensor) -> torch.dtype:
+        quantised = type(value).__name__ in _QUANTISED
+        return self.dtype if quantised or value.is_floating_point() else value.dtype
+
+    def _as_stored(self, found: Mapping[str, MergedTensor], group: list[str]) -> dict[str, MergedTensor]:
+        """Return a group's tensors in the type that the files have them in, under whatever names."""
+        tensors = {name: found[name] for name in group}
+        files = self.stored_names.of({name: tensor.shape for name, tensor in tensors.items()})
+        dtypes = {self._stored[name] for name in files if name in self._stored}
+        if len(dtypes) != 1 or any(
+            type(getattr(tensor.host, tensor.attribute)).__name__ in _QUANTISED for tensor in tensors.values()
+        ):
+            return tensors
+        dtype = dtypes.pop()
+        return {
+            name: replace(tensor, dtype=dtype) if tensor.dtype.is_floating_point else tensor
+            for name, tensor in tensors.items()
+        }
 
     def _written_dtype(self, path: Path) -> torch.dtype:
         """Return the base's own type; for a base that is stored in fewer bits, the 16-bit type that it computes in."""
@@ -169,15 +182,39 @@ class MergedWeights:
         return notes
 
 
-def merged_weight(layer: LoraLayer, adapter: str) -> torch.Tensor:
-    """Return an adapted layer's weight with the adapter merged into it as PEFT does, in fp32."""
-    weight = plain_weight(layer.get_base_layer()).to(torch.float32)
+def corrected(layer: LoraLayer, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return a weight with an adapter merged into it as PEFT does, in fp32.
+
+    Args:
+        layer: The adapter layer.
+        adapter: The adapter's name on the layer.
+        weight: The weight without the adapter, in fp32.
+    """
+    if isinstance(layer, ParamWrapper):
+        return weight + _stacked_delta(layer, adapter).to(weight.device)
     variant = layer.lora_variant.get(adapter)
     if variant is None:
         return weight + layer.get_delta_weight(adapter).to(torch.float32)
     merged: torch.Tensor = variant.merge_safe(layer, adapter, weight)
     layer._caches.pop(f"{adapter}-weight_norm", None)  # kept by PEFT for undoing a merge that is not done here
     return merged
+
+
+def _stacked_delta(layer: ParamWrapper, adapter: str) -> torch.Tensor:
+    """Return the correction of a parameter that PEFT adapts by its name, of stacked experts for example, in fp32.
+
+    Returns:
+        In the parameter's shape: (out, in); or (experts, out, in), and (experts, in, out) where the layer holds it so.
+
+    Source: PEFT 0.21, `ParamWrapper.get_delta_weight`, which rounds it to the parameter's type.
+    """
+    a, b = layer.lora_A[adapter].weight.to(torch.float32), layer.lora_B[adapter].weight.to(torch.float32)
+    if layer.num_experts == 1:
+        return layer.scaling[adapter] * (b @ a)
+    a = a.reshape(layer.num_experts, -1, a.shape[-1])
+    b = b.reshape(b.shape[0], -1, layer.num_experts)
+    order = "ore,eri->eoi" if layer._did_swap_in_out_features else "ore,eri->eio"
+    return layer.scaling[adapter] * torch.einsum(order, b, a)
 
 
 def stored_dtypes(folder: Path) -> Mapping[str, torch.dtype]:
@@ -190,6 +227,32 @@ def stored_dtypes(folder: Path) -> Mapping[str, torch.dtype]:
                 if dtype is not None:
                     dtypes[name] = dtype
     return dtypes
+
+
+def _hosts(
+    module: Any, path: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, list[LoraLayer]]]:
+    """Yield a model's modules by their paths without adapters, each with the layers around it.
+
+    PEFT nests the layers where it adapts several parameters of one module, and a module with adapters around it may
+    have modules below it: a router's own correction, for example.
+    """
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    layers = []
+    while isinstance(module, LoraLayer):
+        layers.append(module)
+        module = module.base_layer
+    yield path, module, layers
+    for name, child in module.named_children():
+        yield from _hosts(child, f"{path}.{name}" if path else name, seen)
+
+
+def _corrects(layer: LoraLayer) -> str:
+    """Return the name of the parameter that a layer corrects."""
+    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
