@@ -26,7 +26,7 @@ class AdapterService:
     """Lists, hands out and deletes adapters.
 
     Args:
-        folder: One sub-folder an adapter, as PEFT loads it.
+        folder: Has a sub-folder for each adapter, as PEFT loads it.
     """
 
     def __init__(self, database: Database, folder: Path, peft: PeftService) -> None:
@@ -34,7 +34,7 @@ class AdapterService:
         folder.mkdir(parents=True, exist_ok=True)
 
     def remove_leftovers(self) -> None:
-        """Delete what was cut off: adapters in the making, uploads, and copies of bases' original weights."""
+        """Delete what a killed server has left: unfinished adapters and uploads, and copies of bases' weights."""
         for pattern in (".adp_*.tmp", f"{ORIGINALS}*", "pissa-*"):  # the last is an earlier version's
             for path in self._folder.glob(pattern):
                 if path.is_dir():
@@ -69,7 +69,7 @@ class AdapterService:
         return [(name, path.stat().st_size) for name, path in plain_files(folder)]
 
     def card(self, adapter_id: str) -> dict[str, Any] | None:
-        """Return what the adapter's card says of its training, the losses of each step left out; None without one."""
+        """Return the adapter's card without the losses of each step; None without a card."""
         path = Path(self.get(adapter_id).path) / CARD
         try:
             card = json.loads(path.read_bytes())
@@ -78,7 +78,7 @@ class AdapterService:
         return {name: value for name, value in card.items() if name != "losses"} if isinstance(card, dict) else None
 
     def verified(self, adapter_id: str) -> AdapterRecord:
-        """Return one adapter whose every file is as it was written.
+        """Return one adapter, after a check that every file is as it was written.
 
         Raises:
             AdapterNotFound: There is none of that id.

@@ -35,13 +35,13 @@ class ExportFileNotFound(NotFound):
 
 
 class ExportService:
-    """Keeps the exports.
+    """Accepts exports, steers them, and hands out their files.
 
     Args:
         ledger: Where they are recorded.
-        adapters: What is exported.
-        works: Makes each kind; kinds with the same work wait for each other.
-        folder: One sub-folder an export that made files.
+        adapters: Has the adapters that are exported.
+        works: Makes each kind. Kinds with the same work wait for each other.
+        folder: Has a sub-folder for each export that made files.
         clock: For the times of the record.
     """
 
@@ -58,11 +58,11 @@ class ExportService:
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self) -> None:
-        """Take up what a former server left unfinished."""
+        """Take up the exports that a former server left unfinished."""
         self._queue.start()
 
     def close(self) -> None:
-        """Stop working; a running export is queued again for the next start."""
+        """Stop working. A running export is queued again for the next start."""
         self._queue.close()
 
     # Accepting
@@ -72,7 +72,7 @@ class ExportService:
 
         Raises:
             AdapterNotFound: There is no such adapter.
-            StudioError: As the work says of what it cannot make.
+            StudioError: The work refuses the export; see its `accept`.
         """
         self._works[kind].accept(kind, self._adapters.get(adapter_id), settings)
         now = to_text(self._clock.now())
@@ -104,17 +104,17 @@ class ExportService:
         return control.progress if control is not None else None
 
     def path_of(self, record: ExportRecord) -> Path | None:
-        """Return the folder of what was made; None where nothing was, or not yet."""
+        """Return the folder of the export's files; None if it has none, or none yet."""
         folder = self._folder / record.id
         return folder if record.state is ExportState.SUCCEEDED and folder.is_dir() else None
 
     def files(self, record: ExportRecord) -> list[tuple[str, int]]:
-        """Return what was made as (name, bytes), by name."""
+        """Return the export's files as (name, bytes), by name."""
         folder = self.path_of(record)
         return [] if folder is None else [(name, path.stat().st_size) for name, path in plain_files(folder)]
 
     def file(self, export_id: str, name: str) -> Path:
-        """Return one file of what was made.
+        """Return one file of the export.
 
         Raises:
             ExportNotFound, ExportFileNotFound: There is no such export, or no such file of it.
@@ -127,7 +127,7 @@ class ExportService:
         return folder / name
 
     def zipped(self, export_id: str) -> Iterator[bytes]:
-        """Yield a zip of what was made, built as it is read.
+        """Yield a zip of the export's files, built as it is read.
 
         Raises:
             ExportNotFound, ExportFileNotFound: There is no such export, or it has made no files.
@@ -141,7 +141,7 @@ class ExportService:
     # Steering
 
     def cancel(self, export_id: str) -> ExportRecord:
-        """End an export: a queued one at once, a running one as soon as it looks up.
+        """End an export: a queued one at once, a running one at its next check.
 
         Raises:
             TransitionNotPermitted: It has ended already.
@@ -158,7 +158,7 @@ class ExportService:
         return self.ledger.get(export_id)
 
     def delete(self, export_id: str) -> None:
-        """Forget an export that has ended, and delete what it made.
+        """Forget an export that has ended, and delete its files.
 
         Raises:
             TransitionNotPermitted: It has not ended.

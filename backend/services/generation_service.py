@@ -19,7 +19,7 @@ _log = get_logger(__name__)
 
 
 class AdapterOfAnotherBase(Rejected):
-    """The adapter was trained on another base than the one loaded."""
+    """The adapter was trained on another base than the loaded one."""
 
     slug, title = "adapter-of-another-base", "Adapter of another base"
 
@@ -53,13 +53,13 @@ class Generation:
             raise
 
     def stop(self) -> None:
-        """End it early: nobody listens any more."""
+        """End the generation early, since nobody listens any more."""
         if not self.future.done():
             self.process.stop(self.request_id)
 
 
 class GenerationService:
-    """Starts generations; adapters are put on the base when first asked for."""
+    """Starts generations. An adapter is put on the base when it is first asked for."""
 
     def __init__(self, peft: PeftService, adapters: AdapterService) -> None:
         self._peft, self._adapters = peft, adapters
@@ -70,8 +70,8 @@ class GenerationService:
         """Start generating.
 
         Args:
-            command: What to continue and how.
-            on_text: Takes the pieces as they come, on the engine reader's thread.
+            command: The prompt and the settings.
+            on_text: Called with each piece of the text, on the engine reader's thread.
 
         Raises:
             LoadedModelNotFound, AdapterNotFound: There is no such model or adapter.
@@ -93,7 +93,7 @@ class GenerationService:
         return Generation(process, command.request_id, future)
 
     def attach_when_ready(self, model: LoadedModel, adapter_id: str) -> None:
-        """Put an adapter on a base now, or as soon as it has loaded; `adapters` of the loaded model tells when.
+        """Put an adapter on a base now, or as soon as the base has loaded. It is then among the model's `adapters`.
 
         Raises:
             AdapterNotFound, AdapterOfAnotherBase: It can never be put there.

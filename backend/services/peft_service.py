@@ -1,4 +1,4 @@
-"""Configurations, and the models that are loaded: who asked for which base in memory, and how it is used."""
+"""Configures fine-tunes, and keeps the loaded models: which base each is on, and how it is used."""
 
 import uuid
 from pathlib import Path
@@ -36,9 +36,9 @@ class PeftService:
 
     Args:
         clock: For ages and idle times.
-        machine: Tells the devices and the engine.
+        machine: Knows the devices and the engines.
         files: Brings a model's files onto this machine.
-        facts: Tells a model's shape without its weights.
+        facts: Knows a model's shape without its weights.
         log_dir: Where engines write.
         idle_unload_s: A model unused for this long is unloaded.
         make_room_after_s: A client's model unused for this long is unloaded where another needs its memory.
@@ -75,7 +75,7 @@ class PeftService:
     def on_device(
         self, model_id: str, revision: str | None, device: str | int = "auto", loaded: LoadedModel | None = None
     ) -> ModelOnDevice:
-        """Look up a model, and the device for it: the one that is asked for, or that it is loaded on.
+        """Look up a model and its device: the device that is asked for, or that the model is loaded on.
 
         Raises:
             SettingRejected: There is no such device.
@@ -99,8 +99,8 @@ class PeftService:
         if where is None:
             machine = self._machine.device("auto").facts
             return configure(algorithm, use_case=use_case, overrides=overrides, machine=machine)
-        # What the base that it will use holds already counts as free. Otherwise a base that fits would be loaded a
-        # second time in fewer bits.
+        # The memory of a base that serves this configuration counts as free. Otherwise a base that fits would be loaded
+        # a second time in fewer bits.
         with self._pool.lock:
             own = where.loaded.base if where.loaded is not None else self._base_for(where, algorithm, overrides)
             device = self._pool.room_on(where.device, own)
@@ -114,7 +114,7 @@ class PeftService:
         )
 
     def _base_for(self, where: ModelOnDevice, algorithm: Algorithm, overrides: dict[str, Any]) -> LoadedBase | None:
-        """Return the base that is there already for what will be configured, if there is one."""
+        """Return the base in memory that will serve the configuration, if there is one."""
         stored = SPECS[algorithm].fixed.get("quantization", overrides.get("quantization", "none"))
         wanted = (where.model_id, where.revision, stored, where.device.torch_name)
 
@@ -125,7 +125,7 @@ class PeftService:
         return self._pool.find(suits)
 
     def device(self, wanted: str | int) -> Device:
-        """Return a device with what a new load may use of it: what is free, less what loads under way will need.
+        """Return a device with the memory that a new load may use: the free memory less that of loads under way.
 
         Raises:
             SettingRejected: There is no such device.
@@ -133,10 +133,10 @@ class PeftService:
         return self._pool.room_on(self._machine.device(wanted))
 
     def admit_run(self, where: ModelOnDevice, config: PeftConfig, batch: Batch) -> None:
-        """Refuse a fine-tune that does not fit, even once idle models have been unloaded for it.
+        """Unload idle models if a fine-tune needs their memory; refuse the fine-tune if it does not fit even then.
 
         Args:
-            where: What it runs on. Without a loaded model, a base that is there is taken.
+            where: The model and its device. Without a loaded model, a base that is in memory is used.
             config: Its configuration.
             batch: The largest forward pass of the data.
 
@@ -153,7 +153,7 @@ class PeftService:
         self._pool.admit_run(f"Training {where.model_id}", judge, where.device, runs_on)
 
     def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
-        """Say what would need less memory, and how much; nothing where the model's layers are not known."""
+        """Name settings that would need less memory, and how much less; none where the model's layers are not known."""
         shape = self._facts.shape(model_id, revision)
         return savings(shape, config, on_gpu=on_gpu) if shape is not None else []
 
@@ -163,15 +163,14 @@ class PeftService:
         """Start loading a model, or join the load of the same base that is there already.
 
         Args:
-            request: What a client asks for, which is configured first, or what a job needs, which is configured.
+            request: A client's request, which is configured here; or a job's, which is configured already.
 
         Raises:
             SettingRejected: A setting cannot take effect.
             ModelNotFound: There is no such model.
             NeedsRemoteCode, NoSafeWeights, ModelRejected: It is not safe to load, or cannot be trained; nothing is
                 downloaded.
-            DoesNotFit: Loading it needs more than the device has free beside the loads under way, even with every
-                idle model unloaded.
+            DoesNotFit: It needs more memory than the device would have with every idle model unloaded.
         """
         device = self._machine.device(request.device)
         self._files.check(request.model_id, request.revision, allow_pickle=request.allow_pickle)
@@ -246,7 +245,7 @@ class PeftService:
     # Using
 
     def attach(self, model: LoadedModel, adapter_id: str, path: Path) -> None:
-        """Make an adapter usable on a loaded base. It stays until the base is unloaded."""
+        """Put an adapter on a loaded base. It stays until the base is unloaded."""
         attach(model.base, adapter_id, path)
 
     def detach_everywhere(self, adapter_id: str) -> None:
@@ -261,7 +260,7 @@ class PeftService:
     # Unloading
 
     def unload(self, model_id: str) -> None:
-        """Forget a loaded model; the last one on a base ends its engine and frees its memory before returning.
+        """Forget a loaded model. With the last model on a base its engine ends, and its memory is free on return.
 
         Raises:
             LoadedModelNotFound: There is none of that id.

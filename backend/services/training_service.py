@@ -52,19 +52,19 @@ class TrainingService:
         self._queue, self._intake, self._contexts, self._clock = queue, intake, contexts, clock
 
     def start(self) -> None:
-        """Take up what a former server left unfinished, and start working."""
+        """Take up the jobs that a former server left unfinished, and start the workers."""
         self._queue.start()
 
     def close(self) -> None:
-        """Stop working; running jobs write a checkpoint and become `interrupted`."""
+        """Stop working. Running jobs write a checkpoint and become `interrupted`."""
         self._queue.close()
 
     # Accepting
 
     def create(self, request: JobRequest) -> JobRecord:
-        """Accept a job; the same request with the same idempotency key again returns the same job.
+        """Accept a job. The same request with the same idempotency key returns the same job again.
 
-        The Hub token of the request is used for the job's own download too; it is in memory alone, until the job ends.
+        The Hub token of the request also serves the job's own download. It stays in memory only, until the job ends.
 
         Raises:
             IdempotencyKeyReused: The key belongs to another request.
@@ -93,7 +93,7 @@ class TrainingService:
     # Reading
 
     def place_of(self, record: JobRecord) -> QueuePlace | None:
-        """Return where a queued job stands; None for any other."""
+        """Return the place of a queued job; None for any other job."""
         return self._queue.place_of(record)
 
     def log_tail(self, job_id: str, lines: int) -> list[str]:
@@ -108,11 +108,11 @@ class TrainingService:
     # Steering
 
     def cancel(self, job_id: str, keep: Keep = "nothing") -> JobRecord:
-        """End a job. One that is in no engine is cancelled at once; a running one as soon as its engine sees it.
+        """End a job. A job without an engine is cancelled at once, a running one at its engine's next check.
 
         Args:
             job_id: The job.
-            keep: What to keep of its work: nothing, its checkpoints with a new one, or the adapter as it is now.
+            keep: The part of its work to keep: nothing, its checkpoints with a new one, or the adapter as it is now.
 
         Raises:
             TransitionNotPermitted: It has ended already, or there is no adapter to keep.
