@@ -7,6 +7,7 @@ import pytest
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from core import errors
+from domain.models.gguf import CONVERSION, GGUF_CONVERSION
 from services.hub.cache_dir import HubCacheDir
 from services.hub.client import HubClient
 from services.hub.downloads import Downloads
@@ -237,6 +238,7 @@ def test_the_embedded_model_asks_nobody(bench: Bench) -> None:
     folder.mkdir(parents=True)
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
+    (folder / CONVERSION).write_text(json.dumps({"version": GGUF_CONVERSION}))
     assert bench.ensure(MODEL_ID) == folder
     assert bench.hub.requests.total() == 0
 
