@@ -1,8 +1,8 @@
-"""Conversations through a model's chat template, and which characters of the text are which answer.
+"""Renders conversations with a model's chat template, and finds the characters of each answer in the text.
 
-Where an answer stands is found by rendering the conversation again, cut short or with one turn changed, and seeing
-where the texts part: no marker is searched for, so nothing that a turn says can be taken for one. That works for
-templates without generation marks, and for those that rewrite earlier turns once more turns follow.
+To find an answer, the conversation is rendered again, cut short or with one turn changed. The answer is where the texts
+differ. No marker is searched for, so no text in a turn can be mistaken for one. This works for templates without
+generation marks, and for templates that rewrite earlier turns when more turns follow.
 """
 
 import json
@@ -17,10 +17,10 @@ from engine.errors import BadData, BadSetting
 from engine.time_limit import cpu_limit
 
 Turn = Mapping[str, Any]
-# A character that Unicode gives to nobody: it differs from whatever stands in a turn.
+# A character that Unicode assigns to nothing. It differs from every character of a turn.
 _OTHER = "\ue000"
 _LIMIT_S = 2.0  # the longest template takes a thousandth of that; the sandbox that it runs in does not stop loops
-# What a template raises on purpose, and what it stumbles over in turns that it was not written for.
+# The errors that a template raises on purpose, and those of a template that was not written for such turns.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError, MemoryError)
 
 
@@ -29,9 +29,9 @@ class Span:
     """Characters of a text, from `start` to before `end`.
 
     Attributes:
-        cuts_start: Whether `start` may be inside a token, which then belongs to the answer: it was found by where two
-            texts part, and they may part inside what is one token in each.
-        cuts_end: The same of `end`, where such a token does not belong to the answer.
+        cuts_start: Whether `start` may be inside a token. Two texts may begin to differ within a token. The token then
+            belongs to the answer.
+        cuts_end: The same for `end`. The token then does not belong to the answer.
     """
 
     start: int
@@ -55,7 +55,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a template wants its turns: it does not say, and one that gets them otherwise drops them in silence.
+    """The form in which a template takes its turns. A template does not name it, and silently drops turns in another.
 
     Attributes:
         parts: Contents as lists of parts.
@@ -92,7 +92,7 @@ class ChatRenderer:
         return Rendered(chat.text, {index: chat.span(index) for index in answers})
 
     def prompt(self, messages: Sequence[Turn]) -> str:
-        """Render a conversation up to where the next answer begins, in the shape that rows are rendered in.
+        """Render a conversation up to the start of the next answer, in the same shape as rows.
 
         Raises:
             BadSetting: The template refuses it.
@@ -103,20 +103,20 @@ class ChatRenderer:
             raise BadSetting(f"the model's chat template refuses the conversation: {error}") from error
 
     def left_out(self, number: int, row: Mapping[str, Any]) -> set[str]:
-        """Tell what of a conversation the template drops in silence: `tools`, `reasoning`, or turns of a role.
+        """Return the parts of a conversation that the template silently drops: `tools`, `reasoning`, or a turn's role.
 
         Raises:
             BadData: As for `render`.
         """
         messages, tools = row["messages"], row.get("tools")
         chat = _Chat(self._tokenizer, number, messages, tools, self._shape(number, messages, tools))
-        found = {turn["role"] for index, turn in enumerate(messages) if chat.leaves_out(index)}
+        left_out = {turn["role"] for index, turn in enumerate(messages) if chat.leaves_out(index)}
         if tools and not chat.needs_tools():
-            found.add("tools")
-        # Of earlier turns reasoning is dropped on purpose.
+            left_out.add("tools")
+        # Templates drop the reasoning of earlier turns on purpose.
         if messages[-1].get("reasoning_content") and not chat.needs_reasoning():
-            found.add("reasoning")
-        return found
+            left_out.add("reasoning")
+        return left_out
 
     def _wants_parts(self) -> bool:
         """Tell whether the template takes lists of parts only, as those of models that see do."""
@@ -133,10 +133,10 @@ class ChatRenderer:
         return False
 
     def _shape(self, number: int, messages: Sequence[Turn], tools: Any) -> _Shape:
-        """Find how the template takes this row's tool calls: the way in which they make a difference.
+        """Find the shape in which the template takes this row's tool calls, so that they change the text.
 
         Raises:
-            BadData: In no way.
+            BadData: It takes them in no shape.
         """
         if not any(turn.get("tool_calls") for turn in messages):
             return _Shape(parts=self._parts)
@@ -155,7 +155,7 @@ class ChatRenderer:
 
 
 class _Chat:
-    """One conversation, rendered as often as it takes."""
+    """One conversation, rendered as often as needed."""
 
     def __init__(self, tokenizer: Any, number: int, messages: Sequence[Turn], tools: Any, shape: _Shape) -> None:
         self._tokenizer, self._number, self._messages = tokenizer, number, messages
@@ -163,7 +163,7 @@ class _Chat:
         self.text = self._render(messages)
 
     def span(self, index: int) -> Span | None:
-        """Return where the answer of a turn is, or None where the template leaves it out.
+        """Return the span of a turn's answer; None if the template leaves the turn out.
 
         Raises:
             BadData: The text does not tell.
@@ -187,33 +187,33 @@ class _Chat:
         return Span(start, end, cuts_start=not plain, cuts_end=not ends)
 
     def leaves_out(self, index: int) -> bool:
-        """Tell whether it makes no difference what a turn says."""
+        """Tell whether the text stays the same whatever a turn says."""
         return self._render(_changed(self._messages, index)) == self.text
 
     def needs_tools(self) -> bool:
-        """Tell whether the tools make a difference."""
+        """Tell whether the tools change the text."""
         return _apply(self._tokenizer, _shaped(self._messages, self._shape), None) != self.text
 
     def needs_reasoning(self) -> bool:
-        """Tell whether the last turn's reasoning makes a difference."""
+        """Tell whether the last turn's reasoning changes the text."""
         last = {name: value for name, value in self._messages[-1].items() if name != "reasoning_content"}
         return self._render([*self._messages[:-1], last]) != self.text
 
     def _prompt_end(self, index: int, before: str) -> int:
-        """Return where the answer's prompt ends: behind the turn before, as far as the two texts agree."""
+        """Return the end of the answer's prompt. It is the text that both renderings have behind the turn before."""
         there = self._end_of(index - 1, self.text, self._messages)
         here = self._end_of(index - 1, before, self._messages[:index], prompt=True)
         return there + _common_prefix(self.text[there:], before[here:])
 
     def _answer_end(self, index: int, other: str, through: str) -> int:
-        """Return where the answer's end mark ends: behind what the turn says, as far as the two texts agree."""
+        """Return the end of the answer's end mark. The mark is the text that both renderings have behind the turn."""
         there = len(self.text) - _common_suffix(self.text, other)
         here = self._end_of(index, through, self._messages[: index + 1])
         mark = self.text[there : there + _common_prefix(self.text[there:], through[here:])]
         return there + len(mark.rstrip())
 
     def _end_of(self, index: int, text: str, messages: Sequence[Turn], *, prompt: bool = False) -> int:
-        """Return where what a turn says ends in a text."""
+        """Return the place in a text at which the words of a turn end."""
         other = self._render(_changed(messages, index), prompt=prompt)
         if other == text:
             what = f"leaves turn {index + 1} out, so the next answer cannot be found"
@@ -241,7 +241,7 @@ def _refused(number: int, what: str, *suggestions: str) -> BadData:
 
 
 def _shaped(messages: Sequence[Turn], shape: _Shape) -> list[dict[str, Any]]:
-    """Write turns as a template wants them. What only the trainer reads is left out."""
+    """Write turns in a template's shape, without the fields that only the trainer reads."""
     return [_shaped_turn(turn, shape) for turn in messages]
 
 
@@ -266,7 +266,7 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _changed(messages: Sequence[Turn], index: int) -> list[Turn]:
-    """Return the conversation with one turn saying something else, from its first character to its last."""
+    """Return the conversation with one turn changed from its first character to its last."""
     turn = dict(messages[index])
     if turn["content"] or not turn.get("tool_calls"):
         turn["content"] = _OTHER
@@ -274,7 +274,7 @@ def _changed(messages: Sequence[Turn], index: int) -> list[Turn]:
         turn["reasoning_content"] = _OTHER
     if turn.get("tool_calls"):
         turn["tool_calls"] = [
-            # The name stays: templates repeat it in the turn that answers the call.
+            # The name stays, since templates repeat it in the turn that answers the call.
             {**call, "function": {**call["function"], "arguments": {_OTHER: _OTHER}}}
             for call in turn["tool_calls"]
         ]
