@@ -177,7 +177,7 @@ def _health_command(step: Step) -> list[str]:
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
     """Replace $NAME and ${NAME}; a name without a value gives nothing, as in a Dockerfile."""
-    return _VARIABLE.sub(lambda found: variables.get(found[1] or found[2], ""), text)
+    return _VARIABLE.sub(lambda variable: variables.get(variable[1] or variable[2], ""), text)
 
 
 def _step(instruction: Mapping[str, str | int]) -> Step:
@@ -185,9 +185,9 @@ def _step(instruction: Mapping[str, str | int]) -> Step:
     if keyword not in _KNOWN:
         raise Unknown(f"line {line}: {keyword}")
     flags: dict[str, str] = {}
-    while (found := _FLAG.match(value)) is not None:
-        flags[found[1]] = found[2]
-        value = value[found.end() :]
+    while (flag := _FLAG.match(value)) is not None:
+        flags[flag[1]] = flag[2]
+        value = value[flag.end() :]
     if flags.keys() - _FLAGS.get(keyword, set()) or value.startswith("--") or "<<" in value:
         raise Unknown(f"line {line}: {keyword} {value}")
     return Step(keyword, flags, value.strip(), line)
