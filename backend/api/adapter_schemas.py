@@ -51,6 +51,7 @@ class AdapterSummary(Response):
     base_revision: str | None
     algorithm: Algorithm
     source: dict[str, Any] = Field(description="Where it is from; `kind` is training, folder, hub or upload.")
+    warnings: list[str] = Field(description="What was left out of its config when it was brought in, and why.")
     job_id: str | None = Field(description="The job that trained it here.")
     dataset_sha256: str | None
     created_at: str
@@ -75,7 +76,17 @@ class AdapterList(Response):
     adapters: list[AdapterSummary]
 
 
+def summary_view(record: AdapterRecord) -> AdapterSummary:
+    """Show an adapter in a list."""
+    return AdapterSummary.model_validate(_shown(record))
+
+
+def _shown(record: AdapterRecord) -> dict[str, Any]:
+    source = {name: value for name, value in record.source.items() if name != "warnings"}
+    return record.__dict__ | {"source": source, "warnings": record.source.get("warnings", [])}
+
+
 def details_view(record: AdapterRecord, files: list[tuple[str, int]], card: dict[str, Any] | None) -> AdapterDetails:
     """Show an adapter."""
     listed = [{"name": name, "size_bytes": size} for name, size in files]
-    return AdapterDetails.model_validate(record.__dict__ | {"files": listed, "card": card})
+    return AdapterDetails.model_validate(_shown(record) | {"files": listed, "card": card})

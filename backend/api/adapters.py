@@ -8,7 +8,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-from api.adapter_schemas import AdapterDetails, AdapterList, AdapterSummary, ImportFields, ImportRequest, details_view
+from api.adapter_schemas import AdapterDetails, AdapterList, ImportFields, ImportRequest, details_view, summary_view
 from api.export_schemas import CreateExportRequest, ExportResponse, PushRequest
 from api.exports import Exports, show
 from api.hub_token import ASKS_THE_HUB, came_with_a_token
@@ -68,7 +68,7 @@ async def _receive(request: Request, intake: AdapterIntake) -> AdapterRecord:
 @router.get("")
 def list_adapters(adapters: Adapters) -> AdapterList:
     """Every adapter, newest first."""
-    return AdapterList(adapters=[AdapterSummary.model_validate(record.__dict__) for record in adapters.all()])
+    return AdapterList(adapters=[summary_view(record) for record in adapters.all()])
 
 
 @router.get("/{adapter_id}")

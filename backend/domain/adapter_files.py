@@ -1,8 +1,6 @@
-"""What an adapter that comes from elsewhere may say and hold, checked before anything loads it.
+"""What an adapter that comes from elsewhere may hold, checked before anything loads it.
 
-PEFT does what a config tells it: `auto_mapping` and `megatron_core` name modules that it imports, `corda_config` and
-its kin name files that it unpickles, patterns are regular expressions that it runs over every layer's name, and some
-initialisations change the base that others share. What this service does not need is refused.
+What its config may say is in `domain.adapter_config`.
 """
 
 import re
@@ -12,6 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import AdapterRejected, NoSafeWeights
+from domain.adapter_config import MAX_RANK, read_settings, serve_layers
 from domain.hub.tree import RepoFile, Selection
 from domain.models.config_checks import check_asks_for_no_code
 from domain.models.load_files import is_named_template, vocabulary_files
@@ -29,23 +28,11 @@ _TOKENIZER_FILES = frozenset(
 _KEPT_FILES = frozenset({CONFIG, WEIGHTS, CARD, "README.md", "manifest.json"})
 # Formats whose readers run what a file tells them to, or may (pickle and its wrappers).
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz"})
-_MODULE = re.compile(r"[A-Za-z0-9_.]{1,256}")
-_PATTERN = re.compile(r"\^?[A-Za-z0-9_.]{1,256}")
-_LIBRARY = re.compile(r"transformers\.models\.[a-z0-9_]+\.modeling_[a-z0-9_]+")
-_CLASS = re.compile(r"[A-Z][A-Za-z0-9]{1,100}")
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]{1,256})\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
 _FLOATS = frozenset({"F32", "F16", "BF16"})
-# What these say is used or told; every other setting must be as if it were not there.
-_READ = frozenset({
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
-    "target_modules", "use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "init_lora_weights", "bias",
-    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core",
-    "qalora_group_size", "peft_version",
-})  # fmt: skip
-_MAX_RANK = 4096
 
 
 @dataclass(frozen=True)
@@ -54,11 +41,13 @@ class AdapterFacts:
 
     Attributes:
         config: As it is stored; `rewritten` names the settings that are not as they came.
+        warnings: A sentence for each thing that was left out.
         parameters: Of all tensors.
     """
 
     config: dict[str, Any]
     rewritten: tuple[str, ...]
+    warnings: tuple[str, ...]
     base_model: str | None
     base_revision: str | None
     algorithm: Algorithm
@@ -143,19 +132,24 @@ def read_facts(where: str, config: Any, header: SafetensorsHeader) -> AdapterFac
     if not isinstance(config, dict):
         raise AdapterRejected(f"{where}: {CONFIG} is not a JSON object.")
     check_asks_for_no_code(where, CONFIG, config)
-    problems = [*_code_problems(config), *_setting_problems(config)]
-    if problems:
-        raise AdapterRejected(f"{where}: {'; '.join(problems)}.")
-    modules = _modules(where, config, header)
-    stored, rewritten = _as_served(config, modules)
+    reading = read_settings(config)
+    _refuse(where, reading.problems)
+    serve_layers(reading, _ranks(where, config, header))
+    _refuse(where, reading.problems)
     return AdapterFacts(
-        config=stored,
-        rewritten=rewritten,
+        config=reading.config,
+        rewritten=tuple(sorted(reading.rewritten)),
+        warnings=tuple(reading.warnings),
         base_model=config.get("base_model_name_or_path"),
         base_revision=config.get("revision"),
         algorithm=_algorithm(config),
         parameters=header.parameters,
     )
+
+
+def _refuse(where: str, problems: list[str]) -> None:
+    if problems:
+        raise AdapterRejected(f"{where}: {'; '.join(problems)}.")
 
 
 def _algorithm(config: Mapping[str, Any]) -> Algorithm:
@@ -164,63 +158,8 @@ def _algorithm(config: Mapping[str, Any]) -> Algorithm:
     return Algorithm.RSLORA if config.get("use_rslora") else Algorithm.LORA
 
 
-def _code_problems(config: Mapping[str, Any]) -> Iterable[str]:
-    """Name the settings that would have code imported, unpickled or run."""
-    mapping = config.get("auto_mapping")
-    if mapping is not None:
-        known = isinstance(mapping, dict) and mapping.keys() <= {"base_model_class", "parent_library"}
-        names = [mapping.get("parent_library"), mapping.get("base_model_class")] if known else []
-        plain = all(isinstance(name, str) for name in names) and known
-        if not plain or not _LIBRARY.fullmatch(names[0] or "") or not _CLASS.fullmatch(names[1] or ""):
-            yield f"auto_mapping names {str(mapping)[:100]}, which is no model of transformers: it would be imported"
-    if config.get("megatron_core", "megatron.core") not in (None, "megatron.core"):
-        yield "megatron_core names a module to import"
-    for name in sorted(config.keys() - _READ):
-        value = config[name]
-        if value not in (None, False, "") and value != {} and value != []:
-            yield f"{name[:60]} is set, which this service does not serve"
-
-
-def _setting_problems(config: Mapping[str, Any]) -> Iterable[str]:
-    if config.get("peft_type") != "LORA":
-        yield f"peft_type is {str(config.get('peft_type'))[:40]!r}; LoRA and its kin are served"
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        yield f"task_type is {str(config['task_type'])[:40]!r}, not CAUSAL_LM"
-    yield from _range_problems(config)
-    if config.get("bias", "none") != "none":
-        yield "bias is trained, which this service does not serve"
-    for name in ("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode"):
-        if config.get(name, False) not in (True, False, None):
-            yield f"{name} is neither true nor false"
-    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
-        yield (
-            f"init_lora_weights is {str(config['init_lora_weights'])[:40]!r}: loading it would change the base, which "
-            "other adapters share; convert it to plain LoRA first"
-        )
-    yield from _pattern_problems(config)
-    for name in ("base_model_name_or_path", "revision"):
-        if not isinstance(config.get(name), str | None):
-            yield f"{name} is not text"
-
-
-def _range_problems(config: Mapping[str, Any]) -> Iterable[str]:
-    for name, low, high in (("r", 1, _MAX_RANK), ("lora_alpha", 0, 10**6), ("lora_dropout", 0, 1)):
-        value = config.get(name, 0 if name == "lora_dropout" else None)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            yield f"{name} is not a number from {low} to {high}"
-
-
-def _pattern_problems(config: Mapping[str, Any]) -> Iterable[str]:
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(
-            _PATTERN.fullmatch(key) and type(value) is int and 0 < value <= 10**6 for key, value in pattern.items()
-        ):
-            yield f"{name} is not a map from names of layers to numbers"
-
-
-def _modules(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -> list[str]:
-    """Return the layers that the tensors belong to, once each has its A and B of one rank."""
+def _ranks(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -> dict[str, int]:
+    """Return the rank of each layer that the tensors belong to, once each has its A and B of one rank."""
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in header.shapes.items():
         matched = _TENSOR.fullmatch(name)
@@ -234,33 +173,6 @@ def _modules(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
     for module, shapes in parts.items():
         a, b = shapes.get("lora_A", ()), shapes.get("lora_B", ())
-        if shapes.keys() != wanted or len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= _MAX_RANK:
+        if shapes.keys() != wanted or len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= MAX_RANK:
             raise AdapterRejected(f"{where}: the tensors of {module} do not belong together.")
-    return sorted(parts)
-
-
-def _as_served(config: dict[str, Any], modules: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the config with nothing in it that PEFT would run as an expression, or fill with weights of its own.
-
-    Layers that the config names and the weights lack would get fresh ones; those are zero, and so without effect, with
-    the default initialisation alone.
-    """
-    changed: dict[str, Any] = {}
-    if config.get("init_lora_weights", True) is not True:
-        changed["init_lora_weights"] = True
-    patterns = [name for name in ("layers_to_transform", "layers_pattern", "exclude_modules") if config.get(name)]
-    if patterns or not _names_plainly(config.get("target_modules"), modules):
-        changed |= {"target_modules": modules} | dict.fromkeys(patterns)
-    return config | changed, tuple(sorted(changed))
-
-
-def _names_plainly(targets: Any, modules: list[str]) -> bool:
-    """Tell whether target_modules are names, each of a layer that there are weights for."""
-    if targets == "all-linear":
-        return True
-    return isinstance(targets, list) and all(
-        isinstance(name, str)
-        and _MODULE.fullmatch(name)
-        and any(module == name or module.endswith(f".{name}") for module in modules)
-        for name in targets
-    )
+    return {module: parts[module]["lora_A"][0] for module in sorted(parts)}

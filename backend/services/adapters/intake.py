@@ -203,7 +203,9 @@ class AdapterIntake:
             path=str(target),
             created_at=to_text(self._clock.now()),
             version=0,  # given when it is stored
-            source=source | ({"rewritten": rewritten} if rewritten else {}),
+            source=source
+            | ({"rewritten": rewritten} if rewritten else {})
+            | ({"warnings": list(facts.warnings)} if facts.warnings else {}),
         )
         return self._record(record)
 
@@ -258,7 +260,8 @@ def _write_config(folder: Path, facts: AdapterFacts, base: str, revision: str | 
     said = {"base_model_name_or_path": base, "revision": revision}
     changed = {key: value for key, value in said.items() if facts.config.get(key) != value}
     if changed or facts.rewritten:
-        content = json.dumps(facts.config | changed, indent=2, sort_keys=True) + "\n"
+        # In the order it came: of rank_pattern, the first key that matches holds.
+        content = json.dumps(facts.config | changed, indent=2) + "\n"
         (folder / CONFIG).write_text(content, encoding="utf-8")
     return sorted({*changed, *facts.rewritten})
 

@@ -125,6 +125,55 @@ def test_an_adapter_of_another_tool_is_served_and_its_patterns_are_not(studio: S
     studio.http.delete(f"/api/peft/loaded-models/{loaded['id']}")
 
 
+LLAMA = {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama.modeling_llama"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "rewritten", "warned"),
+    [
+        ({"auto_mapping": LLAMA | {"unsloth_fixed": True}}, ["auto_mapping"], ["unsloth_fixed"]),
+        (
+            {"lorap_emb_lr": 1e-06, "lora_dtype": "bfloat16"},
+            ["lora_dtype", "lorap_emb_lr"],
+            ["lora_dtype, lorap_emb_lr"],
+        ),
+        ({"lora_alpha": 12.5, "alpha_pattern": {"v_proj": 22.5}}, [], []),
+        (
+            {"alpha_pattern": {r"layers\.0\..*_proj": 0.5}, "rank_pattern": {r"q_proj|v_proj": 4}},
+            ["alpha_pattern", "rank_pattern"],
+            [],
+        ),
+    ],
+    ids=["unsloth", "ms-swift", "fractions", "expressions"],
+)
+def test_the_forms_of_other_tools_are_served(
+    studio: StudioServer, settings: dict[str, Any], rewritten: list[str], warned: list[str]
+) -> None:
+    taken = upload(studio, zip_of(adapter_files(**settings)))
+    assert taken.status_code == 201, taken.text
+    adapter = taken.json()
+    assert adapter["source"].get("rewritten", []) == rewritten
+    assert [words in warning for words, warning in zip(warned, adapter["warnings"], strict=True)] == [True] * len(
+        warned
+    )
+    listed = studio.http.get("/api/adapters").json()["adapters"]
+    assert [entry["warnings"] for entry in listed if entry["id"] == adapter["id"]] == [adapter["warnings"]]
+    loaded = studio.load(TINY_ID)
+    assert studio.generate(loaded["id"], "say 3 twice", adapter["id"])["adapter_id"] == adapter["id"]
+    studio.http.delete(f"/api/adapters/{adapter['id']}")
+    studio.http.delete(f"/api/peft/loaded-models/{loaded['id']}")
+
+
+def test_an_adapter_that_was_trained_here_through_unsloth_comes_back_in(studio: StudioServer) -> None:
+    content = studio.http.get(f"/api/adapters/{train(studio)}/download").content
+    files = {name: data for name, data in _members(content).items() if name != "manifest.json"}
+    # As Unsloth leaves it in the adapter that it trains: unsloth_zoo/hf_utils.py, fix_lora_auto_mapping.
+    settings = json.loads(files["adapter_config.json"]) | {"auto_mapping": LLAMA | {"unsloth_fixed": True}}
+    taken = upload(studio, zip_of(files | {"adapter_config.json": json.dumps(settings).encode()}))
+    assert taken.status_code == 201, taken.text
+    assert "unsloth_fixed" in taken.json()["warnings"][0]
+
+
 def config(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         write_files(folder, adapter_files(**changes))
