@@ -28,6 +28,7 @@ from core.version import VERSION
 from services.adapter_service import get_adapter_service
 from services.dataset_service import get_dataset_service
 from services.export_service import get_export_service
+from services.models.shapes import get_model_shapes
 from services.peft_service import get_peft_service
 from services.training.dataset_analysis import get_dataset_analysis_service
 from services.training_service import get_training_service
@@ -71,6 +72,8 @@ def stop_services() -> None:
         analysis_service.close()
     for peft_service in filter(None, (get_peft_service.made,)):
         peft_service.close()
+    for shapes in filter(None, (get_model_shapes.made,)):
+        shapes.close()
     for database in filter(None, (get_database.made,)):
         database.close()
 

@@ -57,8 +57,8 @@ def _inputs(shape: ModelShape, batch: Batch) -> int:
     total = 0
     for block in shape.blocks:
         linears = block.part.linears
-        shared = {linear.reads: linear.fan_in for linear in linears if linear.reads in ("attention", "mlp")}
-        own = sum(linear.fan_in for linear in linears if linear.reads not in shared)
+        shared = {linear.reads: linear.fan_in for linear in linears if linear.reads not in ("own", "kept")}
+        own = sum(linear.fan_in for linear in linears if linear.reads in ("own", "kept"))
         total += block.count * (sum(shared.values()) + own)
     return total * batch.tokens
 

@@ -24,6 +24,7 @@ from memory_points import (
     measure,
     use_allocator,
 )
+from model_shapes import read_shape
 
 from domain.memory import estimate as estimate_module
 from domain.memory.activations import Batch, kept_by_layers
@@ -37,12 +38,11 @@ from domain.memory.estimate import (
     loading_bytes,
     weights_bytes,
 )
-from domain.models.architectures.registry import read_shape
 from domain.peft.config import PeftConfig
 from services.models.embedded import CONFIG, EmbeddedModel
 
 PLATFORMS = {"tcmalloc": TCMALLOC, "glibc": GLIBC}
-SHAPES = {SMALL: read_shape(CONFIG), LARGE: read_shape({**CONFIG, **LARGE_SHAPE})}
+SHAPES = {SMALL: read_shape(dict(CONFIG)), LARGE: read_shape({**CONFIG, **LARGE_SHAPE})}
 
 
 def measured_points(cache: Path, save: Path | None) -> list[dict[str, Any]]:

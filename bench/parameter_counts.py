@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from model_shapes import read_shape
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "backend"))
 
-from domain.models.architectures.registry import read_shape
 
 # `safetensors.total` in the Hub's answer for the model. For a gated model it is that of a mirror of the same weights.
 PUBLISHED = {
@@ -89,7 +90,7 @@ def _scales(config: dict[str, Any]) -> int:
     total = 0
     for block in shape.blocks:
         linears = sum(blocks(linear.fan_out, linear.fan_in) for linear in block.part.linears)
-        sparse = block.part.stacked > 0
+        sparse = bool(block.part.stacked)
         layers = block.count + (config["num_nextn_predict_layers"] if sparse else 0)
         total += layers * (linears + (experts * one_expert if sparse else 0))
     return total

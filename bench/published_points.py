@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_shapes import read_shape
+
 from domain.configure import MachineFacts, configure
 from domain.memory.activations import Batch, Stack, targeted
-from domain.models.architectures.registry import read_shape
 from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
@@ -28,13 +29,14 @@ _DIMENSIONS: dict[str, dict[str, Any]] = {
         "model_type": "gpt_neox", "hidden_size": 4096, "num_hidden_layers": 16, "num_attention_heads": 32,
         "intermediate_size": 16384, "vocab_size": 50688, "tie_word_embeddings": False,
     },
+    # Qwen of 2023 brings code of its own. Qwen2 computes the same, with a projection each for queries, keys and values.
     "Qwen/Qwen-1_8B-Chat": {
-        "model_type": "qwen", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "intermediate_size": 11008, "kv_channels": 128, "vocab_size": 151936, "tie_word_embeddings": False,
+        "model_type": "qwen2", "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "intermediate_size": 5504, "vocab_size": 151936, "tie_word_embeddings": False,
     },
     "Qwen/Qwen-72B-Chat-Int4": {
-        "model_type": "qwen", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "intermediate_size": 49152, "kv_channels": 128, "vocab_size": 152064, "tie_word_embeddings": False,
+        "model_type": "qwen2", "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 64, "intermediate_size": 24576, "vocab_size": 152064, "tie_word_embeddings": False,
         "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128},
     },
     "arcee-ai/AFM-4.5B": {
@@ -59,6 +61,15 @@ _SAME_AS = {
     "meta-llama/Llama-3.2-3B": "meta-llama/Llama-3.2-3B-Instruct",
     "XiaomiMiMo/MiMo-7B-RL": "XiaomiMiMo/MiMo-7B-Base",
     "katanemo/Plano-Orchestrator-4B": "Qwen/Qwen3-4B",
+}
+
+
+# What Qwen of 2023 calls its modules.
+_AS_QWEN2 = {
+    "c_attn": ("q_proj", "k_proj", "v_proj"),
+    "attn.c_proj": ("o_proj",),
+    "w1": ("up_proj",),
+    "w2": ("gate_proj",),
 }
 
 
@@ -137,7 +148,7 @@ def _point(line: int, row: dict[str, str], configs: Path) -> Published | str:
     shape = _shape(row["model_id"], configs, program)
     if shape is None:
         return "its config is not at hand, or its family is not known"
-    if shape.adapts_experts or shape.stacked_parameters:
+    if shape.stacked_parameters:
         return "experts: stored and adapted in the program's own way"
     targets = _targets(row["target_modules"], shape)
     overrides: dict[str, Any] = {
@@ -202,5 +213,4 @@ def _targets(named: str, shape: ModelShape) -> str | list[str]:
     if names == ["query", "value"]:
         fused = {"attention.query_key_value", "self_attention.query_key_value"} & paths
         return sorted(fused) if fused else ["q_proj", "v_proj"]
-    known = {"w1": "w1", "w2": "w2", "c_attn": "c_attn", "attn.c_proj": "attn.c_proj"}
-    return [known.get(name, name) for name in names]
+    return [part for name in names for part in _AS_QWEN2.get(name, (name,))]

@@ -1,7 +1,9 @@
 """From a use case, an algorithm and overrides to a complete configuration, each value with its reason."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -12,7 +14,7 @@ from domain.memory.estimate import estimate
 from domain.memory.hardware_fit import fit_to_memory
 from domain.memory.verdict import judge
 from domain.models.records import Verdict
-from domain.models.shape import ModelShape
+from domain.models.shape import ModelShape, Role
 from domain.peft.algorithms import SPECS, Algorithm, AlgorithmSpec
 from domain.peft.config import PARAMETER_NAMES, PeftConfig
 from domain.peft.learning_rate import default_learning_rate
@@ -200,16 +202,36 @@ def _validated(
 
 
 def _model_choices(shape: ModelShape, choices: Mapping[str, Choice]) -> dict[str, Choice]:
-    """Follow the model: no row longer than it knows, no adapters where PEFT cannot put them with dropout."""
+    """Follow the model: no row longer than it knows; what of it is left out of all linear modules is said."""
     changed = {}
     if shape.max_positions is not None and choices["max_seq_length"].value > shape.max_positions:
         changed["max_seq_length"] = Choice(shape.max_positions, "default", "the longest sequence that the model knows")
-    if shape.adapts_experts:
-        attention = sorted({linear.path.rpartition(".")[2] for linear, _ in shape.linears() if "attn" in linear.path})
-        changed["target_modules"] = Choice(
-            attention, "default", "attention alone: on stacked experts PEFT takes no dropout and all experts' memory"
-        )
+    left_out = _left_out(shape)
+    if left_out:
+        reason = f"{choices['target_modules'].reason}; left out: {', '.join(left_out)}"
+        changed["target_modules"] = Choice("all-linear", "default", reason)
     return changed
+
+
+# What is said of modules that `all-linear` leaves out.
+_WHY_LEFT_OUT: Mapping[Role, str] = MappingProxyType(
+    {
+        "router": "{} routers, which choose the experts",
+        "tower": "{} modules for pictures or sound, through which no text passes",
+        "unreached": "{} modules that no gradient reaches",
+        "refused": "{} modules on which PEFT puts no adapter, or only together with stacked experts",
+        "special": "{} modules that compute more than a product",
+    }
+)
+
+
+def _left_out(shape: ModelShape) -> list[str]:
+    counts: Counter[Role] = Counter()
+    for linear, count in shape.linears():
+        counts[linear.role] += count
+    left_out = [words.format(counts[role]) for role, words in _WHY_LEFT_OUT.items() if counts[role]]
+    experts = sum(len(block.part.stacked) * block.count for block in shape.blocks)
+    return [*left_out, f"{experts} tensors of stacked experts, which are no linear modules"] if experts else left_out
 
 
 def _memory_choices(

@@ -17,7 +17,7 @@ from domain.jobs.figures import TrainingFigures
 from domain.jobs.progress import StepFigures
 from domain.models.gguf import GgufType
 from domain.peft.config import PeftConfig
-from domain.results import DatasetFigures, Generated, Loaded, MemoryHeld, Prepared
+from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared
 
 HEARTBEAT_S = 2.0
 # File descriptors' environment variables of an engine process.
@@ -336,6 +336,13 @@ class Analyze(Command[DatasetFigures, Progress]):
     example_row: int | None
 
 
+class Describe(Command[Described, Never]):
+    """Say what a config.json describes. The engine holds no model for it, and computes with no data."""
+
+    kind: Literal["describe"] = "describe"
+    config: dict[str, JsonValue]
+
+
 class PrepareGguf(Command[Prepared, Progress]):
     """Turn a GGUF file into a folder of safetensors with its tokenizer."""
 
@@ -421,6 +428,7 @@ AnyCommand = (
     | Generate
     | Train
     | Analyze
+    | Describe
     | Merge
     | ExportGguf
     | PrepareGguf

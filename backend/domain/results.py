@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from domain.models.shape import ModelShape
+
 
 class Result(BaseModel):
     """Base of the answers, and of their parts."""
@@ -45,6 +47,20 @@ class Generated(Result):
     finish_reason: Literal["stop", "length"]
     elapsed_s: float
     chat_template: str | None
+
+
+class Described(Result):
+    """What a config.json describes.
+
+    Attributes:
+        shape: The model, or None.
+        problem: Why there is no shape, in words.
+        loadable: Whether transformers has a class for it that an engine can load.
+    """
+
+    shape: ModelShape | None
+    problem: str | None = None
+    loadable: bool = True
 
 
 class Prepared(Result):

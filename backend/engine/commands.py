@@ -9,7 +9,7 @@ from core.errors import StorageFull
 from domain import protocol
 from domain.exports import GgufFile, MergedModel
 from domain.jobs.figures import TrainingFigures
-from domain.results import DatasetFigures, Generated, Loaded, MemoryHeld, Prepared
+from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared
 from engine.base import Base
 from engine.channel import Channel, Stopped
 from engine.errors import BadSetting, CommandError, OutOfMemory
@@ -33,6 +33,7 @@ class CommandLoop:
                 protocol.Generate.carried_out_by(self._generate),
                 protocol.Train.carried_out_by(self._train),
                 protocol.Analyze.carried_out_by(self._analyze),
+                protocol.Describe.carried_out_by(self._describe),
                 protocol.Merge.carried_out_by(self._merge),
                 protocol.ExportGguf.carried_out_by(self._export_gguf),
                 protocol.PrepareGguf.carried_out_by(self._prepare_gguf),
@@ -109,6 +110,13 @@ class CommandLoop:
         from engine.analysis import analyze
 
         return analyze(command, self._channel)
+
+    def _describe(self, command: protocol.Describe) -> Described:
+        from engine.outline import describe, limit_memory
+
+        if self._base is None:
+            limit_memory()
+        return describe(command.config)
 
     def _merge(self, command: protocol.Merge) -> MergedModel:
         base = self._loaded()

@@ -15,7 +15,7 @@ from torch import nn
 from domain.peft.config import PeftConfig
 from engine import methods
 from engine.base import Base
-from engine.decompositions import DECOMPOSITIONS, Decomposition, Factors, freezes_others
+from engine.decompositions import DECOMPOSITIONS, Decomposition, Factors
 from engine.errors import BadSetting
 from engine.frozen_weights import PublishedWeights, adapted_layer, freeze
 
@@ -52,12 +52,11 @@ def create_adapter(
     Raises:
         BadSetting: The method cannot start on this model.
     """
-    base.create(name, methods.lora_config(config, base_model_id, revision))
+    base.create(name, methods.lora_config(config, base.model, base_model_id, revision))
     decomposition = DECOMPOSITIONS.get(config.init_weights)
     if decomposition is None:
         return {}
     paths = list(methods.targeted_layers(base.model, config))
-    _check_all_are_linear(base, name, paths, config)
     published = PublishedWeights(base.path, base.model.get_base_model())
     taken: Tensors = {}
     with torch.no_grad():
@@ -101,25 +100,6 @@ def _start(
         factors, before = decomposition.factors(lost, config.rank, layer.scaling[name]), taken
         taken = factors
     return factors, before
-
-
-def _check_all_are_linear(base: Base, name: str, paths: list[str], config: PeftConfig) -> None:
-    """Refuse adapters on stacked experts. They would start as plain LoRA, and cannot be rewritten with twice the rank.
-
-    One iteration of LoftQ is not refused: it changes no weight, and experts are not rounded.
-
-    Raises:
-        BadSetting: It names one of them.
-    """
-    if not freezes_others(config):
-        return
-    for path, module in base.model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer) and name in module.lora_A and path not in paths:
-            raise BadSetting(
-                f"{path.removesuffix('.base_layer')} is no linear layer but holds stacked experts, which "
-                f"{config.init_weights} does not decompose",
-                ["target_modules without it, as the attention's", "algorithm lora"],
-            )
 
 
 def _check_rank(path: str, weight: torch.Tensor, config: PeftConfig) -> None:

@@ -5,28 +5,30 @@ import math
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from domain.models.shape import ADAPTED
 from domain.peft.config import PeftConfig
 from engine.decompositions import freezes_others
 from engine.errors import BadSetting
 from engine.frozen_weights import unwrapped
+from engine.outline import layer_roles
+from engine.roles import features, output_head
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Find the layers an adapter can sit on: every linear one but the output head.
+    """Find the layers that an adapter can be asked for by name: every linear one but the output head.
 
     Args:
         model: With or without adapters.
 
     Returns:
         Module path → (in features, out features).
-
-    Source: the meaning of "all-linear" in PEFT (`tuners_utils._maybe_include_all_linear_layers`).
     """
     model = unwrapped(model)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = output_head(model)
     layers = {}
     adapted = None  # the layer with adapters whose parts are being passed over
     for name, module in model.named_modules():
@@ -35,22 +37,24 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
         adapted = f"{name}." if isinstance(module, LoraLayer) else None
         if isinstance(module, LoraLayer):
             module = module.get_base_layer()
-        if isinstance(module, nn.Linear):  # bitsandbytes' quantised layers are subclasses
-            layers[name] = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            layers[name] = (module.weight.shape[0], module.weight.shape[1])
+        if isinstance(module, nn.Linear | Conv1D):  # bitsandbytes' quantised layers are subclasses
+            layers[name] = features(module)
     return layers
 
 
 def targeted_layers(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int, int]]:
-    """Select the layers that the configuration adapts.
+    """Select the layers that the configuration adapts: those that it names, or all that do the model's own work.
+
+    Routers, towers for pictures and what no gradient reaches are adapted only where they are named
+    (`domain.models.shape.ADAPTED`).
 
     Raises:
         BadSetting: A named target module is not in the model.
     """
     layers = linear_layers(model)
     if config.target_modules == "all-linear":
-        return layers
+        what = layer_roles(unwrapped(model))
+        return {path: shape for path, shape in layers.items() if what[path] in ADAPTED}
     missing = [
         name for name in config.target_modules if not any(path == name or path.endswith(f".{name}") for path in layers)
     ]
@@ -64,6 +68,18 @@ def targeted_layers(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int
     }
 
 
+def target_names(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Return the shortest ends of paths that name the targeted layers and no other module.
+
+    PEFT's own `all-linear` would take routers and towers as well, and put adapters on stacked experts.
+    """
+    if config.target_modules != "all-linear":
+        return list(config.target_modules)
+    targets = list(targeted_layers(model, config))
+    others = [path for path, _ in unwrapped(model).named_modules() if path and path not in set(targets)]
+    return sorted(_find_minimal_target_modules(targets, others))
+
+
 def trainable_parameters(layers: dict[str, tuple[int, int]], config: PeftConfig) -> int:
     """Count what an adapter of this configuration trains: r·(in + out) a layer, and out magnitudes for DoRA."""
     return sum(
@@ -71,15 +87,14 @@ def trainable_parameters(layers: dict[str, tuple[int, int]], config: PeftConfig)
     )
 
 
-def lora_config(config: PeftConfig, base_model_id: str, revision: str | None) -> LoraConfig:
+def lora_config(config: PeftConfig, model: nn.Module, base_model_id: str, revision: str | None) -> LoraConfig:
     """Write the configuration in PEFT's terms. No setting that a client may choose is left to PEFT's default."""
-    targets = config.target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=target_names(model, config),
         bias=config.bias,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,

@@ -5,13 +5,14 @@ import re
 import shutil
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from core.files import fsync_folder, plain_files
 from domain.protocol import PreparePickled, Progress
 from domain.results import Prepared
 from engine.channel import Channel
 from engine.errors import BadModel
+from engine.model_class import attention_of, model_class
 from engine.tokenizer_folder import save_tokenizer
 
 _REFUSED = re.compile(r"(?i)unsupported (?:global|class|operand)[^\n]{0,100}")
@@ -33,13 +34,14 @@ def prepare_pickled(command: PreparePickled, channel: Channel) -> Prepared:
     source, output = Path(command.source_path), Path(command.output_path)
     progress("reading weights", 0.1)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        chosen, config = model_class(AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True))
+        model = chosen.from_pretrained(
             source,
+            config=config,
             dtype="auto",
-            attn_implementation="sdpa",
+            attn_implementation=attention_of(chosen),
             use_safetensors=False,
             weights_only=True,
-            trust_remote_code=False,
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from domain.peft.config import PeftConfig
 from engine.batches import Batch
 from engine.loss import SummedLoss
+from engine.model_class import attention_of, model_class
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -33,16 +34,20 @@ def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any,
 
     The attention implementation is named here, so that a config cannot make transformers fetch a kernel, and
     remote code is never trusted.
+
+    Raises:
+        BadModel: No class of transformers predicts the next token with it.
     """
     quantization = quantization_config(config)
-    model = AutoModelForCausalLM.from_pretrained(
+    chosen, published = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True))
+    model = chosen.from_pretrained(
         path,
+        config=published,
         dtype=DTYPES[config.precision],
         quantization_config=quantization,
         device_map={"": device},
-        attn_implementation="sdpa",
+        attn_implementation=attention_of(chosen),
         use_safetensors=True,
-        trust_remote_code=False,
         local_files_only=True,
     )
     _keep_gradients_through_4bit(model)

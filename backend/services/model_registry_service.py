@@ -54,6 +54,7 @@ from services.models.fit import fit_of
 from services.models.listed_configs import ListedConfigs, config_cache
 from services.models.local import LocalModel, LocalModels
 from services.models.pickled import get_pickled_models
+from services.models.shapes import get_model_shapes
 
 # config.json if it is at hand, the summary, the algorithm's id → the verdict, or None where nothing can be said.
 FitOf = Callable[[dict[str, Any] | None, ModelSummary, str], Fit | None]
@@ -335,14 +336,17 @@ def build_model_registry_service(
 def get_model_registry_service() -> ModelRegistryService:
     """Return the process's model registry."""
     return build_model_registry_service(
-        get_settings(), get_hub_client(), embedded=embedded_local_model, fit_of=partial(fit_of, get_machine())
+        get_settings(),
+        get_hub_client(),
+        embedded=embedded_local_model,
+        fit_of=partial(fit_of, get_machine(), get_model_shapes()),
     )
 
 
 @singleton
 def get_model_facts() -> ModelFacts:
     """Return the process's model facts."""
-    return ModelFacts(get_model_registry_service())
+    return ModelFacts(get_model_registry_service(), get_model_shapes())
 
 
 @singleton

@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, settings
 
 from engine.guards import hide_broken_torchvision
 from services.models.embedded import EmbeddedModel
+from services.models.shapes import get_model_shapes
 from tests.support.hub_double import HubDouble, quiet_environment
 from tests.support.server import CACHE, StudioServer, start_server
+from tests.support.shapes import KnownShapes
 from tests.support.small_disk import mounted
 from tests.support.tiny_model import TINY_ID, copy_tiny_model
 
@@ -24,6 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Look for a broken torchvision, which imports torch, where a test may import transformers."""
     if not config.pluginmanager.has_plugin("tests.support.no_engine"):
         hide_broken_torchvision()
+
+
+@pytest.fixture(autouse=True)
+def _shapes_without_engines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no engine may run, Llamas are described by hand."""
+    if request.node.get_closest_marker("engine") is None:
+        monkeypatch.setattr(get_model_shapes, "_made", (KnownShapes(),))
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from model_shapes import read_shape
+
 from domain.memory.activations import Batch
 from domain.memory.verdict import assess
-from domain.models.architectures.registry import read_shape
 from domain.peft.algorithms import Algorithm
 from gpu_check import BACKEND, ROOT
 from gpu_check.plan import DEFAULT_MODELS, Case, cases, task

@@ -85,7 +85,7 @@ def train_with_trl(task: dict[str, Any]) -> dict[str, Any]:
         ),
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         processing_class=tokenizer,
-        peft_config=lora_config(config, "check/base", None),
+        peft_config=lora_config(config, model, "check/base", None),
         callbacks=[clock],
     )
     trainer.train()

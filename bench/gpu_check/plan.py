@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model_shapes import read_shape
+
 from domain.configure import MachineFacts, configure
-from domain.models.architectures.registry import read_shape
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from domain.peft.unsloth_rules import loaded_length, obstacle
@@ -78,7 +79,7 @@ def cases(
                 algorithm, use_case=None, overrides=settings(on_cpu=on_cpu, length=length), machine=facts, shape=shape
             ).config
             planned.append(Case(model, algorithm, "transformers", config))
-            why = obstacle(config, shape.model_type if shape else None)
+            why = obstacle(config, shape.family if shape else None)
             if on_cpu:
                 left_out.append(f"{algorithm.value} on {model} through Unsloth: it needs a CUDA GPU")
             elif why is not None:

@@ -1,13 +1,14 @@
 """What a forward pass leaves in memory for the backward pass.
 
 Symbols: B rows, T tokens a row, L layers, H hidden size, V vocabulary, r rank, a bytes of the compute type.
-tests/engine/test_saved_activations.py compares the formulas with what autograd really holds, family by family.
+What a layer itself keeps was read off the layer (engine/outline.py); what adapters add to it is counted here.
+tests/engine/test_saved_activations.py compares both with what autograd really holds, family by family.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from domain.models.shape import Block, Linear, ModelShape
+from domain.models.shape import ADAPTED, Block, Linear, ModelShape, Part
 from domain.peft.config import PeftConfig
 
 WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -67,29 +68,24 @@ def largest_batch(config: PeftConfig) -> Batch:
 def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
     """Return the linear modules that the configuration adapts, with how many there are of each."""
     in_blocks = [pair for block in shape.blocks for pair in _targeted_in(block, config)]
-    loose = [linear for linear in shape.loose_linears if _wanted(linear.path, config)]
-    return in_blocks + [(linear, 1) for linear in loose]
+    return in_blocks + [(linear, 1) for linear in _targeted_outside(shape, config)]
 
 
 def missing_targets(shape: ModelShape, names: str | Sequence[str]) -> list[str]:
-    """Return the target modules that name no linear module of the model, by the engine's rule for names.
-
-    For a family that the engine loads, every linear module is known (tests/engine/test_model_shapes.py). For a family
-    that it does not load, the result is empty.
-    """
-    if isinstance(names, str) or shape.obstacle is not None:
+    """Return the target modules that name no linear module of the model, by the engine's rule for names."""
+    if isinstance(names, str):
         return []
     return [name for name in names if not _is_there(shape, name)]
 
 
 def _is_there(shape: ModelShape, name: str) -> bool:
     in_layers = any(_matching(block, linear.path, name) for block in shape.blocks for linear in block.part.linears)
-    return in_layers or any(_means(name, linear.path) for linear in shape.loose_linears)
+    return in_layers or any(_means(name, linear.path) for linear in shape.outside.linears)
 
 
 def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
     if config.target_modules == "all-linear":
-        return [(linear, block.count) for linear in block.part.linears]
+        return [(linear, block.count) for linear in block.part.linears if linear.role in ADAPTED]
     return [
         (linear, count)
         for linear in block.part.linears
@@ -97,9 +93,12 @@ def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
     ]
 
 
-def _wanted(path: str, config: PeftConfig) -> bool:
-    names = config.target_modules
-    return names == "all-linear" or any(_means(name, path) for name in names)
+def _targeted_outside(shape: ModelShape, config: PeftConfig) -> list[Linear]:
+    if config.target_modules == "all-linear":
+        return [linear for linear in shape.outside.linears if linear.role in ADAPTED]
+    return [
+        linear for linear in shape.outside.linears if any(_means(name, linear.path) for name in config.target_modules)
+    ]
 
 
 def _means(name: str, path: str) -> bool:
@@ -151,25 +150,27 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: S
         ]
         for settings in (config, plain)
     )
-    last_norm = 4 * batch.tokens * shape.hidden
-    everything, plainly = (sum(count * size for count, size in sizes) + last_norm for sizes in (kept, kept_plainly))
+    outside = _kept_by_part(shape.outside, config, batch, stack, on_gpu=on_gpu)
+    everything, plainly = (sum(count * size for count, size in sizes) + outside for sizes in (kept, kept_plainly))
     if not config.gradient_checkpointing:
         return Layers(everything, plainly, everything)
-    boundaries = shape.layers * batch.tokens * shape.hidden * WIDTH_BYTES[config.precision]
-    return Layers(everything, plainly, boundaries + last_norm + max((size for _, size in kept), default=0))
+    inputs = sum(block.count * block.part.inputs for block in shape.blocks if block.passed)
+    boundaries = round(inputs * batch.tokens * WIDTH_BYTES[config.precision])
+    return Layers(everything, plainly, boundaries + outside + max((size for _, size in kept), default=0))
 
 
 def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
     """Bytes that one layer of a block keeps."""
-    width, kept = WIDTH_BYTES[config.precision], block.part.kept
-    masked = batch.masked and stack.makes_masks
-    plain = kept.plain + (kept.masked if masked else 0)
-    own = batch.tokens * (4 * kept.fp32 + width * plain)
-    # A boolean mask becomes one of the compute type in each attention, which keeps it
-    # (ATen, transformers/sdp_utils.h, `convert_boolean_attn_mask`).
-    squares = 0 if on_gpu else 4 * kept.squares  # the unfused kernel computes in fp32
-    matrices = (kept.attentions * width if masked else 0) + squares
-    return own + matrices * batch.rows * batch.length**2 + _kept_by_adapters(block, config, batch, stack, on_gpu=on_gpu)
+    own = _kept_by_part(block.part, config, batch, stack, on_gpu=on_gpu)
+    return own + _kept_by_adapters(block, config, batch, stack, on_gpu=on_gpu)
+
+
+def _kept_by_part(part: Part, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
+    """Bytes that a layer keeps without adapters; a row longer than its attention looks back needs a mask as well."""
+    windowed = part.window is not None and batch.length >= part.window
+    masked = (batch.masked or windowed) and stack.makes_masks
+    passes = part.kept if on_gpu else part.unfused
+    return passes.of(WIDTH_BYTES[config.precision], masked=masked).bytes(batch.rows, batch.length)
 
 
 def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
@@ -184,7 +185,7 @@ def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Sta
     elif WIDTH_BYTES[config.precision] < stack.adapter_width:
         per_token = sum(stack.adapter_width * linear.fan_in for linear in targets)  # each makes its own fp32 copy
     else:
-        shared = {linear.reads: linear.fan_in for linear in targets if linear.reads in ("attention", "mlp")}
+        shared = {linear.reads: linear.fan_in for linear in targets if linear.reads not in ("own", "kept")}
         own = sum(linear.fan_in for linear in targets if linear.reads == "own")
         per_token = stack.adapter_width * (sum(shared.values()) + own)
     per_token += stack.adapter_width * config.rank * len(targets)
@@ -205,5 +206,5 @@ def _dora_per_token(targets: list[Linear], config: PeftConfig, stack: Stack) -> 
 def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS) -> int:
     """Bytes of logits and loss at their peak. Capped logits keep their tanh as well."""
     positions = batch.rows * max(1, round(batch.length * batch.trained))
-    capped = WIDTH_BYTES[config.precision] if shape.softcapped else 0
-    return positions * shape.vocab * (stack.loss_width + capped)
+    width = stack.loss_width + WIDTH_BYTES[config.precision] * shape.logits_kept
+    return round(positions * shape.vocab * width)

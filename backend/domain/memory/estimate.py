@@ -236,12 +236,8 @@ def estimate(
         logits_bytes=logits,
         overhead_bytes=overhead,
         low_bytes=math.floor(total * device.low),
-        high_bytes=math.ceil(total * device.high * (_ROUGH if shape.rough else 1)),
+        high_bytes=math.ceil(total * device.high),
     )
-
-
-# Linear attention's torch fallback keeps up to 1.8 times what the formula counts (measured at 64 tokens).
-_ROUGH = 1.8
 
 
 def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers: Layers, trained_bytes: int) -> int:

@@ -11,8 +11,6 @@ from domain.models.records import Verdict
 from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
 
-# What PEFT takes for experts' names of transformers 4 (peft/utils/transformers_weight_conversion.py).
-_EXPERT_NAMES = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "router"})
 _SHORTEST = 128  # tokens; a shorter row holds no turn and answer
 _SHORTEST_ALLOWED = 8  # the bound of max_seq_length
 _LOWEST_RANK = 4
@@ -93,15 +91,9 @@ def judge_run(
         The assessment. What is not known is `unknown`, never `fits`.
     """
     if shape is None:
-        reason = "the layers of this model's family are not known here, or its config lacks a dimension"
+        reason = "what the model is made of is not known"
         return Assessment("unknown", available_bytes, None, [reason])
     blockers = _blockers(shape, config)
-    if shape.adapts_experts and _reaches_experts(config):
-        reason = (
-            "PEFT would put adapters on the stacked experts, whose memory is not known here; name attention modules "
-            "as target_modules"
-        )
-        return Assessment("unknown", available_bytes, None, [reason], [], blockers)
     needed = estimate(shape, config, on_gpu=on_gpu, batch=batch)
     reasons = _reasons(config, batch, needed, available_bytes)
     known = available_bytes is not None and not blockers
@@ -193,7 +185,7 @@ def savings(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> list[str]
 
 
 def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
-    blockers = [] if shape.obstacle is None else [f"the engine cannot load {shape.model_type}: {shape.obstacle}"]
+    blockers = []
     if shape.stored is not None:
         if shape.stored.method != "bitsandbytes":
             blockers.append(f"the weights are published in {shape.stored.method}, which this engine does not train on")
@@ -202,11 +194,6 @@ def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
     if missing := missing_targets(shape, config.target_modules):
         blockers.append(f"the model has no linear layer named {', '.join(missing)}")
     return blockers
-
-
-def _reaches_experts(config: PeftConfig) -> bool:
-    names = config.target_modules
-    return names == "all-linear" or any(name.rpartition(".")[2] in _EXPERT_NAMES for name in names)
 
 
 def _reasons(config: PeftConfig, batch: Batch | None, needed: Estimate, available: int | None) -> list[str]:

@@ -1,16 +1,24 @@
 """What a model is made of: its layers, their linear modules, and what each keeps of a token for the backward pass.
 
-`domain.models.architectures` builds these from a config.json; the memory estimate reads them. H is the hidden size.
+An engine reads it off transformers' own class (engine/outline.py); the memory estimate computes with it. H is the
+hidden size, T the tokens of a row.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-# What the input of a linear module is. It has to be kept until the backward pass:
-#   a shared tensor ("attention", "mlp") that several modules read and nothing else keeps,
-#   "kept", a tensor that another operation of the layer keeps anyway, or "own", a tensor only this module reads.
-Input = Literal["attention", "mlp", "kept", "own"]
+# What a linear module does. Those of `ADAPTED` get adapters when all linear modules are asked for. The others:
+#   router     it chooses experts, or weighs them,
+#   tower      it belongs to the part for pictures or sound, through which no text passes,
+#   unreached  no gradient reaches it, as where its output only chooses what others attend to,
+#   refused    PEFT does not put adapters there,
+#   special    its class computes something else than a product with its weight.
+Role = Literal[
+    "attention", "mlp", "state_space", "shared_expert", "expert", "other",
+    "router", "tower", "unreached", "refused", "special",
+]  # fmt: skip
+ADAPTED: tuple[Role, ...] = ("attention", "mlp", "state_space", "shared_expert", "expert", "other")
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -23,14 +31,17 @@ class Linear:
         fan_in: Input features.
         fan_out: Output features.
         bias: Whether it has one; biases are never quantised.
-        reads: Who else keeps its input.
+        reads: Who else keeps its input until the backward pass: `own` if nobody does, `kept` if another operation of
+            the layer does, or else the path of the first of several modules that read the same tensor.
+        role: What it does.
     """
 
     path: str
     fan_in: int
     fan_out: int
     bias: bool = False
-    reads: Input = "own"
+    reads: str = "own"
+    role: Role = "other"
 
     @property
     def weights(self) -> int:
@@ -39,64 +50,97 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Elements that one layer keeps of one token for the backward pass. Adapters are left out.
+class Stacked:
+    """Experts' matrices in one tensor, which is no linear module: bitsandbytes does not reach it.
 
     Attributes:
-        fp32: Kept in four bytes for every compute type, such as the inputs of norms that compute in fp32.
-        plain: Kept in the compute type.
-        masked: More in the compute type when an attention mask is passed: SDPA is then given keys and values
-            repeated to all heads (transformers, integrations/sdpa_attention.py, `use_gqa_in_sdpa`).
-        attentions: Attention operations; each keeps its own copy of a mask of T × T elements a row.
-        squares: Matrices of T × T elements a row, of all heads, that are kept where attention cannot run through a
-            fused kernel: on a CPU with dropout on the attention weights, which are then kept before it and after,
-            beside what drops them.
+        path: The parameter's name within the layer, e.g. `mlp.experts.gate_up_proj`.
+        experts: How many matrices there are.
+        fan_in: Input features of each.
+        fan_out: Output features of each.
     """
 
-    fp32: int = 0
-    plain: int = 0
-    masked: int = 0
-    attentions: int = 0
-    squares: int = 0
+    path: str
+    experts: int
+    fan_in: int
+    fan_out: int
 
-    def __add__(self, other: "Kept") -> "Kept":
-        return Kept(
-            self.fp32 + other.fp32,
-            self.plain + other.plain,
-            self.masked + other.masked,
-            self.attentions + other.attentions,
-            self.squares + other.squares,
-        )
+    @property
+    def weights(self) -> int:
+        """Elements of the tensor."""
+        return self.experts * self.fan_in * self.fan_out
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept for the backward pass, adapters left out.
+
+    Attributes:
+        token: Bytes for each token.
+        square: Bytes for each of a row's T × T.
+    """
+
+    token: float = 0.0
+    square: float = 0.0
+
+    def bytes(self, rows: int, length: int) -> int:
+        """Count the bytes of B rows of T tokens."""
+        return round(rows * length * (self.token + length * self.square))
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What is kept in the kinds of forward pass that differ in it.
+
+    Attributes:
+        half: In a compute type of two bytes, without an attention mask.
+        half_masked: With one: rows of different length, or several rows in one sequence.
+        full: In fp32, without a mask.
+        full_masked: In fp32, with one.
+    """
+
+    half: Kept = Kept()
+    half_masked: Kept = Kept()
+    full: Kept = Kept()
+    full_masked: Kept = Kept()
+
+    def of(self, width: int, *, masked: bool) -> Kept:
+        """Return one of them, by the bytes of the compute type."""
+        if width == 2:
+            return self.half_masked if masked else self.half
+        return self.full_masked if masked else self.full
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a layer; parts add up to a layer.
+    """A layer, or what belongs to none.
 
     Attributes:
-        others: Parameters outside linear modules: norms, routers, convolutions.
-        stacked: Parameters of experts stacked in one tensor, which is no linear module: neither adapters nor
-            bitsandbytes' quantisation reach it (transformers 5, e.g. `mlp.experts.gate_up_proj`).
+        others: Parameters outside linear modules and stacked experts: norms, routers, convolutions.
+        inputs: Elements a token of its input, which checkpointing keeps.
+        window: Tokens that its attention looks back; a longer row needs a mask. None for all of them.
+        kept: By attention as a GPU computes it.
+        unfused: The same on a CPU, whose fused attention knows no dropout on the attention weights.
     """
 
     linears: tuple[Linear, ...] = ()
+    stacked: tuple[Stacked, ...] = ()
     others: int = 0
-    stacked: int = 0
-    kept: Kept = Kept()
-
-    def __add__(self, other: "Part") -> "Part":
-        return Part(
-            self.linears + other.linears,
-            self.others + other.others,
-            self.stacked + other.stacked,
-            self.kept + other.kept,
-        )
+    inputs: float = 0.0
+    window: int | None = None
+    kept: Passes = Passes()
+    unfused: Passes = Passes()
 
     @property
     def parameters(self) -> int:
         """All of them, biases included."""
         biases = sum(linear.fan_out for linear in self.linears if linear.bias)
-        return sum(linear.weights for linear in self.linears) + biases + self.others + self.stacked
+        return sum(linear.weights for linear in self.linears) + biases + self.others + self.stacked_weights
+
+    @property
+    def stacked_weights(self) -> int:
+        """Elements of stacked experts."""
+        return sum(stacked.weights for stacked in self.stacked)
 
 
 @dataclass(frozen=True)
@@ -106,7 +150,7 @@ class Block:
     Attributes:
         container: Path of the list that they are in, e.g. `model.layers`.
         indexes: Their places in it.
-        passed: Whether text passes through them; a vision tower is held and adapted, but never computes.
+        passed: Whether text passes through them; a vision tower is held, but never computes.
     """
 
     container: str
@@ -138,36 +182,32 @@ class ModelShape:
     """A causal language model.
 
     Attributes:
+        family: The model type of config.json, e.g. `llama`.
+        class_name: transformers' class that loads it.
+        attention: `sdpa`, PyTorch's fused attention, or `eager`, the class' own.
         blocks: Its layers, by kind.
+        outside: What belongs to no layer: loose linear modules, the last norm, and what is kept there.
         embedding_parameters: Token and learned position embeddings.
         head_parameters: The output head, 0 where it is the embedding itself.
-        other_parameters: What belongs to no layer, e.g. the last norm.
-        loose_linears: Linear modules outside the layers, e.g. a projection behind the embedding.
-        adapts_experts: Whether PEFT puts adapters on the stacked experts when asked for all linear modules or for the
-            experts' names of transformers 4; what that keeps in memory is not known here.
-        rough: Whether a layer's kernels differ so much in what they keep that only a wide range can be given.
-        softcapped: Whether the logits pass through a tanh, which keeps another copy of them.
+        logits_kept: Copies of the logits that are kept, as where they pass through a tanh.
         stored: How the weights are quantised as published, or None.
         dtype: What the config says the weights are published in, e.g. `bfloat16`, or None.
-        obstacle: Why the engine cannot load this family, or None.
     """
 
-    model_type: str
+    family: str
+    class_name: str
+    attention: Literal["sdpa", "eager"]
     hidden: int
     vocab: int
     max_positions: int | None
     tied_embeddings: bool
     blocks: tuple[Block, ...]
+    outside: Part
     embedding_parameters: int
     head_parameters: int
-    other_parameters: int
-    loose_linears: tuple[Linear, ...] = ()
-    adapts_experts: bool = False
-    rough: bool = False
-    softcapped: bool = False
+    logits_kept: float = 0.0
     stored: Stored | None = None
     dtype: str | None = None
-    obstacle: str | None = None
 
     @property
     def published_width(self) -> int:
@@ -182,25 +222,23 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Elements of the linear modules' weights, which quantisation stores in fewer bits."""
-        in_layers = sum(block.count * linear.weights for block in self.blocks for linear in block.part.linears)
-        return in_layers + sum(linear.weights for linear in self.loose_linears)
+        return sum(linear.weights * count for linear, count in self.linears())
 
     @property
     def stacked_parameters(self) -> int:
         """Elements of stacked experts."""
-        return sum(block.count * block.part.stacked for block in self.blocks)
+        return sum(block.count * block.part.stacked_weights for block in self.blocks)
 
     @property
     def parameters(self) -> int:
         """All parameters, exactly."""
-        loose = Part(self.loose_linears).parameters
         in_layers = sum(block.count * block.part.parameters for block in self.blocks)
-        return in_layers + loose + self.embedding_parameters + self.head_parameters + self.other_parameters
+        return in_layers + self.outside.parameters + self.embedding_parameters + self.head_parameters
 
     def linears(self) -> Iterator[tuple[Linear, int]]:
         """Yield every kind of linear module but the head, with how many there are of it."""
         for block in self.blocks:
             for linear in block.part.linears:
                 yield linear, block.count
-        for linear in self.loose_linears:
+        for linear in self.outside.linears:
             yield linear, 1

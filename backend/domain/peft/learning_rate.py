@@ -55,7 +55,7 @@ def default_learning_rate(
 def _of_the_model(shape: ModelShape | None, alpha: int, *, use_rslora: bool) -> tuple[float, str]:
     if shape is None:
         return _UNKNOWN, "QLoRA paper, table 9; with a model named, by its hidden size"
-    family = next((name for name in _EXPONENTS if shape.model_type.startswith(name)), None)
+    family = next((name for name in _EXPONENTS if shape.family.startswith(name)), None)
     exponent = _EXPONENTS[family] if family is not None else min(_EXPONENTS.values())
     hidden = max(shape.hidden, _REFERENCE_HIDDEN)
     rate = _FULL_FINE_TUNING * _LORA_FACTOR * (_REFERENCE_HIDDEN / hidden) ** exponent

@@ -75,7 +75,8 @@ class EngineProcess:
         on_exit: Called once, from a thread of this class, when the process has ended.
         silence_s: Seconds without a heartbeat after which it is killed.
         gpu_uuid: The one GPU that its libraries will see; None for every one there is.
-        backend: The back end that will load its base. Unsloth must be imported before the packages that it patches.
+        backend: The back end that will load its base, or `none` where it will hold none. Unsloth must be imported
+            before the packages that it patches.
     """
 
     def __init__(

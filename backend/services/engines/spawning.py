@@ -44,7 +44,7 @@ def spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproce
     Args:
         work_dir: Where Unsloth may write the code that it generates.
         gpu_uuid: The one GPU that the engine sees; None for every one there is.
-        backend: The back end that will load its base.
+        backend: The back end that will load its base, or `none` for an engine that will hold none.
 
     Returns:
         The process, the pipe that takes its commands, and the pipe that gives its events.
@@ -79,7 +79,7 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
         environment.pop(secret, None)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "engine"],
+            [sys.executable, "-m", "engine", backend],  # the last word is for whoever lists processes
             cwd=_BACKEND,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -35,7 +35,7 @@ def place(
         SettingRejected: Unsloth was asked for and cannot do it.
     """
     shape, device = where.shape, where.device
-    engine = machine.engine(wanted, device, obstacle(config, shape.model_type if shape is not None else None))
+    engine = machine.engine(wanted, device, obstacle(config, shape.family if shape is not None else None))
     fast = engine.name == "unsloth"
     length = loaded_length(config, shape.max_positions if shape is not None else None) if fast else None
     stored = config.quantization, config.precision

@@ -1,12 +1,14 @@
-"""A model's shape, read from its config.json on this machine or on the Hub."""
+"""What a model is, from its config.json on this machine or on the Hub."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from core.errors import ModelRejected
 from domain.memory.verdict import Sibling
-from domain.models.architectures.registry import read_shape
 from domain.models.shape import ModelShape
+from domain.results import Described
 from services.models.embedded import CONFIG, MODEL_ID
+from services.models.shapes import Shapes, shape_config
 
 
 class ConfigSource(Protocol):
@@ -26,10 +28,10 @@ class ConfigSource(Protocol):
 
 
 class ModelFacts:
-    """Reads shapes."""
+    """Finds a model's config.json and has it described."""
 
-    def __init__(self, configs: ConfigSource) -> None:
-        self._configs = configs
+    def __init__(self, configs: ConfigSource, shapes: Shapes) -> None:
+        self._configs, self._shapes = configs, shapes
 
     def config(self, model_id: str, revision: str | None) -> dict[str, Any]:
         """Return a model's config.json.
@@ -42,8 +44,31 @@ class ModelFacts:
         return self._configs.config_of(model_id, revision)
 
     def shape(self, model_id: str, revision: str | None) -> ModelShape | None:
-        """Return a model's dimensions, or None where its family is not known here."""
-        return read_shape(self.config(model_id, revision))
+        """Return what a model is made of, or None where that cannot be told.
+
+        Raises:
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+        """
+        return self.described(model_id, revision).shape
+
+    def described(self, model_id: str, revision: str | None) -> Described:
+        """Return what a model is made of, or why that cannot be told.
+
+        Raises:
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+        """
+        return self._shapes.describe(self.config(model_id, revision))
+
+    def check_loadable(self, model_id: str, revision: str | None) -> None:
+        """Refuse a model that an engine could not load, however much memory there is.
+
+        Raises:
+            ModelRejected: transformers has no class for it that predicts the next token.
+            ModelNotFound, ModelGated, HubUnavailable: As the Hub says.
+        """
+        said = self.described(model_id, revision)
+        if not said.loadable:
+            raise ModelRejected(f"{model_id} cannot be loaded: {said.problem}.")
 
     def blockers(self, model_id: str, revision: str | None) -> list[str]:
         """Say what keeps a model from being loaded here, a sentence each.
@@ -51,10 +76,13 @@ class ModelFacts:
         Raises:
             ModelNotFound, HubUnavailable: As the Hub says.
         """
-        return [] if model_id == MODEL_ID and revision is None else self._configs.blockers_of(model_id, revision)
+        if model_id == MODEL_ID and revision is None:
+            return []
+        return self._configs.blockers_of(model_id, revision)
 
     def siblings(self, shape: ModelShape) -> list[Sibling]:
         """Return the models on this machine that are of a shape's family and that a load would take."""
-        shapes = [(model_id, read_shape(config)) for model_id, config in self._configs.local_configs()]
-        family = shape.model_type
-        return [Sibling(model_id, other) for model_id, other in shapes if other and other.model_type == family]
+        configs = ((model_id, shape_config(model_id, config)) for model_id, config in self._configs.local_configs())
+        shapes = [(model_id, self._shapes.known(config)) for model_id, config in configs]
+        family = shape.family
+        return [Sibling(model_id, other) for model_id, other in shapes if other and other.family == family]

@@ -41,12 +41,15 @@ class CompatibilityService:
             device = replace(device, available_bytes=memory_bytes)
         blockers = self._facts.blockers(model_id, revision)
         try:
-            shape = self._facts.shape(model_id, revision)
+            described = self._facts.described(model_id, revision)
         except (AccessDenied, ModelRejected):
             if not blockers:
                 raise
             configure(algorithm, use_case=None, overrides=overrides, machine=device.facts)
             return Assessment("unknown", device.available_bytes, None, ["config.json is not to be had"], [], blockers)
+        shape = described.shape
+        if not described.loadable and not blockers:
+            blockers = [f"an engine cannot load it: {described.problem}"]
         config = configure(
             algorithm,
             use_case=None,
@@ -56,6 +59,9 @@ class CompatibilityService:
             available_bytes=device.available_bytes,
         ).config
         assessment = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+        if shape is None:
+            unknown = f"what it is made of is not known: {described.problem}"
+            assessment = replace(assessment, reasons=[unknown])
         if blockers:
             return replace(assessment, verdict="unknown", suggestions=[], blockers=[*blockers, *assessment.blockers])
         return assessment

@@ -9,7 +9,8 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from tests.support.server import StudioServer, start_server
+from tests.support.server import CACHE, StudioServer, start_server
+from tests.support.shapes import keep_shape
 from tests.support.tiny_model import TINY_ID, copy_tiny_model
 
 EMBEDDED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the larger one of the two that fit
@@ -35,6 +36,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
     huge = root / "tests" / "huge"
     huge.mkdir()
     (huge / "config.json").write_text(json.dumps(HUGE))
+    keep_shape(CACHE, HUGE)
     save_file({"weight": numpy.zeros(1, numpy.float32)}, huge / "model.safetensors")
     gptq = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
     deep = {"num_hidden_layers": 48}  # hundreds of GB for 262,144 tokens at once
@@ -42,6 +44,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
         copy_tiny_model(root / name)
         config = json.loads((root / name / "config.json").read_text())
         (root / name / "config.json").write_text(json.dumps(config | changed))
+        keep_shape(CACHE, config | changed)
     with start_server(tmp_path_factory.mktemp("home"), root) as server:
         yield server
 

@@ -18,6 +18,7 @@ from services.model_registry_service import FitOf, get_model_registry_service
 from services.models.fit import fit_of
 from tests.support.hub_double import RATE_LIMITED, HubDouble, ManualClock, quiet_environment, safetensors_bytes
 from tests.support.registries import make_registry
+from tests.support.shapes import KnownShapes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -268,7 +269,7 @@ def test_one_odd_model_leaves_lists_and_details_as_they_are(bench: Bench) -> Non
         folder.mkdir(parents=True)
         for name, data in files.items():
             (folder / name).write_bytes(data)
-    client = bench.client(partial(fit_of, get_machine()))
+    client = bench.client(partial(fit_of, get_machine(), KnownShapes()))
     for response in (
         client.post("/api/models/search", json={}),
         client.get("/api/models/popular/text-generation"),

@@ -18,6 +18,7 @@ from services.model_registry_service import get_model_registry_service
 from services.models.fit import fit_of
 from tests.support.hub_double import HubDouble, ManualClock
 from tests.support.registries import make_registry
+from tests.support.shapes import KnownShapes
 
 FOLDER = Path(__file__).resolve().parents[4] / "shared" / "data" / "hub_api" / "vcr"
 NO_DATE = "2022-03-02T23:29:04.000Z"  # what the Hub says of repositories older than its dates
@@ -53,7 +54,7 @@ REFUSALS = [item for item in recorded() if item.status == 401]
 
 @pytest.fixture
 def client(hub: HubDouble, tmp_path: Path) -> TestClient:
-    registry = make_registry(hub, tmp_path, ManualClock(), fit_of=partial(fit_of, get_machine()))
+    registry = make_registry(hub, tmp_path, ManualClock(), fit_of=partial(fit_of, get_machine(), KnownShapes()))
     app = FastAPI()
     problems.install(app)
     app.include_router(models.router)

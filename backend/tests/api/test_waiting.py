@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from api.waiting import until_done
 from tests.support.hub_double import HubDouble
 from tests.support.server import start_server, wait_until
+from tests.support.shapes import keep_shape
 
 THREADS = 40  # for the routes that ask the Hub, and as many for all others
 
@@ -36,6 +38,7 @@ def test_a_hub_that_hangs_holds_up_only_those_that_ask_it(tmp_path: Path, tiny_p
             **{"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")},
             "PEFT_STUDIO_CACHE_DIR": str(tmp_path / "cache"),
         }
+        keep_shape(tmp_path / "cache", json.loads((tiny_path / "config.json").read_text()))
         with start_server(tmp_path / "home", tiny_path.parents[1], **environment) as studio:
             for route in ("info", "list"):
                 hub.fail(route, "hang", times=1000)

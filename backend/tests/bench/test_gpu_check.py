@@ -106,6 +106,7 @@ def test_engines_that_differ_are_told_apart() -> None:
     assert row.checks["agrees with TRL"] is None
 
 
+@pytest.mark.engine
 def test_on_a_gpu_every_method_goes_to_both_engines() -> None:
     found, left_out = cases(
         list(SHAPES), list(Algorithm), on_cpu=False, length=2048, everything=True, config_of=SHAPES.__getitem__

@@ -1,5 +1,6 @@
 """A real server and its settings: what is wrong is one plain line and exit status 2; what is not there is said."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.server import BACKEND, StudioServer, start_server, wait_until
+from tests.support.shapes import keep_shape
 from tests.support.tiny_model import TINY_ID
 
 
@@ -89,6 +91,7 @@ def test_model_folders_that_are_not_there_are_said_at_start_and_used_once_they_a
     # What the shell would have expanded: the server does, in the home that HOME names.
     studio._environment["PEFT_STUDIO_HOME"] = "~/home"
     studio._environment["PEFT_STUDIO_CACHE_DIR"] = "~/cache"
+    keep_shape(tmp_path / "cache", json.loads((model_dirs / TINY_ID / "config.json").read_text()))
     with studio:
         said = [line for line in studio.log_path.read_text().splitlines() if "model_folder.left_out" in line]
         assert len(said) == 2, said

@@ -1,5 +1,6 @@
 """Property 1: use case selection configures all parameters; overrides are kept exactly or refused."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,11 +9,13 @@ from hypothesis import strategies as st
 
 from core.errors import SettingRejected
 from domain.configure import Configuration, MachineFacts, configure
-from domain.models.architectures.registry import read_shape
+from domain.memory.estimate import adapter_parameters
+from domain.models.shape import Linear, Stacked
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import DECOMPOSED, PARAMETER_NAMES, PeftOverrides
 from domain.peft.use_cases import USE_CASES, UseCaseId
 from services.models.embedded import CONFIG
+from tests.support.shapes import shape_of
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 MACHINES = [CPU, MachineFacts(has_gpu=True, supports_bf16=False), MachineFacts(has_gpu=True, supports_bf16=True)]
@@ -177,11 +180,27 @@ def test_alpha_is_the_same_at_every_rank_but_where_the_scaling_is_one() -> None:
 
 
 def test_the_sequence_length_is_the_models_at_most() -> None:
-    shape = read_shape({**CONFIG, "max_position_embeddings": 512})
+    shape = shape_of({**CONFIG, "max_position_embeddings": 512})
     short = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU, shape=shape)
     assert short.config.max_seq_length == 512
     with pytest.raises(SettingRejected):
         configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 513}, machine=CPU, shape=shape)
+
+
+def test_what_all_linear_modules_leave_out_is_said() -> None:
+    shape = shape_of(CONFIG)
+    (block,) = shape.blocks
+    router = Linear("mlp.gate", 576, 8, role="router")
+    experts = Stacked("mlp.experts.down_proj", 8, 1536, 576)
+    part = replace(block.part, linears=(*block.part.linears, router), stacked=(experts,))
+    mixture = replace(shape, blocks=(replace(block, part=part),))
+    found = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU, shape=mixture)
+    assert found.config.target_modules == "all-linear"
+    reason = found.choices["target_modules"].reason
+    assert "30 routers, which choose the experts, 30 tensors of stacked experts" in reason
+    assert adapter_parameters(mixture, found.config) == adapter_parameters(shape, found.config)
+    named = configure(Algorithm.LORA, use_case=None, overrides={"target_modules": ["gate"]}, machine=CPU, shape=mixture)
+    assert adapter_parameters(mixture, named.config) == 30 * 16 * (576 + 8)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +227,7 @@ def test_a_target_module_that_the_model_lacks_is_refused_with_those_that_it_has(
             use_case=None,
             overrides={"target_modules": names, "max_seq_length": 10**6},
             machine=CPU,
-            shape=read_shape(CONFIG),
+            shape=shape_of(CONFIG),
         )
     said = {item["location"][0]: item["message"] for item in caught.value.extras["errors"]}
     assert set(said) == {"target_modules", "max_seq_length"}
@@ -227,19 +246,16 @@ def test_a_target_module_that_the_model_lacks_is_refused_with_those_that_it_has(
     ],
 )
 def test_a_target_module_may_be_named_by_the_end_of_its_path(names: list[str]) -> None:
-    shape = read_shape(CONFIG)
+    shape = shape_of(CONFIG)
     overrides = {"target_modules": names}
     found = configure(Algorithm.LORA, use_case=None, overrides=overrides, machine=CPU, shape=shape)
     assert found.config.target_modules == names
 
 
-def test_target_modules_are_taken_as_they_are_where_not_all_of_a_models_are_known() -> None:
+def test_target_modules_are_taken_as_they_are_where_a_models_are_not_known() -> None:
     overrides = {"target_modules": ["mtp_layers.0.self_attn.q_proj"]}
-    elsewhere = read_shape({**CONFIG, "model_type": "mimo", "num_nextn_predict_layers": 1})
-    assert elsewhere is not None and elsewhere.obstacle is not None
-    for shape in (None, elsewhere):
-        found = configure(Algorithm.LORA, use_case=None, overrides=overrides, machine=CPU, shape=shape)
-        assert found.config.target_modules == overrides["target_modules"]
+    found = configure(Algorithm.LORA, use_case=None, overrides=overrides, machine=CPU)
+    assert found.config.target_modules == overrides["target_modules"]
 
 
 NULLABLE = {

@@ -150,7 +150,7 @@ def test_detaching_an_adapter_in_training_leaves_nothing_trainable(tiny_path: Pa
     base.attach("adp", write_adapter(tiny_path, config, tmp_path / "adp"))
     expected = answers(base, "adp")
     for trained in (config, config_for(Algorithm.DORA)):
-        base.create("trained", methods.lora_config(trained, "tests/tiny", None))
+        base.create("trained", methods.lora_config(trained, base.model, "tests/tiny", None))
         assert any(parameter.requires_grad for parameter in base.model.parameters())
         base.detach("trained")
         assert not any(parameter.requires_grad for parameter in base.model.parameters())
@@ -187,7 +187,7 @@ def test_an_adapter_in_training_stays_active_trainable_and_in_training(tiny_path
     config = config_for(Algorithm.LORA, dropout=0.1)
     folder = write_adapter(tiny_path, config, tmp_path / "adp")
     base = load(tiny_path, config)
-    base.create("trained", methods.lora_config(config, "tests/tiny", None))
+    base.create("trained", methods.lora_config(config, base.model, "tests/tiny", None))
     base.model.train()
     before = everything(base)
     base.attach("adp", folder)

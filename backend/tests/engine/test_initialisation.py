@@ -138,7 +138,7 @@ def test_a_4_bit_base_with_another_adapter_and_named_targets_can_be_decomposed(
 ) -> None:
     config = config_for(algorithm, target_modules=["q_proj"], **IN_4_BITS)
     base = load(tiny_path, config)
-    base.create("other", methods.lora_config(config_for(Algorithm.LORA), "tests/tiny", None))
+    base.create("other", methods.lora_config(config_for(Algorithm.LORA), base.model, "tests/tiny", None))
     disturb(base)
     base.model.eval()
     with base.using("other"):

@@ -19,7 +19,7 @@ from transformers import (
 from domain.peft.algorithms import Algorithm
 from engine import methods
 from engine.channel import Stopped
-from engine.errors import BadSetting
+from engine.frozen_weights import unwrapped
 from engine.training import train
 from tests.engine.test_methods import config_for, create, kept, load, logits
 from tests.support.training_command import TestChannel, command_for
@@ -89,20 +89,18 @@ def test_gpt2s_weights_are_found_turned_round_in_its_files(
     ("algorithm", "overrides"),
     [(Algorithm.PISSA, {}), (Algorithm.OLORA, {}), (Algorithm.LOFTQ, {"loftq_iterations": 2})],
 )
-def test_stacked_experts_are_refused_before_the_run_and_the_attention_beside_them_is_not(
+def test_stacked_experts_stay_as_they_are_and_the_attention_beside_them_is_decomposed(
     tiny_path: Path, tmp_path: Path, algorithm: Algorithm, overrides: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
     path = _written(_mixture(), tiny_path, tmp_path / "mixture")
     config = config_for(algorithm, max_steps=2, **overrides)
     base = load(path, config)
-    before = logits(base)
-    channel = TestChannel()
-    with pytest.raises(BadSetting, match=r"model\.layers\.0\.mlp\.experts is no linear layer"):
-        train(base, command_for(tmp_path, config), channel)
-    assert base.adapters == [] and channel.losses() == {} and torch.equal(logits(base), before)
-    attention = config.model_copy(update={"target_modules": ["q_proj", "v_proj"]})
-    train(base, command_for(tmp_path, attention), channel)
+    before, experts = logits(base), base.model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").clone()
+    train(base, command_for(tmp_path, config), TestChannel())
+    assert torch.equal(unwrapped(base.model).get_parameter("model.layers.0.mlp.experts.gate_up_proj"), experts)
+    adapted = {path.rpartition(".")[2] for path in methods.targeted_layers(base.model, config)}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}
     base.detach("adp")
     assert torch.equal(logits(base), before)
 

@@ -114,7 +114,7 @@ def test_other_adapters_on_the_base_are_left_there_and_are_not_merged(tiny_path:
     base = load(tiny_path, config)
     expected = make_adapter(base, config, tmp_path / "adapter")
     other = config_for(Algorithm.RSLORA, target_modules=["q_proj"])
-    base.create("other", methods.lora_config(other, "tests/tiny", None))
+    base.create("other", methods.lora_config(other, base.model, "tests/tiny", None))
     disturb(base, 0.1)
     base.model.eval()
     with base.using("other"):

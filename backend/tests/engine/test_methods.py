@@ -118,7 +118,7 @@ def test_several_adapters_share_one_base_and_do_not_disturb_each_other(tiny_path
     bare = logits(base)
     outputs = {}
     for name in ("one", "two"):
-        base.create(name, methods.lora_config(config, "tests/tiny", None))
+        base.create(name, methods.lora_config(config, base.model, "tests/tiny", None))
         disturb(base, 0.05 if name == "one" else 0.1)
         base.model.eval()
         outputs[name] = logits(base)
@@ -139,6 +139,6 @@ def test_adapters_that_are_there_already_do_not_hide_the_layers(tiny_path: Path,
     config = config_for(Algorithm.LORA, target_modules=targets)
     base = load(tiny_path, config)
     bare = methods.targeted_layers(base.model, config)
-    base.create("one", methods.lora_config(config_for(Algorithm.LORA), "tests/tiny", None))
-    base.create("two", methods.lora_config(config, "tests/tiny", None))
+    base.create("one", methods.lora_config(config_for(Algorithm.LORA), base.model, "tests/tiny", None))
+    base.create("two", methods.lora_config(config, base.model, "tests/tiny", None))
     assert methods.targeted_layers(base.model.get_base_model(), config) == bare

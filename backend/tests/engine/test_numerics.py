@@ -12,7 +12,6 @@ from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM
 
 from domain.memory.estimate import adapter_parameters
-from domain.models.architectures.registry import read_shape
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import DECOMPOSED, PeftConfig
 from engine import methods
@@ -20,6 +19,7 @@ from engine.base import Base
 from engine.frozen_weights import adapted_layer, base_layer, parts
 from engine.merged_weights import MergedWeights
 from tests.engine.test_methods import PROBE, config_for, create, disturb, load, logits
+from tests.support.shapes import shape_of
 from tests.support.tiny_model import make_tiny_model
 from tests.support.variants import VARIANTS
 
@@ -75,7 +75,7 @@ def test_trainable_parameters_are_the_formulas_pefts_and_the_estimates(
     # Two layers of a Llama of 64 wide, 128 inside, with 2 of 4 heads for keys and values.
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64)]
     formula = 2 * sum(4 * (fan_in + fan_out) + fan_out * config.use_dora for fan_in, fan_out in shapes)
-    shape = read_shape(json.loads((tiny_path / "config.json").read_text()))
+    shape = shape_of(json.loads((tiny_path / "config.json").read_text()))
     assert shape is not None
     counted = sum(p.numel() for p in base.model.parameters() if p.requires_grad)
     assert formula == counted == base.trainable_parameters == adapter_parameters(shape, config)

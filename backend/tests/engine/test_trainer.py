@@ -47,7 +47,7 @@ def run(
 ) -> tuple[Base, Trainer, list[Any], RunOutcome]:
     base = load(path, config)
     set_seed(config.seed)
-    base.create("adp", methods.lora_config(config, "tests/tiny", None))
+    base.create("adp", methods.lora_config(config, base.model, "tests/tiny", None))
     events: list[Any] = []
     trainer = Trainer(
         base, config, RowStore(rows), RowStore(validation or []), request_id="r", emit=events.append, control=GoOn()
@@ -68,7 +68,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop(tiny_path: Path) -> None:
     set_seed(config.seed)
     model = AutoModelForCausalLM.from_pretrained(tiny_path)
     set_seed(config.seed)
-    model = PeftModelForCausalLM(model, methods.lora_config(config, "tests/tiny", None))
+    model = PeftModelForCausalLM(model, methods.lora_config(config, model, "tests/tiny", None))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
     scheduler = get_linear_schedule_with_warmup(optimizer, 2, 9)
@@ -193,7 +193,7 @@ def test_early_stopping_stops_when_the_loss_no_longer_falls(tiny_path: Path) -> 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_rows(tiny_path: Path) -> None:
     config = config_for(Algorithm.LORA, max_steps=2, batch_size=2)
     base = load(tiny_path, config)
-    base.create("adp", methods.lora_config(config, "tests/tiny", None))
+    base.create("adp", methods.lora_config(config, base.model, "tests/tiny", None))
     with torch.no_grad():
         next(p for p in base.model.parameters() if p.requires_grad).fill_(float("nan"))
     trainer = Trainer(

@@ -8,7 +8,6 @@ from core.clock import Clock
 from core.errors import HubUnavailable
 from domain.configure import MachineFacts, configure
 from domain.memory.estimate import loading_bytes
-from domain.models.architectures.registry import read_shape
 from domain.peft.algorithms import Algorithm
 from services.hardware.devices import Device, EngineChoice
 from services.hardware.machine import Machine
@@ -18,6 +17,7 @@ from services.models.files import ModelFiles
 from services.models.progress import OnProgress
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from tests.support.engine_double import EngineDoubles
+from tests.support.shapes import KnownShapes, shape_of
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 FAR_ID = "a/far"  # the one model that is not here
@@ -76,12 +76,11 @@ class OneConfig:
 
 def peft_with_little_memory(clock: Clock, engines: EngineDoubles, precision: str, log_dir: Path) -> PeftService:
     """Return the service. Its engines hold what the embedded model is estimated to need in the precision."""
-    shape = read_shape(CONFIG)
-    assert shape is not None
+    shape = shape_of(CONFIG)
     config = configure(Algorithm.LORA, use_case=None, overrides={"precision": precision}, machine=CPU).config
     engines.held_bytes = loading_bytes(shape, config, on_gpu=False)
     return PeftService(
-        clock, LittleMemory(engines), EveryModelsFiles(), ModelFacts(OneConfig()),
+        clock, LittleMemory(engines), EveryModelsFiles(), ModelFacts(OneConfig(), KnownShapes()),
         log_dir=log_dir, idle_unload_s=IDLE_S, make_room_after_s=GRACE_S, engine_silence_s=60.0,
     )  # fmt: skip
 

@@ -76,11 +76,11 @@ class StudioServer:
         return self.engines()[0]
 
     def engines(self) -> list[psutil.Process]:
-        """Return the engine processes below the server."""
+        """Return the engine processes below the server, but for the one that describes models and holds none."""
         found = []
         for child in psutil.Process(self.pid).children():
             with suppress(psutil.NoSuchProcess):  # it ended in this moment
-                if "engine" in child.cmdline():
+                if "engine" in (words := child.cmdline()) and words[-1] != "none":
                     found.append(child)
         return found
 

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from filelock import FileLock
 
 from tests.support.no_engine import unguarded
 from tests.support.server import BACKEND, CACHE
+from tests.support.shapes import keep_shape
 
 TINY_ID = "tests/tiny-llama"
 TEMPLATE = (
@@ -35,6 +37,7 @@ def copy_tiny_model(folder: Path) -> None:
     if not kept.exists():
         _make_once(kept)
     shutil.copytree(kept, folder)
+    keep_shape(CACHE, json.loads((folder / "config.json").read_text("utf-8")))
 
 
 def _make_once(kept: Path) -> None:

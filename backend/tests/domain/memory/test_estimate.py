@@ -21,19 +21,17 @@ from domain.memory.estimate import (
     loading_bytes,
     platform,
 )
-from domain.models.architectures.registry import read_shape
 from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from services.models.embedded import CONFIG, PARAMETERS
+from tests.support.shapes import shape_of
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 
 
 def _shape() -> ModelShape:
-    shape = read_shape(CONFIG)
-    assert shape is not None
-    return shape
+    return shape_of(CONFIG)
 
 
 def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: object) -> PeftConfig:

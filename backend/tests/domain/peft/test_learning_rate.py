@@ -5,20 +5,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.configure import MachineFacts, configure
-from domain.models.architectures.registry import read_shape
 from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
 from domain.peft.learning_rate import default_learning_rate
 from domain.peft.use_cases import UseCaseId
 from services.models.embedded import CONFIG
+from tests.support.shapes import shape_of
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 
 
 def _shape(model_type: str, hidden: int) -> ModelShape:
-    shape = read_shape({**CONFIG, "model_type": model_type, "hidden_size": hidden})
-    assert shape is not None
-    return shape
+    return shape_of({**CONFIG, "model_type": model_type, "hidden_size": hidden})
 
 
 def _rate(

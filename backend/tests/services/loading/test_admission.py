@@ -6,7 +6,6 @@ from core.clock import SystemClock
 from core.errors import DoesNotFit, HubUnavailable
 from domain.configure import configure
 from domain.memory.verdict import assess
-from domain.models.architectures.registry import read_shape
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from domain.results import Loaded
@@ -18,6 +17,7 @@ from services.models.embedded import CONFIG
 from services.models.progress import LoadProgress
 from tests.support.bases import CPU, DEVICE, base_request
 from tests.support.engine_double import EngineDouble
+from tests.support.shapes import shape_of
 
 
 def _base(state: LoadState, needed: int, resident: int | None = None, device: str = "cpu") -> LoadedBase:
@@ -64,7 +64,7 @@ def test_a_device_that_does_not_say_what_is_free_stays_so() -> None:
 
 def test_the_refusal_carries_the_estimate_and_what_to_do() -> None:
     config = configure(Algorithm.LORA, use_case=None, overrides={"max_seq_length": 256}, machine=CPU).config
-    found = assess(read_shape(CONFIG), config, 10**9, on_gpu=False)
+    found = assess(shape_of(CONFIG), config, 10**9, on_gpu=False)
     with pytest.raises(DoesNotFit) as caught:
         refuse_what_does_not_fit(found, "Training me/model", DEVICE)
     extras = caught.value.extras
@@ -75,7 +75,7 @@ def test_the_refusal_carries_the_estimate_and_what_to_do() -> None:
 @pytest.mark.parametrize("available", [None, 2**50])
 def test_what_fits_or_is_not_known_is_admitted(available: int | None) -> None:
     config = configure(Algorithm.LORA, use_case=None, overrides={}, machine=CPU).config
-    refuse_what_does_not_fit(assess(read_shape(CONFIG), config, available, on_gpu=False), "x", DEVICE)
+    refuse_what_does_not_fit(assess(shape_of(CONFIG), config, available, on_gpu=False), "x", DEVICE)
     refuse_what_does_not_fit(assess(None, config, available, on_gpu=False), "x", DEVICE)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from domain.configure import MachineFacts, configure
-from domain.models.architectures.registry import read_shape
 from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
@@ -14,9 +13,10 @@ from services.hardware.devices import Device, EngineChoice, choose_engine
 from services.loading.loaded_model import ModelOnDevice
 from services.loading.placement import load_command, place
 from services.models.embedded import CONFIG
+from tests.support.shapes import shape_of
 
 GPU = Device("cuda:1", MachineFacts(has_gpu=True, supports_bf16=True), 1, "GPU-b", "9.0")
-LLAMA = read_shape(CONFIG)
+LLAMA = shape_of(CONFIG)
 ON_GPU = ModelOnDevice("me/x", None, LLAMA, GPU)
 
 

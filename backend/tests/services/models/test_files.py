@@ -236,7 +236,8 @@ def test_the_embedded_model_asks_nobody(bench: Bench) -> None:
     bench.files.check(MODEL_ID, None)
     folder = bench.folder / "studio" / "models" / MODEL_ID.replace("/", "--")
     folder.mkdir(parents=True)
-    for name, data in FILES.items():
+    made = {CONVERSION: json.dumps({"version": GGUF_CONVERSION}).encode()}
+    for name, data in (FILES | made).items():
         (folder / name).write_bytes(data)
     (folder / CONVERSION).write_text(json.dumps({"version": GGUF_CONVERSION}))
     assert bench.ensure(MODEL_ID) == folder

@@ -9,6 +9,7 @@ from services.hardware.host_probe import MemoryReading
 from services.hardware.machine import Machine
 from services.hardware.nvml_probe import GpuReading
 from services.models.fit import fit_of
+from tests.support.shapes import KnownShapes
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,18 +45,22 @@ def with_memory(available_bytes: int) -> Machine:
 
 def test_a_model_of_which_nothing_is_known_is_not_judged() -> None:
     machine, unknown = with_memory(2**34), {"model_type": "nobodys"}
-    assert fit_of(machine, None, SUMMARY, "lora") is fit_of(machine, unknown, SUMMARY, "lora") is None
+    assert (
+        fit_of(machine, KnownShapes(), None, SUMMARY, "lora")
+        is fit_of(machine, KnownShapes(), unknown, SUMMARY, "lora")
+        is None
+    )
 
 
 @pytest.mark.parametrize("algorithm", Algorithm)
 @pytest.mark.parametrize("positions", [1, 7])
 def test_a_model_that_no_default_goes_with_is_not_judged(algorithm: Algorithm, positions: int) -> None:
     machine, config = with_memory(2**34), CONFIG | {"max_position_embeddings": positions}
-    assert fit_of(machine, config, SUMMARY, algorithm.value) is None
-    assert fit_of(machine, CONFIG | {"max_position_embeddings": 8}, SUMMARY, algorithm.value) is not None
+    assert fit_of(machine, KnownShapes(), config, SUMMARY, algorithm.value) is None
+    assert fit_of(machine, KnownShapes(), CONFIG | {"max_position_embeddings": 8}, SUMMARY, algorithm.value) is not None
 
 
 def test_the_machine_that_is_given_decides() -> None:
-    large, small = (fit_of(with_memory(size), CONFIG, SUMMARY, "lora") for size in (2**34, 2**20))
+    large, small = (fit_of(with_memory(size), KnownShapes(), CONFIG, SUMMARY, "lora") for size in (2**34, 2**20))
     assert large is not None and small is not None
     assert (large.verdict, small.verdict) == ("fits", "does_not_fit")

@@ -15,6 +15,7 @@ from services.peft_service import PeftService
 from services.training.compatibility import CompatibilityService
 from tests.support.hub_double import HubDouble, ManualClock, safetensors_bytes
 from tests.support.registries import make_registry
+from tests.support.shapes import KnownShapes
 
 DEVICE = Device("cpu", MachineFacts(has_gpu=False, supports_bf16=False), 2**40)
 FILES = {
@@ -32,7 +33,7 @@ class Peft:
 
 @pytest.fixture
 def service(hub: HubDouble, tmp_path: Path) -> CompatibilityService:
-    facts = ModelFacts(make_registry(hub, tmp_path, ManualClock()))
+    facts = ModelFacts(make_registry(hub, tmp_path, ManualClock()), KnownShapes())
     return CompatibilityService(facts, cast(PeftService, Peft()))
 
 

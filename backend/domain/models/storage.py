@@ -1,10 +1,11 @@
 """How a checkpoint that is published quantised holds its weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from domain.models.architectures.reader import ConfigReader, NotKnown
-from domain.models.shape import Stored
+from domain.models.config_reader import ConfigReader, NotKnown
+from domain.models.shape import ModelShape, Stored
 
 # Bits a weight, by `quant_method`, where the method leaves no choice.
 _MXFP4_BITS = 4 + 8 / 32  # four bits, and one 8-bit scale for 32 weights (OCP Microscaling formats 1.0, section 5)
@@ -67,3 +68,22 @@ def _grouped_bits(reader: ConfigReader) -> float:
     if type(group) is not int or group < -1 or group == 0 or bits > 16:
         raise NotKnown("a group of that size")
     return float(bits) if group == -1 else bits + (16 + bits) / int(group)
+
+
+def read_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the type that the weights are published in, the text part's first; None if it is not said."""
+    text = config.get("text_config")
+    for section in (text if isinstance(text, Mapping) else {}, config):
+        value = section.get("dtype") or section.get("torch_dtype")  # the latter until transformers 4.56
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def as_published(shape: ModelShape, config: Mapping[str, Any]) -> ModelShape:
+    """Add to a shape how the checkpoint with this config.json holds its weights.
+
+    Raises:
+        NotKnown: They are quantised in a way whose size is not known here.
+    """
+    return replace(shape, stored=read_stored(config), dtype=read_dtype(config))

@@ -1,0 +1,216 @@
+"""A model's shape from transformers' own class: built without memory, and passed through once without data.
+
+The class that config.json names is built on the meta device, so every module, size and tie is exact. What its layers
+keep for the backward pass, and what no gradient reaches, comes from passes without data (engine/without_data.py).
+"""
+
+import copy
+import json
+import resource
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from domain.models.shape import Block, Linear, ModelShape, Part, Role
+from domain.results import Described
+from engine.errors import BadModel
+from engine.layer_kinds import Layer, layers_of, window_of
+from engine.model_class import attention_of, model_class, read_config
+from engine.roles import features, linear_modules, output_head, roles, stacked_experts
+from engine.without_data import HALF, Passed, WithoutData
+
+_MOST_LAYERS = 1000
+# What a stranger's config.json may take: the largest models need some hundred MiB to be described.
+_MOST_MEMORY = 6 * 2**30
+_roles_of: WeakKeyDictionary[nn.Module, dict[str, Role]] = WeakKeyDictionary()
+
+
+def describe(values: dict[str, Any]) -> Described:
+    """Read the shape of the model that a config.json describes.
+
+    Args:
+        values: Parsed. It may come from a stranger: no code of the repository is run, and no weight is allocated.
+    """
+    try:
+        chosen, config = model_class(read_config(values))
+        model = build(chosen, config)
+    except BadModel as error:
+        return Described(shape=None, problem=error.message, loadable=False)
+    try:
+        return Described(shape=_Outline(model, config).shape(str(values["model_type"])))
+    except Exception as error:  # noqa: BLE001 - the class' own code, on values that nobody tried
+        traceback.print_exc()
+        problem = f"{chosen.__name__} cannot be followed without data: {type(error).__name__}: {error}"
+        return Described(shape=None, problem=problem[:500])
+
+
+def limit_memory() -> None:
+    """Let this process allocate no more than a description takes: it holds no model."""
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _MOST_MEMORY if most == resource.RLIM_INFINITY else min(_MOST_MEMORY, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
+def layer_roles(model: Any) -> dict[str, Role]:
+    """Say what each linear module of a loaded model does, from a copy of its class that holds no weights.
+
+    Unsloth's classes compute with kernels of its own, which fake tensors cannot pass: there the place of a module among
+    the others tells alone.
+
+    Args:
+        model: As transformers loaded it, without adapters or with. It is neither changed nor computed with.
+
+    Returns:
+        Path → role, for every linear module but the head.
+    """
+    if model not in _roles_of:
+        if "unsloth" in sys.modules:
+            _roles_of[model] = roles(model)
+        else:
+            config = copy.deepcopy(model.config)
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            _roles_of[model] = _Outline(build(type(model), config), config).roles()
+    return _roles_of[model]
+
+
+def build(chosen: Any, config: Any) -> Any:
+    """Build a class of transformers on the meta device.
+
+    Raises:
+        BadModel: It cannot be built so.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        if (getattr(part, "num_hidden_layers", None) or 0) > _MOST_LAYERS:
+            raise BadModel(f"{part.num_hidden_layers} layers; no model has that many")
+    try:
+        with torch.device("meta"):
+            model = chosen._from_config(config, attn_implementation=attention_of(chosen), dtype=HALF)
+    except Exception as error:
+        raise BadModel(f"{chosen.__name__} cannot be built: {type(error).__name__}: {error}"[:500]) from error
+    model.requires_grad_(False)
+    model.train()
+    return model
+
+
+class _Outline:
+    """Reads one model's shape."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self._model, self._text = model, config.get_text_config(decoder=True)
+        self._layers = layers_of(model)
+        self._inside = tuple(layer.prefix for layer in self._layers)
+        self._passes = WithoutData(model, self._text, self._layers)
+
+    def roles(self) -> dict[str, Role]:
+        """Say what each linear module does."""
+        what = roles(self._model)
+        reached = self._passes.reached()
+        firsts = {layer.kind: layer.prefix for layer in self._layers if layer.first}
+        prefixes = {layer.prefix: firsts[layer.kind] for layer in self._layers}
+        for path, role in what.items():
+            # Layers behind the first of their kind did not compute: what counts is the module in the same place there.
+            own = next((prefix for prefix in prefixes if path.startswith(prefix)), None)
+            alike = path if own is None else prefixes[own] + path.removeprefix(own)
+            if role not in ("tower", "special") and alike not in reached:
+                what[path] = "unreached"
+        return what
+
+    def shape(self, family: str) -> ModelShape:
+        """Put it together."""
+        what = self.roles()
+        unfused = self._passes.unfused()
+        fused = self._passes.fused(unfused)
+        embeddings, head = self._embeddings(), self._head()
+        owned = {id(parameter) for parameter in (*embeddings, *head)}
+        blocks = tuple(self._blocks(what, fused, unfused, owned))
+        outside = self._part(None, what, fused, unfused, owned)
+        vocab, positions = int(self._text.vocab_size), getattr(self._text, "max_position_embeddings", None)
+        return ModelShape(
+            family=family,
+            class_name=type(self._model).__name__,
+            attention="sdpa" if attention_of(type(self._model)) == "sdpa" else "eager",
+            hidden=int(self._text.hidden_size),
+            vocab=vocab,
+            max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+            tied_embeddings=not any(parameter.dim() == 2 for parameter in head),
+            blocks=blocks,
+            outside=outside,
+            embedding_parameters=sum(parameter.numel() for parameter in embeddings),
+            head_parameters=sum(parameter.numel() for parameter in head),
+            logits_kept=unfused.seen(None).logits / (unfused.tokens * vocab),
+        )
+
+    def _embeddings(self) -> list[nn.Parameter]:
+        """Return the weights of all embeddings outside the layers."""
+        unique = {}
+        for path, module in self._model.named_modules():
+            if isinstance(module, nn.Embedding) and not path.startswith(self._inside):
+                unique[id(module.weight)] = module.weight
+        return list(unique.values())
+
+    def _head(self) -> list[nn.Parameter]:
+        """Return the output head's parameters that are not the embedding's."""
+        head = output_head(self._model)
+        if head is None:
+            return []
+        shared = {id(parameter) for parameter in self._embeddings()}
+        return [parameter for parameter in head.parameters() if id(parameter) not in shared]
+
+    def _blocks(self, what: dict[str, Role], fused: Passed, unfused: Passed, owned: set[int]) -> Iterator[Block]:
+        """Yield the layers by kind. Parameters that an earlier layer has are not counted again."""
+        kinds: dict[int, list[Layer]] = {}
+        for layer in self._layers:
+            kinds.setdefault(layer.kind, []).append(layer)
+        for kind, members in kinds.items():
+            part = self._part(members[0], what, fused, unfused, owned)
+            owned |= {id(parameter) for member in members for parameter in member.module.parameters()}
+            indexes = tuple(member.index for member in members)
+            yield Block(members[0].container, indexes, part, unfused.computes(kind))
+
+    def _part(
+        self, layer: Layer | None, what: dict[str, Role], fused: Passed, unfused: Passed, owned: set[int]
+    ) -> Part:
+        """Describe a layer, or without one what is outside all layers.
+
+        Args:
+            owned: Parameters that are counted elsewhere.
+        """
+        module, kind = (self._model, None) if layer is None else (layer.module, layer.kind)
+        linears = tuple(self._linears(layer, what, unfused, owned))
+        stacked = () if layer is None else tuple(tensor for _, tensor in stacked_experts(layer.module))
+        parameters = {
+            id(parameter): parameter.numel() for parameter in module.parameters() if id(parameter) not in owned
+        }
+        return Part(
+            linears=linears,
+            stacked=stacked,
+            others=sum(parameters.values()) - Part(linears, stacked).parameters,
+            inputs=unfused.seen(kind).inputs / unfused.tokens,
+            window=window_of(module) if layer is not None else None,
+            kept=fused.kept(kind),
+            unfused=unfused.kept(kind),
+        )
+
+    def _linears(
+        self, layer: Layer | None, what: dict[str, Role], unfused: Passed, owned: set[int]
+    ) -> Iterator[Linear]:
+        prefix, seen = ("", unfused.seen(None)) if layer is None else (layer.prefix, unfused.seen(layer.kind))
+        counted = set(owned)
+        for path, module in linear_modules(self._model):
+            elsewhere = not path.startswith(prefix) if layer is not None else path.startswith(self._inside)
+            if elsewhere or id(module.weight) in counted:  # a module may be in several places
+                continue
+            counted.add(id(module.weight))
+            reads = seen.reads(path, prefix)
+            yield Linear(path.removeprefix(prefix), *features(module), module.bias is not None, reads, what[path])
+
+
+if __name__ == "__main__":
+    # Takes a config.json on the standard input and writes what it describes.
+    sys.stdout.write(describe(json.load(sys.stdin)).model_dump_json(indent=1))

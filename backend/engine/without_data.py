@@ -1,0 +1,345 @@
+"""Passes through a model whose tensors have sizes and types but no data (torch's FakeTensorMode).
+
+Fake tensors take the kernels that a CPU would take, and autograd keeps of them what it would keep of real ones. One
+layer of each kind computes; the others hand on what they are given.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+from transformers.integrations import moe
+
+from domain.models.shape import Kept, Passes
+from engine.layer_kinds import Layer
+from engine.roles import linear_modules
+
+ROWS = 2
+HALF, FULL = torch.bfloat16, torch.float32
+# Two lengths give what grows with T and what grows with T². Both are multiples of every chunk that layers work in; a
+# layer that computes token by token takes the short ones.
+_LENGTHS, _SHORT_LENGTHS = (256, 512), (32, 64)
+_MODE = FakeTensorMode(allow_non_fake_inputs=True)
+# Where a configuration says that attention weights are dropped in training.
+_ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
+
+
+@dataclass
+class Seen:
+    """What one forward pass showed of one kind of layer, or (under no kind) of what is outside the layers.
+
+    Attributes:
+        size: Bytes of what it keeps.
+        storages: What it keeps.
+        read: Path of a linear module → the storage of its input.
+        inputs: Elements of the layer's input.
+        logits: Elements kept that have the logits' size; they are not in `size`.
+    """
+
+    size: int = 0
+    storages: set[int] = field(default_factory=set)
+    read: dict[str, int] = field(default_factory=dict)
+    inputs: int = 0
+    logits: int = 0
+
+    def reads(self, path: str, prefix: str) -> str:
+        """Say who else keeps a linear module's input, in the words of `domain.models.shape.Linear`."""
+        storage = self.read.get(path)
+        if storage is None:
+            return "own"
+        if storage in self.storages:
+            return "kept"
+        readers = [reader for reader, read in self.read.items() if read == storage]
+        return "own" if len(readers) == 1 else readers[0].removeprefix(prefix)
+
+
+# What a pass showed, by kind of layer.
+Shown = dict[int | None, Seen]
+
+
+class Passed:
+    """What passes of both lengths showed, by compute type and by whether a mask was passed."""
+
+    def __init__(self, lengths: tuple[int, int]) -> None:
+        self.lengths = lengths
+        self.shown: dict[tuple[torch.dtype, bool], list[Shown]] = {}
+
+    def seen(self, kind: int | None) -> Seen:
+        """Return what the shorter pass in fp32 without a mask showed of one kind of layer."""
+        return self.shown[FULL, False][0].get(kind, Seen())
+
+    def computes(self, kind: int | None) -> bool:
+        """Tell whether text passes through layers of that kind."""
+        return kind in self.shown[FULL, False][0]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of that pass."""
+        return ROWS * self.lengths[0]
+
+    def kept(self, kind: int | None) -> Passes:
+        """Return what layers of that kind keep."""
+        half, half_masked, full, full_masked = (
+            self._grown(*(at.get(kind, Seen()).size for at in self.shown[width, masked]))
+            for width in (HALF, FULL)
+            for masked in (False, True)
+        )
+        return Passes(half, half_masked, full, full_masked)
+
+    def _grown(self, short: int, long: int) -> Kept:
+        """Solve a·T + b·T² from the bytes at two lengths."""
+        first, second = self.lengths
+        square = (long / second - short / first) / (second - first) / ROWS
+        return Kept(short / first / ROWS - square * first, square)
+
+
+class WithoutData:
+    """Passes through one model.
+
+    Args:
+        model: On the meta device. Fake tensors take the place of its own.
+        text: The configuration of its text part.
+        layers: Its layers.
+    """
+
+    def __init__(self, model: Any, text: Any, layers: list[Layer]) -> None:
+        self._model, self._text, self._layers = model, text, layers
+
+    def unfused(self) -> Passed:
+        """Pass through it as a CPU computes."""
+        return self._passed(self._suitable_lengths(), dropout=True)
+
+    def fused(self, unfused: Passed) -> Passed:
+        """Pass through it as a GPU computes, whose fused attention drops attention weights without keeping them."""
+        dropouts = (getattr(self._text, name, 0) for name in _ATTENTION_DROPOUTS)
+        if not any(isinstance(value, float) and value > 0 for value in dropouts):
+            return unfused
+        return self._passed(unfused.lengths, dropout=False)
+
+    def reached(self) -> set[str]:
+        """Return the paths of the linear modules that a gradient reaches, among those that computed."""
+        reached: set[str] = set()
+        _make_fake(self._model, FULL)
+
+        def note(path: str) -> Callable[[Any, Any, Any], None]:
+            def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                if isinstance(output, torch.Tensor) and output.requires_grad:
+                    output.register_hook(lambda _gradient: reached.add(path))
+
+            return hook
+
+        handles = [module.register_forward_hook(note(path)) for path, module in linear_modules(self._model)]
+        watch = _Watch(self._model, self._layers, int(self._text.vocab_size))
+        try:
+            with watch.watching(), _as_real(masked=False), _MODE, _Answers():
+                self._forward(_SHORT_LENGTHS[0], masked=False).float().sum().backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return reached
+
+    def _passed(self, lengths: tuple[int, int], *, dropout: bool) -> Passed:
+        passed = Passed(lengths)
+        for width in (HALF, FULL):
+            _make_fake(self._model, width)
+            for masked in (False, True):
+                passed.shown[width, masked] = [self._pass(at, masked=masked, dropout=dropout) for at in lengths]
+        return passed
+
+    def _suitable_lengths(self) -> tuple[int, int]:
+        """Choose the lengths by whether more tensors are kept of more tokens, and not only larger ones."""
+        _make_fake(self._model, FULL)
+        short, long = (
+            sum(len(seen.storages) for seen in self._pass(length, masked=False, dropout=True).values())
+            for length in _SHORT_LENGTHS
+        )
+        return _SHORT_LENGTHS if long - short > _SHORT_LENGTHS[0] // 2 else _LENGTHS
+
+    def _pass(self, length: int, *, masked: bool, dropout: bool) -> Shown:
+        watch = _Watch(self._model, self._layers, int(self._text.vocab_size))
+        with watch.watching(), _as_real(masked=masked), nullcontext() if dropout else _WithoutDropout():
+            self._forward(length, masked=masked)
+        return watch.shown
+
+    def _forward(self, length: int, *, masked: bool) -> torch.Tensor:
+        with _MODE, _Answers():
+            arguments: dict[str, Any] = {"use_cache": False}
+            if masked:
+                arguments["attention_mask"] = torch.ones((ROWS, length), dtype=torch.long)
+            logits: torch.Tensor = self._model(
+                input_ids=torch.zeros((ROWS, length), dtype=torch.long), **arguments
+            ).logits
+        return logits
+
+
+def _make_fake(model: nn.Module, compute: torch.dtype) -> None:
+    """Put fake tensors of a compute type in place of a model's tensors; ties stay."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                kind = compute if parameter.dtype in (HALF, FULL) else parameter.dtype
+                with _MODE:
+                    empty = torch.empty(parameter.shape, dtype=kind, device="cpu")
+                made[id(parameter)] = nn.Parameter(empty, requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                with _MODE:
+                    module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+class _Watch:
+    """Notes what a forward pass keeps, and by which layer."""
+
+    def __init__(self, model: nn.Module, layers: list[Layer], vocab: int) -> None:
+        self._model, self._layers, self._vocab = model, layers, vocab
+        self._owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        self._noted: dict[int, Any] = {}  # held, so that no other storage gets its place in memory
+        self._shared: set[int] = set()  # what layers are given beside their input: one for all of them
+        self._within: list[int | None] = [None]
+        self._outputs: dict[int, Any] = {}
+        self.shown: Shown = {None: Seen()}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch what is computed within."""
+        embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        handles = [embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))]
+        standing_in = []
+        for layer in self._layers:
+            if layer.first:
+                handles.append(layer.module.register_forward_pre_hook(self._entering(layer.kind), with_kwargs=True))
+                handles.append(layer.module.register_forward_hook(self._leaving(layer.kind)))
+            else:
+                standing_in.append(layer.module)
+                layer.module.forward = self._handing_on(layer)  # type: ignore[method-assign]
+        handles += [
+            module.register_forward_pre_hook(self._reading(path)) for path, module in linear_modules(self._model)
+        ]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in standing_in:
+                del module.forward
+            self._outputs.clear()
+
+    def _entering(self, kind: int) -> Callable[..., None]:
+        def enter(_module: Any, arguments: Any, named: Any) -> None:
+            self._within.append(kind)
+            hidden = arguments[0] if arguments else named.get("hidden_states")
+            seen = self.shown.setdefault(kind, Seen())
+            seen.inputs = hidden.numel() if isinstance(hidden, torch.Tensor) else 0
+            others = [value for value in tree_leaves((arguments, named)) if isinstance(value, torch.Tensor)]
+            self._shared |= {value.untyped_storage()._cdata for value in others if value is not hidden}
+
+        return enter
+
+    def _leaving(self, kind: int) -> Callable[..., None]:
+        def leave(_module: Any, _arguments: Any, output: Any) -> None:
+            self._outputs[kind] = output
+            self._within.pop()
+
+        return leave
+
+    def _handing_on(self, layer: Layer) -> Callable[..., Any]:
+        """Return what stands in for a layer like one that has computed: it hands its input on in the same form."""
+        forward = layer.module.forward
+
+        def hand_on(*arguments: Any, **named: Any) -> Any:
+            if layer.kind not in self._outputs:  # the first of its kind was not passed
+                return forward(*arguments, **named)
+            output = self._outputs[layer.kind]
+            hidden = arguments[0] if arguments else named["hidden_states"]
+            return type(output)([hidden, *output[1:]]) if type(output) in (tuple, list) else hidden
+
+        return hand_on
+
+    def _reading(self, path: str) -> Callable[[Any, Any], None]:
+        def read(_module: Any, arguments: Any) -> None:
+            if arguments and isinstance(arguments[0], torch.Tensor):
+                storage = arguments[0].untyped_storage()
+                self._noted.setdefault(storage._cdata, storage)
+                self.shown.setdefault(self._within[-1], Seen()).read[path] = storage._cdata
+
+        return read
+
+    def _note(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._owned or any(key in seen.storages for seen in self.shown.values()):
+            return tensor
+        self._noted[key] = storage
+        seen = self.shown[None if key in self._shared else self._within[-1]]
+        seen.storages.add(key)
+        if tensor.dim() and tensor.shape[-1] == self._vocab and tensor.is_floating_point():
+            seen.logits += tensor.numel()
+        else:
+            seen.size += storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def _as_real(*, masked: bool) -> Iterator[None]:
+    """Have transformers do with fake tensors what it would do with real ones.
+
+    It makes a mask of fake tensors every time, of real ones only where one is needed; and torch's grouped product takes
+    no fake tensors in fp32. A product with one expert's matrix keeps the same.
+    """
+    replaced: dict[Any, dict[str, Any]] = {moe: {"_grouped_mm": _as_one_expert}}
+    if not masked:
+        replaced[masking_utils] = {
+            "is_tracing": lambda _tensor=None: False,
+            "find_packed_sequence_indices": lambda _positions: None,
+        }
+    own = {module: {name: getattr(module, name) for name in names} for module, names in replaced.items()}
+    _set(replaced)
+    try:
+        yield
+    finally:
+        _set(own)
+
+
+def _as_one_expert(rows: torch.Tensor, weight: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
+    return rows.to(weight.dtype) @ weight[0]
+
+
+def _set(functions: dict[Any, dict[str, Any]]) -> None:
+    for module, names in functions.items():
+        for name, function in names.items():
+            setattr(module, name, function)
+
+
+class _Answers(TorchDispatchMode):
+    """Answers what a model asks a tensor for its value, which a fake one does not have: no, or one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator of torch."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return False if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Takes dropout out of scaled_dot_product_attention, so that a CPU takes the fused kernel as a GPU would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        kwargs = kwargs or {}
+        if func is nn.functional.scaled_dot_product_attention and kwargs.get("dropout_p"):
+            kwargs = kwargs | {"dropout_p": 0.0}
+        return func(*args, **kwargs)
