@@ -32,6 +32,9 @@ _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]{1,256})\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
 )
+# What macOS and Windows leave beside people's files; Finder's zips hold the first and, for each file, one of "._".
+_LITTER_FOLDER = "__MACOSX"
+_LITTER = frozenset({".DS_Store", "Icon\r", "Thumbs.db", "desktop.ini"})
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 
 
@@ -76,19 +79,62 @@ def kept_files(names: Iterable[str]) -> list[str]:
     return sorted(kept, key=lambda name: (name == WEIGHTS, name))
 
 
-def check_names(where: str, names: Iterable[str]) -> None:
+def is_litter(name: str) -> bool:
+    """Tell whether a file is one that an operating system leaves beside people's files.
+
+    Args:
+        name: A relative path with `/`.
+    """
+    path = PurePosixPath(name)
+    return _LITTER_FOLDER in path.parts or path.name in _LITTER or path.name.startswith("._")
+
+
+def adapter_folder(where: str, names: Iterable[str]) -> str:
+    """Find the folder with the adapter: the top, or the only one with an adapter_config.json.
+
+    Args:
+        where: For the message.
+        names: Relative paths with `/`.
+
+    Returns:
+        The folder with a `/` at its end; nothing for the top. If no folder has an adapter: the one in which all files
+        lie.
+
+    Raises:
+        AdapterRejected: There are several.
+    """
+    present = set(names)
+    found = sorted(
+        (name.removesuffix(CONFIG) for name in present if name.rpartition("/")[2] == CONFIG),
+        key=lambda folder: (folder.count("/"), folder),
+    )
+    # A run's checkpoints lie in the folder of the adapter that it ended with.
+    outer = [folder for at, folder in enumerate(found) if not any(folder.startswith(other) for other in found[:at])]
+    if len(outer) > 1:
+        named = ", ".join(folder.rstrip("/")[:100] for folder in outer[:10])
+        raise AdapterRejected(
+            f"{where} holds {len(outer)} adapters, in the folders {named}; send one of them on its own."
+        )
+    if outer:
+        return outer[0]
+    tops = {name.partition("/")[0] for name in present if "/" in name}
+    return f"{tops.pop()}/" if len(tops) == 1 and all("/" in name for name in present) else ""
+
+
+def check_names(where: str, names: Iterable[str], beside: Iterable[str] = ()) -> None:
     """Refuse a collection of files with pickles in it, or without an adapter.
 
     Args:
         where: For the message.
         names: Relative paths with `/`.
+        beside: The files that lie outside of the adapter's folder.
 
     Raises:
         NoSafeWeights: The weights are there as a pickle only.
         AdapterRejected: There are pickles beside them, or no adapter.
     """
     present = set(names)
-    pickles = sorted(name for name in present if PurePosixPath(name).suffix.lower() in _PICKLED)
+    pickles = sorted(name for name in {*present, *beside} if PurePosixPath(name).suffix.lower() in _PICKLED)
     if WEIGHTS not in present and "adapter_model.bin" in present:
         raise NoSafeWeights(
             f"{where} has its weights in adapter_model.bin only, which can run code and is not read. Convert it to "
@@ -101,7 +147,14 @@ def check_names(where: str, names: Iterable[str]) -> None:
         )
     for name in (CONFIG, WEIGHTS):
         if name not in present:
-            raise AdapterRejected(f"{where} has no {name}: it is not an adapter as PEFT saves it.")
+            raise AdapterRejected(f"{where} has no {name}: it is not an adapter as PEFT saves it.{_hint(present)}")
+
+
+def _hint(present: set[str]) -> str:
+    """Say what to do with what is there in place of an adapter of PEFT's."""
+    if present & {"adapters.safetensors", "adapters.npz"}:
+        return " The weights are as mlx-lm saves them: convert them to PEFT's names and orientation first."
+    return ""
 
 
 def choose_adapter(model_id: str, files: Iterable[RepoFile]) -> Selection:

@@ -11,7 +11,7 @@ from typing import IO
 
 from core.errors import AdapterRejected, PathNotAllowed, TooLarge
 from core.files import storage_errors
-from domain.adapter_files import CONFIG, check_names, kept_files
+from domain.adapter_files import adapter_folder, check_names, is_litter, kept_files
 
 _CHUNK_BYTES = 2**20
 _MAX_ENTRIES = 10_000
@@ -44,7 +44,7 @@ def allowed_folder(path: str, roots: Sequence[Path]) -> Path:
 
 
 def copy_folder(source: Path, target: Path, max_bytes: int, roots: Sequence[Path] = ()) -> None:
-    """Copy an adapter's files out of a folder.
+    """Copy an adapter's files out of a folder. They are at its top, or in the only folder with an adapter.
 
     Args:
         source: The folder.
@@ -58,11 +58,14 @@ def copy_folder(source: Path, target: Path, max_bytes: int, roots: Sequence[Path
         TooLarge, StorageFull: There is no room for them.
     """
     inside = [root.resolve() for root in (source, *roots)]
-    names = list(_walk(source, inside))
-    check_names(f"The folder {source.name}", names)
+    where = f"The folder {source.name}"
+    names = [name for name in _walk(source, inside) if not is_litter(name)]
+    top = adapter_folder(where, names)
+    inner = [name.removeprefix(top) for name in names if name.startswith(top)]
+    check_names(where, inner, [name for name in names if not name.startswith(top)])
     left = max_bytes
-    for name in kept_files(names):
-        with _open_plain(source / name, inside) as file:
+    for name in kept_files(inner):
+        with _open_plain(source / top / name, inside) as file:
             left = _copy(file, target / name, left, max_bytes)
 
 
@@ -101,7 +104,7 @@ def _open_plain(path: Path, inside: list[Path]) -> IO[bytes]:
 
 
 def unzip(archive: Path, target: Path, max_bytes: int) -> None:
-    """Unpack an adapter's files. They are at the top of the zip, or in its only folder.
+    """Unpack an adapter's files. They are at the top of the zip, or in the only folder with an adapter.
 
     Raises:
         AdapterRejected: It is broken, is packed in an unknown way, or names a path outside of it.
@@ -111,8 +114,10 @@ def unzip(archive: Path, target: Path, max_bytes: int) -> None:
     _check_directory(archive)
     try:
         with zipfile.ZipFile(archive) as opened:
-            members = _members(opened.infolist())
-            check_names("The zip", members)
+            everything = _members(opened.infolist())
+            top = adapter_folder("The zip", everything)
+            members = {name.removeprefix(top): info for name, info in everything.items() if name.startswith(top)}
+            check_names("The zip", members, [name for name in everything if not name.startswith(top)])
             left = max_bytes
             kept = kept_files(members)
             if sum(members[name].file_size for name in kept) > max_bytes:
@@ -149,7 +154,7 @@ def _check_directory(archive: Path) -> None:
 
 
 def _members(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Return the files of a zip by their path below its top, or below its only folder.
+    """Return the files of a zip by their path, without what operating systems leave beside people's files.
 
     Raises:
         AdapterRejected: A member is a link or a device, is there twice, or has a path that leads out of the zip.
@@ -160,7 +165,8 @@ def _members(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     for info in infos:
         name, mode = info.filename, info.external_attr >> 16
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not name.isprintable():
+        shown = name.removesuffix("\r") if is_litter(name) else name  # macOS has a file of such a name
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not shown.isprintable():
             raise AdapterRejected(f"The zip names the path {name!r:.100}, which leaves it.")
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise AdapterRejected(f"{name!r:.100} in the zip is a link or a device.")
@@ -171,10 +177,7 @@ def _members(infos: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
         if str(path) in members:
             raise AdapterRejected(f"{name!r:.100} is in the zip twice.")
         members[str(path)] = info
-    tops = {name.split("/")[0] for name in members}
-    if CONFIG not in members and len(tops) == 1:
-        members = {name.partition("/")[2]: info for name, info in members.items()}
-    return members
+    return {name: info for name, info in members.items() if not is_litter(name)}
 
 
 def _copy(source: IO[bytes], target: Path, left_bytes: int, max_bytes: int) -> int:

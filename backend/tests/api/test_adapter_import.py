@@ -164,6 +164,19 @@ def test_the_forms_of_other_tools_are_served(
     studio.http.delete(f"/api/peft/loaded-models/{loaded['id']}")
 
 
+def test_a_zip_made_by_the_macos_finder_is_taken_and_one_with_two_adapters_is_not(studio: StudioServer) -> None:
+    files = {f"my adapter/{name}": content for name, content in adapter_files().items()}
+    litter = {"__MACOSX/my adapter/._adapter_config.json": b"\0\5\x16\7", "my adapter/.DS_Store": b"\0"}
+    taken = upload(studio, zip_of(files | litter), "my adapter.zip")
+    assert taken.status_code == 201, taken.text
+    assert {file["name"] for file in taken.json()["files"]} == {*adapter_files(), "manifest.json"}
+    studio.http.delete(f"/api/adapters/{taken.json()['id']}")
+    before = stored(studio)
+    refused = upload(studio, zip_of(files | {f"other/{name}": content for name, content in adapter_files().items()}))
+    assert (refused.status_code, refused.json()["type"]) == (422, "/problems/adapter-rejected")
+    assert "my adapter, other" in refused.json()["detail"] and stored(studio) == before
+
+
 def test_an_adapter_that_was_trained_here_through_unsloth_comes_back_in(studio: StudioServer) -> None:
     content = studio.http.get(f"/api/adapters/{train(studio)}/download").content
     files = {name: data for name, data in _members(content).items() if name != "manifest.json"}

@@ -96,6 +96,72 @@ def test_a_zip_is_read_at_its_top_or_in_its_one_folder(tmp_path: Path, prefix: s
     assert unzipped(tmp_path, zip_of(adapter_files() | {"evil.py": b"x"}, prefix)) == adapter_files()
 
 
+# Finder's "Compress": the folder itself, and for each file one of its attributes in a tree of their own.
+FINDER = {
+    "__MACOSX/my adapter/._adapter_config.json": b"\0\5\x16\7",
+    "__MACOSX/._my adapter": b"\0\5\x16\7",
+    "my adapter/.DS_Store": b"\0",
+    ".DS_Store": b"\0",
+}
+LITTER: dict[str, tuple[str, dict[str, bytes]]] = {
+    "Finder": ("my adapter/", FINDER),
+    "Finder, the files alone": ("", {"__MACOSX/._adapter_config.json": b"x", "._README.md": b"x", ".DS_Store": b"x"}),
+    "Finder, a folder with an icon": ("my adapter/", {"my adapter/Icon\r": b"", "__MACOSX/my adapter/._Icon\r": b"x"}),
+    "attributes named like a pickle": ("a/", {"__MACOSX/a/._optimizer.pt": b"x", "a/._adapter_model.bin": b"x"}),
+    "Explorer": ("my adapter/", {"my adapter/Thumbs.db": b"x", "desktop.ini": b"x"}),
+    "two folders deep": ("export/my adapter/", {"export/notes.txt": b"x"}),
+    "files beside the folder": (
+        "my adapter/",
+        {"README.md": b"another", "results.json": b"{}", "plots/loss.png": b"x"},
+    ),
+    "a run's checkpoints": (
+        "out/",
+        {"out/checkpoint-9/adapter_config.json": b"{}", "out/checkpoint-9/README.md": b"x"},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LITTER)
+def test_what_systems_and_people_leave_beside_an_adapter_is_passed_over(tmp_path: Path, kind: str) -> None:
+    prefix, litter = LITTER[kind]
+    assert unzipped(tmp_path, zip_of(litter | {prefix + name: data for name, data in adapter_files().items()})) == (
+        adapter_files()
+    )
+
+
+@pytest.mark.parametrize("kind", LITTER)
+def test_a_folder_is_searched_as_a_zip_is(tmp_path: Path, kind: str) -> None:
+    prefix, litter = LITTER[kind]
+    source = write_files(tmp_path / "in", litter | {prefix + name: data for name, data in adapter_files().items()})
+    (tmp_path / "out").mkdir()
+    copy_folder(source, tmp_path / "out", LIMIT)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == adapter_files()
+
+
+@pytest.mark.parametrize(
+    "folders", [("a", "b"), ("runs/first", "runs/second"), ("a", "b/c"), ("out/checkpoint-1", "out/checkpoint-2")]
+)
+def test_several_adapters_are_refused_by_name(tmp_path: Path, folders: tuple[str, str]) -> None:
+    files = {f"{folder}/{name}": data for folder in folders for name, data in adapter_files().items()}
+    for take in (
+        lambda: unzipped(tmp_path, zip_of(files | {"__MACOSX/c/adapter_config.json": b"x"})),
+        lambda: copy_folder(write_files(tmp_path / "in", files), tmp_path / "never", LIMIT),
+    ):
+        with pytest.raises(AdapterRejected, match=f"2 adapters, in the folders {folders[0]}, {folders[1]};"):
+            take()
+
+
+def test_weights_of_another_folder_are_not_the_adapters(tmp_path: Path) -> None:
+    split = {"a/adapter_config.json": b"{}", "adapter_model.safetensors": b"x", "b/adapter_model.safetensors": b"x"}
+    with pytest.raises(AdapterRejected, match=r"no adapter_model\.safetensors"):
+        unzipped(tmp_path, zip_of(split))
+
+
+def test_weights_of_mlx_are_told_from_none_at_all(tmp_path: Path) -> None:
+    with pytest.raises(AdapterRejected, match="as mlx-lm saves them"):
+        unzipped(tmp_path, zip_of({"adapters.safetensors": b"x", "adapter_config.json": b"{}"}))
+
+
 def member(name: str, **attributes: Any) -> bytes:
     """Return a sound adapter's zip with one more member, made as told."""
     buffer = io.BytesIO()
@@ -118,6 +184,12 @@ def member(name: str, **attributes: Any) -> bytes:
         (member("..\\x"), "leaves it"),
         (member("C:x"), "leaves it"),
         (member("a\nb"), "leaves it"),
+        (member("__MACOSX/../../x"), "leaves it"),
+        (member("../.DS_Store"), "leaves it"),
+        (member("/._x"), "leaves it"),
+        (member("a\rb/Icon\r"), "leaves it"),
+        (member("__MACOSX/._x", external_attr=0o120777 << 16), "link or a device"),
+        (member("beside/optimizer.pt"), "optimizer.pt"),
         (member("tokenizer.json", external_attr=0o120777 << 16), "link or a device"),
         (member("tokenizer.json", external_attr=0o020666 << 16), "link or a device"),
         (member("tokenizer.json", external_attr=0o010666 << 16), "link or a device"),
