@@ -24,6 +24,8 @@ READ = frozenset({
     "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core",
     "qalora_group_size", "peft_version",
 })  # fmt: skip
+# These say which layers are adapted.
+TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # These change what an adapter computes, or have files read: they must be as if they were not there.
 CHANGING = frozenset({
     "alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication", "lora_bias",

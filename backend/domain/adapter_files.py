@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import AdapterRejected, NoSafeWeights
-from domain.adapter_config import MAX_RANK, read_settings, serve_layers
+from domain.adapter_config import MAX_RANK, TARGETING, read_settings, serve_layers
 from domain.hub.tree import RepoFile, Selection
 from domain.models.config_checks import check_asks_for_no_code
 from domain.models.load_files import is_named_template, vocabulary_files
@@ -28,6 +28,8 @@ _TOKENIZER_FILES = frozenset(
 _KEPT_FILES = frozenset({CONFIG, WEIGHTS, CARD, "README.md", "manifest.json"})
 # Formats whose readers run what a file tells them to, or may (pickle and its wrappers).
 _PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz"})
+_PREFIX = "base_model.model."
+_NAMED = re.compile(r"\.lora_[AB]\.\w+\.weight$")  # as in the model itself
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>[A-Za-z0-9_.]{1,256})\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector(?:\.weight)?)"
@@ -45,6 +47,8 @@ class AdapterFacts:
     Attributes:
         config: As it is stored; `rewritten` names the settings that are not as they came.
         warnings: A sentence for each thing that was left out.
+        targeting: The settings that name layers, as they came.
+        layers: Input and output features of each layer that there are weights for.
         parameters: Of all tensors.
     """
 
@@ -54,6 +58,8 @@ class AdapterFacts:
     base_model: str | None
     base_revision: str | None
     algorithm: Algorithm
+    targeting: dict[str, Any]
+    layers: dict[str, tuple[int, int]]
     parameters: int
 
 
@@ -187,7 +193,8 @@ def read_facts(where: str, config: Any, header: SafetensorsHeader) -> AdapterFac
     check_asks_for_no_code(where, CONFIG, config)
     reading = read_settings(config)
     _refuse(where, reading.problems)
-    serve_layers(reading, _ranks(where, config, header))
+    layers = _layers(where, config, header)
+    serve_layers(reading, {module: a[0] for module, (a, _) in layers.items()})
     _refuse(where, reading.problems)
     return AdapterFacts(
         config=reading.config,
@@ -196,6 +203,8 @@ def read_facts(where: str, config: Any, header: SafetensorsHeader) -> AdapterFac
         base_model=config.get("base_model_name_or_path"),
         base_revision=config.get("revision"),
         algorithm=_algorithm(config),
+        targeting={name: config.get(name) for name in TARGETING},
+        layers={module: (a[1], b[0]) for module, (a, b) in layers.items()},
         parameters=header.parameters,
     )
 
@@ -211,15 +220,15 @@ def _algorithm(config: Mapping[str, Any]) -> Algorithm:
     return Algorithm.RSLORA if config.get("use_rslora") else Algorithm.LORA
 
 
-def _ranks(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -> dict[str, int]:
-    """Return the rank of each layer that the tensors belong to, once each has its A and B of one rank."""
+def _layers(
+    where: str, config: Mapping[str, Any], header: SafetensorsHeader
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return the shapes of A and B of each layer that the tensors belong to, once it has both, of one rank."""
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in header.shapes.items():
         matched = _TENSOR.fullmatch(name)
         if matched is None:
-            raise AdapterRejected(
-                f"{where}: {WEIGHTS} holds {name[:120]!r}, which is neither A, B nor a magnitude of a linear layer."
-            )
+            raise AdapterRejected(f"{where}: {WEIGHTS} holds {name[:120]!r}, {_misnamed(name)}.")
         parts.setdefault(matched["module"], {})[matched["part"].split(".")[0]] = shape
     if not parts or header.parameters_by_dtype.keys() - _FLOATS:
         raise AdapterRejected(f"{where}: {WEIGHTS} holds {dict(header.parameters_by_dtype)}; floats are expected.")
@@ -228,4 +237,13 @@ def _ranks(where: str, config: Mapping[str, Any], header: SafetensorsHeader) -> 
         a, b = shapes.get("lora_A", ()), shapes.get("lora_B", ())
         if shapes.keys() != wanted or len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= MAX_RANK:
             raise AdapterRejected(f"{where}: the tensors of {module} do not belong together.")
-    return {module: parts[module]["lora_A"][0] for module in sorted(parts)}
+    return {module: (parts[module]["lora_A"], parts[module]["lora_B"]) for module in sorted(parts)}
+
+
+def _misnamed(name: str) -> str:
+    """Say what is wrong with a tensor's name."""
+    if not name.startswith(_PREFIX):
+        return f"and the names of an adapter that PEFT saved begin with {_PREFIX}"
+    if _NAMED.search(name):
+        return "which holds the adapter's name; PEFT saves an adapter without it"
+    return "which is neither A, B nor a magnitude of a linear layer"

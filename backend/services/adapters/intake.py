@@ -5,7 +5,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,14 +24,17 @@ from core.manifest import NAME as MANIFEST
 from core.manifest import FolderDamaged, verify, write_manifest
 from core.settings import get_settings
 from core.singleton import singleton
+from domain.adapter_config import TARGETING
 from domain.adapter_files import CONFIG, WEIGHTS, AdapterFacts, choose_adapter
+from domain.adapter_fit import fit
 from domain.hub.repos import model_repo
 from domain.models.records import check_model_id, check_revision
 from services.adapters.checks import check_adapter, check_small_files, read_card, read_json
 from services.adapters.staging import allowed_folder, copy_folder, unzip
 from services.hub.downloads import Downloads, get_downloads
 from services.hub.snapshot_spec import Part, SnapshotSpec
-from services.model_registry_service import get_model_files
+from services.model_registry_service import get_model_facts, get_model_files
+from services.models.facts import ModelFacts
 from services.models.files import ModelFiles
 from store.database import Database, get_database
 from store.records import AdapterRecord, to_text
@@ -120,11 +123,12 @@ class AdapterIntake:
         roots: tuple[Path, ...],
         max_bytes: int,
         files: ModelFiles,
+        models: ModelFacts,
         downloads: Downloads,
         clock: Clock,
     ) -> None:
         self._database, self._folder, self._roots, self._max_bytes = database, folder, roots, max_bytes
-        self._files, self._downloads, self._clock = files, downloads, clock
+        self._files, self._models, self._downloads, self._clock = files, models, downloads, clock
         folder.mkdir(parents=True, exist_ok=True)
 
     def from_folder(self, path: str, settings: ImportSettings) -> AdapterRecord:
@@ -187,6 +191,7 @@ class AdapterIntake:
             _check_sums(folder, name)
             facts = check_adapter(folder, name)
             base, revision = self._base_of(facts, settings, name)
+            facts = self._fitted(facts, base, revision, name)
             card = read_card(folder, name)
             rewritten = _write_config(folder, facts, base, revision)
             write_manifest(folder, {"adapter_id": adapter_id, "source": source})
@@ -242,6 +247,27 @@ class AdapterIntake:
             self._files.check(str(base), revision)
         return str(base), revision
 
+    def _fitted(self, facts: AdapterFacts, base: str, revision: str | None, name: str) -> AdapterFacts:
+        """Check an adapter against its base, if it is known what that is made of.
+
+        Raises:
+            AdapterRejected: It does not fit.
+        """
+        try:
+            shape = self._models.shape(base, revision)
+        except (NotFound, Unavailable, AccessDenied, ModelRejected):
+            shape = None  # judged when it is loaded
+        if shape is None:
+            return facts
+        found = fit(facts.layers, facts.targeting, shape)
+        if found.problem is not None:
+            raise AdapterRejected(f"{name} does not fit {base}: {found.problem}.")
+        if not found.lacks_idle:
+            return facts
+        # PEFT would ask for weights of those layers, too.
+        config = facts.config | {"target_modules": sorted(facts.layers)} | dict.fromkeys(TARGETING[1:])
+        return replace(facts, config=config, rewritten=tuple(sorted({*facts.rewritten, "target_modules"})))
+
 
 def _check_sums(folder: Path, name: str) -> None:
     """Check an adapter that this service has handed out against the sums that came with it."""
@@ -276,6 +302,7 @@ def get_adapter_intake() -> AdapterIntake:
         (settings.home, *settings.model_dirs),
         settings.max_upload_bytes,
         get_model_files(),
+        get_model_facts(),
         get_downloads(),
         SystemClock(),
     )

@@ -164,6 +164,62 @@ def test_the_forms_of_other_tools_are_served(
     studio.http.delete(f"/api/peft/loaded-models/{loaded['id']}")
 
 
+def renamed(old: str, new: str) -> dict[str, bytes]:
+    tensors = {name.replace(old, new): value for name, value in adapter_tensors().items()}
+    return adapter_files() | {"adapter_model.safetensors": safetensors_bytes(tensors)}
+
+
+def without(words: str, **settings: Any) -> dict[str, bytes]:
+    tensors = {name: value for name, value in adapter_tensors().items() if words not in name}
+    return adapter_files(**settings) | {"adapter_model.safetensors": safetensors_bytes(tensors)}
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            renamed("model.model.model.", "model.model."),
+            "no layer of that name, as it has model.layers.0.self_attn.q_proj",
+        ),
+        (renamed("model.model.model.", "model.model.model.model."), "no layer of that name"),
+        (renamed("base_model.model.", ""), "begin with base_model.model."),
+        (renamed("base_model.model.", "module."), "begin with base_model.model."),
+        (renamed("lora_A.", "lora_A.default."), "the adapter's name"),
+        (renamed("layers.1.", "layers.2."), "model.layers.2.self_attn.q_proj"),
+        (without("layers.1."), "its settings name model.layers.1.self_attn.q_proj and one more layer"),
+        (without("layers.0.self_attn.v_proj"), "its settings name model.layers.0.self_attn.v_proj,"),
+        (without("layers.1.", target_modules=r".*\.[qv]_proj"), "its settings name model.layers.1."),
+        (without("v_proj"), "its settings name model.layers.0.self_attn.v_proj and one more layer"),
+        (
+            adapter_files()
+            | {"adapter_model.safetensors": safetensors_bytes(adapter_tensors(shapes={"q_proj": (32, 64)}))},
+            "takes 32 features and gives 64, and the base's takes 64",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_its_base_is_refused_at_the_door(
+    studio: StudioServer, files: dict[str, bytes], words: str
+) -> None:
+    before = stored(studio)
+    refused = upload(studio, zip_of(files))
+    assert (refused.status_code, refused.json()["type"]) == (422, "/problems/adapter-rejected"), refused.text
+    assert words in refused.json()["detail"] and stored(studio) == before
+
+
+def test_an_adapter_on_some_of_the_layers_is_served_and_one_of_a_base_that_is_not_known_is_kept(
+    studio: StudioServer,
+) -> None:
+    taken = upload(studio, zip_of(without("layers.1.", layers_to_transform=[0])))
+    assert taken.status_code == 201, taken.text
+    loaded = studio.load(TINY_ID)
+    studio.generate(loaded["id"], "say 3 twice", taken.json()["id"])
+    studio.http.delete(f"/api/peft/loaded-models/{loaded['id']}")
+    elsewhere = upload(studio, zip_of(without("layers.1.")), base_model_id="nobody/knows-it")
+    assert elsewhere.status_code == 201, elsewhere.text
+    for adapter in (taken, elsewhere):
+        studio.http.delete(f"/api/adapters/{adapter.json()['id']}")
+
+
 def test_a_zip_made_by_the_macos_finder_is_taken_and_one_with_two_adapters_is_not(studio: StudioServer) -> None:
     files = {f"my adapter/{name}": content for name, content in adapter_files().items()}
     litter = {"__MACOSX/my adapter/._adapter_config.json": b"\0\5\x16\7", "my adapter/.DS_Store": b"\0"}
