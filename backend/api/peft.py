@@ -5,14 +5,15 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
+from starlette.types import Receive, Scope, Send
 
 from api import peft_schemas as schemas
 from api.hub_token import ASKS_THE_HUB
 from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
-from api.waiting import may_ask_the_hub, until_done
+from api.waiting import may_ask_the_hub, until_done, until_done_or_gone
 from core.errors import StudioError
 from domain.configure import Configuration
 from domain.peft.algorithms import SPECS, Algorithm
@@ -26,6 +27,7 @@ router = APIRouter(prefix="/api/peft", tags=["peft"])
 Peft = Annotated[PeftService, Depends(get_peft_service)]
 Generator = Annotated[GenerationService, Depends(get_generation_service)]
 Adapters = Annotated[AdapterService, Depends(get_adapter_service)]
+_CLIENT_GONE = 499  # in the log alone: nginx's status for a request whose client hung up
 
 
 @router.get("/algorithms")
@@ -114,8 +116,8 @@ def unload(loaded_model_id: str, peft: Peft) -> None:
 
 
 @router.post("/loaded-models/{loaded_model_id}/generate", response_model=schemas.GenerateResponse)
-async def generate(loaded_model_id: str, body: schemas.GenerateRequest, generator: Generator) -> Any:
-    """Continue a conversation or a prompt, with an adapter or the bare base."""
+async def generate(loaded_model_id: str, body: schemas.GenerateRequest, request: Request, generator: Generator) -> Any:
+    """Continue a conversation or a prompt, with an adapter or the bare base. A client that hangs up ends it."""
     command = Generate(**{name: getattr(body, name) for name in Generate.model_fields.keys() - {"request_id", "kind"}})
     if body.stream:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
@@ -125,19 +127,34 @@ async def generate(loaded_model_id: str, body: schemas.GenerateRequest, generato
 
         generation = await asyncio.to_thread(generator.start, loaded_model_id, command, put)
         generation.future.add_done_callback(lambda _: put(None))
-        return StreamingResponse(_events(generation, pieces, body.adapter_id), media_type="text/event-stream")
+        return _Stream(generation, _events(generation, pieces, body.adapter_id))
     generation = await asyncio.to_thread(generator.start, loaded_model_id, command)
     try:
-        await until_done(generation.future)
+        if not await until_done_or_gone(generation.future, request.receive):
+            return Response(status_code=_CLIENT_GONE)
     finally:
         generation.stop()
     return schemas.GenerateResponse(**generation.result().model_dump(), adapter_id=body.adapter_id)
 
 
+class _Stream(StreamingResponse):
+    """Streams a generation, and ends it with the response: a client may be gone before the first event is asked for."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.stop()
+
+
 async def _events(
     generation: Generation, pieces: "asyncio.Queue[str | None]", adapter_id: str | None
 ) -> AsyncIterator[bytes]:
-    """Yield token events and one last event; a reader that goes away stops the generation."""
+    """Yield token events and one last event."""
     try:
         while (piece := await pieces.get()) is not None:
             yield format_sse_event(data_str=json.dumps({"text": piece}), event="token")
@@ -146,5 +163,3 @@ async def _events(
         yield format_sse_event(data_str=json.dumps(done), event="done")
     except StudioError as error:
         yield format_sse_event(data_str=json.dumps({"type": error.slug, "detail": error.detail}), event="error")
-    finally:
-        generation.stop()

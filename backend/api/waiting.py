@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any, ParamSpec, TypeVar
 
 from anyio import CapacityLimiter, to_thread
+from starlette.types import Receive
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -18,6 +19,31 @@ async def until_done(future: "Future[Any]", timeout_s: float | None = None) -> N
     wrapped = asyncio.wrap_future(future)
     wrapped.add_done_callback(lambda done: done.cancelled() or done.exception())  # or asyncio logs it as unseen
     await asyncio.wait([wrapped], timeout=timeout_s)
+
+
+async def until_done_or_gone(future: "Future[Any]", receive: Receive) -> bool:
+    """Wait until another thread has resolved a future, or the client has hung up.
+
+    A server tells a handler that answers with one document of a hang-up only if it asks.
+
+    Args:
+        receive: The request's, after its body was read.
+
+    Returns:
+        Whether the client is still there.
+    """
+    done, gone = asyncio.ensure_future(until_done(future)), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait((done, gone), return_when=asyncio.FIRST_COMPLETED)
+        return done.done()
+    finally:
+        done.cancel()
+        gone.cancel()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def may_ask_the_hub(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -200,7 +200,7 @@ def test_an_engine_or_a_server_killed_in_the_middle_and_a_cancelled_export_leave
     tmp_path: Path, model_dirs: Path
 ) -> None:
     """With the embedded model, whose export takes seconds: there is a middle."""
-    files = adapter_files(base_model_name_or_path=EMBEDDED_ID)
+    files = adapter_files(base_model_name_or_path=EMBEDDED_ID, target_modules=["q_proj"])
     files["adapter_model.safetensors"] = safetensors_bytes(adapter_tensors(30, {"q_proj": (576, 576)}))
     with start_server(tmp_path / "home", model_dirs) as studio:
         source = write_files(studio.home / "inbox", files)
