@@ -11,6 +11,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from core.environment import without_secrets
+
 # Debian's libtcmalloc-minimal4, Fedora's gperftools-libs, Arch's gperftools, and one built by hand.
 _FOLDERS = (f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64", "/usr/lib", "/usr/local/lib")
 _LIBRARY = "libtcmalloc_minimal.so.4"
@@ -44,5 +46,5 @@ def has_symbol(libraries: str, symbol: str) -> bool:
     The loader skips a library that it cannot use, such as one for 32 bits. Only a trial shows whether it was loaded.
     """
     look = [sys.executable, "-I", "-S", "-c", f"import ctypes; ctypes.CDLL(None).{symbol}"]
-    environment = {**os.environ, "LD_PRELOAD": libraries}
+    environment = {**without_secrets(os.environ), "LD_PRELOAD": libraries}
     return subprocess.run(look, env=environment, stderr=subprocess.DEVNULL, check=False).returncode == 0

@@ -1,8 +1,8 @@
-"""The variables that begin with PEFT_STUDIO_: which there are, and which name was meant by one that there is not."""
+"""The environment's variables: those that begin with PEFT_STUDIO_, what an unknown one meant, and those kept secret."""
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,12 +28,24 @@ _SERVICE_LINK = re.compile(
 )
 # The prefix as people mistype it: in lower case, with another number of underscores, with hyphens.
 _LIKE_PREFIX = re.compile(r"peft[-_]*studio[-_]", re.IGNORECASE)
+# The server's own secrets, and other programs' by how they are named: no process that loads models needs any.
+_SECRETS = frozenset({"HUGGING_FACE_HUB_TOKEN", "PEFT_STUDIO_DATABASE_URL", "PGPASSWORD"})
+_SECRET_ENDING = re.compile(r"_(TOKEN|API_KEY|ACCESS_KEY|SECRET|SECRET_KEY|PASSWORD|CREDENTIALS)$")
 _SIMILAR = 0.6  # difflib's own bound for a good match
 
 
 def variable(field: str) -> str:
     """Return the variable of a setting."""
     return PREFIX + field.upper()
+
+
+def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables for a process that loads models: it downloads nothing, and sees no database and no client."""
+    return {
+        name: value
+        for name, value in variables.items()
+        if name.upper() not in _SECRETS and not _SECRET_ENDING.search(name.upper())
+    }
 
 
 def unknown_names(names: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core import allocator
+from core.environment import without_secrets
 from core.settings import get_settings
 from domain import protocol
 
@@ -60,7 +61,7 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
     command_read, command_write = os.pipe()
     event_read, event_write = os.pipe()
     environment = {
-        **os.environ,
+        **without_secrets(os.environ),
         **ENGINE_ENVIRONMENT,
         # Unsloth writes the code it generates to the working directory unless it is told where.
         "UNSLOTH_COMPILE_LOCATION": str(work_dir / "unsloth_compiled_cache"),
@@ -75,8 +76,6 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
         environment["CUDA_VISIBLE_DEVICES"] = gpu_uuid
     elif library := allocator.preload():  # of no use where tensors are in a GPU's memory, and untried there
         environment["LD_PRELOAD"] = str(library)
-    for secret in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"):
-        environment.pop(secret, None)
     try:
         process = subprocess.Popen(
             [sys.executable, "-m", "engine", backend],  # the last word is for whoever lists processes

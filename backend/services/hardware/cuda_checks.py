@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from core.environment import without_secrets
+
 _BACKEND = Path(__file__).resolve().parents[2]
 _LIMIT_S = 180.0  # importing Unsloth alone takes 10 s, and a first CUDA context several
 _TAIL_LINES = 5
@@ -68,7 +70,7 @@ def _start(command: tuple[str, ...], write: int, scratch: str, log: IO[bytes]) -
         [sys.executable, *command],
         cwd=_BACKEND,
         env={
-            **os.environ,
+            **without_secrets(os.environ),
             **_ENVIRONMENT,
             "PEFT_STUDIO_PARENT_PID": str(os.getpid()),
             "UNSLOTH_COMPILE_LOCATION": scratch,

@@ -15,6 +15,7 @@ from services.hardware.cuda_checks import CudaCheck, run_cuda_checks
 from services.hardware.host_probe import HostProbe
 from services.hardware.nvml_probe import GpuReading, NvmlProbe
 from services.hardware_service import PACKAGES, HardwareService, installed_versions, select_engine
+from tests.core.test_environment import SECRETS
 from tests.services.hardware.test_host_probe import FakeSystem, Stopwatch
 from tests.services.hardware.test_nvml_probe import FakeNvml, h100, lost, no_driver, t4
 
@@ -243,6 +244,13 @@ with os.fdopen(int(os.environ["PEFT_STUDIO_RESULT_FD"]), "w") as results:
 def test_what_the_libraries_print_is_not_taken_for_the_result() -> None:
     (check,) = run_cuda_checks(("-c", RESULT.replace("DETAIL", "'as it is'")))
     assert (check.status, check.detail) == ("pass", "as it is")
+
+
+def test_the_checks_are_given_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        monkeypatch.setenv(name, "canary")
+    (check,) = run_cuda_checks(("-c", RESULT.replace("DETAIL", "' '.join(os.environ.values())")))
+    assert check.status == "pass" and "canary" not in check.detail
 
 
 def test_a_result_longer_than_a_pipe_holds_arrives_whole() -> None:

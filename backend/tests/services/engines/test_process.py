@@ -16,6 +16,7 @@ from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
 from domain.results import Loaded, MemoryHeld
 from services.engines.process import CommandFailed, EngineDied, EngineProcess
+from tests.core.test_environment import SECRETS
 from tests.support.server import BACKEND, wait_until
 
 pytestmark = pytest.mark.engine
@@ -162,6 +163,16 @@ def test_an_engine_is_shown_its_one_gpu_by_uuid(tmp_path: Path) -> None:
         environment = psutil.Process(engine.pid).environ()
         assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-1234"
         assert environment["UNSLOTH_COMPILE_LOCATION"].startswith(str(tmp_path))
+    finally:
+        engine.close()
+
+
+def test_an_engine_is_given_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SECRETS:
+        monkeypatch.setenv(name, "canary")
+    engine = EngineProcess(tmp_path / "engine.log")
+    try:
+        assert "canary" not in psutil.Process(engine.pid).environ().values()
     finally:
         engine.close()
 
