@@ -40,7 +40,7 @@ def variable(field: str) -> str:
 
 
 def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables for a process that loads models: it downloads nothing, and sees no database and no client."""
+    """Return the variables for a process that loads models: it sees no Hub, no database and no client."""
     return {
         name: value
         for name, value in variables.items()
