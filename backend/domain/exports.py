@@ -32,6 +32,29 @@ class PushSettings(Stored):
     token: Literal["request", "server"]
 
 
+class ExportCheck(Stored):
+    """How an export was compared with base and adapter before it was called succeeded.
+
+    Attributes:
+        tensors: Compared one by one.
+        prompts: Answered by both.
+        tokens: Of the prompts.
+        difference: Of the answers' logits: the norm of the difference by their norm, at the median token. None where no
+            answers were compared; the notes say why.
+        tolerance: What the rounding of its type may make of it.
+        elapsed_s: How long the check took.
+        notes: What could not be compared.
+    """
+
+    tensors: int
+    prompts: int
+    tokens: int
+    difference: float | None
+    tolerance: float
+    elapsed_s: float
+    notes: list[str]
+
+
 class MergedModel(Stored):
     """A normal model with the adapter in its weights.
 
@@ -39,12 +62,14 @@ class MergedModel(Stored):
         size_bytes: Of the weights.
         dtype: Their type.
         notes: How they were computed.
+        check: How it was checked; None in records of exports that were not.
     """
 
     size_bytes: int
     dtype: str
     adapted_layers: int
     notes: list[str]
+    check: ExportCheck | None = None
 
 
 class GgufFile(Stored):
@@ -54,6 +79,7 @@ class GgufFile(Stored):
         size_bytes: Of the tensors.
         tensors: How many there are of each type.
         pre_tokenizer: By llama.cpp's name.
+        check: How it was checked; None in records of exports that were not.
     """
 
     filename: str
@@ -62,6 +88,7 @@ class GgufFile(Stored):
     pre_tokenizer: str
     adapted_layers: int
     notes: list[str]
+    check: ExportCheck | None = None
 
 
 class PushedAdapter(Stored):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, Literal, Never, Self, TypeVar, cast,
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
-from domain.exports import GgufFile, MergedModel
+from domain.exports import ExportCheck, GgufFile, MergedModel
 from domain.jobs.figures import TrainingFigures
 from domain.jobs.progress import StepFigures
 from domain.models.gguf import GgufType
@@ -174,6 +174,7 @@ ErrorClass = Literal[
     "bad_model",
     "disk_full",
     "cannot_save",
+    "export_differs",
     "cancelled",
     "paused",
     "engine",
@@ -399,6 +400,23 @@ class ExportGguf(Command[GgufFile, Progress]):
     about: AboutExport
 
 
+class CheckExport(Command[ExportCheck, Progress]):
+    """Load what an export wrote with stock transformers, and compare it with base and adapter.
+
+    The engine that carries it out holds no base. `precision` and `quantization` say how the engine that wrote the
+    export held the base, and `rounded_elsewhere` whether it rounded the base to few bits on another device than this.
+    """
+
+    kind: Literal["check_export"] = "check_export"
+    base_path: str
+    adapter_path: str
+    export_path: str
+    gguf_file: str | None
+    precision: Literal["fp32", "bf16", "fp16"]
+    quantization: Literal["none", "nf4", "int8"]
+    rounded_elsewhere: bool
+
+
 StopMode = Literal["discard", "pause", "keep"]
 
 
@@ -431,6 +449,7 @@ AnyCommand = (
     | Describe
     | Merge
     | ExportGguf
+    | CheckExport
     | PrepareGguf
     | PreparePickled
 )

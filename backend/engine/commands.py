@@ -7,7 +7,7 @@ import torch
 
 from core.errors import StorageFull
 from domain import protocol
-from domain.exports import GgufFile, MergedModel
+from domain.exports import ExportCheck, GgufFile, MergedModel
 from domain.jobs.figures import TrainingFigures
 from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared
 from engine.base import Base
@@ -36,6 +36,7 @@ class CommandLoop:
                 protocol.Describe.carried_out_by(self._describe),
                 protocol.Merge.carried_out_by(self._merge),
                 protocol.ExportGguf.carried_out_by(self._export_gguf),
+                protocol.CheckExport.carried_out_by(self._check_export),
                 protocol.PrepareGguf.carried_out_by(self._prepare_gguf),
                 protocol.PreparePickled.carried_out_by(self._prepare_pickled),
             ]
@@ -129,6 +130,11 @@ class CommandLoop:
         from engine.gguf_export import export_gguf
 
         return export_gguf(base, command, self._channel)
+
+    def _check_export(self, command: protocol.CheckExport) -> ExportCheck:
+        from engine.export_check import check_export
+
+        return check_export(command, self._channel)
 
     def _prepare_gguf(self, command: protocol.PrepareGguf) -> Prepared:
         from engine.gguf import prepare_gguf

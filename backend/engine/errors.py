@@ -5,6 +5,7 @@ CommandError
 ├── BadSetting    a setting cannot take effect on this model
 ├── BadModel      the model's files cannot be loaded
 ├── NotFinite     the loss became NaN or infinite
+├── ExportDiffers an export is not what base and adapter make
 ├── CannotSave    what was trained, or would be, cannot be written as an adapter
 └── OutOfMemory   the device has no memory left
 """
@@ -47,6 +48,12 @@ class NotFinite(CommandError):
     """The loss became NaN or infinite."""
 
     error_class = "not_finite"
+
+
+class ExportDiffers(CommandError):
+    """An export is not what base and adapter make."""
+
+    error_class = "export_differs"
 
 
 class CannotSave(CommandError):

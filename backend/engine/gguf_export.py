@@ -230,15 +230,15 @@ def _packed(tensor: _Tensor, model: GgufModel, merged: MergedWeights) -> "np.nda
     value = merged.compute(tensor.source, torch.float32)
     if model.permuted:
         if ".q_proj." in tensor.source:
-            value = _permuted(value, model.heads)
+            value = permuted(value, model.heads)
         elif ".k_proj." in tensor.source:
-            value = _permuted(value, model.kv_heads)
+            value = permuted(value, model.kv_heads)
     if tensor.kind == GGMLQuantizationType.F16 and float(value.abs().max()) > _LARGEST_F16:
         raise BadSetting(f"{tensor.source} has values beyond {_LARGEST_F16:.0f}, the largest of f16; use bf16 or f32")
     return quantize(value.numpy(), tensor.kind)
 
 
-def _permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows of q or k. transformers rotates the two halves of a head, llama.cpp neighbouring pairs.
 
     Args:
