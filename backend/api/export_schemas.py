@@ -62,7 +62,9 @@ class ExportResponse(Response):
     progress: ExportProgressInfo | None = Field(description="While it runs.")
     attempts: int
     history: list[ExportChange]
-    result: dict[str, Any] | None = Field(description="What was made and how: its type, its size, notes.")
+    result: dict[str, Any] | None = Field(
+        description="What was made and how: its type, its size, notes, and in `check` how it was compared."
+    )
     files: list[ExportFile]
     path: str | None = Field(description="Its folder on the server's machine, once it is whole.")
     error: JobError | None

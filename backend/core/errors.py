@@ -61,7 +61,8 @@ To add one:
     │   └── DatabaseUnavailable
     ├── EngineFailed  502
     │   ├── EngineDied                services.engines.process
-    │   └── CommandFailed             services.engines.process
+    │   ├── CommandFailed             services.engines.process
+    │   └── ExportNotProven           services.exports.check
     └── StorageFull  507
 """
 

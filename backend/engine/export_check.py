@@ -24,6 +24,7 @@ from engine.channel import Channel
 from engine.errors import BadModel, ExportDiffers
 from engine.stock_model import ExpectedTensor, StockModel, answers, load_stock
 from engine.tensor_difference import difference
+from engine.transformers_backend import DTYPES
 
 _TEXTS = (
     "The capital of France is Paris, and the river that flows through it is the Seine.",
@@ -39,7 +40,6 @@ _DRAWN_TOKENS = 64
 # measured.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "q8_0": 1e-1}
 _MERGE_CHANGES = frozenset({"quantization_config", "dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id"})
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _READER_BYTES_A_NUMBER = 8  # transformers' reader of GGUF holds a file in fp32, and then the model beside it
 
 
@@ -261,7 +261,7 @@ def _is_there(twin: str, stock: StockModel, written: Written) -> bool:
 
 def _held_dtype(base: Path, command: CheckExport) -> torch.dtype:
     """Return the type to hold the base in: that of its files where the engine that merged lost nothing of it."""
-    held = _PRECISIONS[command.precision]
+    held = DTYPES[command.precision]
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     stored = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     lossless = isinstance(stored, torch.dtype) and (held == torch.float32 or held == stored)

@@ -15,9 +15,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.errors import BadModel
+from engine.model_class import attention_of, model_class
 from engine.stored_names import StoredNames
 
 _ADAPTER = "default"  # PEFT's name for the one adapter
@@ -64,18 +66,19 @@ def load_stock(
     Raises:
         BadModel: It cannot be loaded.
     """
-    config = None
+    config, loader = None, AutoModelForCausalLM
     if quantization == "nf4":
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     elif quantization == "int8":
         config = BitsAndBytesConfig(load_in_8bit=True)
     with _load_errors(folder.name):
         if "gguf_file" not in options:
-            kind = type(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
-            chosen = AutoModelForCausalLM._model_mapping[kind]
+            published = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             # Named, so that a config cannot make transformers fetch a kernel.
-            options["attn_implementation"] = "sdpa" if chosen._supports_sdpa else "eager"
-        model, about = AutoModelForCausalLM.from_pretrained(
+            options["attn_implementation"] = attention_of(model_class(published)[0])
+            if type(published) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+                loader = AutoModelForImageTextToText
+        model, about = loader.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=config,

@@ -14,6 +14,7 @@ from core.zip_stream import zip_files
 from domain.exports import ExportChange, ExportSettings
 from domain.jobs.export_states import FINAL_STATES, ExportKind, ExportState
 from services.adapter_service import AdapterService, get_adapter_service
+from services.exports.check import SET_ASIDE, ExportChecker
 from services.exports.control import ExportProgress
 from services.exports.ledger import ExportLedger
 from services.exports.model_export import ModelExport
@@ -22,7 +23,7 @@ from services.exports.queue import ExportQueue, Work
 from services.hardware.host_probe import get_host_probe
 from services.hub.http import get_hub_http
 from services.hub.uploads import HubUploads
-from services.model_registry_service import get_model_facts
+from services.model_registry_service import get_model_facts, get_model_files
 from services.peft_service import get_peft_service
 from store.database import get_database
 from store.records import ExportRecord, to_text
@@ -167,18 +168,27 @@ class ExportService:
         if record.state not in FINAL_STATES:
             raise TransitionNotPermitted(f"The export is {record.state.value}; cancel it first.")
         self.ledger.delete(export_id)
-        shutil.rmtree(self._folder / export_id, ignore_errors=True)
+        for name in (export_id, f"{export_id}{SET_ASIDE}"):
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
 
 @singleton
 def get_export_service() -> ExportService:
     """Return the process's export service."""
     adapters, clock = get_adapter_service(), SystemClock()
-    model_export = ModelExport(get_peft_service(), adapters, get_model_facts(), get_host_probe().oom_kills)
+    peft, oom_kills, settings = get_peft_service(), get_host_probe().oom_kills, get_settings()
+    checker = ExportChecker(
+        peft,
+        get_model_files(),
+        oom_kills,
+        log_dir=settings.home / "logs",
+        engine_silence_s=settings.engine_silence_s,
+    )
+    model_export = ModelExport(peft, adapters, get_model_facts(), checker, oom_kills)
     works: dict[ExportKind, Work] = {
         ExportKind.MERGED: model_export,
         ExportKind.GGUF: model_export,
         ExportKind.PUSH: HubPush(adapters, HubUploads(get_hub_http())),
     }
     ledger = ExportLedger(get_database(), clock)
-    return ExportService(ledger, adapters, works, get_settings().home / "exports", clock)
+    return ExportService(ledger, adapters, works, settings.home / "exports", clock)

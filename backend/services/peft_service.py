@@ -153,6 +153,25 @@ class PeftService:
         runs_on = where.loaded.base if where.loaded is not None else place(self._machine, "auto", where, config)[0]
         self._pool.admit_run(f"Training {where.model_id}", judge, where.device, runs_on)
 
+    def make_room(self, what: str, needed_bytes: int) -> int | None:
+        """Unload idle models whose memory on the host something else needs.
+
+        Args:
+            what: Names it, for the log.
+            needed_bytes: How much it takes.
+
+        Returns:
+            What is free now; None where that cannot be known.
+        """
+
+        def judge(device: Device) -> Assessment:
+            free = device.available_bytes
+            fits = free is None or needed_bytes <= free
+            return Assessment("fits" if fits else "does_not_fit", free, None)
+
+        self._pool.make_room(what, judge, self._machine.device("cpu"))
+        return self.device("cpu").available_bytes
+
     def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
         """Name settings that would need less memory, and how much less; none where the model's layers are not known."""
         shape = self._facts.shape(model_id, revision)

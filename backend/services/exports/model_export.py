@@ -8,10 +8,10 @@ from domain.exports import ExportResult, ExportSettings, GgufSettings
 from domain.jobs.export_states import ExportKind
 from domain.models.gguf import read_gguf_model
 from domain.peft.algorithms import Algorithm
-from domain.protocol import R
 from services.adapter_service import AdapterService
-from services.engines.process import CommandFailed, EngineDied, EngineProcess, death_class
-from services.exports.control import ExportControl, ExportStopped
+from services.exports.asking import ask
+from services.exports.check import ExportChecker
+from services.exports.control import ExportControl
 from services.loading.borrowing import borrow
 from services.models.facts import ModelFacts
 from services.peft_service import ConfiguredLoad, LoadedModel, PeftService
@@ -22,13 +22,23 @@ class ModelExport:
     """Makes an adapter and its base into one model.
 
     Args:
+        peft: Loads the base.
+        adapters: Has the adapter's folder.
+        facts: Has the base's config.
+        checker: Checks what was made.
         oom_kills: Counts the processes that the kernel has killed for want of memory.
     """
 
     def __init__(
-        self, peft: PeftService, adapters: AdapterService, facts: ModelFacts, oom_kills: Callable[[], int]
+        self,
+        peft: PeftService,
+        adapters: AdapterService,
+        facts: ModelFacts,
+        checker: ExportChecker,
+        oom_kills: Callable[[], int],
     ) -> None:
-        self._peft, self._adapters, self._facts, self._oom_kills = peft, adapters, facts, oom_kills
+        self._peft, self._adapters, self._facts = peft, adapters, facts
+        self._checker, self._oom_kills = checker, oom_kills
 
     def accept(self, kind: ExportKind, adapter: AdapterRecord, settings: ExportSettings) -> None:
         """Refuse a GGUF of a base that llama.cpp does not know. The base's config alone decides.
@@ -53,11 +63,18 @@ class ModelExport:
         """
         adapter = self._adapters.verified(record.adapter_id)
         model = self._load(adapter)
+        held = model.base.key
         with borrow(model, f"exporting {record.id}", control.wait_for) as process:
             if isinstance(record.settings, GgufSettings):
                 command = _export_gguf(adapter, record, record.settings, folder)
-                return self._request(process, control, command)
-            return self._request(process, control, _merge(adapter, record, folder))
+                file = ask(process, control, command, self._oom_kills)
+            else:
+                merged = ask(process, control, _merge(adapter, record, folder), self._oom_kills)
+        # The base is free again: where memory is short, the check has its place.
+        if isinstance(record.settings, GgufSettings):
+            check = self._checker.check(adapter, held, folder, file.filename, control)
+            return file.model_copy(update={"check": check})
+        return merged.model_copy(update={"check": self._checker.check(adapter, held, folder, None, control)})
 
     def _load(self, adapter: AdapterRecord) -> LoadedModel:
         """Load the base with the quantization of the training. The precision is this machine's choice."""
@@ -66,24 +83,6 @@ class ModelExport:
         where = self._peft.on_device(adapter.base_model_id, adapter.base_revision)
         config = self._peft.configure(algorithm, None, overrides, where).config
         return self._peft.load(ConfiguredLoad(where.model_id, where.revision, algorithm, config))
-
-    def _request(
-        self, process: EngineProcess, control: ExportControl, command: protocol.Command[R, protocol.Progress]
-    ) -> R:
-        control.check()
-        kills = self._oom_kills()
-        future = process.request(command, lambda event: control.report(event.stage, event.fraction))
-        control.call_on_stop(lambda: process.stop(command.request_id))
-        try:
-            return future.result()
-        except CommandFailed as error:
-            if error.extras["error_class"] == "cancelled":
-                raise ExportStopped("The export was stopped.") from error
-            raise
-        except EngineDied as error:
-            control.check()  # the server ends, and its engines with it
-            error.extras["error_class"] = death_class(error, out_of_memory=self._oom_kills() > kills)
-            raise
 
 
 def _merge(adapter: AdapterRecord, record: ExportRecord, folder: Path) -> protocol.Merge:

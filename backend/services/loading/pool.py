@@ -114,6 +114,17 @@ class BasePool:
                 own = runs_on
             self._make_room(what, judge, device, own)
 
+    def make_room(self, what: str, judge: Callable[[Device], Assessment], device: Device) -> None:
+        """Unload idle bases if something beside them needs their memory.
+
+        Args:
+            what: Names it.
+            judge: Says whether it fits on a device, without an estimate: what does not fit even then is not refused.
+            device: Where it runs.
+        """
+        with self._admission:
+            self._make_room(what, judge, device, None)
+
     def join_or_start(
         self, wanted: BaseRequest, judge: Callable[[Device], Assessment], register: Callable[[LoadedBase], T]
     ) -> T:

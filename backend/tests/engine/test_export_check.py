@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,6 @@ from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckExport, Progress
 from engine import export_check, merged_weights
-from engine import gguf_export as gguf_module
 from engine.channel import Stopped
 from engine.errors import BadModel, ExportDiffers
 from engine.export_check import TOLERANCES, check_export, distance
@@ -298,7 +298,7 @@ def test_a_gguf_file_is_checked_and_a_fault_in_it_found(
 
     def without_v(self: MergedWeights, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         if name == "model.layers.1.self_attn.v_proj.weight":
-            return self.tensors[name].host.weight.detach().to(dtype or torch.float32)  # type: ignore[union-attr, operator]
+            return self.tensors[name].host.weight.detach().to(dtype or torch.float32)
         return compute(self, name, dtype)
 
     monkeypatch.setattr(MergedWeights, "compute", without_v)
@@ -315,8 +315,8 @@ def test_a_gguf_that_transformers_reads_otherwise_is_found(
     make_adapter(base, LORA, tmp_path / "adapter")
     made = run_gguf(base, tmp_path, "f32")
     assert check(tmp_path / "base", tmp_path, gguf=made.filename).notes == []
-    describe = gguf_module.GGUFWriter.add_rope_freq_base
-    monkeypatch.setattr(gguf_module.GGUFWriter, "add_rope_freq_base", lambda self, _: describe(self, 3.0))
+    describe = GGUFWriter.add_rope_freq_base
+    monkeypatch.setattr(GGUFWriter, "add_rope_freq_base", lambda self, _: describe(self, 3.0))
     run_gguf(base, tmp_path, "f32")
     with pytest.raises(ExportDiffers, match="no tensor differs"):
         check(tmp_path / "base", tmp_path, gguf=made.filename)
