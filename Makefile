@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-pythons check check-requirements check-container lock bench gpu-check clean
+.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-pythons check check-requirements check-container lock bench families gpu-check clean
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
@@ -14,6 +14,7 @@ help:
 	@echo "make check       linters, types, import contracts"
 	@echo "make check-container  every step of the Dockerfile, without a container engine (Linux, as root)"
 	@echo "make bench       benchmarks, as ratios"
+	@echo "make families    every model family of transformers in small; writes docs/families.md"
 	@echo "make setup       the environment alone (PYTHON=python3.12: with that Python)"
 	@echo "make lock        the exact versions anew, from pyproject.toml (UPGRADE=1: the newest)"
 	@echo "make gpu-check   proves every method on a GPU; GPU_CHECK=--cpu for what needs none"
@@ -80,6 +81,10 @@ lock: setup-dev
 
 bench: setup-dev
 	cd backend && for file in ../bench/bench_*.py; do ../$(PY) $$file || exit 1; done
+
+# An hour on two cores. FAMILIES="llama mamba": those alone, and no table.
+families: setup-dev
+	cd backend && PYTHONPATH=../bench OMP_NUM_THREADS=1 ../$(PY) -m families $(FAMILIES)
 
 # Needs a CUDA machine, and no network. GPU_CHECK=--cpu runs what a CPU can.
 gpu-check: setup-dev

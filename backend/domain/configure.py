@@ -220,6 +220,7 @@ _WHY_LEFT_OUT: Mapping[Role, str] = MappingProxyType(
         "tower": "{} modules for pictures or sound, through which no text passes",
         "unreached": "{} modules that no gradient reaches",
         "refused": "{} modules on which PEFT puts no adapter, or only together with stacked experts",
+        "bypassed": "{} modules whose weight is read past them",
         "special": "{} modules that compute more than a product",
     }
 )

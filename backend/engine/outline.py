@@ -79,6 +79,22 @@ def layer_roles(model: Any) -> dict[str, Role]:
     return _roles_of[model]
 
 
+def kept_in_full(chosen: Any, config: Any) -> list[str]:
+    """Name the modules that must not be stored in fewer bits: the head, and those whose weight is read past them.
+
+    Args:
+        chosen: The class.
+        config: Its configuration.
+
+    Raises:
+        BadModel: It cannot be built.
+    """
+    model = build(chosen, config)
+    head = output_head(model)
+    heads = [path for path, module in model.named_modules() if module is head]
+    return heads + [path for path, role in _Outline(model, config).roles().items() if role == "bypassed"]
+
+
 def build(chosen: Any, config: Any) -> Any:
     """Build a class of transformers on the meta device.
 
@@ -110,7 +126,7 @@ class _Outline:
     def roles(self) -> dict[str, Role]:
         """Say what each linear module does."""
         what = roles(self._model)
-        reached = self._passes.reached()
+        called, reached = self._passes.reached()
         firsts = {layer.kind: layer.prefix for layer in self._layers if layer.first}
         prefixes = {layer.prefix: firsts[layer.kind] for layer in self._layers}
         for path, role in what.items():
@@ -118,7 +134,7 @@ class _Outline:
             own = next((prefix for prefix in prefixes if path.startswith(prefix)), None)
             alike = path if own is None else prefixes[own] + path.removeprefix(own)
             if role not in ("tower", "special") and alike not in reached:
-                what[path] = "unreached"
+                what[path] = "unreached" if alike in called else "bypassed"
         return what
 
     def shape(self, family: str) -> ModelShape:

@@ -1,5 +1,6 @@
 """Plain transformers + PEFT, which run everywhere, the CPU included."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from domain.peft.config import PeftConfig
 from engine.batches import Batch
 from engine.loss import SummedLoss
 from engine.model_class import attention_of, model_class
+from engine.outline import kept_in_full
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def quantization_config(config: PeftConfig) -> BitsAndBytesConfig | None:
+def quantization_config(config: PeftConfig, in_full: list[str] | None = None) -> BitsAndBytesConfig | None:
     """Describe the storage of the base's linear weights in bitsandbytes' terms."""
     if config.quantization == "nf4":
         return BitsAndBytesConfig(
@@ -23,9 +25,10 @@ def quantization_config(config: PeftConfig) -> BitsAndBytesConfig | None:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[config.precision],
+            llm_int8_skip_modules=in_full,
         )
     if config.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=in_full)
     return None
 
 
@@ -38,8 +41,10 @@ def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any,
     Raises:
         BadModel: No class of transformers predicts the next token with it.
     """
-    quantization = quantization_config(config)
     chosen, published = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True))
+    quantization = None
+    if config.quantization != "none":
+        quantization = quantization_config(config, kept_in_full(chosen, copy.deepcopy(published)))
     model = chosen.from_pretrained(
         path,
         config=published,

@@ -124,13 +124,15 @@ class WithoutData:
             return unfused
         return self._passed(unfused.lengths, dropout=False)
 
-    def reached(self) -> set[str]:
-        """Return the paths of the linear modules that a gradient reaches, among those that computed."""
+    def reached(self) -> tuple[set[str], set[str]]:
+        """Return the paths of the linear modules that are called, and of those that a gradient reaches."""
+        called: set[str] = set()
         reached: set[str] = set()
         _make_fake(self._model, FULL)
 
         def note(path: str) -> Callable[[Any, Any, Any], None]:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
+                called.add(path)
                 if isinstance(output, torch.Tensor) and output.requires_grad:
                     output.register_hook(lambda _gradient: reached.add(path))
 
@@ -144,7 +146,7 @@ class WithoutData:
         finally:
             for handle in handles:
                 handle.remove()
-        return reached
+        return called, reached
 
     def _passed(self, lengths: tuple[int, int], *, dropout: bool) -> Passed:
         passed = Passed(lengths)

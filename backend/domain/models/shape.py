@@ -13,12 +13,15 @@ from typing import Literal
 #   tower      it belongs to the part for pictures or sound, through which no text passes,
 #   unreached  no gradient reaches it, as where its output only chooses what others attend to,
 #   refused    PEFT does not put adapters there,
+#   bypassed   it is not called: its weight is read past it, as in a state space, or text does not come there,
 #   special    its class computes something else than a product with its weight.
 Role = Literal[
     "attention", "mlp", "state_space", "shared_expert", "expert", "other",
-    "router", "tower", "unreached", "refused", "special",
+    "router", "tower", "unreached", "refused", "bypassed", "special",
 ]  # fmt: skip
 ADAPTED: tuple[Role, ...] = ("attention", "mlp", "state_space", "shared_expert", "expert", "other")
+# bitsandbytes stores no other classes than torch's own, and what reads a weight past its module cannot read four bits.
+IN_FULL: tuple[Role, ...] = ("bypassed", "special")
 _WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -222,7 +225,7 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Elements of the linear modules' weights, which quantisation stores in fewer bits."""
-        return sum(linear.weights * count for linear, count in self.linears())
+        return sum(linear.weights * count for linear, count in self.linears() if linear.role not in IN_FULL)
 
     @property
     def stacked_parameters(self) -> int:

@@ -1,0 +1,133 @@
+"""Makes a small model of random weights of any family that transformers knows, with the tests' tokenizer beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from engine.model_class import attention_of, model_class
+
+_MOST_PARAMETERS = 40_000_000
+# By part of a name: every whole number of a configuration whose name holds it becomes so large at most. The first that
+# fits counts.
+_AT_MOST: tuple[tuple[str, int], ...] = (
+    *(("vocab_size", 400), ("num_hidden_layers", 2), ("n_layer", 2), ("num_layers", 2), ("decoder_layers", 2)),
+    *(("encoder_layers", 2), ("depth", 2), ("num_key_value_heads", 2), ("n_head_kv", 2), ("num_kv_heads", 2)),
+    *(("num_experts_per_tok", 2), ("moe_topk", 2), ("moe_k", 2), ("top_k", 2), ("experts_top", 2), ("n_group", 1)),
+    *(("topk_group", 1), ("n_shared_experts", 1), ("num_shared_experts", 1), ("moe_num_shared", 1)),
+    *(("first_k_dense", 1), ("experts", 4), ("num_local", 4), ("num_attention_heads", 4), ("n_head", 4), ("heads", 4)),
+    *(("global_head_dim", 16), ("head_dim", 16), ("rope_head", 8), ("v_head", 16), ("nope_head", 16), ("d_head", 16)),
+    *(("lora_rank", 32), ("chunk_size", 16), ("state_size", 16), ("d_state", 16), ("index_topk", 16)),
+    *(("moe_intermediate", 32), ("expert_intermediate", 32), ("intermediate", 128), ("ffn", 128), ("n_inner", 128)),
+    *(("hidden_size_per_layer", 16), ("laurel", 16), ("hidden_size", 64), ("n_embd", 64), ("d_model", 64)),
+    *(("embed_dim", 64), ("proj_dim", 64), ("image_size", 28), ("patch_size", 14), ("max_position", 512)),
+    *(("n_positions", 512), ("n_ctx", 512), ("max_seq_len", 512), ("max_source", 512), ("max_target", 512)),
+    *(("sliding_window", 64), ("attention_chunk", 64), ("max_window", 2), ("num_channels", 3)),
+)
+# Lists that follow from the sizes; the class makes its own.
+_DERIVED = frozenset(
+    {
+        *("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern", "no_rope_layers"),
+        *("moe_layers", "transformers_version", "dtype", "architectures", "full_attention_idxs", "attn_layer_indices"),
+        *("hybrid_layer_ids", "per_layer_config", "expert_layers", "mamba_layers", "cross_attention_layers"),
+    }
+)
+# What a family needs beside that.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    **{
+        name: {"layer_types": ["linear_attention", "full_attention"]}
+        for name in ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid")
+    },
+    **{
+        name: {"num_key_value_heads": 4}
+        for name in (
+            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "minicpm3", "axk1"),
+            *("axk2", "youtu", "kimi_k25", "nemotron", "mistral4", "longcat_flash"),
+        )
+    },
+    **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "ministral")},
+    **{name: {"rotary_dim": 16} for name in ("codegen", "gptj")},
+    **{
+        name: {"num_hidden_layers": 6, "num_kv_shared_layers": 0}
+        for name in ("gemma4", "gemma4_text", "gemma4_unified")
+    },
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
+    "gemma3n": {"num_hidden_layers": 6, "num_kv_shared_layers": 0, "intermediate_size": 128},
+    "gemma3n_text": {"num_hidden_layers": 6, "num_kv_shared_layers": 0, "intermediate_size": 128},
+    "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+}
+
+
+def families() -> list[str]:
+    """Name the families that predict the next token, and those of pictures and text that are tuned on text."""
+    causal = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in MODEL_FOR_MASKED_LM_MAPPING_NAMES]
+    return causal + [name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in causal]
+
+
+def make_small(family: str, folder: Path, tokenizer: Path) -> int:
+    """Write a model into a folder and return its parameters.
+
+    Args:
+        family: A model type.
+        folder: Is made.
+        tokenizer: A folder whose tokenizer goes beside it.
+
+    Raises:
+        Exception: Whatever the family's class says of sizes that do not go together.
+    """
+    tokens = AutoTokenizer.from_pretrained(tokenizer)
+    kind = CONFIG_MAPPING[family]
+    ends = {"bos_token_id": 1, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
+    config = kind(**_small(kind().to_dict(), _SPECIAL.get(family, {}), len(tokens), ends))
+    chosen, config = model_class(config)
+    with torch.device("meta"):
+        parameters = sum(int(parameter.numel()) for parameter in chosen._from_config(config).parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"{parameters:,} parameters: one of its sizes is not made small")
+    torch.manual_seed(0)
+    model = chosen._from_config(config, attn_implementation=attention_of(chosen), dtype=torch.float32)
+    ids = torch.tensor([tokens("hello there").input_ids])
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return parameters
+
+
+def _small(config: dict[str, Any], special: dict[str, Any], vocabulary: int, ends: dict[str, Any]) -> dict[str, Any]:
+    """Make every size of a configuration small."""
+    small: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in _DERIVED:
+            continue
+        if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
+            small[name] = _small(value, special, vocabulary, ends)
+        elif name in ends:
+            small[name] = ends[name]
+        elif name == "vocab_size":
+            small[name] = vocabulary
+        elif isinstance(value, dict) and "mrope_section" in value:
+            small[name] = value | {"mrope_section": [2, 3, 3]}  # of the half of a head of 16
+        elif type(value) is int:
+            small[name] = _limited(name, value)
+        else:
+            small[name] = value
+    return small | {name: value for name, value in special.items() if name in config}
+
+
+def _limited(name: str, value: int) -> int:
+    limit = next((limit for part, limit in _AT_MOST if part in name), None)
+    return value if limit is None else min(value, limit)
