@@ -94,6 +94,12 @@ class ConfigurationFit(Response):
     available_bytes: int
 
 
+class TrainedModules(Response):
+    role: str = Field(description="What the modules do: attention, mlp, state_space, shared_expert, expert, other.")
+    modules: int
+    parameters: int = Field(description="What an adapter trains in them.")
+
+
 class ConfigureResponse(Response):
     algorithm: Algorithm
     use_case: UseCaseId | None
@@ -103,6 +109,10 @@ class ConfigureResponse(Response):
     fit: ConfigurationFit | None = Field(
         description="Whether it fits this machine with all rows at full length; null where that cannot be known. What "
         "would make it fit: POST /api/models/compatibility."
+    )
+    trained: list[TrainedModules] | None = Field(
+        description="What will be trained, by what the modules do; null without a model, or where its layers are not "
+        "known."
     )
 
 

@@ -73,6 +73,9 @@ def configuration_view(body: schemas.ConfigureRequest, configuration: Configurat
             for name, choice in configuration.choices.items()
         },
         fit=None if configuration.fit is None else schemas.ConfigurationFit.model_validate(asdict(configuration.fit)),
+        trained=None
+        if configuration.trained is None
+        else [schemas.TrainedModules.model_validate(asdict(item)) for item in configuration.trained],
     )
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from core.errors import SettingRejected
 from domain.memory.activations import missing_targets
-from domain.memory.estimate import estimate
+from domain.memory.estimate import TrainedRole, estimate, trained_by_role
 from domain.memory.hardware_fit import fit_to_memory
 from domain.memory.verdict import judge
 from domain.models.records import Verdict
@@ -61,11 +61,13 @@ class Configuration:
     Attributes:
         fit: Whether it fits the machine, with all rows as long as they may be; None where the model's layers or the
             free memory are not known.
+        trained: What will be trained, by what the modules do; None where the model's layers are not known.
     """
 
     config: PeftConfig
     choices: Mapping[str, Choice]
     fit: Fit | None
+    trained: list[TrainedRole] | None = None
 
 
 # Sources: "LoRA Without Regret" (thinkingmachines.ai/blog/lora) for rank, alpha and target modules; QLoRA (arXiv
@@ -179,7 +181,8 @@ def configure(
         config = config.model_copy(update={name: choices[name].value for name in PARAMETER_NAMES})
         needed = estimate(shape, config, on_gpu=machine.has_gpu)
         fit = Fit(judge(needed, available_bytes), needed.total_bytes, available_bytes)
-    return Configuration(config, {name: choices[name] for name in PARAMETER_NAMES}, fit)
+    trained = trained_by_role(shape, config) if shape is not None else None
+    return Configuration(config, {name: choices[name] for name in PARAMETER_NAMES}, fit, trained)
 
 
 def _validated(
@@ -343,6 +346,8 @@ def _model_refusals(shape: ModelShape, values: Mapping[str, Any]) -> list[tuple[
     refusals = []
     if shape.max_positions is not None and values["max_seq_length"] > shape.max_positions:
         refusals.append(("max_seq_length", f"the model knows sequences of at most {shape.max_positions} tokens"))
+    if values["packing"] and shape.carries_state:
+        refusals.append(("packing", "the model's layers carry a state from one row of a sequence to the next"))
     missing = missing_targets(shape, values["target_modules"])
     if missing:
         named = ", ".join(missing[:_MOST_NAMED])

@@ -21,6 +21,7 @@ from engine.errors import BadData
 from engine.frozen_weights import original_weights_kept
 from engine.handing_out import HandingOut, saving
 from engine.initialisation import create_adapter
+from engine.packing import require_rows_kept_apart
 from engine.rows import RowStore
 from engine.trainer import Trainer
 
@@ -55,6 +56,8 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
             trained is in the last checkpoint.
     """
     control, recorder = _ChannelControl(channel, command.request_id), LossRecorder(channel.emit)
+    if command.config.packing:
+        require_rows_kept_apart(base)
     rows, validation, skipped = _load_rows(base, command, channel, control.check_stop)
     output = Path(command.output_path)
     output.parent.mkdir(parents=True, exist_ok=True)

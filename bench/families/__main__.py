@@ -57,7 +57,7 @@ def main() -> int:
     for number, name in enumerate(names, 1):
         if name not in results:
             started = time.monotonic()
-            results[name] = _apart(name)
+            results[name] = try_apart(name)
             if chosen.results is not None:
                 with chosen.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(results[name]) + "\n")
@@ -76,7 +76,7 @@ def _kept(path: Path | None) -> dict[str, dict[str, object]]:
     return {row["family"]: row for row in rows}
 
 
-def _apart(name: str) -> dict[str, object]:
+def try_apart(name: str) -> dict[str, object]:
     """Try a family in a process of its own; return what it says, or how it ended."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": "../bench"}
     try:
@@ -119,11 +119,12 @@ def _one(name: str) -> int:
 def _short(row: dict[str, object]) -> str:
     if "not_made" in row:
         return f"not made: {row['not_made']}"
-    bad = {name: why for name, why in _results(row).items() if why != "yes"}
+    bad = {name: why for name, why in results_of(row).items() if why != "yes"}
     return "yes" if not bad else str(bad)
 
 
-def _results(row: dict[str, object]) -> dict[str, str]:
+def results_of(row: dict[str, object]) -> dict[str, str]:
+    """Return what came of each check."""
     results = row["results"]
     assert isinstance(results, dict)
     return results
@@ -131,7 +132,7 @@ def _results(row: dict[str, object]) -> dict[str, str]:
 
 def _table(rows: list[dict[str, object]]) -> str:
     made = [row for row in rows if "not_made" not in row]
-    good = [row for row in made if all(_results(row).get(name) == "yes" for name in CHECKS)]
+    good = [row for row in made if all(results_of(row).get(name) == "yes" for name in CHECKS)]
     head = _ABOUT.format(
         version=version("transformers"), good=len(good), tried=len(made), made=len(made), known=len(rows),
         heads=" | ".join(CHECKS), lines="|".join("---" for _ in CHECKS),
@@ -141,7 +142,7 @@ def _table(rows: list[dict[str, object]]) -> str:
     for row in made:
         cells = []
         for name in CHECKS:
-            why = _results(row).get(name, "-")
+            why = results_of(row).get(name, "-")
             if why not in ("yes", "-"):
                 notes.append(f"{row['family']}, {name}: {why}")
                 why = f"no ({len(notes)})"

@@ -53,6 +53,12 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         )
     },
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl", "ministral")},
+    **{
+        name: {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+        for name in (
+            *("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm4v", "glm46v", "glm_ocr", "glmga"),
+        )
+    },
     **{name: {"rotary_dim": 16} for name in ("codegen", "gptj")},
     **{
         name: {"num_hidden_layers": 6, "num_kv_shared_layers": 0}
@@ -119,8 +125,6 @@ def _small(config: dict[str, Any], special: dict[str, Any], vocabulary: int, end
             small[name] = ends[name]
         elif name == "vocab_size":
             small[name] = vocabulary
-        elif isinstance(value, dict) and "mrope_section" in value:
-            small[name] = value | {"mrope_section": [2, 3, 3]}  # of the half of a head of 16
         elif type(value) is int:
             small[name] = _limited(name, value)
         else:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,14 @@ class _Channel:
         """Take an event."""
 
 
-def try_family(family: str, path: Path, scratch: Path) -> Trial:
+def try_family(family: str, path: Path, scratch: Path, methods: Sequence[Algorithm] = METHODS) -> Trial:
     """Try everything with one small model.
 
     Args:
         family: Its model type.
         path: Its folder.
         scratch: A folder for what is made.
+        methods: What to train with. The first of them is LoRA, on which the other checks build.
     """
     trial = Trial(family)
     values = json.loads((path / "config.json").read_text("utf-8"))
@@ -119,7 +120,7 @@ def try_family(family: str, path: Path, scratch: Path) -> Trial:
         return None if trained == base.trainable_parameters else f"{trained} trained said, {base.trainable_parameters}"
 
     trial.check("exact count", count)
-    for method in METHODS:
+    for method in methods:
         trial.check(method.value, lambda method=method: _trains(path, scratch, method))  # type: ignore[misc]
     if trial.results["lora"] != "yes":
         return trial

@@ -18,7 +18,7 @@ from domain.memory.activations import (
     logits_bytes,
     targeted,
 )
-from domain.models.shape import ModelShape
+from domain.models.shape import ModelShape, Role
 from domain.peft.config import DECOMPOSED, PeftConfig
 
 # NF4 with double quantisation, bytes a parameter: 4 bits, one 8-bit scale a 64 block, one fp32 a 256 scales
@@ -144,10 +144,27 @@ def adapter_parameters(shape: ModelShape, config: PeftConfig) -> int:
 
     Source: LoRA (arXiv 2106.09685), section 4.1; DoRA (arXiv 2402.09353), section 4.1.
     """
-    return sum(
-        count * (config.rank * (linear.fan_in + linear.fan_out) + (linear.fan_out if config.use_dora else 0))
-        for linear, count in targeted(shape, config)
-    )
+    return sum(trained.parameters for trained in trained_by_role(shape, config))
+
+
+@dataclass(frozen=True)
+class TrainedRole:
+    """What an adapter trains in the modules of one role: how many modules, and how many parameters of its own."""
+
+    role: Role
+    modules: int
+    parameters: int
+
+
+def trained_by_role(shape: ModelShape, config: PeftConfig) -> list[TrainedRole]:
+    """Count modules and trainable parameters by what the modules do, the most parameters first."""
+    counts: dict[Role, tuple[int, int]] = {}
+    for linear, count in targeted(shape, config):
+        modules, parameters = counts.get(linear.role, (0, 0))
+        each = config.rank * (linear.fan_in + linear.fan_out) + (linear.fan_out if config.use_dora else 0)
+        counts[linear.role] = modules + count, parameters + count * each
+    trained = [TrainedRole(role, *numbers) for role, numbers in counts.items()]
+    return sorted(trained, key=lambda item: -item.parameters)
 
 
 def weights_bytes(shape: ModelShape, config: PeftConfig) -> int:

@@ -223,6 +223,11 @@ class ModelShape:
         return sum(block.count for block in self.blocks if block.passed)
 
     @property
+    def carries_state(self) -> bool:
+        """Whether layers carry a state from token to token, beside attention, and so from a row to the next in one."""
+        return any(linear.role == "state_space" for linear, _ in self.linears())
+
+    @property
     def linear_parameters(self) -> int:
         """Elements of the linear modules' weights, which quantisation stores in fewer bits."""
         return sum(linear.weights * count for linear, count in self.linears() if linear.role not in IN_FULL)
