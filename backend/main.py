@@ -28,6 +28,7 @@ from core.version import VERSION
 from services.adapter_service import get_adapter_service
 from services.dataset_service import get_dataset_service
 from services.export_service import get_export_service
+from services.model_registry_service import get_model_registry_service
 from services.models.shapes import get_model_shapes
 from services.peft_service import get_peft_service
 from services.training.dataset_analysis import get_dataset_analysis_service
@@ -45,8 +46,9 @@ async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(get_training_service().start)
     await asyncio.to_thread(get_export_service().start)
     backup = asyncio.create_task(asyncio.to_thread(_back_up))
+    look = asyncio.create_task(asyncio.to_thread(get_model_registry_service().log_left_out))
     yield
-    await backup
+    await asyncio.gather(backup, look)
     await asyncio.to_thread(stop_services)
 
 

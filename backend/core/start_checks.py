@@ -64,12 +64,20 @@ def unreadable_model_dirs(settings: Settings) -> Iterator[tuple[Path, str]]:
     They do not keep the server from starting: a disk may be mounted later.
     """
     for folder in settings.model_dirs:
-        try:
-            os.scandir(folder).close()
-        except FileNotFoundError:
-            yield folder, "it does not exist"
-        except OSError as error:
-            yield folder, f"it cannot be read: {error.strerror}"
+        reason = why_unreadable(folder)
+        if reason is not None:
+            yield folder, f"it {reason}"
+
+
+def why_unreadable(folder: Path) -> str | None:
+    """Say why a folder cannot be read, or return None."""
+    try:
+        os.scandir(folder).close()
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None
 
 
 def _words(error: OSError) -> str:

@@ -65,6 +65,7 @@ _LOCAL_CURSOR = "local:"
 _JUDGED_TTL_S = 2.0  # of a page; what is free, and which models are here, changes from second to second
 _MAX_JUDGED = 100
 _UNREADABLE_TTL_S = 60.0  # a gated model's config: the token's owner may accept its licence any minute
+_MAX_LOGGED = 100  # of what is passed over in model folders
 _log = get_logger(__name__)
 
 
@@ -147,6 +148,11 @@ class ModelRegistryService:
             ModelRejected, ModelNotFound, AccessDenied, HubUnavailable: As `details` says.
         """
         return self._find_details(model_id, revision, self._local.find(model_id, revision))[0]
+
+    def log_left_out(self) -> None:
+        """Log what is passed over in the operator's model folders, and why."""
+        for path, reason in self._local.left_out()[:_MAX_LOGGED]:
+            _log.warning("model_folder.left_out", variable="PEFT_STUDIO_MODEL_DIRS", path=str(path), reason=reason)
 
     def local_models(self) -> tuple[LocalModel, ...]:
         """Return the models on this machine."""
@@ -233,6 +239,8 @@ class ModelRegistryService:
                     raise flaw from error
                 if isinstance(error, HubUnavailable) and (lacking := self._local.lacking(model_id, revision)):
                     raise partly_here(error, model_repo(model_id), lacking) from error
+                if unreadable := self._local.unreadable_dirs():  # where it may be
+                    raise type(error)(f"{error.detail} {'; '.join(unreadable)}.", **error.extras) from error
                 raise
             _log.info("models.answered_locally", model_id=model_id, reason=error.detail)
             details = replace(self._local.details(local), revision=revision or local.revision)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from core.errors import ModelRejected, NoSafeWeights, StudioError
+from core.errors import ModelNotFound, ModelRejected, NoSafeWeights, StudioError
 from core.logging import get_logger
+from core.start_checks import why_unreadable
 from domain.hub.repos import MODELS, model_repo
 from domain.hub.tree import is_commit
 from domain.hub.wire import text, texts
@@ -29,7 +30,17 @@ from domain.models.records import (
 )
 from domain.models.safetensors_header import SafetensorsHeader
 from services.hub.cache_dir import cached_repo, commit_at
-from services.models.folders import inside, model_folder, model_folders, read_header, read_json, text_of, walk
+from services.models.folders import (
+    inside,
+    model_folder,
+    model_folders,
+    read_header,
+    read_json,
+    text_of,
+    walk,
+    why_no_model,
+    why_not_followed,
+)
 from services.models.snapshot_specs import MODEL
 
 _MAX_HEADERS = 512  # kept parsed; each has some hundred tensors
@@ -133,9 +144,10 @@ class LocalModels:
         return MODEL.lacking(folder) if folder is not None and folder.is_dir() else ()
 
     def flaw(self, model_id: str) -> StudioError | None:
-        """Return why the operator's folder of an id is no model; None if there is no such folder or no flaw."""
+        """Return why what the operator's folders have of an id is no model; None if they have nothing or no flaw."""
         for root in self._model_dirs:
-            folder = model_folder(root.expanduser(), model_id.split("/"))
+            parts = model_id.split("/")
+            folder = model_folder(root.expanduser(), parts)
             try:
                 if folder is not None:
                     self._load(model_id, folder, None)
@@ -143,7 +155,32 @@ class LocalModels:
                 return error
             except (ValueError, OSError) as error:
                 return ModelRejected(f"{model_id} is in {folder}, but cannot be used: {error}.")
+            reason = why_no_model(root.expanduser(), parts)
+            if reason is not None:
+                return ModelNotFound(f"There is no model {model_id} on this machine: {reason}.")
         return None
+
+    def unreadable_dirs(self) -> tuple[str, ...]:
+        """Say which of the operator's folders cannot be read now, and why."""
+        reasons = ((root, why_unreadable(root.expanduser())) for root in self._model_dirs)
+        return tuple(f"{root} of PEFT_STUDIO_MODEL_DIRS {reason}" for root, reason in reasons if reason is not None)
+
+    def left_out(self) -> list[tuple[Path, str]]:
+        """Return what is passed over in the operator's folders, and why."""
+        found: list[tuple[Path, str]] = []
+
+        def skip(path: Path, reason: str) -> None:
+            found.append((path, reason))
+
+        for root in self._model_dirs:
+            for name, folder in model_folders(root.expanduser(), levels=2, on_skip=skip):
+                try:
+                    self._load(name, folder, None)
+                except StudioError as error:
+                    skip(folder, error.detail)
+                except (ValueError, OSError) as error:
+                    skip(folder, str(error))
+        return found
 
     def search(self, query: SearchQuery) -> list[LocalModel]:
         """Return the models that a query matches, ordered by id. The Hub's order is not known here."""
@@ -192,7 +229,12 @@ class LocalModels:
             return None
 
     def _roots(self, folder: Path) -> tuple[Path, ...]:
-        """Return where a model's files may be: in its folder, or for the Hub's cache where its links lead."""
+        """Return where a model's files may be: in its folder, or for the Hub's cache where its links lead.
+
+        In the operator's folders, links lead where the operator wants them to (`why_not_followed` says more).
+        """
+        if any(folder.is_relative_to(root.expanduser()) for root in self._model_dirs):
+            return (Path(folder.anchor),)
         cache_dir = self._hub_cache_dir()
         if cache_dir is None or not folder.resolve().is_relative_to(cache_dir.resolve()):
             return (folder.resolve(),)
@@ -274,7 +316,11 @@ class LocalModels:
             NoSafeWeights, ModelRejected, ValueError, OSError: There is no whole model. The message says why.
         """
         check_model_id(model_id)
-        names = [path.name for path in folder.iterdir() if path.is_file()]
+        paths = list(folder.iterdir())
+        names = [path.name for path in paths if path.is_file()]
+        for path in paths:
+            if path.name.endswith(".safetensors") and (reason := why_not_followed(path)) is not None:
+                raise ValueError(f"{path.name} {reason}")
         if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
             raise NoSafeWeights(f"{model_id} has no safetensors weights in {folder}.")
         weights = weight_files(names)
@@ -283,10 +329,10 @@ class LocalModels:
         if revision is not None and (lacking := MODEL.missing(names)):
             raise ValueError(f"it is without {' and without '.join(lacking)}")
         roots = self._roots(folder)
-        paths = {name: inside(folder / name, roots) for name in ("config.json", *weights)}
-        config = read_json(paths.pop("config.json"))
-        headers = [self._header(path) for path in paths.values()]
-        size_bytes = sum(path.stat().st_size for path in paths.values())
+        read = {name: inside(folder / name, roots) for name in ("config.json", *weights)}
+        config = read_json(read.pop("config.json"))
+        headers = [self._header(path) for path in read.values()]
+        size_bytes = sum(path.stat().st_size for path in read.values())
         summary = _summary(model_id, config, sum(header.parameters for header in headers) or None, size_bytes)
         return LocalModel(model_id, folder, summary, revision)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from huggingface_hub import snapshot_download
 
+from core.errors import ModelNotFound
 from domain.models.records import ModelFile, ModelSummary, SearchQuery, weight_files
 from services.hub.cache_dir import commit_at
 from services.models.local import LocalModel, LocalModels
@@ -104,22 +105,124 @@ def test_a_missing_shard_is_no_model(tmp_path: Path) -> None:
     assert ids(models) == []
 
 
-def test_no_link_is_followed_out_of_a_model(tmp_path: Path) -> None:
-    outside = make(tmp_path / "outside" / "secret", {"tokenizer_config.json": b'{"chat_template": "x"}'})
-    root = tmp_path / "root"
-    linked = make(root / "linked")
+def link_all(folder: Path, source: Path) -> None:
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        (folder / file.name).symlink_to(file)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_operators_links_are_followed(tmp_path: Path, relative: bool) -> None:
+    disk, root = tmp_path / "disk", tmp_path / "root"
+    one = make(disk / "one", {"tokenizer_config.json": b'{"chat_template": "x"}'})
+    make(disk / "org" / "two")
+    make(disk / "org" / "three")
+    (root / "team").mkdir(parents=True)
+
+    def link(name: str, target: Path) -> None:
+        leads = os.path.relpath(target, (root / name).parent) if relative else target
+        (root / name).symlink_to(leads)
+
+    link("one", one)
+    link("org", disk / "org")  # a folder of models
+    link("team/one", one)
+    link("again", root / "one")  # a link to a link
+    link_all(root / "files", one)
+    models = models_of(root)
+    expected = ["again", "files", "one", "org/three", "org/two", "team/one"]
+    assert ids(models) == expected and models.left_out() == []
+    for model_id in expected:
+        found = models.find(model_id)
+        assert found is not None and found.summary.parameters == 17 and models.flaw(model_id) is None
+        details = models.details(found)
+        assert len(details.files) in (2, 3) and details.parameters_by_dtype == {"BF16": 12, "F32": 5}
+    files = models.find("files")
+    assert files is not None and models.details(files).chat_template is True
+
+
+def test_a_root_that_is_a_link_is_followed(tmp_path: Path) -> None:
+    make(tmp_path / "disk" / "m")
+    (tmp_path / "root").symlink_to(tmp_path / "disk")
+    assert ids(models_of(tmp_path / "root")) == ["m"]
+
+
+def test_a_link_into_the_hubs_cache_is_followed(tmp_path: Path) -> None:
+    cache = tmp_path / "hub-cache"
+    with HubDouble() as hub:
+        hub.add_model("org/m", CACHED)
+        snapshot = snapshot_download("org/m", endpoint=hub.url, cache_dir=cache)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "mine").symlink_to(snapshot)
+    models = models_of(tmp_path / "root", hub_cache_dir=lambda: cache)
+    mine = models.find("mine")
+    assert mine is not None and models.details(mine).parameters_by_dtype == {"BF16": 12, "F32": 5}
+
+
+def test_what_is_passed_over_is_said_with_the_reason(tmp_path: Path) -> None:
+    root, nowhere = tmp_path / "root", tmp_path / "unmounted" / "m"
+    make(root / "sound")
+    (root / "team").mkdir()
+    for name, target in {
+        "dangling": nowhere, "team/gone": nowhere, "self": root / "self", "there": root / "back",
+        "back": root / "there", "above": root, "team/up": root / "team", "top": tmp_path,
+    }.items():  # fmt: skip
+        (root / name).symlink_to(target)
+    make(root / "weightless")
+    (root / "weightless" / "model.safetensors").unlink()
+    (root / "weightless" / "model.safetensors").symlink_to(nowhere / "model.safetensors")
+    make(root / "configless")
+    (root / "configless" / "config.json").unlink()
+    (root / "configless" / "config.json").symlink_to(nowhere / "config.json")
+    make(root / "org" / "deep" / "m")
+    make(root / "pickled", {"pytorch_model.bin": b"x"})
+    (root / "pickled" / "model.safetensors").unlink()
+    (root / "file.txt").write_text("x")
+    (root / ".hidden").symlink_to(nowhere)
+
+    models = models_of(root)
+    assert ids(models) == ["sound"]
+    said = {path.relative_to(root).as_posix(): reason for path, reason in models.left_out()}
+    expected = {
+        "dangling": f"it is a link to {nowhere}, where there is nothing",
+        "team/gone": f"it is a link to {nowhere}, where there is nothing",
+        "self": "it is a link in a circle",
+        "there": "it is a link in a circle",
+        "back": "it is a link in a circle",
+        "above": f"it is a link back to {root}, in which it lies",
+        "top": f"it is a link back to {tmp_path}, in which it lies",
+        "team/up": f"it is a link back to {root / 'team'}, in which it lies",
+        "weightless": f"model.safetensors is a link to {nowhere}/model.safetensors, where there is nothing",
+        "configless/config.json": f"it is a link to {nowhere}/config.json, where there is nothing",
+        "org/deep": "it has no config.json",
+        "pickled": f"pickled has no safetensors weights in {root / 'pickled'}.",
+    }
+    assert said == expected
+    for name in ("dangling", "team/gone", "self", "there", "above", "team/up", "org/deep", "configless"):
+        flaw = models.flaw(name)
+        assert isinstance(flaw, ModelNotFound) and name in flaw.detail, name
+    for inner in ("dangling/m", "self/m", "above/sound"):
+        assert isinstance(models.flaw(inner), ModelNotFound)
+    assert models.flaw("nothing") is None and models.flaw("org/nothing") is None
+    assert models.unreadable_dirs() == ()
+    assert models_of(nowhere).unreadable_dirs() == (f"{nowhere} of PEFT_STUDIO_MODEL_DIRS does not exist",)
+
+
+def test_what_the_service_prepared_has_no_links_out(tmp_path: Path) -> None:
+    outside = make(tmp_path / "outside")
+    linked = make(tmp_path / "prepared" / "org--linked")
     (linked / "model.safetensors").unlink()
     (linked / "model.safetensors").symlink_to(outside / "model.safetensors")
-    (root / "folder").symlink_to(outside)
-    partly = make(root / "partly")
-    (partly / "tokenizer_config.json").symlink_to(outside / "tokenizer_config.json")
-    (partly / "more").symlink_to(outside)
-    models = models_of(root)
+    assert ids(models_of(prepared_dir=tmp_path / "prepared")) == []
 
-    assert ids(models) == ["partly"]
+
+def test_what_is_no_plain_file_is_not_read(tmp_path: Path) -> None:
+    folder = make(tmp_path / "m")
+    (folder / "tokenizer_config.json").symlink_to("/dev/zero")
+    (folder / "README.md").symlink_to(tmp_path / "nothing")
+    models = models_of(tmp_path)
     details = models.details(models.all()[0])
-    assert [file.path for file in details.files] == ["config.json", "model.safetensors"]
     assert details.chat_template is False
+    assert [file.path for file in details.files] == ["config.json", "model.safetensors"]
 
 
 def test_a_link_within_a_model_is_followed(tmp_path: Path) -> None:
@@ -257,7 +360,7 @@ def test_finding_one_is_looking_through_all(tmp_path: Path) -> None:
     asked = (*known, "linked", "model", "model/inner", ".hidden", "org/.hidden", "outside/linked", "org", "a--b", "..")
 
     assert {name: models.find(name) for name in asked} == {name: known.get(name) for name in asked}
-    assert {"plain", "org/m", "org/prepared", "simple", "org/cached", "cached", "org/embedded"} == set(known)
+    assert {"plain", "org/m", "org/prepared", "simple", "org/cached", "cached", "org/embedded", "linked"} == set(known)
     assert models.find("cached", commit) == known["cached"]
     assert models.find("cached", "0" * 40) is None
     assert models.find("plain", commit) is None
