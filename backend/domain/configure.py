@@ -18,6 +18,7 @@ from domain.models.shape import ModelShape, Role
 from domain.peft.algorithms import SPECS, Algorithm, AlgorithmSpec
 from domain.peft.config import PARAMETER_NAMES, PeftConfig
 from domain.peft.learning_rate import default_learning_rate
+from domain.peft.targets import why_refused
 from domain.peft.use_cases import USE_CASES, UseCaseId
 
 Source = Literal["default", "use_case", "algorithm", "hardware", "override"]
@@ -107,8 +108,6 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "loftq_iterations": (None, "only LoftQ corrects a rounding"),
     "keep_checkpoints": (2, "an older one is there if the newest is damaged"),
 }
-
-_MOST_NAMED = 8  # of the names that a refusal repeats
 
 
 def _hardware_choices(machine: MachineFacts) -> dict[str, Choice]:
@@ -350,9 +349,8 @@ def _model_refusals(shape: ModelShape, values: Mapping[str, Any]) -> list[tuple[
         refusals.append(("packing", "the model's layers carry a state from one row of a sequence to the next"))
     missing = missing_targets(shape, values["target_modules"])
     if missing:
-        named = ", ".join(missing[:_MOST_NAMED])
-        known = ", ".join(sorted({linear.path.rpartition(".")[2] for linear, _ in shape.linears()}))
-        refusals.append(("target_modules", f"the model has no linear layer named {named}; it has {known}"))
+        known = {linear.path.rpartition(".")[2] for linear, _ in shape.linears()}
+        refusals.append(("target_modules", why_refused(missing, known, tied=shape.tied_embeddings)))
     return refusals
 
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from domain.models.shape import ADAPTED
 from domain.peft.config import PeftConfig
+from domain.peft.targets import why_refused
 from engine.decompositions import freezes_others
 from engine.errors import BadSetting
 from engine.frozen_weights import unwrapped
@@ -59,13 +60,19 @@ def targeted_layers(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int
         name for name in config.target_modules if not any(path == name or path.endswith(f".{name}") for path in layers)
     ]
     if missing:
-        known = sorted({path.rsplit(".", 1)[-1] for path in layers})
-        raise BadSetting(f"target_modules: the model has no linear layer named {', '.join(missing)}; it has {known}")
+        known = {path.rsplit(".", 1)[-1] for path in layers}
+        raise BadSetting(f"target_modules: {why_refused(missing, known, tied=_is_tied(model))}")
     return {
         path: shape
         for path, shape in layers.items()
         if any(path == name or path.endswith(f".{name}") for name in config.target_modules)
     }
+
+
+def _is_tied(model: nn.Module) -> bool:
+    bare = unwrapped(model)
+    head, embedding = output_head(bare), bare.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embedding, "weight", head)
 
 
 def target_names(model: nn.Module, config: PeftConfig) -> list[str]:

@@ -10,6 +10,7 @@ from domain.memory.estimate import Estimate, estimate, estimate_loading
 from domain.models.records import Verdict
 from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
+from domain.peft.targets import why_refused
 
 _SHORTEST = 128  # tokens; a shorter row holds no turn and answer
 _SHORTEST_ALLOWED = 8  # the bound of max_seq_length
@@ -192,7 +193,8 @@ def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
         elif config.quantization != "none":
             blockers.append("the weights are quantised already: use quantization 'none'")
     if missing := missing_targets(shape, config.target_modules):
-        blockers.append(f"the model has no linear layer named {', '.join(missing)}")
+        known = {linear.path.rpartition(".")[2] for linear, _ in shape.linears()}
+        blockers.append(why_refused(missing, known, tied=shape.tied_embeddings))
     return blockers
 
 

@@ -1,5 +1,6 @@
 """Property 1: use case selection configures all parameters; overrides are kept exactly or refused."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -210,8 +211,6 @@ def test_what_all_linear_modules_leave_out_is_said() -> None:
         ["q_proj", "no_such_module"],
         ["proj"],  # the end of a name, not from a dot on
         ["self_attn"],  # no linear layer itself
-        ["lm_head"],
-        ["embed_tokens"],
         [".q_proj"],
         ["layers.30.self_attn.q_proj"],  # one layer further than there are
         ["decoder.layers.0.self_attn.q_proj"],
@@ -233,6 +232,25 @@ def test_a_target_module_that_the_model_lacks_is_refused_with_those_that_it_has(
     assert set(said) == {"target_modules", "max_seq_length"}
     assert said["target_modules"].startswith(f"target_modules: the model has no linear layer named {names[-1]}; it has")
     assert all(name in said["target_modules"] for name in ("q_proj", "down_proj"))
+
+
+@pytest.mark.parametrize(
+    ("names", "tied", "words"),
+    [
+        (["lm_head"], True, "lm_head names the output head, whose weights are the embedding's as well; adapters"),
+        (["lm_head"], False, "lm_head names the output head; adapters are put on the layers before it; the layers to"),
+        (["q_proj", "lm_head"], False, "target_modules: lm_head names the output head"),
+        (["model.lm_head"], False, "model.lm_head names the output head"),
+        (["embed_tokens"], True, "embed_tokens names an embedding, which is no linear layer"),
+        (["model.embed_tokens", "wte"], False, "model.embed_tokens, wte names an embedding"),
+        (["norm", "lm_head"], False, "no linear layer named norm; lm_head names the output head"),
+    ],
+)
+def test_a_head_and_an_embedding_are_not_said_to_be_missing(names: list[str], tied: bool, words: str) -> None:
+    shape = shape_of({**CONFIG, "tie_word_embeddings": tied})
+    with pytest.raises(SettingRejected, match=re.escape(words)) as caught:
+        configure(Algorithm.LORA, use_case=None, overrides={"target_modules": names}, machine=CPU, shape=shape)
+    assert "q_proj" in str(caught.value) and "named lm_head" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from engine import methods
 from engine.base import Base
+from engine.errors import BadSetting
 from engine.frozen_weights import original_weights_kept
 from engine.initialisation import create_adapter
 
@@ -106,8 +108,6 @@ def test_named_targets_alone_are_adapted_and_unknown_ones_refused(tiny_path: Pat
         name.split(".lora_A")[0].rsplit(".", 1)[-1] for name, _ in base.model.named_parameters() if "lora_A" in name
     }
     assert adapted == {"q_proj", "v_proj"}
-    from engine.errors import BadSetting
-
     with pytest.raises(BadSetting, match="query_key_value"):
         load(tiny_path, config_for(Algorithm.LORA, target_modules=["query_key_value"]))
 
@@ -142,3 +142,12 @@ def test_adapters_that_are_there_already_do_not_hide_the_layers(tiny_path: Path,
     base.create("one", methods.lora_config(config_for(Algorithm.LORA), base.model, "tests/tiny", None))
     base.create("two", methods.lora_config(config, base.model, "tests/tiny", None))
     assert methods.targeted_layers(base.model.get_base_model(), config) == bare
+
+
+@pytest.mark.parametrize(("tied", "words"), [(True, "head, whose weights"), (False, "head; adapters are put")])
+def test_the_head_as_a_target_is_refused_as_what_it_is(tied: bool, words: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tied))
+    config = config_for(Algorithm.LORA, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(BadSetting, match=f"lm_head names the output {words}"):
+        methods.targeted_layers(model, config)
