@@ -120,7 +120,8 @@ def _small(config: dict[str, Any], special: dict[str, Any], vocabulary: int, end
         if name in _DERIVED:
             continue
         if isinstance(value, dict) and name.endswith("_config") and name != "quantization_config":
-            small[name] = _small(value, special, vocabulary, ends)
+            towers = "vision" in name or "audio" in name
+            small[name] = _small(value, {} if towers else special, vocabulary, ends)
         elif name in ends:
             small[name] = ends[name]
         elif name == "vocab_size":
