@@ -1,6 +1,8 @@
 """The adapter's folder. A trial is written before the first step, the folder itself after the last one."""
 
 import json
+import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from core.manifest import write_manifest
 from domain.jobs.figures import RunOutcome
 from domain.protocol import Train
 from engine import methods
+from engine.adapter_check import check_folder
 from engine.base import Base
 from engine.card import begin_card, finish_card, readme
 from engine.channel import Stopped
@@ -22,6 +25,7 @@ from engine.checkpoints import Tensors
 from engine.errors import CannotSave
 from engine.tokenizer_folder import save_tokenizer
 
+SET_ASIDE = "-not-checked"  # ends the names of folders that did not pass their check
 _NOTHING_YET = RunOutcome(
     steps=0,
     adapter_step=0,
@@ -55,10 +59,11 @@ class HandingOut:
         self._card = begin_card(base, command)
 
     def prove(self) -> None:
-        """Write the folder once and delete it, to know that it can be written.
+        """Write the folder once, read it again and delete it, to know that it can be written.
 
         Raises:
             StorageFull: There is no room for it.
+            ExportDiffers: What can be read from it is not the adapter.
         """
         parent = self._output.parent
         with (
@@ -74,9 +79,17 @@ class HandingOut:
 
         Raises:
             StorageFull: There is no room for it.
+            ExportDiffers: What can be read from it is not what was trained.
         """
         with whole_folder(self._output) as folder:
             self._fill(folder, outcome, losses)
+
+    def set_aside(self) -> Path:
+        """Move the folder aside, whose files do not answer as the adapter that was trained; return where it is."""
+        kept = self._output.with_name(f"{self._output.name}{SET_ASIDE}")
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(self._output, kept)
+        return kept
 
     def _fill(self, folder: Path, outcome: RunOutcome, losses: dict[int, float]) -> None:
         state = methods.adapter_state(self._base.model, self._adapter_id)
@@ -90,6 +103,7 @@ class HandingOut:
         save_tokenizer(self._base.tokenizer, folder)
         (folder / "training.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(readme(card), encoding="utf-8")
+        check_folder(folder, self._base, self._adapter_id, self._initial)
         write_manifest(folder, {"adapter_id": self._adapter_id})
 
 

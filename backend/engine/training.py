@@ -12,12 +12,13 @@ from domain.datasets.split import NothingToHoldOut, held_out
 from domain.jobs.figures import TrainingFigures
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
+from engine.adapter_check import TrainedAnswers
 from engine.base import Base
 from engine.batches import RowTokenizer, read_rows
 from engine.card import LossRecorder, packages
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
-from engine.errors import BadData
+from engine.errors import BadData, ExportDiffers
 from engine.frozen_weights import original_weights_kept
 from engine.handing_out import HandingOut, saving
 from engine.initialisation import create_adapter
@@ -92,11 +93,17 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
             outcome = trainer.hand_out() if command.hands_out else trainer.run()
             with saving(f"the run has ended after step {outcome.steps}"):
                 handing_out.write(outcome, recorder.losses)
+                answers = TrainedAnswers(base, command.adapter_id, command.config)
     finally:
         base.detach(command.adapter_id)
     # The adapter that is served comes from the files that are handed out.
     with saving(f"the run has ended after step {outcome.steps}"):
         base.attach(command.adapter_id, output)
+        try:
+            answers.compare(base)
+        except ExportDiffers as error:
+            base.detach(command.adapter_id)
+            raise ExportDiffers(f"{error.message}; they are kept in {handing_out.set_aside()}") from error
     return TrainingFigures(
         **dict(outcome),
         trainable_parameters=started["trainable_parameters"],
