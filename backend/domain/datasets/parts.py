@@ -13,7 +13,7 @@ from typing import Any
 
 from core.errors import DatasetRejected
 
-_KINDS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")  # the likeliest first
+_KINDS = (".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".xlsm", ".txt")  # the likeliest first
 _PACKED = (".gz", ".zip")
 # Files beside the data that hold no data.
 _NO_DATA = frozenset(("dataset_infos.json", "dataset_info.json", "state.json", "requirements.txt", "license.txt"))

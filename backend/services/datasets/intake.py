@@ -25,6 +25,7 @@ from services.datasets.reading.duplicates import Duplicates
 from services.datasets.reading.marks import find_marks
 from services.datasets.reading.reader import NotUtf8, ReadOptions, open_rows, recognise
 from services.datasets.reading.source_row import SourceRow
+from services.datasets.reading.table_header import TableFacts, require_single, twice
 from services.datasets.reading.text_rows import TextRows
 
 _MAX_ERRORS = 100
@@ -127,6 +128,8 @@ class _Intake:
         self._duplicates = Duplicates(Path(request.folder))
         self._notes: Counter[str] = Counter()
         self._columns: dict[str, None] = {}
+        self._tables: list[str] = []
+        self._losses: list[str] = []
         self._reading: Reading | None = None
         self._written_bytes = 0
 
@@ -153,19 +156,28 @@ class _Intake:
                 kept = list(_first(file.rows)) if self._reading is None else []
                 samples = [row.value for row in kept if row.value is not None]
                 if self._reading is None and samples:
-                    self._settle(samples)
+                    self._settle(samples, file.facts)
                 self._describe([file.container, *file.packing, *filter(None, [file.encoding])], filename, several)
-                for row in chain(kept, file.rows):
+                for number, row in enumerate(chain(kept, file.rows)):
+                    if number == 0:
+                        self._check_header(file.facts)
                     if several and row.error is not None:
                         row = SourceRow(row.line, None, f"{filename}: {row.error}")
                     yield row
+                self._losses += file.facts.losses()
+                self._tables += [f"{filename}: {note}" if several else note for note in file.facts.notes()]
 
-    def _settle(self, samples: list[dict[str, Any]]) -> None:
+    def _settle(self, samples: list[dict[str, Any]], facts: TableFacts) -> None:
         try:
             self._reading = settle(samples, self._request.format, self._request.column_map)
         except NotRecognised as error:
-            raise DatasetRejected(str(error), errors=[]) from error
+            more = [twice(facts.doubled, facts.doubled)] if facts.doubled else []
+            raise DatasetRejected(" ".join([str(error), *more, *facts.losses()]), errors=[]) from error
         self._result.format = self._reading.format
+
+    def _check_header(self, facts: TableFacts) -> None:
+        if self._reading is not None:
+            require_single(facts, self._reading.fields.values())
 
     def _describe(self, words: list[str], filename: str, several: bool) -> None:
         text = ", ".join(words)
@@ -224,7 +236,7 @@ class _Intake:
             first = result.errors[0]
             raise DatasetRejected(
                 f"{result.rejected} rows cannot be used, the first on line {first['line']}: "
-                f"{first['message']}; {what}.",
+                f"{first['message']}; {'; '.join([what, *self._losses])}.",
                 errors=result.errors,
                 rejected_rows=result.rejected,
                 good_rows=result.rows,
@@ -244,6 +256,7 @@ class _Intake:
             warnings.append(f"the columns {result.unused_columns} are not used")
         if result.answers[0] < result.rows:
             warnings.append(f"{result.rows - result.answers[0]} rows have weight 0 on every answer: nothing is learned")
+        warnings += self._tables[:20]
         for note, count in self._notes.most_common(20):
             warnings.append(note if note.endswith("(Latin-1)") else f"{count} rows {note}")
 

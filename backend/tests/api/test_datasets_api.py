@@ -1,11 +1,13 @@
 """Datasets over HTTP, to a real server whose reader is a process of its own."""
 
+import io
 import json
 import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
+import openpyxl
 import pytest
 
 from tests.support.datasets_double import as_csv, as_jsonl, as_parquet, gzipped, left_in
@@ -84,6 +86,38 @@ def test_columns_are_mapped_in_a_form(studio: StudioServer) -> None:
     response = send(studio, as_jsonl(rows), column_map='{"prompt": "ask", "completion": "replies.0.text"}')
     assert response.status_code == 201, response.text
     assert response.json()["detected"][1].startswith("prompt_completion: the client said column_map=")
+
+
+def workbook(rows: list[list[Any]]) -> bytes:
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.active.append(row)
+    out = io.BytesIO()
+    book.save(out)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "filename", "form"),
+    [
+        (b"v1,v2,,,\nc,    p\n,,,,x\n".replace(b"p\n", b"p,,,\n"), "a.csv", {"on_bad_rows": "skip"}),
+        (workbook([["v1", "v2"], ["c", "    p"]]), "a.xlsx", {}),
+        (b'{"v1":{"0":"c"},"v2":{"0":"    p"}}', "a.json", {}),
+        (b"sep=;\r\nv1;v2\r\nc;    p\r\n", "a.csv", {}),
+    ],
+)
+def test_tables_of_spreadsheets_and_pandas_are_read_with_a_column_map(
+    studio: StudioServer, content: bytes, filename: str, form: dict[str, str]
+) -> None:
+    response = send(studio, content, filename, column_map='{"completion": "v1", "prompt": "v2"}', **form)
+    assert response.status_code == 201, response.text
+    rows = studio.http.get(f"/api/datasets/{response.json()['id']}/preview").json()["rows"]
+    assert [[turn["content"] for turn in row["messages"]] for row in rows] == [["    p", "c"]]
+
+
+def test_what_is_no_dataset_is_named(studio: StudioServer) -> None:
+    response = send(studio, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "a.xls")
+    assert (response.status_code, ".xls" in response.json()["detail"]) == (422, True)
 
 
 def test_bad_rows_come_back_by_line(studio: StudioServer) -> None:

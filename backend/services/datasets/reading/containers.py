@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from core.errors import DatasetRejected
+from services.datasets.reading import other_files
 
 # gzip shrinks text to a quarter, and repetitive rows to a fiftieth. What shrinks more is not a dataset.
 _MAX_RATIO = 200
@@ -56,6 +57,8 @@ def unpack(path: Path, filename: str, max_bytes: int) -> Unpacked:
             layer: IO[bytes] = cast(IO[bytes], gzip.GzipFile(fileobj=stream))
             name, kind = name.removesuffix(".gz"), "gzip"
         elif head.startswith(b"PK\x03\x04") and not packing:
+            if advice := other_files.zip_advice(path):
+                raise DatasetRejected(advice, errors=[])
             layer, name = _only_member(path)
             kind = "zip"
         else:
@@ -67,6 +70,8 @@ def unpack(path: Path, filename: str, max_bytes: int) -> Unpacked:
     for magic, other in _OTHER_PACKERS.items():
         if head.startswith(magic):
             raise DatasetRejected(f"The file is packed with {other}; unpack it, or use gzip or zip.", errors=[])
+    if head.startswith(b"PK\x03\x04") and PurePosixPath(name).suffix.lower() in (".xlsx", ".xlsm"):
+        raise DatasetRejected(f"{name!r:.80} is packed; send the workbook as it is.", errors=[])
     if head.startswith(b"PK\x03\x04"):
         raise DatasetRejected("There is a zip file inside the packed file; unpack it first.", errors=[])
     return Unpacked(stream, name, packing)
@@ -76,9 +81,7 @@ def _only_member(path: Path) -> tuple[IO[bytes], str]:
     try:
         archive = zipfile.ZipFile(path)
         members = [
-            member
-            for member in archive.infolist()
-            if not member.is_dir() and not member.filename.startswith("__MACOSX/") and not _is_hidden(member.filename)
+            member for member in archive.infolist() if not member.is_dir() and not _is_left_behind(member.filename)
         ]
         if len(members) != 1:
             names = [member.filename for member in members[:10]]
@@ -92,8 +95,10 @@ def _only_member(path: Path) -> tuple[IO[bytes], str]:
         raise DatasetRejected(f"The zip file cannot be read: {error}", errors=[]) from error
 
 
-def _is_hidden(name: str) -> bool:
-    return PurePosixPath(name).name.startswith(".")
+def _is_left_behind(name: str) -> bool:
+    """Tell whether a member is what a file manager adds: `__MACOSX/`, `.DS_Store`, `Thumbs.db`, `desktop.ini`."""
+    path = PurePosixPath(name)
+    return "__MACOSX" in path.parts or path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini")
 
 
 class _Bounded(io.RawIOBase):

@@ -65,6 +65,8 @@ def _parse(number: int, line: bytes, *, trusted: bool) -> SourceRow:
 
 
 def _row(number: int, value: Any) -> SourceRow:
+    if isinstance(value, list):
+        return SourceRow(number, None, "a list, not a JSON object: its values have no column names")
     if not isinstance(value, dict):
         return SourceRow(number, None, "not a JSON object")
     return SourceRow(number, value)
@@ -91,22 +93,26 @@ def read_list(stream: BinaryIO, *, trusted: bool) -> Iterator[SourceRow]:
         raise rejected(window.line, "there is more behind the end of the list")
 
 
-def read_sequence(stream: BinaryIO, *, trusted: bool) -> Iterator[SourceRow]:
+def read_sequence(stream: BinaryIO, *, trusted: bool, max_row_bytes: int = MAX_ROW_BYTES) -> Iterator[SourceRow]:
     """Read objects one after the other, of any number of lines each.
+
+    Args:
+        max_row_bytes: The most that the first object may take; the others are rows.
 
     Raises:
         DatasetRejected: It is not JSON; the line is named.
     """
-    window = _Window(stream, trusted=trusted)
+    window = _Window(stream, trusted=trusted, max_row_bytes=max_row_bytes)
     while window.next():
         yield window.row()
+        window.max_row_bytes = MAX_ROW_BYTES
 
 
 class _Window:
     """The part of a text that is being read. A value that is cut by the window's end is read again with more."""
 
-    def __init__(self, stream: BinaryIO, *, trusted: bool) -> None:
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, *, trusted: bool, max_row_bytes: int = MAX_ROW_BYTES) -> None:
+        self._stream, self.max_row_bytes = stream, max_row_bytes
         self._trusted = trusted
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._text, self._at = "", 0
@@ -173,8 +179,8 @@ class _Window:
             # A number or a word at the window's end may continue after it.
             if end == len(self._text) and not isinstance(value, dict | list | str) and self._fill():
                 continue
-            if end - self._at > MAX_ROW_BYTES:
-                raise too_long(self.line)
+            if end - self._at > self.max_row_bytes:
+                raise too_long(self.line, self.max_row_bytes)
             line = self.line
             self._move(end)
             return _row(line, value)
@@ -185,8 +191,8 @@ class _Window:
         if isinstance(error, json.JSONDecodeError):
             at, reason = error.pos, error.msg
             cut = at >= len(self._text) - _TAIL or reason.startswith("Unterminated string")
-        if cut and len(self._text) - self._at > MAX_ROW_BYTES:
-            raise too_long(self.line)
+        if cut and len(self._text) - self._at > self.max_row_bytes:
+            raise too_long(self.line, self.max_row_bytes)
         line = self.line + self._text.count("\n", self._at, at)
         if not cut or not self._fill():
             raise rejected(line, f"not JSON: {reason}") from error

@@ -11,9 +11,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeAlias, cast
 
 from core.errors import DatasetRejected
-from services.datasets.reading import csv_rows, encodings, json_rows, parquet_rows, text_rows
+from services.datasets.reading import (
+    csv_rows,
+    encodings,
+    excel_rows,
+    frames,
+    json_rows,
+    other_files,
+    parquet_rows,
+    text_rows,
+)
 from services.datasets.reading.containers import Unpacked, unpack
 from services.datasets.reading.source_row import MAX_ROW_BYTES, NotUtf8, SourceRow
+from services.datasets.reading.table_header import TableFacts
 
 _Buffered: TypeAlias = "io.BufferedReader[Any]"
 _PEEK_BYTES = 64 * 2**10
@@ -39,12 +49,17 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class FileRows:
-    """A file's rows and what it turned out to be, in words: `JSONL`, `gzip`, `utf-8`."""
+    """A file's rows and what it turned out to be, in words: `JSONL`, `gzip`, `utf-8`.
+
+    Attributes:
+        facts: What is worth telling of a table. It is complete once all rows are read.
+    """
 
     container: str
     packing: tuple[str, ...]
     encoding: str | None
     rows: Iterator[SourceRow]
+    facts: TableFacts
 
 
 @contextmanager
@@ -58,16 +73,24 @@ def open_rows(path: Path, filename: str, options: ReadOptions, encoding: str | N
         DatasetRejected: It cannot be read as a whole.
         NotUtf8: Raised while the rows are read; `recognise` tells what to open it as.
     """
+    facts = TableFacts()
+    if other_files.is_workbook(path):
+        rows = excel_rows.read_workbook(path, options.max_bytes, facts)
+        yield FileRows("an Excel workbook", (), None, rows, facts)
+        return
     unpacked = unpack(path, filename, options.max_bytes)
     with unpacked.stream as stream:
         if stream.peek(4)[:4] == parquet_rows.MAGIC:
             with _seekable(unpacked, path) as plain:
-                yield FileRows("Parquet", unpacked.packing, None, parquet_rows.read_parquet(plain))
+                yield FileRows("Parquet", unpacked.packing, None, parquet_rows.read_parquet(plain), facts)
             return
+        is_text = PurePosixPath(unpacked.name).suffix.lower() in _TEXTS
+        if advice := other_files.advice_for(stream.peek(512)[:512], is_text=is_text):
+            raise DatasetRejected(advice, errors=[])
         named = encodings.check_encoding(options.encoding) if options.encoding is not None else None
         text, recognised = _utf8(stream, named or encoding)
-        container, rows = _rows(text, unpacked.name, options, trusted=encoding is not None)
-        yield FileRows(container, unpacked.packing, recognised, rows)
+        container, rows = _rows(text, unpacked.name, options, facts, trusted=encoding is not None)
+        yield FileRows(container, unpacked.packing, recognised, rows, facts)
 
 
 def recognise(path: Path, filename: str, options: ReadOptions) -> str:
@@ -113,7 +136,9 @@ def _is_wide(encoding: str) -> bool:
     return encoding.startswith(("utf-16", "utf-32"))
 
 
-def _rows(stream: _Buffered, name: str, options: ReadOptions, *, trusted: bool) -> tuple[str, Iterator[SourceRow]]:
+def _rows(
+    stream: _Buffered, name: str, options: ReadOptions, facts: TableFacts, *, trusted: bool
+) -> tuple[str, Iterator[SourceRow]]:
     suffix = PurePosixPath(name).suffix.lower()
     head = stream.peek(_PEEK_BYTES)[:_PEEK_BYTES]
     start = head.lstrip()
@@ -124,24 +149,36 @@ def _rows(stream: _Buffered, name: str, options: ReadOptions, *, trusted: bool) 
     if start.startswith(b"{"):
         lines, begun = _begin(stream)
         whole = io.BufferedReader(cast(Any, _Rejoined(begun, stream)), _PEEK_BYTES)
-        if any(json_rows.is_object(line) for line in lines) or suffix in (".jsonl", ".ndjson"):
-            return "JSONL", json_rows.read_lines(cast(BinaryIO, whole), trusted=trusted)
-        if suffix not in (*_TABLES, *_TEXTS):
-            return "JSON objects", json_rows.read_sequence(cast(BinaryIO, whole), trusted=trusted)
+        if json := _objects(whole, lines, suffix, facts, trusted=trusted):
+            return json
         stream = whole
     text = encodings.TextLines(cast(BinaryIO, stream), trusted=trusted)
     words = head.decode("utf-8", "replace")
     if suffix in _TABLES:
         mark = csv_rows.separator(words, suffix)
-        return f"a table separated by {csv_rows.SEPARATOR_NAMES[mark]}", csv_rows.read_table(text, mark)
+        return f"a table separated by {csv_rows.name_of(mark)}", csv_rows.read_table(text, mark, facts)
     if suffix in _TEXTS:
         rows = options.text_rows or text_rows.unit(words)
         return f"text, a row a {rows}", text_rows.read_text(text, rows)
     raise DatasetRejected(
-        f"{name!r:.80} is neither JSON, JSONL, CSV nor Parquet: it begins with {start[:20]!r}. "
+        f"{name!r:.80} is neither JSON, JSONL, CSV, Excel nor Parquet: it begins with {start[:20]!r}. "
         "A CSV file must be named .csv or .tsv, and plain text .txt.",
         errors=[],
     )
+
+
+def _objects(
+    whole: _Buffered, lines: list[bytes], suffix: str, facts: TableFacts, *, trusted: bool
+) -> tuple[str, Iterator[SourceRow]] | None:
+    """Read objects: one a line, or over several lines, or a single one that is a table. None if it is other text."""
+    stream = cast(BinaryIO, whole)
+    is_long = len(lines) == 1 and len(lines[0]) > MAX_ROW_BYTES
+    if any(json_rows.is_object(line) for line in lines) or (suffix in (".jsonl", ".ndjson") and not is_long):
+        return "JSONL", frames.unfold(json_rows.read_lines(stream, trusted=trusted), facts)
+    if suffix in (*_TABLES, *_TEXTS):
+        return None
+    limit = frames.MAX_BYTES if frames.may_be(b"".join(lines)[:1000]) else MAX_ROW_BYTES
+    return "JSON objects", frames.unfold(json_rows.read_sequence(stream, trusted=trusted, max_row_bytes=limit), facts)
 
 
 def _begin(stream: _Buffered) -> tuple[list[bytes], bytes]:

@@ -32,6 +32,6 @@ def rejected(line: int, message: str) -> DatasetRejected:
     return DatasetRejected(f"Line {line}: {message}.", errors=[{"line": line, "message": message}])
 
 
-def too_long(line: int) -> DatasetRejected:
+def too_long(line: int, max_row_bytes: int = MAX_ROW_BYTES) -> DatasetRejected:
     """Return the refusal of a row over the limit."""
-    return rejected(line, f"the row is longer than {MAX_ROW_BYTES} bytes")
+    return rejected(line, f"the row is longer than {max_row_bytes} bytes")
