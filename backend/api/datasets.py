@@ -37,7 +37,11 @@ class UploadAbandoned(Rejected):
 
 def _form_schema() -> dict[str, Any]:
     schema = schemas.ReadFields.model_json_schema()
-    file = {"type": "string", "format": "binary", "description": "JSONL, JSON, CSV, TSV, Excel, Parquet or text; gzip, zip."}
+    file = {
+        "type": "string",
+        "format": "binary",
+        "description": "JSONL, JSON, CSV, TSV, Excel, Parquet or text; gzip, zip.",
+    }
     names = {"type": "string", "description": "JSON: the format's field → your column.", "default": "{}"}
     schema["properties"] = {"file": file, **schema["properties"], "column_map": names}
     return {**schema, "required": ["file"]}

@@ -168,6 +168,8 @@ class _Chat:
         Raises:
             BadData: The text does not tell.
         """
+        if not self._is_asked(index):
+            return self._greeting_span(index)
         before = self._render(self._messages[:index], prompt=True)
         through = self.text if index == len(self._messages) - 1 else self._render(self._messages[: index + 1])
         starts, ends = self.text.startswith(before), self.text.startswith(through.rstrip())
@@ -185,6 +187,35 @@ class _Chat:
         if start >= end:
             raise _refused(self._number, f"cannot be followed at turn {index + 1}", "train_on=all")
         return Span(start, end, cuts_start=not plain, cuts_end=not ends)
+
+    def _is_asked(self, index: int) -> bool:
+        """Tell whether an answer has a question before it, or the template renders what is before it on its own."""
+        before = self._messages[:index]
+        if any(turn["role"] != "system" for turn in before[:-1]) or (before and before[-1]["role"] != "system"):
+            return True
+        try:
+            prompt = _apply(self._tokenizer, _shaped(before, self._shape), self._tools, prompt=True)
+            _apply(self._tokenizer, _shaped(self._messages[: index + 1], self._shape), self._tools)
+        except _TEMPLATE_ERRORS:
+            return False
+        return self.text.startswith(prompt)
+
+    def _greeting_span(self, index: int) -> Span | None:
+        """Return the span of an answer that nobody asked for, where the template cannot render what is before it alone.
+
+        It begins with the first character that depends on the turn. Its end mark is the one behind the same answer to a
+        question.
+        """
+        other = self._render(_changed(self._messages, index))
+        if other == self.text:
+            return None
+        start = _common_prefix(self.text, other)
+        there = len(self.text) - _common_suffix(self.text, other)
+        asked = [{"role": "user", "content": "a"}, self._messages[index]]
+        answered = self._render(asked)
+        here = self._end_of(1, answered, asked)
+        mark = self.text[there : there + _common_prefix(self.text[there:], answered[here:])]
+        return Span(start, there + len(mark.rstrip()), cuts_start=True, cuts_end=True)
 
     def leaves_out(self, index: int) -> bool:
         """Tell whether the text stays the same whatever a turn says."""

@@ -161,7 +161,7 @@ class _Row:
             return ""
         if not isinstance(value, str):
             raise RowRejected(f"{column!r} is {kind_of(value)}, not text")
-        return value.strip()
+        return value if value.strip() else ""
 
     def turns(self, name: str) -> list[Turn]:
         value, column = self.needed(name)
@@ -185,7 +185,7 @@ class _Row:
         if not system:
             return turns
         if turns and turns[0]["role"] == "system":
-            if turns[0]["content"].strip() == system:
+            if turns[0]["content"].strip() == system.strip():
                 return turns
             raise RowRejected("there is a system column and a system turn, and they differ")
         return [{"role": "system", "content": system}, *turns]

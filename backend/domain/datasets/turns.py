@@ -228,14 +228,16 @@ def check_conversation(turns: list[Turn], notes: set[str]) -> None:
         RowRejected: They are not.
     """
     roles = [turn["role"] for turn in turns]
-    if "system" in roles[1:]:
-        raise RowRejected(f"turn {roles.index('system', 1) + 1} is a system turn; it can only come first")
     if "assistant" not in roles:
         raise RowRejected("no assistant turn: there is nothing to learn")
     if roles[-1] != "assistant":
         raise RowRejected(f"the last turn is a {roles[-1]} turn: it has no answer")
-    if roles[0] == "assistant" or roles[:2] == ["system", "assistant"]:
-        raise RowRejected("the conversation starts with an answer: there is no question")
+    if set(roles) == {"assistant"}:
+        raise RowRejected("there are answers only: there is no question")
+    if next(role for role in roles if role != "system") == "assistant":
+        notes.add("begin with an answer, such as a greeting; some chat templates refuse that")
+    if "system" in roles[1:]:
+        notes.add("have a system turn behind the first turn; some chat templates refuse that, or leave it out")
     if any(first == second and first in ("user", "assistant") for first, second in pairwise(roles)):
         notes.add("have two turns of one role in a row; some chat templates refuse that")
     for before, turn in pairwise(turns):

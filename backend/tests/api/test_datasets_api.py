@@ -120,6 +120,17 @@ def test_what_is_no_dataset_is_named(studio: StudioServer) -> None:
     assert (response.status_code, ".xls" in response.json()["detail"]) == (422, True)
 
 
+def test_a_greeting_and_a_later_system_turn_are_taken_and_said(studio: StudioServer) -> None:
+    turns = [
+        {"role": role, "content": role} for role in ("assistant", "user", "assistant", "system", "user", "assistant")
+    ]
+    turns[0]["weight"] = 0  # type: ignore[assignment]
+    response = send(studio, as_jsonl([{"messages": turns}]))
+    assert response.status_code == 201, response.text
+    assert any("begin with an answer" in warning for warning in response.json()["warnings"])
+    assert any("system turn behind the first" in warning for warning in response.json()["warnings"])
+
+
 def test_bad_rows_come_back_by_line(studio: StudioServer) -> None:
     content = as_jsonl(PAIRS[:2]) + b"\n{broken\n"
     problem = send(studio, content).json()

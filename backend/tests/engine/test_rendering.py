@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from engine.batches import FALLBACK_TEMPLATE, RowTokenizer
 from engine.errors import BadData
-from engine.rendering import ChatRenderer, _shaped
+from engine.rendering import _TEMPLATE_ERRORS, ChatRenderer, _apply, _shaped
 from engine.rows import IGNORED
 from tests.support.chat_templates import WRITTEN, tokenizer_with, trl_templates, unsloth_templates
 
@@ -99,6 +99,53 @@ def test_all_answers_are_learned_and_nothing_else_that_anybody_says(tiny_path: P
     assert letters("greek", rest) == letters("others", learned) == ""
     first, _ = texts(tokenizer, row, "last_assistant")
     assert letters("greek", first) == row["messages"][-1]["content"]
+
+
+GREETED = {
+    "greeting": [answer("άλφα"), user("你好"), answer("βήτα")],
+    "greeting behind a system turn": [SYSTEM, answer("άλφα"), user("你好"), answer("βήτα")],
+    "system turn in the middle": [user("你好"), answer("άλφα"), SYSTEM, user("再見"), answer("βήτα")],
+    "system turn before an answer": [user("你好"), answer("άλφα"), user("再見"), SYSTEM, answer("βήτα")],
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("chat", sorted(GREETED))
+def test_greetings_and_later_system_turns_are_masked_rightly_or_refused(
+    tiny_path: Path, family: str, chat: str
+) -> None:
+    tokenizer = tokenizer_with(tiny_path, FAMILIES[family])
+    row = {"messages": GREETED[chat]}
+    shape = ChatRenderer(tokenizer)._shape(0, row["messages"], None)
+    try:
+        whole = _apply(tokenizer, _shaped(row["messages"], shape), None)
+    except _TEMPLATE_ERRORS:
+        with pytest.raises(BadData, match="the model's chat template refuses it: "):
+            texts(tokenizer, row)
+        return
+    learned, rest = texts(tokenizer, row)
+    # A few templates leave out what they do not expect; the analysis says so.
+    said = "".join(
+        turn["content"] for turn in row["messages"] if turn["role"] == "assistant" and turn["content"] in whole
+    )
+    assert letters("greek", learned) == said
+    assert letters("greek", rest) == letters("others", learned) == ""
+    unlearned = {"messages": [{**turn, "weight": 0} if turn["content"] == "άλφα" else turn for turn in row["messages"]]}
+    assert letters("greek", texts(tokenizer, unlearned)[0]) == "βήτα"
+
+
+def test_the_end_mark_of_a_greeting_is_learned(tiny_path: Path) -> None:
+    """A template that looks at its first turn cannot render the nothing before a greeting."""
+    template = (
+        "{% if messages[0]['role'] == 'system' %}{{ '' }}{% endif %}{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    renderer = ChatRenderer(tokenizer_with(tiny_path, template))
+    messages = GREETED["greeting"]
+    rendered = renderer.render(0, {"messages": messages}, answers_of(messages))
+    spans = [span for span in rendered.spans.values() if span is not None]
+    assert [rendered.text[span.start : span.end] for span in spans] == ["άλφα<|im_end|>", "βήτα<|im_end|>"]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

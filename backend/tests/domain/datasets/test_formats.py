@@ -149,7 +149,6 @@ def test_an_answer_that_must_not_be_learned_is_marked(given: dict[str, Any]) -> 
         ({"messages": [USER]}, "no assistant turn"),
         ({"messages": [USER, ANSWER, USER]}, "no answer"),
         ({"messages": [ANSWER]}, "no question"),
-        ({"messages": [USER, {"role": "system", "content": "s"}, ANSWER]}, "only come first"),
         ({"messages": [USER, {"role": "wizard", "content": "a"}]}, "wizard"),
         ({"messages": [USER, {"role": "assistant", "content": 5}]}, "a number, not text"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "null, not text"),
@@ -218,9 +217,33 @@ def test_what_is_kept_but_odd_is_noted() -> None:
     assert "two turns of one role" in str(notes({"messages": [USER, USER, ANSWER]}))
     assert "no call before" in str(notes({"messages": [USER, ANSWER, {"role": "tool", "content": "x"}, ANSWER]}))
     assert "'mood'" in str(notes({"messages": [USER, {**ANSWER, "mood": "good"}]}))
+    system = {"role": "system", "content": "s"}
+    assert "begin with an answer" in str(notes({"messages": [system, ANSWER, USER, ANSWER]}))
+    assert "begin with an answer" in str(notes({"messages": [ANSWER, USER, ANSWER]}))
+    assert "system turn behind the first" in str(notes({"messages": [USER, system, ANSWER]}))
+    assert notes({"messages": [system, USER, ANSWER]}) == set()
     empty = {"role": "system", "content": ""}
     assert "empty system turn" in str(notes({"messages": [empty, USER, ANSWER]}))
     assert read({"messages": [empty, USER, ANSWER]}) == chat("q", "a")
+
+
+SPACED = "    def f(self):\n        return 1\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"instruction": "Fix", "input": SPACED, "output": SPACED}, f"Fix\n\n{SPACED}"),
+        ({"instruction": "Fix", "context": SPACED, "response": SPACED}, f"Fix\n\n{SPACED}"),
+        ({"instruction": SPACED, "input": " ", "output": SPACED}, SPACED),
+        ({"prompt": "Fix", "context": SPACED, "completion": SPACED}, f"Fix\n\n{SPACED}"),
+        ({"prompt": SPACED, "system": SPACED, "completion": SPACED}, SPACED),
+        ({"messages": [{"role": "user", "content": SPACED}, {"role": "assistant", "content": SPACED}]}, SPACED),
+    ],
+)
+def test_the_space_around_what_was_written_is_kept(row: dict[str, Any], asked: str) -> None:
+    turns = read(row)["messages"]
+    assert [turn["content"] for turn in turns] == ([SPACED] if "system" in row else []) + [asked, SPACED]
 
 
 @given(
