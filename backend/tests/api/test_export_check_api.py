@@ -97,7 +97,8 @@ def test_an_export_is_cancelled_in_the_middle_of_its_check(bench: Bench) -> None
     export_id, engine = bench.held_up()
     assert bench.studio.http.post(f"/api/exports/{export_id}/cancel").status_code == 202
     assert finished(bench.studio, export_id)["state"] == "cancelled"
-    assert not list(bench.folder.glob(f"*{export_id}*")) and not psutil.pid_exists(engine.pid)
+    assert not psutil.pid_exists(engine.pid)
+    wait_until(lambda: not list(bench.folder.glob(f"*{export_id}*")))  # its files go once it is cancelled
 
 
 def test_a_base_is_free_for_others_while_an_export_is_checked(bench: Bench) -> None:
