@@ -3,6 +3,7 @@
 import json
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
     checkpoints = _checkpoint_folder(command)
     damaged: list[str] = []
     resume = checkpoints.newest(command.recorded_step, lambda name, why: damaged.append(f"{name}: {why}"))
+    if resume is not None and _begins_with(command, resume):
+        resume = _with_patience(resume, command.config.early_stopping_patience)
     base.detach(command.adapter_id)  # an earlier run may have handed it out without a record
     try:
         changed = methods.changed_layers(base.model, command.config)
@@ -123,6 +126,19 @@ def _checkpoint_folder(command: Train) -> CheckpointFolder:
     return CheckpointFolder(
         Path(command.checkpoints_path), command.config.keep_checkpoints, command.max_checkpoint_bytes, about
     )
+
+
+def _begins_with(command: Train, checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint is the one of another job that this job began with, and not one of its own."""
+    begun_with = command.about.resumed_from if command.about is not None else None
+    return begun_with is not None and begun_with.endswith(f"/step-{checkpoint.progress.step:08d}")
+
+
+def _with_patience(checkpoint: Checkpoint, patience: int | None) -> Checkpoint:
+    """Count the patience anew if the run that wrote the checkpoint ended for lack of it: more steps are asked for."""
+    if patience is None or checkpoint.progress.waits < patience:
+        return checkpoint
+    return replace(checkpoint, progress=replace(checkpoint.progress, waits=0))
 
 
 def _create_adapter(base: Base, command: Train, resume: Checkpoint | None, channel: Channel) -> Tensors:

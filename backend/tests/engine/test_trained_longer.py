@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from domain.peft.algorithms import Algorithm
-from domain.protocol import StepMetrics, TrainingBuilt
+from domain.protocol import AboutDataset, AboutRun, StepMetrics, TrainingBuilt
 from tests.engine.test_methods import config_for
 from tests.support.training_command import TestChannel, train_tiny
 
@@ -52,3 +52,21 @@ def test_every_other_setting_of_the_optimizer_is_the_new_runs(tiny_path: Path, t
     (built,) = [event for event in channel.events if isinstance(event, TrainingBuilt)]
     (group,) = built.groups
     assert (group.weight_decay, group.betas[0], group.epsilon, group.learning_rate) == (0.1, 0.8, 1e-6, 1e-3)
+
+
+def test_a_run_that_stopped_early_has_its_patience_anew_in_another_job(tiny_path: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 40, "eval_every_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.5}
+    config = config_for(Algorithm.LORA, **settings)
+    first = train_tiny(tiny_path, tmp_path, config)
+    assert first.stopped_early
+    # The job's own checkpoint of its end is handed out, with no step more.
+    assert train_tiny(tiny_path, tmp_path, config).steps == first.steps
+    data = AboutDataset(name="d", format="messages", rows=1, sha256="0", settings={})
+    about = AboutRun(
+        name="n", job_id="j", algorithm="lora", resumed_from=f"other/step-{first.steps:08d}",
+        dataset_sha256="0", dataset=data, validation_dataset=None,
+    )  # fmt: skip
+    second = train_tiny(tiny_path, tmp_path, config, about=about)
+    assert second.steps >= first.steps + 2
+    assert second.best_eval_loss is not None and first.best_eval_loss is not None
+    assert second.best_eval_loss <= first.best_eval_loss
