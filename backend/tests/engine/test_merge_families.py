@@ -25,8 +25,8 @@ ALL: dict[str, Any] = {"target_modules": "all-linear"}
 EXPERTS: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 ONE_OF_TWO: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"{family} all-linear": (family, ALL) for family in FAMILIES if family != "gpt_oss"},
-    **{f"{family} experts": (family, EXPERTS) for family in ("mixtral", "deepseek_v32")},
+    **{f"{family} all-linear": (family, ALL) for family in FAMILIES},
+    **{f"{family} experts": (family, EXPERTS) for family in ("mixtral", "deepseek_v32", "gpt_oss")},
     "qwen3_moe one parameter of two": ("qwen3_moe", ONE_OF_TWO),
     "ernie4_5_moe rslora": ("ernie4_5_moe", EXPERTS | {"use_rslora": True, "r": 4}),
     "mixtral ranks by layer": ("mixtral", EXPERTS | {"rank_pattern": {"experts.down_proj": 2}}),
@@ -96,7 +96,7 @@ def test_an_adapter_on_stacked_experts_in_sixteen_bits_is_added_in_full_precisio
 
 
 def test_the_correction_of_a_stack_is_the_one_that_peft_adds(tiny_path: Path, tmp_path: Path) -> None:
-    """Of experts that are held as (experts, in, out), as the engine's attention does not take yet, as well."""
+    """Of experts that are held as (experts, in, out) as well."""
     source = make_family("gpt_oss", tmp_path / "base", tiny_path)
     adapter = make_random_adapter(source, tmp_path / "adapter", **EXPERTS | {"target_modules": ["q_proj"]})
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source), str(adapter))
