@@ -74,6 +74,8 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
     if gpu_uuid is not None:
         # By uuid: an index depends on the GPUs that the server itself sees. Unsloth uses cuda:0 by name in places.
         environment["CUDA_VISIBLE_DEVICES"] = gpu_uuid
+    elif backend == "none":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # it computes with no data, and takes no memory of a GPU
     elif library := allocator.preload():  # of no use where tensors are in a GPU's memory, and untried there
         environment["LD_PRELOAD"] = str(library)
     try:

@@ -167,6 +167,14 @@ def test_an_engine_is_shown_its_one_gpu_by_uuid(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_an_engine_that_holds_no_model_is_shown_no_gpu(tmp_path: Path) -> None:
+    engine = EngineProcess(tmp_path / "engine.log", backend="none")
+    try:
+        assert psutil.Process(engine.pid).environ()["CUDA_VISIBLE_DEVICES"] == ""
+    finally:
+        engine.close()
+
+
 def test_an_engine_is_given_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SECRETS:
         monkeypatch.setenv(name, "canary")
