@@ -30,7 +30,7 @@ from engine.transformers_backend import load_tokenizer
 
 _BINS = 20
 _EXAMPLES = 10  # rows named for each finding
-_LOOKED_AT = 200  # rows in which it is looked for what the template drops: as many renderings more as turns
+_LOOKED_AT = 200  # rows in which it is looked for what the template drops: a few renderings more each
 _EXAMPLE_CHARACTERS = 20_000
 _PROGRESS_ROWS = 100
 

@@ -6,6 +6,7 @@ generation marks, and for templates that rewrite earlier turns when more turns f
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -13,6 +14,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from engine.answer_span import Span
+from engine.answer_windows import spans_by_windows
 from engine.errors import BadData, BadSetting
 from engine.time_limit import cpu_limit
 
@@ -22,22 +25,6 @@ _OTHER = "\ue000"
 _LIMIT_S = 2.0  # the longest template takes a thousandth of that; the sandbox that it runs in does not stop loops
 # The errors that a template raises on purpose, and those of a template that was not written for such turns.
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError, MemoryError)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Characters of a text, from `start` to before `end`.
-
-    Attributes:
-        cuts_start: Whether `start` may be inside a token. Two texts may begin to differ within a token. The token then
-            belongs to the answer.
-        cuts_end: The same for `end`. The token then does not belong to the answer.
-    """
-
-    start: int
-    end: int
-    cuts_start: bool = False
-    cuts_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,9 @@ class ChatRenderer:
         messages, tools = row["messages"], row.get("tools")
         shape = self._shape(number, messages, tools)
         chat = _Chat(self._tokenizer, number, messages, tools, shape)
-        return Rendered(chat.text, {index: chat.span(index) for index in answers})
+        wanted = sorted(answers)
+        spans: dict[int, Span | None] = {**(spans_by_windows(chat, wanted) or {})}
+        return Rendered(chat.text, spans or {index: chat.span(index) for index in wanted})
 
     def prompt(self, messages: Sequence[Turn]) -> str:
         """Render a conversation up to the start of the next answer, in the same shape as rows.
@@ -110,7 +99,7 @@ class ChatRenderer:
         """
         messages, tools = row["messages"], row.get("tools")
         chat = _Chat(self._tokenizer, number, messages, tools, self._shape(number, messages, tools))
-        left_out = {turn["role"] for index, turn in enumerate(messages) if chat.leaves_out(index)}
+        left_out = chat.left_out_roles()
         if tools and not chat.needs_tools():
             left_out.add("tools")
         # Templates drop the reasoning of earlier turns on purpose.
@@ -160,7 +149,21 @@ class _Chat:
     def __init__(self, tokenizer: Any, number: int, messages: Sequence[Turn], tools: Any, shape: _Shape) -> None:
         self._tokenizer, self._number, self._messages = tokenizer, number, messages
         self._tools, self._shape = tools, shape
-        self.text = self._render(messages)
+        self._text = self._render(messages)
+
+    @property
+    def text(self) -> str:
+        """The rendered conversation."""
+        return self._text
+
+    @property
+    def messages(self) -> Sequence[Turn]:
+        """Its turns."""
+        return self._messages
+
+    def of(self, messages: Sequence[Turn]) -> "_Chat":
+        """Return another conversation with the same template, tools and shape."""
+        return _Chat(self._tokenizer, self._number, messages, self._tools, self._shape)
 
     def span(self, index: int) -> Span | None:
         """Return the span of a turn's answer; None if the template leaves the turn out.
@@ -216,6 +219,26 @@ class _Chat:
         here = self._end_of(1, answered, asked)
         mark = self.text[there : there + _common_prefix(self.text[there:], answered[here:])]
         return Span(start, there + len(mark.rstrip()), cuts_start=True, cuts_end=True)
+
+    def left_out_roles(self) -> set[str]:
+        """Return the roles of the turns that the template leaves out.
+
+        All turns say a word of their own in one rendering. Only a turn whose word is missing there is looked at alone.
+        """
+        word = "w"
+        while word in self.text:
+            word += "w"
+        marked = [_changed([turn], 0, f"{word}{index}e")[0] for index, turn in enumerate(self._messages)]
+        try:
+            text = self._render(marked)
+        except BadData:
+            text = ""  # each turn is looked at alone
+        said = {int(found) for found in re.findall(f"{word}([0-9]+)e", text)}
+        roles: set[str] = set()
+        for index, turn in enumerate(self._messages):
+            if turn["role"] not in roles and index not in said and self.leaves_out(index):
+                roles.add(turn["role"])
+        return roles
 
     def leaves_out(self, index: int) -> bool:
         """Tell whether the text stays the same whatever a turn says."""
@@ -296,17 +319,17 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
-def _changed(messages: Sequence[Turn], index: int) -> list[Turn]:
+def _changed(messages: Sequence[Turn], index: int, other: str = _OTHER) -> list[Turn]:
     """Return the conversation with one turn changed from its first character to its last."""
     turn = dict(messages[index])
     if turn["content"] or not turn.get("tool_calls"):
-        turn["content"] = _OTHER
+        turn["content"] = other
     if turn.get("reasoning_content"):
-        turn["reasoning_content"] = _OTHER
+        turn["reasoning_content"] = other
     if turn.get("tool_calls"):
         turn["tool_calls"] = [
             # The name stays, since templates repeat it in the turn that answers the call.
-            {**call, "function": {**call["function"], "arguments": {_OTHER: _OTHER}}}
+            {**call, "function": {**call["function"], "arguments": {other: other}}}
             for call in turn["tool_calls"]
         ]
     return [*messages[:index], turn, *messages[index + 1 :]]
