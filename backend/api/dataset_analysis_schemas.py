@@ -52,6 +52,12 @@ class Findings(Response):
     nothing_to_learn: Finding = Field(description="Rows without a trained token; training leaves them out.")
     without_end_mark: Finding = Field(description="Rows whose learned part does not end with a special token.")
     refused: Finding = Field(description="Rows that the chat template will not take; they fail a job.")
+    earlier_thinking_left_out: Finding = Field(
+        description="Rows of which the chat template leaves out the thinking of an answer before the last one."
+    )
+    last_thinking_left_out: Finding = Field(
+        description="Rows of which the chat template leaves out the last answer's thinking."
+    )
 
 
 class Reason(Response):
@@ -162,6 +168,8 @@ def _warnings(figures: DatasetFigures, config: PeftConfig) -> list[str]:
         "nothing_to_learn": "teach nothing and are left out",
         "refused": "are refused by the chat template, so a job would fail",
         "without_end_mark": "do not end with a special token: the model may not learn to stop",
+        "earlier_thinking_left_out": "have thinking in an earlier answer that the chat template leaves out",
+        "last_thinking_left_out": "have thinking in the last answer that the chat template leaves out",
     }
     warnings = [f"{affected[name]} of {rows} rows {what}" for name, what in told.items() if affected[name]]
     warnings += [

@@ -87,6 +87,9 @@ class Findings(Result):
         nothing_to_learn: Rows without a trained token.
         without_end_mark: Rows whose learned part does not end with a special token.
         refused: Rows that the chat template will not take.
+        earlier_thinking_left_out: Conversations of which the chat template drops the thinking of an answer before the
+            last one. Analyses of earlier versions do not have it.
+        last_thinking_left_out: Those of which it drops the last answer's. Analyses of earlier versions do not have it.
     """
 
     truncated: Finding
@@ -96,6 +99,8 @@ class Findings(Result):
     nothing_to_learn: Finding
     without_end_mark: Finding
     refused: Finding
+    earlier_thinking_left_out: Finding = Finding(rows=0, examples=[])
+    last_thinking_left_out: Finding = Finding(rows=0, examples=[])
 
 
 class Refusal(Result):

@@ -23,6 +23,7 @@ from domain.results import (
 from engine.batches import FALLBACK_TEMPLATE, RowTokenizer, best_fit, read_rows
 from engine.channel import Channel
 from engine.errors import BadData, BadModel
+from engine.lost_thinking import lost_thinking
 from engine.optimizer import planned_steps
 from engine.rows import IGNORED, Row
 from engine.served_tokenizer import complete_tokenizer
@@ -111,6 +112,12 @@ class _Findings:
         if "messages" in row and self._counts["looked_at"] < _LOOKED_AT:
             self._counts["looked_at"] += 1
             self._left_out.update(self._rows.renderer.left_out(number, row))
+        if "messages" in row:
+            lost = lost_thinking(self._rows.renderer, number, row)
+            if lost.earlier:
+                self._note("earlier_thinking_left_out", number)
+            if lost.last:
+                self._note("last_thinking_left_out", number)
 
     def _note(self, finding: str, number: int) -> None:
         self._counts[finding] += 1

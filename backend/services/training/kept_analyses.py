@@ -15,7 +15,7 @@ from domain.peft.config import PeftConfig
 from domain.results import DatasetFigures
 from services.dataset_service import DatasetService
 
-_VERSION = 1  # of the computation; an analysis of another version is not used
+_VERSION = 2  # of the computation; an analysis of another version is not used
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*"),
     *("chat_template*", "additional_chat_templates/*"),

@@ -1,10 +1,12 @@
 """Analysis over HTTP: what a job would learn, worked out once, and a job that would learn nothing refused."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.chat_templates import trl_templates
 from tests.support.rows import messages_jsonl
 from tests.support.server import StudioServer, wait_until
 from tests.support.tiny_model import TINY_ID
@@ -60,6 +62,29 @@ def test_an_analysis_is_made_once_and_goes_with_its_dataset(studio: StudioServer
     assert studio.engines() == engines
     assert studio.http.delete(f"/api/datasets/{dataset['id']}").status_code == 204
     assert not folder.exists()
+
+
+def test_thinking_that_the_template_leaves_out_is_said(studio: StudioServer) -> None:
+    root = Path(studio._environment["PEFT_STUDIO_MODEL_DIRS"])
+    folder = root / "tests" / "thinker"
+    folder.mkdir(exist_ok=True)
+    for file in (root / TINY_ID).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "chat_template.jinja").write_text(trl_templates(with_marks=False)["qwen3"])
+    turns = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>hm</think>a"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>hm</think>b"},
+    ]
+    dataset = studio.upload("\n".join(json.dumps({"messages": rows}) for rows in (turns[2:], turns)))
+    found = analyze(studio, dataset["id"], model_id="tests/thinker", max_seq_length=256)
+    assert found["findings"]["earlier_thinking_left_out"] == {"rows": 1, "examples": [1]}
+    assert found["findings"]["last_thinking_left_out"] == {"rows": 0, "examples": []}
+    assert "1 of 2 rows have thinking in an earlier answer that the chat template leaves out" in found["warnings"]
+    kept = analyze(studio, dataset["id"], max_seq_length=256)
+    assert kept["findings"]["earlier_thinking_left_out"]["rows"] == 0
+    assert not any("thinking" in warning for warning in kept["warnings"])
 
 
 def test_a_job_that_would_learn_nothing_is_refused_once_that_is_known(studio: StudioServer) -> None:

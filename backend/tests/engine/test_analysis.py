@@ -182,3 +182,53 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadModel, match="no tokenizer"):
         run(tmp_path, tmp_path, [chat("q", "a")])
+
+
+THOUGHTS: dict[str, dict[str, str]] = {
+    "a block": {"content": "<think>\nhm\n</think>\n\na"},
+    "a block that the prompt opens": {"content": "hm\n</think>\n\na"},
+    "a field": {"content": "a", "reasoning_content": "hm"},
+}
+EVERY = "{% for m in messages %}<|{{ m.role }}|>{{ m.reasoning_content or '' }}{{ m.content }}<|end|>{% endfor %}"
+
+
+def thinking_rows(thought: dict[str, str]) -> list[dict[str, Any]]:
+    """Return rows whose thinking is in no, the first, the last and every answer."""
+    rows = [chat("w hm?", "hm", "a") for _ in range(4)]
+    for number, places in enumerate([(), (1,), (3,), (1, 3)]):
+        for place in places:
+            rows[number]["messages"][place] |= thought
+    return rows
+
+
+def lost(found: dict[str, Any]) -> tuple[list[int], list[int]]:
+    findings = found["findings"]
+    return findings["earlier_thinking_left_out"]["examples"], findings["last_thinking_left_out"]["examples"]
+
+
+@pytest.mark.parametrize("kind", THOUGHTS)
+@pytest.mark.parametrize(
+    ("family", "earlier", "last"),
+    [("qwen3", [1, 3], []), ("deepseek_r1_distill", [1, 3], [2, 3]), ("every", [], [])],
+)
+def test_thinking_that_the_template_drops_is_told(
+    tiny_path: Path, tmp_path: Path, kind: str, family: str, earlier: list[int], last: list[int]
+) -> None:
+    template = (trl_templates(with_marks=False) | {"every": EVERY})[family]
+    found = run(
+        other_template(tiny_path, tmp_path, template), tmp_path, thinking_rows(THOUGHTS[kind]), max_seq_length=256
+    )
+    assert lost(found) == (earlier, last)
+    assert found["findings"]["refused"]["rows"] == 0
+
+
+@pytest.mark.parametrize("opened", ["<thinking>", "[THINK]", "<|START_THINKING|>", "◁think▷", "<reasoning>"])
+def test_thinking_in_other_marks_is_found(tiny_path: Path, tmp_path: Path, opened: str) -> None:
+    closed = opened.replace("START", "END") if "START" in opened else f"{opened[0]}/{opened[1:]}"
+    dropping = (
+        "{% for m in messages %}<|{{ m.role }}|>"
+        f"{{{{ m.content if loop.last else m.content.split('{closed}')[-1] }}}}<|end|>{{% endfor %}}"
+    )
+    rows = [chat("q", f"{opened}hm{closed}a", "b"), chat("q", f"{opened} {closed}a", f"{opened}hm{closed}b")]
+    assert lost(run(other_template(tiny_path, tmp_path, dropping), tmp_path, rows)) == ([0], [])
+    assert lost(run(tiny_path, tmp_path, rows)) == ([], [])
