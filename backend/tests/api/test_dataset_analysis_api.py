@@ -132,3 +132,19 @@ def test_text_and_preferences(studio: StudioServer) -> None:
     assert (response.status_code, response.json()["type"]) == (422, "/problems/dataset-not-trainable")
     response = studio.http.post("/api/datasets/ds_none/analyze", json={"model_id": TINY_ID})
     assert response.status_code == 404
+
+
+def test_greetings_and_later_system_turns_train_what_is_counted_by_hand(studio: StudioServer) -> None:
+    greeting = [("assistant", "JQ"), ("user", "hm"), ("assistant", "KXQ")]
+    instructed = [("user", "hm"), ("assistant", "QJ"), ("system", "be"), ("user", "hm"), ("assistant", "Z")]
+    rows = [
+        {"messages": [{"role": role, "content": content} for role, content in row]} for row in (greeting, instructed)
+    ]
+    dataset = studio.upload("\n".join(json.dumps(row) for row in rows))
+    overrides = {"max_seq_length": 64, "max_steps": 1, "batch_size": 2, "rank": 4}
+    job = studio.submit(model_id=TINY_ID, dataset_id=dataset["id"], overrides=overrides)
+    studio.events(job["id"])
+    events = studio.http.get(f"/api/training/jobs/{job['id']}/events?format=json").json()["events"]
+    (started,) = [event["data"] for event in events if event["kind"] == "started"]
+    # A token a letter, and an end mark for each of the four answers.
+    assert (started["rows"], started["trained_tokens"]) == (2, len("JQ" + "KXQ" + "QJ" + "Z") + 4)
