@@ -122,7 +122,7 @@ def test_a_server_killed_in_the_middle_of_a_check_starts_the_export_again(bench:
 
 
 def test_the_embedded_model_passes_its_check(bench: Bench) -> None:
-    files = adapter_files(base_model_name_or_path=EMBEDDED_ID)
+    files = adapter_files(base_model_name_or_path=EMBEDDED_ID, target_modules=["q_proj"])
     files["adapter_model.safetensors"] = safetensors_bytes(adapter_tensors(30, {"q_proj": (576, 576)}))
     source = write_files(bench.studio.home / "inbox", files)
     bench.goes_wrong("")
