@@ -102,8 +102,9 @@ def build(chosen: Any, config: Any) -> Any:
         BadModel: It cannot be built so.
     """
     for part in (config, config.get_text_config(decoder=True)):
-        if (getattr(part, "num_hidden_layers", None) or 0) > _MOST_LAYERS:
-            raise BadModel(f"{part.num_hidden_layers} layers; no model has that many")
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int | float) and layers > _MOST_LAYERS:  # what is no number fails in the class
+            raise BadModel(f"{layers} layers; no model has that many")
     try:
         with torch.device("meta"):
             model = chosen._from_config(config, attn_implementation=attention_of(chosen), dtype=HALF)

@@ -334,7 +334,7 @@ _SHAPES: dict[str, Callable[[str, str, str], dict[str, Any]]] = {
     },
     "messages": lambda a, b, c: {
         "messages": [
-            {"role": "developer", "content": c.strip()},
+            {"role": "developer", "content": c},
             {"role": "user", "content": [{"type": "text", "text": a}]},
             {"role": "assistant", "content": b},
         ]
