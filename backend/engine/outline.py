@@ -59,8 +59,8 @@ def limit_memory() -> None:
 def layer_roles(model: Any) -> dict[str, Role]:
     """Say what each linear module of a loaded model does, from a copy of its class that holds no weights.
 
-    Unsloth's classes compute with kernels of its own, which fake tensors cannot pass: there the place of a module among
-    the others tells alone.
+    Unsloth's classes compute with kernels of its own, which fake tensors cannot pass, and some classes of transformers
+    look at their tensors' values. There the place of a module among the others tells alone.
 
     Args:
         model: As transformers loaded it, without adapters or with. It is neither changed nor computed with.
@@ -75,8 +75,17 @@ def layer_roles(model: Any) -> dict[str, Role]:
             config = copy.deepcopy(model.config)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
-            _roles_of[model] = _Outline(build(type(model), config), config).roles()
+            _roles_of[model] = _followed_roles(build(type(model), config), config)
     return _roles_of[model]
+
+
+def _followed_roles(model: Any, config: Any) -> dict[str, Role]:
+    """Say what each linear module does; by its place alone where the class cannot be followed without data."""
+    try:
+        return _Outline(model, config).roles()
+    except Exception:  # noqa: BLE001 - the class' own code; the engine's log has it
+        traceback.print_exc()
+        return roles(model)
 
 
 def kept_in_full(chosen: Any, config: Any) -> list[str]:
@@ -92,7 +101,7 @@ def kept_in_full(chosen: Any, config: Any) -> list[str]:
     model = build(chosen, config)
     head = output_head(model)
     heads = [path for path, module in model.named_modules() if module is head]
-    return heads + [path for path, role in _Outline(model, config).roles().items() if role == "bypassed"]
+    return heads + [path for path, role in _followed_roles(model, config).items() if role == "bypassed"]
 
 
 def build(chosen: Any, config: Any) -> Any:

@@ -217,7 +217,8 @@ class _Watch:
     def watching(self) -> Iterator[None]:
         """Watch what is computed within."""
         embedding = self._model.get_input_embeddings()  # type: ignore[operator]
-        handles = [embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))]
+        # A copy, which keeps nothing: some classes scale what the embedding returns in place.
+        handles = [embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True).clone())]
         standing_in = []
         for layer in self._layers:
             if layer.first:
