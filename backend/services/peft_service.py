@@ -149,7 +149,8 @@ class PeftService:
             available, siblings = device.available_bytes, self._facts.siblings
             return assess(where.shape, config, available, on_gpu=device.on_gpu, batch=batch, siblings=siblings)
 
-        self._facts.check_loadable(where.model_id, where.revision)
+        if where.shape is None:
+            self._facts.loadable_shape(where.model_id, where.revision)  # refuses it if that is why
         runs_on = where.loaded.base if where.loaded is not None else place(self._machine, "auto", where, config)[0]
         self._pool.admit_run(f"Training {where.model_id}", judge, where.device, runs_on)
 
@@ -194,8 +195,7 @@ class PeftService:
         """
         device = self._machine.device(request.device)
         self._files.check(request.model_id, request.revision, allow_pickle=request.allow_pickle)
-        self._facts.check_loadable(request.model_id, request.revision)
-        shape = self._facts.shape(request.model_id, request.revision)
+        shape = self._facts.loadable_shape(request.model_id, request.revision)
         where = ModelOnDevice(request.model_id, request.revision, shape, device)
         if isinstance(request, ConfiguredLoad):
             config = request.config

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from model_shapes import read_shape
 from peft import PeftModel
-from transformers import AutoConfig
 
 from domain.configure import MachineFacts, configure
 from domain.memory.estimate import adapter_parameters
@@ -22,7 +21,7 @@ from engine.base import Base
 from engine.channel import Stopped
 from engine.generation import generate
 from engine.merge import merge
-from engine.model_class import attention_of, model_class
+from engine.stock_model import load_stock
 from engine.training import train
 
 METHODS = (Algorithm.LORA, Algorithm.QLORA, Algorithm.DORA, Algorithm.PISSA, Algorithm.RSLORA)
@@ -179,9 +178,8 @@ def _resumes(path: Path, scratch: Path) -> str | None:
 
 
 def _stock(path: Path) -> Any:
-    """Load a folder as anybody would, with the class and the attention that the engine takes."""
-    chosen, config = model_class(AutoConfig.from_pretrained(path))
-    return chosen.from_pretrained(path, config=config, attn_implementation=attention_of(chosen), dtype=torch.float32)
+    """Load a folder as anybody would."""
+    return load_stock(path, torch.float32)[0]
 
 
 def _logits(model: Any) -> torch.Tensor:

@@ -59,8 +59,8 @@ class ModelFacts:
         """
         return self._shapes.describe(self.config(model_id, revision))
 
-    def check_loadable(self, model_id: str, revision: str | None) -> None:
-        """Refuse a model that an engine could not load, however much memory there is.
+    def loadable_shape(self, model_id: str, revision: str | None) -> ModelShape | None:
+        """Return what a model is made of, or None where that cannot be told; refuse one that no engine could load.
 
         Raises:
             ModelRejected: transformers has no class for it that predicts the next token.
@@ -69,6 +69,7 @@ class ModelFacts:
         said = self.described(model_id, revision)
         if not said.loadable:
             raise ModelRejected(f"{model_id} cannot be loaded: {said.problem}.")
+        return said.shape
 
     def blockers(self, model_id: str, revision: str | None) -> list[str]:
         """Say what keeps a model from being loaded here, a sentence each.

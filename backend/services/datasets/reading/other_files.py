@@ -5,6 +5,7 @@ from pathlib import Path
 
 _EXCEL = "save it as .xlsx or .csv"
 _PANDAS = 'write it as Parquet or JSON lines, e.g. with pandas: df.to_json("rows.jsonl", orient="records", lines=True)'
+_PICKLE = "a pickle, which is never opened since it can run code"
 # The first bytes of a file → what it is, and what to do.
 _BY_BYTES = (
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an Excel file of before 2007 (.xls), or one with a password", _EXCEL),
@@ -15,10 +16,7 @@ _BY_BYTES = (
     (b"Obj\x01", "an Avro file", _PANDAS),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _PANDAS),
     (b"SQLite format 3\x00", "an SQLite database", "export the table as CSV or JSON lines"),
-    (b"\x80\x02", "a pickle, which is never opened since it can run code", _PANDAS),
-    (b"\x80\x03", "a pickle, which is never opened since it can run code", _PANDAS),
-    (b"\x80\x04", "a pickle, which is never opened since it can run code", _PANDAS),
-    (b"\x80\x05", "a pickle, which is never opened since it can run code", _PANDAS),
+    *((bytes((0x80, protocol)), _PICKLE, _PANDAS) for protocol in (2, 3, 4, 5)),
     (b"\x93NUMPY", "a NumPy array", _PANDAS),
     (b"%PDF", "a PDF", "take its text out, and save that as .txt"),
 )

@@ -4,7 +4,6 @@ import io
 import time
 from collections.abc import Iterator
 from contextvars import copy_context
-from pathlib import Path
 
 import pytest
 from huggingface_hub.utils import close_session, get_session  # type: ignore[attr-defined]
@@ -14,17 +13,10 @@ from core.errors import AccessDenied, Conflict, HubUnavailable
 from services.hub import http
 from services.hub.http import HubHttp, limit_sessions, request_token
 from services.hub.uploads import HubUploads
-from tests.support.hub_double import HubDouble, quiet_environment
+from tests.support.hub_double import HubDouble
 
 # huggingface_hub 1.33 hands a file to httpx in a way that httpx would rather have otherwise.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubDouble]:
-    quiet_environment(monkeypatch, tmp_path)
-    with HubDouble() as double:
-        yield double
 
 
 @pytest.fixture
