@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, NotRequired
 
 import httpx
 from pydantic import AfterValidator, ConfigDict, StringConstraints, TypeAdapter, ValidationError
@@ -85,6 +85,7 @@ class RunCard(TypedDict):
     rows_sha256: Sha256
     validation_rows_sha256: Sha256 | None
     validation_fraction: float
+    gpus: NotRequired[int]
     config: dict[str, Any]
     outcome: dict[Plain, Figure | bool]
     packages: dict[Plain, Plain]
@@ -248,6 +249,7 @@ class Server:
             "dataset_id": dataset_id,
             "validation_dataset_id": validation_id,
             "validation_fraction": 0 if validation_id else card["validation_fraction"],
+            "gpus": card.get("gpus", 1),
             "name": f"reproduction of {card['adapter_id']}"[:200],
         }
         job = dict(self.call("POST", "/api/training/jobs", json=request).json())

@@ -42,6 +42,13 @@ class CreateJobRequest(Request):
         "model, data and settings, except how long to train and when to evaluate, stop and write checkpoints.",
     )
     idempotency_key: Text | None = None
+    gpus: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Train on this many GPUs of this machine at once: the passes of each step are dealt to them, and "
+        "the effective batch stays. The job waits until so many are free. At most gradient_accumulation.",
+    )
     force: bool = Field(default=False, description="Queue it even if it is estimated not to fit in memory.")
 
 
@@ -93,6 +100,7 @@ class JobResponse(Response):
     dataset_id: str
     validation_dataset_id: str | None
     validation_fraction: float
+    gpus: int = Field(description="How many GPUs it takes at once.")
     priority: int
     progress: JobProgress
     metrics: JobMetrics

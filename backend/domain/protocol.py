@@ -175,6 +175,7 @@ ErrorClass = Literal[
     "disk_full",
     "cannot_save",
     "export_differs",
+    "worker_died",
     "cancelled",
     "paused",
     "engine",
@@ -307,7 +308,8 @@ class Train(Command[TrainingFigures, RunEvent]):
     The run goes on from the newest checkpoint in `checkpoints_path` that verifies, and of those beyond
     `recorded_step`, whose metrics were lost, only if there is no other; without one, it starts from the base.
     `about` is what the adapter's card says of the run beside what the engine knows itself. With `hands_out` nothing is
-    trained: the adapter of the checkpoint is written, as a stop with `keep` would have.
+    trained: the adapter of the checkpoint is written, as a stop with `keep` would have. `workers` names the devices
+    beside the engine's own that take a share of every step: a GPU by its uuid, or `cpu`.
     """
 
     kind: Literal["train"] = "train"
@@ -324,6 +326,7 @@ class Train(Command[TrainingFigures, RunEvent]):
     recorded_step: int
     about: AboutRun | None
     hands_out: bool = False
+    workers: list[str] = Field(default_factory=list)
 
 
 class Analyze(Command[DatasetFigures, Progress]):

@@ -38,7 +38,7 @@ class Base:
                 self.model, self.tokenizer = self.backend.load(path, config, device)
         except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
             raise BadModel(f"{path.name} cannot be loaded: {error}") from error
-        self.path = path
+        self.path, self.loaded_with = path, config
         self.device = torch.device(device)
         self.model.requires_grad_(False)
         self.model.eval()
@@ -54,6 +54,12 @@ class Base:
     def adapters(self) -> list[str]:
         """Names of the adapters on the base."""
         return list(self.model.peft_config) if isinstance(self.model, PeftModel) else []
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name, without the active adapter's own name in it."""
+        own = f".{self.model.active_adapter}."
+        return {name.replace(own, "."): p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def attach(self, name: str, path: Path) -> None:
         """Load an adapter's folder onto the base.

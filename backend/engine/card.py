@@ -64,6 +64,7 @@ def begin_card(base: Base, command: Train) -> dict[str, Any]:
         "rows_sha256": sha256_of(Path(command.dataset_path)),
         "validation_rows_sha256": sha256_of(Path(command.validation_path)) if command.validation_path else None,
         "validation_fraction": command.validation_fraction,
+        "gpus": 1 + len(command.workers),
         "config": command.config.model_dump(mode="json"),
         # Whether it corrects the 4-bit weights that it was trained on, rather than the published ones.
         "belongs_to_nf4": command.config.quantization == "nf4" and not freezes_others(command.config),

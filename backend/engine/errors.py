@@ -7,7 +7,8 @@ CommandError
 ├── NotFinite     the loss became NaN or infinite
 ├── ExportDiffers an export is not what base and adapter make
 ├── CannotSave    what was trained, or would be, cannot be written as an adapter
-└── OutOfMemory   the device has no memory left
+├── OutOfMemory   the device has no memory left
+└── WorkerDied    a process that computes gradients on another device ended
 """
 
 from typing import ClassVar
@@ -66,3 +67,9 @@ class OutOfMemory(CommandError):
     """The device has no memory left."""
 
     error_class = "out_of_memory"
+
+
+class WorkerDied(CommandError):
+    """A process that computes gradients on another device ended."""
+
+    error_class = "worker_died"

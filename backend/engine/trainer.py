@@ -32,8 +32,10 @@ from engine.checkpoints import (
     split_optimizer,
 )
 from engine.errors import BadData, BadSetting, NotFinite
+from engine.gradient_workers import GradientWorkers
 from engine.neftune import add_noise
 from engine.optimizer import go_on_with, make_optimizer, make_scheduler, planned_steps, settings_of
+from engine.passes import OwnPasses, Passes
 from engine.rows import RowStore
 from engine.run_report import run_report
 
@@ -89,8 +91,7 @@ class Trainer:
         # Any token will do: padding is neither attended to nor learned.
         self._pad_id = int(base.tokenizer.pad_token_id or 0)
         # Without the adapter's own name: another job may go on from the checkpoint.
-        own = f".{base.model.active_adapter}."
-        self._named = {name.replace(own, "."): p for name, p in base.model.named_parameters() if p.requires_grad}
+        self._named = base.trained
         self._parameters = list(self._named.values())
         self._optimizer = make_optimizer(self._named, config)
         self.total_steps = planned_steps(config, len(self._epoch(0)))
@@ -98,6 +99,8 @@ class Trainer:
         # fp16 gradients underflow without scaling; the other types need none.
         self._scaler = torch.amp.GradScaler(base.device.type, enabled=config.precision == "fp16")
         self._loss = base.backend.loss(base.model, base.device)
+        self._passes: Passes = OwnPasses(self._loss, control.check_stop)
+        self._devices = 1
         self.progress = RunProgress(evaluation_due=bool(validation))
         self._noise: RemovableHandle | None = None
         self._best: Tensors = {}
@@ -133,6 +136,11 @@ class Trainer:
         finally:
             self._end()
 
+    def share_with(self, workers: GradientWorkers) -> None:
+        """Have workers on other devices take a share of every step. They have the adapter already."""
+        self._passes = workers.passes(self._loss, self._control.check_stop, self._config.seed)
+        self._devices = workers.devices
+
     def hand_out(self) -> RunOutcome:
         """Train nothing; put the parameters in place that a run hands out which was stopped here."""
         return self._outcome(stopped_on_request=True)
@@ -148,6 +156,8 @@ class Trainer:
 
     def _begin(self) -> None:
         how = self._base.backend.begin_training(self._base.model, self._config)
+        if self._devices > 1:
+            how += f"; the passes of each step are dealt to {self._devices} devices"
         self._emit(Computing(request_id=self._request_id, how=how))
         self._emit(run_report(self._request_id, self._base, self._optimizer))
         if self._config.neftune_noise_alpha > 0:
@@ -229,12 +239,7 @@ class Trainer:
         began = time.monotonic()
         count = sum(batch.trained_tokens for batch in batches)
         learning_rate = float(self._scheduler.get_last_lr()[0])
-        total = 0.0
-        for batch in batches:
-            self._control.check_stop()
-            loss = self._loss(batch) / count
-            self._scaler.scale(loss).backward()
-            total += float(loss.detach())
+        total = self._passes.gradients(self.progress.step, batches, count, self._scaler)
         self._scaler.unscale_(self._optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
         overflow = self._scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves such a step out
@@ -365,17 +370,15 @@ class Trainer:
     def _evaluate(self) -> None:
         """Measure the loss on the validation rows. It draws no random number, so it does not change the run."""
         self._base.model.eval()
-        total, count = 0.0, 0
         lengths = self._validation.lengths()
         by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-        for at in range(0, len(by_length), self._config.batch_size):
-            self._control.check_stop()
-            rows = [self._validation[position] for position in by_length[at : at + self._config.batch_size]]
-            batch = pad(rows, self._pad_id)
-            total += float(self._loss(batch))
-            count += batch.trained_tokens
+        size = self._config.batch_size
+        total = self._passes.losses(
+            pad([self._validation[position] for position in by_length[at : at + size]], self._pad_id)
+            for at in range(0, len(by_length), size)
+        )
         self._base.model.train()
-        self._record_evaluation(total / count)
+        self._record_evaluation(total / self._validation.trained_tokens)
 
     def _record_evaluation(self, loss: float) -> None:
         progress = self.progress

@@ -21,6 +21,7 @@ from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData, ExportDiffers
 from engine.frozen_weights import original_weights_kept
+from engine.gradient_workers import GradientWorkers
 from engine.handing_out import HandingOut, saving
 from engine.initialisation import create_adapter
 from engine.packing import require_rows_kept_apart
@@ -71,9 +72,13 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
     base.detach(command.adapter_id)  # an earlier run may have handed it out without a record
     try:
         changed = methods.changed_layers(base.model, command.config)
-        with original_weights_kept(base.model, changed, output.parent):
+        with (
+            original_weights_kept(base.model, changed, output.parent),
+            GradientWorkers(base, [] if command.hands_out else command.workers) as workers,
+        ):
             channel.emit(Progress(request_id=command.request_id, stage="adapter", fraction=None))
             initial = _create_adapter(base, command, resume, channel)
+            workers.prepare(command, initial, control.check_stop)
             trainer = Trainer(
                 base,
                 command.config,
@@ -86,6 +91,8 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
                 resume=resume,
                 initial=initial,
             )
+            if workers.devices > 1:
+                trainer.share_with(workers)
             handing_out = HandingOut(base, command, initial)
             with saving(f"{trainer.progress.step} steps are trained"):
                 handing_out.prove()

@@ -154,6 +154,24 @@ class PeftService:
         runs_on = where.loaded.base if where.loaded is not None else place(self._machine, "auto", where, config)[0]
         self._pool.admit_run(f"Training {where.model_id}", judge, where.device, runs_on)
 
+    def gpus(self) -> int:
+        """Return how many GPUs of this machine can train."""
+        return sum(name != "cpu" for name in self._machine.training_devices())
+
+    def make_room_for_worker(self, model_id: str, revision: str | None, config: PeftConfig, device: Device) -> None:
+        """Unload idle models of a GPU for a second copy of a base, which a job will hold there beside its own.
+
+        Raises:
+            DoesNotFit: It needs more memory than the GPU would have with every idle model unloaded.
+        """
+        shape = self._facts.loadable_shape(model_id, revision)
+
+        def judge(device: Device) -> Assessment:
+            available = device.available_bytes
+            return assess_loading(shape, config, available, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+
+        self._pool.make_room(f"Training {model_id} on a further GPU", judge, device)
+
     def make_room(self, what: str, needed_bytes: int) -> int | None:
         """Unload idle models whose memory on the host something else needs.
 

@@ -41,6 +41,7 @@ class JobRecord:
     Attributes:
         sequence: Its place among all jobs; given when it is stored.
         load_options: How the loaded model that it names was loaded, to load the same again; None without one.
+        gpus: How many GPUs it takes at once; 1 on a machine without any.
         result: What it came to; None before it has trained anything to its end.
         attempts: How often it was started.
         stalls: Deaths of its engine or of the server since its last checkpoint.
@@ -65,6 +66,7 @@ class JobRecord:
     dataset_id: str
     validation_dataset_id: str | None
     validation_fraction: float
+    gpus: int = 1
     progress: JobProgress = field(default_factory=JobProgress)
     result: JobResult | None = None
     attempts: int = 0

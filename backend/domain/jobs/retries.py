@@ -7,7 +7,7 @@ _LONGEST_WAIT_S = 60.0
 # Classes that trying again cannot help: the same memory, data and settings fail the same way.
 TRANSIENT = frozenset(
     {
-        *("engine_killed", "engine_crash", "engine_unresponsive", "server_ended"),
+        *("engine_killed", "engine_crash", "engine_unresponsive", "worker_died", "server_ended"),
         *("hub_unavailable", "engine_unavailable", "database_unavailable", "model_not_ready"),
     }
 )

@@ -37,6 +37,7 @@ class JobRequest:
     resume_from: str | None
     idempotency_key: str | None
     force: bool
+    gpus: int = 1
 
 
 _MUST_MATCH = ("model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction")
@@ -82,6 +83,7 @@ class JobIntake:
             overrides = {"train_on": "all"} | overrides  # a text has no answers
         where = self.peft.on_device(model_id, revision, loaded=loaded)
         config = self.peft.configure(request.algorithm, request.use_case, overrides, where).config
+        self._check_gpus(request, config)
         self._check_data(request, config)
         for dataset_id in filter(None, (request.dataset_id, request.validation_dataset_id)):
             self.analyses.check_learnable(dataset_id, model_id, revision, config)
@@ -100,6 +102,7 @@ class JobIntake:
             dataset_id=request.dataset_id,
             validation_dataset_id=request.validation_dataset_id,
             validation_fraction=request.validation_fraction,
+            gpus=request.gpus,
             progress=JobProgress(forced=True) if request.force else JobProgress(),
             created_at=now,
         )
@@ -108,6 +111,22 @@ class JobIntake:
             # The last check, since it may unload idle models.
             self.peft.admit_run(where, config, self._largest_batch(dataset, where, config))
         return self._begin_with(*checkpoint, record) if checkpoint is not None else record
+
+    def _check_gpus(self, request: JobRequest, config: PeftConfig) -> None:
+        """Refuse more GPUs than there are, or than a step has passes for."""
+        if request.gpus == 1:
+            return
+        there, passes = self.peft.gpus(), config.gradient_accumulation
+        if request.gpus > there:
+            raise _rejected("gpus", f"this machine has {there} that can train")
+        if request.loaded_model_id is not None:
+            raise _rejected("gpus", "a loaded model is on one GPU; name the model_id instead of the loaded_model_id")
+        if request.gpus > passes:
+            raise _rejected(
+                "gpus",
+                f"a step has {passes} passes (gradient_accumulation) to deal to {request.gpus} GPUs; a smaller "
+                f"batch_size with gradient_accumulation={request.gpus} or more keeps the effective batch",
+            )
 
     def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
         record = self.datasets.check_trainable(request.dataset_id, config.train_on)
@@ -196,7 +215,10 @@ def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:
 
 def digest_of(request: JobRequest) -> str:
     """Return a digest of a request, which tells whether two requests are the same."""
-    return hashlib.sha256(json.dumps(request.__dict__, sort_keys=True, default=str).encode()).hexdigest()
+    values = dict(request.__dict__)
+    if request.gpus == 1:
+        del values["gpus"]  # requests that are stored already have no such field
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _rejected(location: str, message: str) -> SettingRejected:

@@ -36,6 +36,8 @@ class QueuePlace:
 class TrainingQueue:
     """Runs the queued jobs: one at a time on each device, in one order for all.
 
+    A job for several devices waits until so many are free. No later job overtakes it: it would wait for ever.
+
     Args:
         ledger: Where the jobs are recorded.
         work: Trains a job.
@@ -61,6 +63,8 @@ class TrainingQueue:
         self._runs: dict[str, TrainingRun] = {}
         self._retry_at_s: dict[str, float] = {}
         self._workers: list[threading.Thread] = []
+        self._every: tuple[str, ...] = ()
+        self._free: set[str] = set()
 
     # What is running, and what waits
 
@@ -103,7 +107,9 @@ class TrainingQueue:
         self._checkpoints.remove_leftovers()
         for record in self._ledger.all(ACTIVE_STATES):
             self._take_up(record)
-        for device in self._devices():
+        self._every = self._devices()
+        self._free = set(self._every)
+        for device in self._every:
             worker = threading.Thread(target=self._work_on, args=(device,), name=f"training-{device}", daemon=True)
             self._workers.append(worker)
             worker.start()
@@ -135,7 +141,7 @@ class TrainingQueue:
             try:
                 self._queue_interrupted()
                 record = self._ledger.next_queued()
-                busy = record is not None and self._run(record, device)
+                busy = record is not None and self._run_on(record, device)
             except Exception:  # noqa: BLE001 - e.g. the disk is full: the log says so, and the next try may do better
                 _log.exception("training.worker_failed")
                 busy = False
@@ -153,11 +159,29 @@ class TrainingQueue:
             elif self._retry_at_s.get(record.id, now_s) <= now_s:
                 self.queue_again(record)
 
-    def _run(self, record: JobRecord, device: str) -> bool:
+    def _run_on(self, record: JobRecord, device: str) -> bool:
+        """Run a queued job on a device, and on as many others as it takes; tell whether it was there to be run."""
+        with self._lock:
+            others = [other for other in self._every if other in self._free and other != device]
+            # A machine may have lost a GPU since the job came. The run then says so.
+            more = min(record.gpus, len(self._every)) - 1
+            if device not in self._free or len(others) < more:
+                return False
+            claimed = (device, *others[:more])
+            self._free -= set(claimed)
+        try:
+            return self._run(record, claimed)
+        finally:
+            with self._lock:
+                self._free |= set(claimed)
+            with self._ledger.changed:
+                self._ledger.changed.notify_all()  # a job may have waited for them
+
+    def _run(self, record: JobRecord, devices: tuple[str, ...]) -> bool:
         """Run a queued job; tell whether it was there to be run."""
         run = TrainingRun(
             record,
-            device,
+            devices,
             ledger=self._ledger,
             work=self._work,
             checkpoints=self._checkpoints,

@@ -27,7 +27,7 @@ class TrainingRun:
 
     Args:
         record: The job, queued.
-        device: Where it is trained: `cpu`, or a GPU's index.
+        devices: Where it is trained: `cpu`, or the index of each of its GPUs.
         ledger: Where the job is recorded.
         work: Trains it.
         checkpoints: Where its engine leaves the state of the run.
@@ -39,7 +39,7 @@ class TrainingRun:
     def __init__(
         self,
         record: JobRecord,
-        device: str,
+        devices: tuple[str, ...],
         *,
         ledger: JobLedger,
         work: TrainingWork,
@@ -48,7 +48,7 @@ class TrainingRun:
         closing: threading.Event,
         retry_after: Callable[[str, float], None],
     ) -> None:
-        self._device, self._work, self._checkpoints, self._clock = device, work, checkpoints, clock
+        self._devices, self._work, self._checkpoints, self._clock = devices, work, checkpoints, clock
         self._retry_after = retry_after
         self._job = RunningJob(ledger, record, closing)
         self._control = RunControl(self._job.lock)
@@ -86,7 +86,7 @@ class TrainingRun:
             if cancel_request is not None:  # made during an earlier run, which ended first
                 self.end(ENDINGS[cancel_request])
             self._control.check()
-            trained = self._work.run(self._job, self._device, self._control, self._journal, self._on_event)
+            trained = self._work.run(self._job, self._devices, self._control, self._journal, self._on_event)
             self._trained = True
             self._journal.flush()
             self._succeed(trained)
@@ -148,7 +148,7 @@ class TrainingRun:
         telemetry.job_interruptions.labels(error_class).inc()
         details = failure(error_class, error)
         if error_class in ("out_of_memory", "out_of_host_memory"):
-            suggestions = self._work.savings(self._job.record, self._device) or details.suggestions
+            suggestions = self._work.savings(self._job.record, self._devices[0]) or details.suggestions
             details = details.model_copy(update={"suggestions": suggestions})
         if error_class == "disk_full" or hands_out:
             progress = self._journal.progress.paused(hands_out=hands_out)

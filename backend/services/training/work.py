@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from core.errors import LoadedModelNotFound
+from core.errors import LoadedModelNotFound, SettingRejected
 from domain import protocol
 from domain.jobs.figures import TrainingFigures
 from domain.jobs.progress import EngineUsed
@@ -74,7 +74,7 @@ class TrainingWork:
     def run(
         self,
         job: RunningJob,
-        device: str,
+        devices: tuple[str, ...],
         control: RunControl,
         journal: RunJournal,
         on_event: Callable[[protocol.RunEvent], None],
@@ -83,7 +83,8 @@ class TrainingWork:
 
         Args:
             job: What is trained.
-            device: Where, unless the job names a loaded model: `cpu`, or a GPU's index.
+            devices: Where, unless the job names a loaded model: `cpu`, or the index of each GPU. The base is loaded on
+                the first; the others hold copies of it while the job trains.
             control: Stops it.
             journal: Knows the progress of earlier runs of the job.
             on_event: Takes the engine's events.
@@ -92,12 +93,16 @@ class TrainingWork:
             RunStopped: Somebody stopped it before the engine began.
             StudioError: As loading the base says, or the engine.
         """
+        if len(devices) < job.record.gpus:
+            wanted = f"gpus: the job takes {job.record.gpus} GPUs, and this machine has {len(devices)} that can train"
+            raise SettingRejected(wanted, errors=[{"location": ["gpus"], "message": wanted}])
         self._check_data(job, control, journal)
         known = {model.id for model in self._peft.models()}
-        model = self._find_or_load(job.record, device)
+        model = self._find_or_load(job.record, devices[0])
         try:
             with borrow(model, f"training {job.id}", control.wait) as process:
-                return self._train(job, model, process, control, journal, on_event)
+                workers = [self._worker(job.record, model, device) for device in devices[1:]]
+                return self._train(job, model, process, workers, control, journal, on_event)
         except EngineDied:
             # A base that this job loaded is of no more use once its engine has died. A client's stays listed as failed.
             if model.id not in known:
@@ -139,11 +144,19 @@ class TrainingWork:
             )
         )
 
+    def _worker(self, job: JobRecord, model: LoadedModel, name: str) -> str:
+        """Make room on a further GPU; return what an engine calls it."""
+        device = self._peft.device(int(name))
+        if not job.progress.forced:
+            self._peft.make_room_for_worker(model.model_id, model.revision, recorded(job.config), device)
+        return device.gpu_uuid or name
+
     def _train(
         self,
         job: RunningJob,
         model: LoadedModel,
         process: EngineProcess,
+        workers: list[str],
         control: RunControl,
         journal: RunJournal,
         on_event: Callable[[protocol.RunEvent], None],
@@ -169,6 +182,7 @@ class TrainingWork:
             recorded_step=journal.progress.recorded_step,
             about=about,
             hands_out=journal.progress.hands_out,
+            workers=workers,
         )
         engine = EngineUsed(name=model.base.key.engine, reason=model.base.wanted.engine_reason, computation=None)
         journal.progress = journal.progress.on_engine(engine)  # written with the next event

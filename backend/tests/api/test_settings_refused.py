@@ -138,3 +138,9 @@ def test_what_one_job_was_set_to_says_nothing_about_the_next(studio: StudioServe
     )
     assert (following["config"]["rank"], following["config"]["seed"]) == (16, 42)
     studio.wait_for_state(following["id"], "succeeded")
+
+
+def test_more_gpus_than_this_machine_has_are_refused(studio: StudioServer) -> None:
+    dataset = studio.upload(messages_jsonl())
+    body = {"model_id": TINY_ID, "dataset_id": dataset["id"], "gpus": 2}
+    assert _refusal(studio, "/api/training/jobs", "gpus", body) == "gpus: this machine has 0 that can train"

@@ -125,6 +125,44 @@ def test_each_device_has_a_job_of_its_own_and_no_job_runs_twice(tmp_path: Path) 
     assert all(job.attempts == 1 for job in studio.ledger.all())
 
 
+def test_a_job_for_two_gpus_waits_for_both_and_is_not_overtaken(tmp_path: Path) -> None:
+    """On two GPUs, jobs for one, two and one. The first two last until the workers have looked for more to do."""
+    seen: list[tuple[str, list[str]]] = []
+    looks: list[str] = []
+
+    def load(request: Any) -> Any:
+        before = len(looks)
+        if request.model_id != "last":
+            wait_until(lambda: len(looks) >= before + 3)  # the idle worker looks at least once a second
+        seen.append((request.model_id, [job.model_id for job in studio.ledger.all() if job.state in FINAL_STATES]))
+        raise ModelRejected("enough seen")
+
+    studio = Studio(tmp_path, load, devices=("0", "1"))
+    next_queued = studio.ledger.next_queued
+
+    def looked() -> JobRecord | None:
+        looks.append("")
+        return next_queued()
+
+    studio.ledger.next_queued = looked  # type: ignore[method-assign]
+    for number, (name, gpus) in enumerate([("first", 1), ("both", 2), ("last", 1)], start=1):
+        studio.add(number, model_id=name, gpus=gpus)
+    studio.service.start()
+    wait_until(lambda: set(studio.states()) == {JobState.FAILED})
+    studio.close()
+    assert seen == [("first", []), ("both", ["first"]), ("last", ["both", "first"])]
+
+
+def test_a_job_for_more_gpus_than_are_left_says_so(tmp_path: Path) -> None:
+    studio = Studio(tmp_path, refuse(ModelRejected("not reached")), devices=("0", "1"))
+    studio.add(1, gpus=3)
+    studio.service.start()
+    wait_until(lambda: studio.states() == [JobState.FAILED])
+    studio.close()
+    (job,) = studio.ledger.all()
+    assert job.error is not None and "takes 3 GPUs, and this machine has 2" in job.error.message
+
+
 def test_a_hub_that_is_away_is_tried_again_as_told_and_not_for_ever(tmp_path: Path) -> None:
     asked: list[float] = []
     studio = Studio(tmp_path, refuse(HubUnavailable("away", retry_after_s=0.01)))

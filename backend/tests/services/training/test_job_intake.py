@@ -1,11 +1,13 @@
 """A job that is refused has changed nothing."""
 
+import hashlib
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from core.errors import CheckpointUnusable
+from core.errors import CheckpointUnusable, SettingRejected
 from domain.configure import Configuration, MachineFacts, configure
 from domain.jobs.progress import JobProgress
 from domain.memory.activations import Batch
@@ -18,7 +20,7 @@ from services.hardware.devices import Device
 from services.peft_service import LoadedModel, ModelOnDevice, PeftService
 from services.training.checkpoint_store import CheckpointStore
 from services.training.dataset_analysis import DatasetAnalysisService
-from services.training.job_intake import JobIntake, JobRequest
+from services.training.job_intake import JobIntake, JobRequest, digest_of
 from store.records import DatasetRecord
 
 REQUEST = JobRequest(
@@ -47,10 +49,13 @@ class OneDataset(DatasetService):
 
 
 class Room(PeftService):
-    """Has room for every run, and keeps the models that it made room for."""
+    """Has two GPUs and room for every run, and keeps the models that it made room for."""
 
     def __init__(self) -> None:
         self.admitted: list[str] = []
+
+    def gpus(self) -> int:
+        return 2
 
     def on_device(
         self, model_id: str, revision: str | None, device: str | int = "auto", loaded: LoadedModel | None = None
@@ -111,3 +116,33 @@ def test_room_is_made_only_for_a_job_that_nothing_else_refuses() -> None:
     again = intake.record(replace(REQUEST, resume_from="job_1"), "job_3", first, "now")
     assert admitted == ["m", "m"] and copied == ["job_1"]
     assert again.resumed_from == "job_1/step-5" and again.progress == JobProgress(step=5, recorded_step=5)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "accumulation", "why"),
+    [
+        (3, 4, "gpus: this machine has 2 that can train"),
+        (2, 1, r"gpus: a step has 1 passes \(gradient_accumulation\) to deal to 2 GPUs"),
+    ],
+)
+def test_more_gpus_than_there_are_or_than_a_step_has_passes_for_are_refused(
+    gpus: int, accumulation: int, why: str
+) -> None:
+    intake = JobIntake(OneDataset(), Room(), NoAnalyses(), OneCheckpoint())
+    overrides = {"gradient_accumulation": accumulation}
+    with pytest.raises(SettingRejected, match=why):
+        intake.record(replace(REQUEST, gpus=gpus, overrides=overrides), "job_1", None, "now")
+
+
+def test_a_job_keeps_its_gpus_and_may_go_on_with_another_number() -> None:
+    intake = JobIntake(OneDataset(), Room(), NoAnalyses(), OneCheckpoint())
+    first = intake.record(replace(REQUEST, gpus=2, overrides={"gradient_accumulation": 4}), "job_1", None, "now")
+    assert first.gpus == 2
+    on_one = replace(REQUEST, overrides={"gradient_accumulation": 4}, resume_from="job_1")
+    assert intake.record(on_one, "job_2", first, "now").gpus == 1
+
+
+def test_a_request_for_one_gpu_has_the_digest_that_earlier_versions_stored() -> None:
+    earlier = {name: value for name, value in REQUEST.__dict__.items() if name != "gpus"}
+    text = json.dumps(earlier, sort_keys=True, default=str)
+    assert digest_of(REQUEST) == hashlib.sha256(text.encode()).hexdigest() != digest_of(replace(REQUEST, gpus=2))

@@ -41,7 +41,7 @@ class DyingEngine(TrainingWork):
     def run(
         self,
         job: RunningJob,
-        device: str,
+        devices: tuple[str, ...],
         control: RunControl,
         journal: RunJournal,
         on_event: Callable[[protocol.RunEvent], None],
@@ -72,7 +72,7 @@ def test_the_kernels_kill_for_memory_is_told_from_others(
         Datasets(connection).add(DATASET)
         Jobs(connection).add(job_record(1))
     run = TrainingRun(
-        job_record(1), "cpu",
+        job_record(1), ("cpu",),
         ledger=ledger, work=DyingEngine(death, oom_kills), checkpoints=CheckpointStore(tmp_path / "checkpoints"),
         clock=SystemClock(), closing=threading.Event(), retry_after=lambda *_: None,
     )  # fmt: skip
