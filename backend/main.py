@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from api import adapters, compatibility, datasets, exports, hardware, models, peft, problems, service, training
 from api.guard import Guard
+from api.openai import routes as openai
 from api.strict_json import StrictJson
 from core.errors import StorageFull, StudioError
 from core.home_lock import HomeTaken
@@ -28,6 +29,7 @@ from core.version import VERSION
 from services.adapter_service import get_adapter_service
 from services.dataset_service import get_dataset_service
 from services.export_service import get_export_service
+from services.file_service import get_file_service
 from services.model_registry_service import get_model_registry_service
 from services.models.shapes import get_model_shapes
 from services.peft_service import get_peft_service
@@ -43,6 +45,7 @@ _GRACE_S = 5  # for requests under way when the server is told to stop; event st
 async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(get_dataset_service().remove_leftovers)
     await asyncio.to_thread(get_adapter_service().remove_leftovers)
+    await asyncio.to_thread(get_file_service().start)
     await asyncio.to_thread(get_training_service().start)
     await asyncio.to_thread(get_export_service().start)
     backup = asyncio.create_task(asyncio.to_thread(_back_up))
@@ -70,6 +73,8 @@ def stop_services() -> None:
         training_service.close()
     for export_service in filter(None, (get_export_service.made,)):
         export_service.close()
+    for file_service in filter(None, (get_file_service.made,)):
+        file_service.close()
     for analysis_service in filter(None, (get_dataset_analysis_service.made,)):
         analysis_service.close()
     for peft_service in filter(None, (get_peft_service.made,)):
@@ -92,7 +97,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     problems.install(app)
     # compatibility before models: the latter's last route takes every path below /api/models.
-    for module in (service, hardware, compatibility, models, peft, datasets, training, adapters, exports):
+    for module in (service, hardware, compatibility, models, peft, datasets, training, adapters, exports, openai):
         app.include_router(module.router)
     if settings.cors_origins:
         app.add_middleware(

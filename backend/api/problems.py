@@ -1,4 +1,7 @@
-"""The one place where errors become HTTP: RFC 9457 problem documents. Request bodies are never echoed."""
+"""The one place where errors become HTTP: RFC 9457 problem documents, and under /v1 OpenAI's envelope.
+
+Request bodies are never echoed.
+"""
 
 import math
 from typing import Any
@@ -11,6 +14,7 @@ from starlette.exceptions import HTTPException
 
 from core import errors
 from core.logging import get_logger
+from domain.openai.errors import openai_error, under_v1
 
 _RETRY_AFTER_S = 30  # where nothing says how long the service will be unavailable
 _log = get_logger(__name__)
@@ -55,7 +59,10 @@ def problem(
     extras: dict[str, Any] | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    """Make a problem response."""
+    """Make a problem response; under /v1 it has OpenAI's form."""
+    if under_v1(request_path):
+        said = openai_error(request_path, slug, status, detail, extras or {})
+        return JSONResponse(said.body, said.status, headers={**(headers or {}), **said.headers})
     body = {
         **(extras or {}),
         "type": f"/problems/{slug}",

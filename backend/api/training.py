@@ -43,7 +43,7 @@ _OF_EVENTS: dict[int | str, dict[str, Any]] = {
 @router.post("/jobs", status_code=202, dependencies=ASKS_THE_HUB)
 async def create(body: schemas.CreateJobRequest, response: Response, training: Training) -> schemas.JobResponse:
     """Queue a fine-tune. With an idempotency key, the same request again returns the same job."""
-    values = {name: getattr(body, name) for name in JobRequest.__dataclass_fields__}
+    values = {name: getattr(body, name) for name in schemas.CreateJobRequest.model_fields}
     request = JobRequest(**values | {"overrides": body.overrides.sent()})
     job = await may_ask_the_hub(lambda: _view(training, training.create(request)))
     response.headers["Location"] = f"/api/training/jobs/{job.id}"

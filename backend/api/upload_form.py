@@ -55,28 +55,30 @@ class _Sink:
 class _Parser(MultiPartParser):
     """Starlette's parser. It writes the file to its place instead of to a spooled file."""
 
-    def __init__(self, request: Request, receive: Callable[[str], Receiver]) -> None:
+    def __init__(self, request: Request, receive: Callable[[str], Receiver], field: str) -> None:
         super().__init__(request.headers, request.stream(), max_files=1, max_fields=_MAX_FIELDS)
-        self._receive = receive
+        self._receive, self._field = receive, field
         self.sink: _Sink | None = None
 
     def on_headers_finished(self) -> None:
         super().on_headers_finished()
         upload = self._current_part.file
         if upload is not None:
-            if self._current_part.field_name != "file":
-                raise MultiPartException(f"The file is in the field {self._current_part.field_name!r:.60}, not 'file'.")
+            if self._current_part.field_name != self._field:
+                found = self._current_part.field_name
+                raise MultiPartException(f"The file is in the field {found!r:.60}, not {self._field!r}.")
             # Names are shown on terminals, so control characters are replaced.
             shown = "".join(letter if letter.isprintable() else "_" for letter in upload.filename or "upload")
             self.sink = _Sink(self._receive(shown[-200:]))
             upload.file = cast(Any, self.sink)
 
 
-async def read_upload(request: Request, receive: Callable[[str], Receiver]) -> dict[str, Any]:
+async def read_upload(request: Request, receive: Callable[[str], Receiver], field: str = "file") -> dict[str, Any]:
     """Read a form with one file.
 
     Args:
         receive: Takes the file's name. It opens the place for its content.
+        field: The one that the file is in.
 
     Returns:
         The other fields.
@@ -85,12 +87,12 @@ async def read_upload(request: Request, receive: Callable[[str], Receiver]) -> d
         UploadMalformed: The body is no such form, or it is incomplete.
         starlette.requests.ClientDisconnect: The client went away.
     """
-    parser = _Parser(request, receive)
+    parser = _Parser(request, receive, field)
     try:
         form = await parser.parse()
         sink = parser.sink
         if sink is None:
-            location = ("body", "file")
+            location = ("body", field)
             raise RequestValidationError([{"loc": location, "msg": "Field required", "type": "missing", "input": None}])
         if not sink.whole:
             raise UploadMalformed("The upload ends before its end mark.")

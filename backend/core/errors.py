@@ -19,6 +19,8 @@ To add one:
     │   ├── CheckpointNotFound
     │   ├── AdapterNotFound
     │   ├── ExportNotFound
+    │   ├── FileNotFound              services.file_service
+    │   ├── UploadNotFound            services.files.uploads
     │   └── ExportFileNotFound        services.export_service
     ├── Rejected  422
     │   ├── SettingRejected
@@ -32,6 +34,11 @@ To add one:
     │   ├── ExportRejected
     │   ├── PushRejected              services.hub.uploads
     │   ├── QueryRejected             services.hub.errors
+    │   ├── FileRejected              services.fine_tuning_service
+    │   ├── PurposeNotHere            api.openai.files
+    │   ├── MethodNotHere             api.openai.fine_tuning
+    │   ├── IntegrationNotHere        api.openai.fine_tuning
+    │   ├── UploadIncomplete          services.files.uploads
     │   ├── UploadMalformed           api.upload_form
     │   └── UploadAbandoned           api.datasets
     ├── TooLarge  413
@@ -42,6 +49,9 @@ To add one:
     │   ├── TransitionNotPermitted
     │   ├── IdempotencyKeyReused      services.training.ledger
     │   ├── DatasetInUse
+    │   ├── FileInUse                 services.file_service
+    │   ├── UploadEnded               services.files.uploads
+    │   ├── ResultFileKept            services.fine_tuning_service
     │   ├── ImportCancelled           services.datasets.imports
     │   ├── AdapterInUse
     │   ├── AdapterDamaged

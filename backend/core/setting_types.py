@@ -86,6 +86,19 @@ def _database_url(value: str) -> str:
     return url.set(database=str(file)).render_as_string(hide_password=False)
 
 
+def _model_names(value: Any) -> Any:
+    """Split `name=base,name=base`. Pairs that code passes stay as they are."""
+    if not isinstance(value, str):
+        return value
+    pairs = []
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        name, equals, base = (text.strip() for text in part.partition("="))
+        if not (name and equals and base):
+            raise ValueError(f"{part!r:.80} is no name=base, such as gpt-4o-mini*=HuggingFaceTB/SmolLM2-135M-Instruct")
+        pairs.append((name, base))
+    return tuple(pairs)
+
+
 def _port(value: Any) -> Any:
     # Kubernetes sets such variables for every Service. One named peft-studio sets this one.
     if isinstance(value, str) and value.startswith(("tcp://", "udp://")):
@@ -110,3 +123,4 @@ ApiKey = Annotated[SecretStr, AfterValidator(_api_key)]
 DatabaseUrl = Annotated[str, AfterValidator(_database_url)]
 Port = Annotated[int, BeforeValidator(_port)]
 Executor = Annotated[Literal["local"], BeforeValidator(_executor)]
+ModelNames = Annotated[tuple[tuple[str, str], ...], BeforeValidator(_model_names)]

@@ -12,7 +12,18 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from sqlalchemy.engine import URL
 
 from core.environment import Environment, nearest_name, variable
-from core.setting_types import ApiKey, DatabaseUrl, Executor, FullPath, FullPaths, HostName, HostNames, Origins, Port
+from core.setting_types import (
+    ApiKey,
+    DatabaseUrl,
+    Executor,
+    FullPath,
+    FullPaths,
+    HostName,
+    HostNames,
+    ModelNames,
+    Origins,
+    Port,
+)
 from core.singleton import singleton
 
 _SECRETS = frozenset({"PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"})  # the second may hold a password
@@ -88,6 +99,11 @@ class Settings(BaseSettings):
         default=(),
         description="folders of local models (`name/` or `owner/name/`), separated by `:`; one that cannot be read is "
         "said at start and looked at again with every request",
+    )
+    model_names: ModelNames = Field(
+        default=(),
+        description="the models that names in requests to `/v1` stand for: `name=model,name=model`, a name may hold "
+        "`*` (`gpt-4o-mini*=HuggingFaceTB/SmolLM2-135M-Instruct`); the first that fits counts",
     )
     cache_dir: FullPath | None = Field(
         default=None,

@@ -66,9 +66,9 @@ class DatasetService:
         self._database, self._files, self.imports, self._clock = database, files, imports, clock
         self._max_upload_bytes, self._read = max_upload_bytes, read
 
-    def draft(self, progress: Import) -> Draft:
-        """Begin a dataset. It must be finished or discarded."""
-        dataset_id = f"ds_{uuid.uuid4().hex[:12]}"
+    def draft(self, progress: Import, dataset_id: str | None = None) -> Draft:
+        """Begin a dataset, under a new id if none is given. It must be finished or discarded."""
+        dataset_id = dataset_id or f"ds_{uuid.uuid4().hex[:12]}"
         return Draft(dataset_id, self._files.new(dataset_id), progress, self._max_upload_bytes)
 
     def discard(self, draft: Draft) -> None:

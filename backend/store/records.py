@@ -9,6 +9,7 @@ from domain.jobs.export_states import ExportKind, ExportState
 from domain.jobs.failures import Failure
 from domain.jobs.figures import JobResult
 from domain.jobs.load_options import LoadOptions
+from domain.jobs.openai_request import OpenAIRequest
 from domain.jobs.progress import JobProgress
 from domain.jobs.states import JobState
 
@@ -48,6 +49,7 @@ class JobRecord:
         resumed_from: The checkpoint of another job that it began with, as `job/step-…`.
         cancel_request: What to keep of a running job that a client has cancelled; None if nobody has. It is stored
             so that it survives the end of the server.
+        openai_request: What OpenAI's API shows of the request that made it; None where it came another way.
     """
 
     id: str
@@ -75,6 +77,7 @@ class JobRecord:
     cancel_request: str | None = None
     adapter_id: str | None = None
     error: Failure | None = None
+    openai_request: OpenAIRequest | None = None
     created_at: str
     started_at: str | None = None
     finished_at: str | None = None
@@ -115,6 +118,26 @@ class AdapterRecord:
     created_at: str
     version: int
     source: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of OpenAI's API.
+
+    Attributes:
+        status: `uploaded` until its rows are read; then `processed` or `error`; `deleted` where its dataset must stay,
+            since a job records it as what it was trained on.
+        status_details: Why its rows cannot be used.
+    """
+
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    status: str
+    status_details: str | None
+    created_at: str
+    expires_at: str | None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from domain.jobs.export_states import ExportKind, ExportState
 from domain.jobs.failures import Failure
 from domain.jobs.states import JobState
 from domain.jobs.stored import Stored
-from store.records import AdapterRecord, DatasetRecord, EventRecord, ExportRecord, JobRecord
-from store.tables import adapters, datasets, exports, job_events, jobs
+from store.records import AdapterRecord, DatasetRecord, EventRecord, ExportRecord, FileRecord, JobRecord
+from store.tables import adapters, datasets, exports, files, job_events, jobs
 
 
 def _written(value: Any) -> Any:
@@ -69,6 +69,35 @@ def _values_by_key(row: Row[Any], table: Table) -> dict[str, Any]:
     return {column.key: row._mapping[column] for column in table.c}
 
 
+class Files:
+    """Files of OpenAI's API, the deleted ones whose datasets are kept among them."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def add(self, record: FileRecord) -> None:
+        """Store a file."""
+        self._connection.execute(insert(files).values(**asdict(record)))
+
+    def get(self, file_id: str) -> FileRecord | None:
+        """Return a file, or None."""
+        row = self._connection.execute(select(files).where(files.c.id == file_id)).one_or_none()
+        return None if row is None else FileRecord(**row._mapping)
+
+    def all(self) -> list[FileRecord]:
+        """Return every file, newest first."""
+        rows = self._connection.execute(select(files).order_by(files.c.created_at.desc(), files.c.id))
+        return [FileRecord(**row._mapping) for row in rows]
+
+    def set(self, file_id: str, **columns: Any) -> None:
+        """Set columns of a file."""
+        self._connection.execute(update(files).where(files.c.id == file_id).values(**columns))
+
+    def delete(self, file_id: str) -> None:
+        """Delete a file's record."""
+        self._connection.execute(delete(files).where(files.c.id == file_id))
+
+
 # Reads each column as the type of the record's field.
 _JOB = TypeAdapter(JobRecord)
 _NEVER_NULL = ("load_options", "result")  # columns of `jobs` that hold {} for None
@@ -103,6 +132,12 @@ class Jobs:
     def by_idempotency_key(self, key: str) -> JobRecord | None:
         """Return the job that was submitted with a key, or None."""
         row = self._connection.execute(select(jobs).where(jobs.c.idempotency_key == key)).one_or_none()
+        return None if row is None else _job(row)
+
+    def newest_with_key(self, beginning: str) -> JobRecord | None:
+        """Return the newest job whose idempotency key begins so, or None."""
+        query = select(jobs).where(jobs.c.idempotency_key.startswith(beginning, autoescape=True))
+        row = self._connection.execute(query.order_by(jobs.c.sequence.desc()).limit(1)).one_or_none()
         return None if row is None else _job(row)
 
     def all(self, states: frozenset[JobState] | None = None) -> list[JobRecord]:
@@ -164,6 +199,14 @@ class Jobs:
         if kind is not None:
             query = query.where(job_events.c.kind == kind)
         rows = self._connection.execute(query.order_by(job_events.c.sequence).limit(limit))
+        return [EventRecord(**row._mapping) for row in rows]
+
+    def newest_events(self, job_id: str, before: int | None, limit: int, kinds: frozenset[str]) -> list[EventRecord]:
+        """Return at most `limit` events of some kinds before a sequence number, newest first."""
+        query = select(job_events).where((job_events.c.job_id == job_id) & job_events.c.kind.in_(sorted(kinds)))
+        if before is not None:
+            query = query.where(job_events.c.sequence < before)
+        rows = self._connection.execute(query.order_by(job_events.c.sequence.desc()).limit(limit))
         return [EventRecord(**row._mapping) for row in rows]
 
 

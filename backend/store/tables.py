@@ -68,6 +68,7 @@ jobs = Table(
     Column("cancel_wish", String(20), key="cancel_request"),
     Column("adapter_id", String(40)),
     Column("error", JSON),
+    Column("openai_request", JSON(none_as_null=True)),
     Column("created_at", String(32), nullable=False),
     Column("started_at", String(32)),
     Column("finished_at", String(32)),
@@ -99,6 +100,19 @@ adapters = Table(
     Column("created_at", String(32), nullable=False),
     Column("version", Integer, nullable=False, server_default="1"),
     Column("source", JSON, nullable=False),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("filename", String(200), nullable=False),
+    Column("purpose", String(40), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("status", String(20), nullable=False),
+    Column("status_details", Text),
+    Column("created_at", String(32), nullable=False),
+    Column("expires_at", String(32)),
 )
 
 exports = Table(

@@ -60,8 +60,16 @@ FIELDS: MappingProxyType[DatasetFormat, FormatFields] = MappingProxyType(
         ),
         "text": FormatFields({"text": ("text", "content")}, {}),
         "preference": FormatFields(
-            {"chosen": ("chosen", "chosen_messages"), "rejected": ("rejected", "rejected_messages")},
-            {"prompt": ("prompt", "question", "instruction", "conversations", "messages"), **_SYSTEM, **_TOOLS},
+            # The third of each are OpenAI's.
+            {
+                "chosen": ("chosen", "chosen_messages", "preferred_output"),
+                "rejected": ("rejected", "rejected_messages", "non_preferred_output"),
+            },
+            {
+                "prompt": ("prompt", "question", "instruction", "conversations", "messages", "input.messages"),
+                **_SYSTEM,
+                "tools": (*_TOOLS["tools"], "input.tools"),
+            },
         ),
         "kto": FormatFields(
             {"label": ("label", "kto_tag")},

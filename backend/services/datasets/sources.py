@@ -19,7 +19,6 @@ from services.datasets.read_settings import ReadSettings
 from store.records import DatasetRecord
 
 _MAX_FILES = 10_000
-_CHUNK_BYTES = 2**20
 
 
 class Datasets(Protocol):
@@ -110,7 +109,7 @@ class DatasetSources:
         draft = self._datasets.draft(progress)
         try:
             for name, file in files.items():
-                _copy(file, name, draft)
+                draft.copy(file, name)
         except BaseException:
             self._datasets.discard(draft)
             raise
@@ -148,15 +147,3 @@ def _described(parts: Parts) -> dict[str, Any]:
         "files": list(parts.paths),
         "left_out": list(parts.left_out),
     }
-
-
-def _copy(source: Path, name: str, draft: Draft) -> None:
-    target = draft.receive(name)
-    try:
-        with source.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                target.write(chunk)
-    except BaseException:
-        target.abandon()
-        raise
-    target.close()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from core.errors import CheckpointUnusable, SettingRejected
+from domain.jobs.openai_request import OpenAIRequest
 from domain.jobs.progress import JobProgress
 from domain.memory.activations import Batch
 from domain.memory.hardware_fit import FITTED
@@ -38,6 +39,7 @@ class JobRequest:
     idempotency_key: str | None
     force: bool
     gpus: int = 1
+    openai_request: OpenAIRequest | None = None
 
 
 _MUST_MATCH = ("model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction")
@@ -104,6 +106,7 @@ class JobIntake:
             validation_fraction=request.validation_fraction,
             gpus=request.gpus,
             progress=JobProgress(forced=True) if request.force else JobProgress(),
+            openai_request=request.openai_request,
             created_at=now,
         )
         checkpoint = self._checkpoint_for(record, source, request.resume_from)
@@ -216,6 +219,7 @@ def _asked_of(loaded: LoadedModel, overrides: dict[str, Any]) -> dict[str, Any]:
 def digest_of(request: JobRequest) -> str:
     """Return a digest of a request, which tells whether two requests are the same."""
     values = dict(request.__dict__)
+    del values["openai_request"]  # what it says is in the others, or changes nothing
     if request.gpus == 1:
         del values["gpus"]  # requests that are stored already have no such field
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

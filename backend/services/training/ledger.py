@@ -87,6 +87,16 @@ class JobLedger:
         with self._database.begin() as connection:
             return _earlier(Jobs(connection), idempotency_key, request_sha256)
 
+    def newest_with_key(self, beginning: str) -> JobRecord | None:
+        """Return the newest job whose idempotency key begins so, or None."""
+        with self._database.begin() as connection:
+            return Jobs(connection).newest_with_key(beginning)
+
+    def newest_events(self, job_id: str, before: int | None, limit: int, kinds: frozenset[str]) -> list[EventRecord]:
+        """Return events of some kinds before a sequence number, newest first."""
+        with self._database.begin() as connection:
+            return Jobs(connection).newest_events(job_id, before, limit, kinds)
+
     def events(self, job_id: str, after: int, limit: int, kind: str | None = None) -> list[EventRecord]:
         """Return events with a sequence number above `after`, in order."""
         with self._database.begin() as connection:

@@ -1,0 +1,1 @@
+"""/v1: the routes of OpenAI's API, over the same services as /api."""

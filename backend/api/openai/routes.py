@@ -1,0 +1,13 @@
+"""Every route under /v1."""
+
+from fastapi import APIRouter
+
+from api.openai import files, fine_tuning, uploads
+from api.openai.schemas import ErrorAnswer
+from domain.openai.errors import PREFIX
+
+router = APIRouter(
+    prefix=PREFIX, responses={"default": {"model": ErrorAnswer, "description": "An error in OpenAI's envelope."}}
+)
+for module in (files, uploads, fine_tuning):
+    router.include_router(module.router)
