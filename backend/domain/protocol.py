@@ -93,6 +93,7 @@ class TrainingBuilt(_Event):
     """What the run is made of, read back from the modules and the optimizer before the first step.
 
     Types map to elements, names of modules and of storages to how many there are; lists hold the distinct values.
+    `loss` says in words how it is computed: by chunks of tokens, or over all logits at once and why.
     """
 
     kind: Literal["built"] = "built"
@@ -109,6 +110,7 @@ class TrainingBuilt(_Event):
     dora_modules: int
     adapter_types: dict[str, int]
     optimizer: str
+    loss: str
     groups: list[OptimizerGroup]
 
 

@@ -28,6 +28,9 @@ class Backend(Protocol):
     def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
         """Return a function from a batch to the cross-entropy summed over its trained tokens, with a gradient."""
 
+    def loss_described(self) -> str:
+        """Say in words how the loss that `loss` returned last is computed."""
+
     def longest(self, model: Any) -> int | None:
         """Return the most tokens that the loaded model takes; None if it does not say."""
 

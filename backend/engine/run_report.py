@@ -38,6 +38,7 @@ def run_report(request_id: str, base: Base, optimizer: torch.optim.Optimizer) ->
         dora_modules=sum(adapter in getattr(module, "lora_magnitude_vector", {}) for module in adapted.values()),
         adapter_types=_elements(trained),
         optimizer=f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}",
+        loss=base.backend.loss_described(),
         groups=[_group(group) for group in optimizer.param_groups],
     )
 

@@ -79,6 +79,9 @@ def _keep_gradients_through_4bit(model: Any) -> None:
 class TransformersBackend:
     """Trains and answers with the model as transformers made it."""
 
+    def __init__(self) -> None:
+        self._loss_how = ""
+
     def load(self, path: Path, config: PeftConfig, device: str) -> tuple[Any, Any]:
         """Return the model and its tokenizer, from a folder."""
         return load_transformers(path, config, device)
@@ -101,7 +104,13 @@ class TransformersBackend:
 
     def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
         """Return a function from a batch to the sum of the model's own loss, with a gradient."""
-        return SummedLoss(model, device)
+        loss = SummedLoss(model, device)
+        self._loss_how = loss.how
+        return loss
+
+    def loss_described(self) -> str:
+        """Say whether the loss that was made last goes by chunks, and if not why."""
+        return self._loss_how
 
     def longest(self, model: Any) -> int | None:
         """Return the positions that the config names."""

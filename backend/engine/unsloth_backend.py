@@ -168,6 +168,10 @@ class UnslothBackend:
         """Return a function from a batch to the sum of the fused loss, with a gradient."""
         return FusedLoss(model, device)
 
+    def loss_described(self) -> str:
+        """Name Unsloth's loss."""
+        return "by Unsloth's fused cross-entropy"
+
     def longest(self, model: Any) -> int | None:
         """Return the tokens that the model was loaded for."""
         return int(model.max_seq_length)

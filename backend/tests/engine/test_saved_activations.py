@@ -17,65 +17,10 @@ from engine.dora import use_blocks
 from engine.outline import describe
 from engine.transformers_backend import DTYPES
 from tests.support.saved_bytes import saved_bytes
+from tests.support.small_families import OWN, SMALL, WITHOUT_HEAD_DIM
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 ROWS, LENGTH = 2, 64
-SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2 = {"n_embd": 96, "n_layer": 6, "n_head": 6, "n_positions": 256, "vocab_size": 128}
-LATENT = {
-    "kv_lora_rank": 32,
-    "q_lora_rank": 48,
-    "qk_rope_head_dim": 16,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 32,
-    "num_key_value_heads": 6,
-}
-OWN: dict[str, dict[str, Any]] = {
-    "gpt2": GPT2,
-    "gpt_bigcode": GPT2,
-    "opt": {"ffn_dim": 160, "word_embed_proj_dim": 96},
-    "minicpm3": LATENT,
-    "gpt_neox": {"num_key_value_heads": 6},
-    "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
-    "granitemoehybrid": {
-        "layer_types": ["full_attention"] * 6,
-        "shared_intermediate_size": 160,
-        "num_local_experts": 0,
-        "num_experts_per_tok": 0,
-        "mamba_n_heads": 4,
-    },
-}
-_WITHOUT_HEAD_DIM = {"falcon", "opt", "gpt_neox", "phi", "minicpm3", "gpt2", "gpt_bigcode"}
-EXPERTS = {
-    "num_local_experts": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "shared_expert_intermediate_size": 64,
-}
-OWN |= {
-    "mixtral": EXPERTS,
-    "qwen2_moe": EXPERTS,
-    "qwen3_moe": EXPERTS,
-    "gpt_oss": EXPERTS | {"sliding_window": 32},
-    "mamba": {"state_size": 8},
-    "qwen3_5_text": {
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-    },
-    "bloom": {"n_head": 6, "n_layer": 6},
-}  # fmt: skip
 # Plain and fused projections, norms of every kind, parallel blocks, windows, capped logits, latent attention.
 DENSE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_bigcode"),
@@ -111,7 +56,7 @@ def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: Any) -> PeftConf
 def _both(model_type: str, config: PeftConfig, *, masked: bool = True) -> tuple[int, int]:
     """Return what autograd holds after a forward pass, and what the formulas say, in bytes."""
     values = {**SMALL, **OWN.get(model_type, {})}
-    if model_type in _WITHOUT_HEAD_DIM:
+    if model_type in WITHOUT_HEAD_DIM:
         del values["head_dim"]
     parsed = CONFIG_MAPPING[model_type](**values)
     shape = describe(parsed.to_dict()).shape
