@@ -3,8 +3,10 @@
 The checks take torch as an argument, so that a double can stand in for it.
 """
 
+import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -26,6 +28,20 @@ _ROOM_BYTES = 2048 * _MIB
 _BF16_MAJOR = 8  # Ampere (CUDA programming guide, compute capabilities)
 # The packages that Unsloth patches at run time. A version of them that it refuses breaks training, not just the import.
 _UNSLOTH_NEEDS = ("unsloth_zoo", "torch", "transformers", "peft", "trl", "bitsandbytes", "triton", "xformers")
+# The oldest driver for each CUDA. Source: CUDA Compatibility, "Minor Version Compatibility".
+_LEAST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
+_ARCHITECTURE = re.compile(r"(?P<kind>sm|compute)_(?P<major>\d+)(?P<minor>\d)(?P<only>[af]?)")
+_BUILD = "With a need of your own: install a build for this torch and CUDA of"
+_OF_A_GPU = (
+    "architecture",
+    "matrix_product_fp32",
+    "bf16",
+    "bitsandbytes_4bit",
+    "memory",
+    "xformers",
+    "flash_attn",
+    "unsloth",
+)
 _REINSTALL = "Reinstall the package for this GPU and driver."
 _FREE_MEMORY = "End other programs on the GPU; `nvidia-smi` lists them."
 
@@ -49,6 +65,101 @@ def torch_build(torch: Any, environment: Mapping[str, str] = os.environ) -> Chec
         return _check(name, "fail", detail, "Unset CUDA_VISIBLE_DEVICES, or name GPUs that are there.")
     detail = f"{build} (CUDA {torch.version.cuda}) cannot use this driver."
     return _check(name, "fail", detail, "Update the driver, or install a torch for its CUDA version.")
+
+
+def driver_for_torch(torch: Any) -> Check:
+    """Is the driver new enough for the CUDA that torch is built with?"""
+    name, built = "driver_for_torch", _pair(torch.version.cuda or "")
+    if built is None:
+        return _check(name, "skip", f"torch {torch.__version__} is not a CUDA build.")
+    known = int(torch._C._cuda_getDriverVersion())  # 12080 is CUDA 12.8; 0 where there is no driver
+    driver = known // 1000, known % 1000 // 10
+    detail = f"The driver supports CUDA {driver[0]}.{driver[1]}, and torch is built with {built[0]}.{built[1]}."
+    if driver >= built:
+        return _check(name, "pass", detail)
+    least = _LEAST_DRIVER.get(built[0], "that of its release notes")
+    fix = f"Update the NVIDIA driver to {least} or newer, or install a torch built with CUDA {driver[0]}."
+    if driver[0] == built[0]:  # "minor version compatibility": all but code that the driver would have to compile
+        return _check(name, "warn", f"{detail} Most of torch works; what is compiled at run time may not.", fix)
+    return _check(name, "fail", detail, fix)
+
+
+def architecture(torch: Any, index: int) -> Check:
+    """Does torch's build hold code for this GPU?
+
+    Code for one compute capability runs on every later one of the same major number; PTX is compiled by the driver for
+    any later one. Source: CUDA C++ programming guide, "Application Compatibility"; the letters a and f: "Architecture-
+    Specific Features", "Family-Specific Features".
+    """
+    name, major_minor = f"architecture_{index}", torch.cuda.get_device_capability(index)
+    names = list(torch.cuda.get_arch_list())
+    detail = f"Compute capability {major_minor[0]}.{major_minor[1]}; torch {torch.__version__} has {', '.join(names)}."
+    built = [parts for parts in map(_ARCHITECTURE.fullmatch, names) if parts is not None]
+    if any(_runs_on(parts, major_minor) for parts in built):
+        return _check(name, "pass", detail)
+    if any(parts["kind"] == "compute" and _numbers(parts) <= major_minor for parts in built):
+        fix = "Install a torch built for this GPU: the driver compiles every kernel for it at its first use."
+        return _check(name, "warn", detail, fix)
+    newest = max((_numbers(parts) for parts in built), default=(0, 0))
+    older = "an older torch: this one has dropped the GPU" if major_minor < newest else "a newer torch"
+    fix = f"Install {older}, or a build of it with another CUDA, whose list has sm_{major_minor[0]}{major_minor[1]}."
+    return _check(name, "fail", detail, fix)
+
+
+def _runs_on(parts: re.Match[str], capability: tuple[int, int]) -> bool:
+    """Whether machine code runs on a GPU: `a` on that one alone, the others on later ones of the same major number."""
+    if parts["kind"] != "sm":
+        return False
+    built = _numbers(parts)
+    if parts["only"] == "a":
+        return built == capability
+    return built[0] == capability[0] and built <= capability
+
+
+def _numbers(parts: re.Match[str]) -> tuple[int, int]:
+    return int(parts["major"]), int(parts["minor"])
+
+
+def _pair(text: str) -> tuple[int, int] | None:
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor.partition(".")[0] or 0)) if major.isdigit() else None
+
+
+def _load_xformers() -> None:
+    """Load what is compiled of xformers, which fails with a torch that it was not built for."""
+    from xformers._cpp_lib import _register_extensions
+
+    _register_extensions()
+
+
+def _load_flash_attn() -> None:
+    """Load what is compiled of flash-attn, as above."""
+    importlib.import_module("flash_attn_2_cuda")
+
+
+def optional_kernels(
+    torch: Any, package: str, load: Callable[[], None], installed: Callable[[str], str] = version
+) -> Check:
+    """Is a package with kernels of its own there, and built for this torch? Nothing here needs it.
+
+    Args:
+        package: Its name.
+        load: Loads what is compiled of it.
+        installed: Returns a package's version.
+    """
+    name = package.replace("-", "_")
+    instead = "Models compute with torch's own attention, so nothing needs it"
+    try:
+        found = installed(package)
+    except PackageNotFoundError:
+        return _check(name, "warn", f"{package} is not installed. {instead}.", f"Nothing to do. {_BUILD} {package}.")
+    try:
+        load()
+    except Exception as error:  # noqa: BLE001 - the package's own, whatever it is
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        detail = f"{package} {found} does not load with torch {torch.__version__}: {words}. {instead}."
+        return _check(name, "warn", detail, f"pip uninstall {package}. {_BUILD} {package}.")
+    return _check(name, "pass", f"{package} {found} loads with torch {torch.__version__}.")
 
 
 def matrix_product(torch: Any, index: int, kind: str) -> Check:
@@ -162,16 +273,17 @@ def guarded(name: str, check: Callable[..., Check], *arguments: Any) -> Check:
 
 def run(torch: Any) -> list[Check]:
     """Run every check; those that need a GPU are skipped where torch has none."""
-    first = guarded("torch_build", torch_build, torch)
-    if first["status"] == "fail":
-        names = ("matrix_product_fp32", "bf16", "bitsandbytes_4bit", "memory", "unsloth")
-        return [first, *(_check(name, "skip", "Not run: torch cannot use a GPU.") for name in names)]
-    checks = [first]
+    checks = [guarded("torch_build", torch_build, torch), guarded("driver_for_torch", driver_for_torch, torch)]
+    if checks[0]["status"] == "fail":
+        return [*checks, *(_check(name, "skip", "Not run: torch cannot use a GPU.") for name in _OF_A_GPU)]
     for index in range(torch.cuda.device_count()):
+        checks.append(guarded(f"architecture_{index}", architecture, torch, index))
         checks.append(guarded(f"memory_{index}", free_memory, torch, index))
         checks.append(guarded(f"matrix_product_fp32_{index}", matrix_product, torch, index, "fp32"))
         checks.append(guarded(f"bf16_{index}", bf16, torch, index))
         checks.append(guarded(f"bitsandbytes_4bit_{index}", four_bit, torch, index))
+    checks.append(guarded("xformers", optional_kernels, torch, "xformers", _load_xformers))
+    checks.append(guarded("flash_attn", optional_kernels, torch, "flash-attn", _load_flash_attn))
     checks.append(guarded("unsloth", unsloth_importable, torch))  # last: importing it patches torch
     return checks
 

@@ -26,8 +26,17 @@ _to = torch.Tensor.to
 class FakeCuda:
     """torch.cuda for `count` GPUs of one kind."""
 
-    def __init__(self, count: int = 2, capability: tuple[int, int] = (9, 0), free: int = 60 * GIB) -> None:
-        self.count, self.capability, self.free = count, capability, free
+    def __init__(
+        self,
+        count: int = 2,
+        capability: tuple[int, int] = (9, 0),
+        free: int = 60 * GIB,
+        architectures: tuple[str, ...] = ("sm_75", "sm_80", "sm_90"),
+    ) -> None:
+        self.count, self.capability, self.free, self.architectures = count, capability, free, architectures
+
+    def get_arch_list(self) -> list[str]:
+        return list(self.architectures)
 
     def is_available(self) -> bool:
         return self.count > 0
@@ -50,11 +59,22 @@ class Version(NamedTuple):
     cuda: str | None
 
 
+class Driver:
+    """torch's own way to ask the driver which CUDA it supports."""
+
+    def __init__(self, version: int) -> None:
+        self._version = version
+
+    def _cuda_getDriverVersion(self) -> int:
+        return self._version
+
+
 class FakeTorch:
     """torch with a GPU."""
 
-    def __init__(self, cuda: FakeCuda | None = None, built_for: str | None = "12.8") -> None:
+    def __init__(self, cuda: FakeCuda | None = None, built_for: str | None = "12.8", driver: int = 13000) -> None:
         self.cuda = cuda or FakeCuda()
+        self._C = Driver(driver)
         self.version = Version(built_for)
         self.__version__ = "2.13.0+cu128"
 
@@ -105,10 +125,92 @@ def test_a_build_that_does_not_start_says_why(fake: Any, environment: dict[str, 
 
 
 def test_without_a_gpu_the_other_checks_are_skipped_by_name() -> None:
-    found = statuses(cuda_checks.run(FakeTorch(FakeCuda(0))))
-    assert found.pop("torch_build") == "fail"
-    names = ["matrix_product_fp32", "bf16", "bitsandbytes_4bit", "memory", "unsloth"]
-    assert found == dict.fromkeys(names, "skip")
+    found = statuses(cuda_checks.run(FakeTorch(FakeCuda(0), driver=12040)))
+    assert (found.pop("torch_build"), found.pop("driver_for_torch")) == ("fail", "warn")
+    names = ["matrix_product_fp32", "bf16", "bitsandbytes_4bit", "memory", "unsloth", "architecture"]
+    assert found == dict.fromkeys([*names, "xformers", "flash_attn"], "skip")
+
+
+@pytest.mark.parametrize(
+    ("built_for", "driver", "status", "fix"),
+    [
+        ("12.8", 12080, "pass", None),
+        ("12.8", 13000, "pass", None),
+        ("12.8", 12040, "warn", "525.60.13"),  # the same major number: most of it works
+        ("13.0", 12080, "fail", "580.65.06"),
+        ("13.0", 11040, "fail", "a torch built with CUDA 11"),
+        ("14.1", 13000, "fail", "its release notes"),
+        ("12", 12000, "pass", None),
+        (None, 12080, "skip", None),
+    ],
+)
+def test_a_driver_older_than_torchs_cuda_is_told_which_it_takes(
+    built_for: str | None, driver: int, status: str, fix: str | None
+) -> None:
+    check = cuda_checks.driver_for_torch(FakeTorch(built_for=built_for, driver=driver))
+    assert check["status"] == status
+    assert fix in (check["fix"] or "") if fix is not None else check["fix"] is None
+
+
+def test_too_old_a_driver_is_told_beside_the_torch_that_does_not_start() -> None:
+    checks = by_name(cuda_checks.run(FakeTorch(FakeCuda(0), "13.0", 12020)))
+    assert checks["torch_build"]["status"] == checks["driver_for_torch"]["status"] == "fail"
+    assert "12.2" in (checks["driver_for_torch"]["detail"] or "")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "status", "fix"),
+    [
+        ((9, 0), ("sm_80", "sm_90"), "pass", None),
+        ((8, 9), ("sm_80", "sm_90"), "pass", None),  # code for 8.0 runs on all of 8
+        ((12, 1), ("sm_90", "sm_120"), "pass", None),
+        ((12, 0), ("sm_80", "sm_90"), "fail", "a newer torch"),
+        ((12, 0), ("sm_80", "sm_90", "compute_90"), "warn", "compiles every kernel"),
+        ((8, 0), ("sm_86", "sm_90", "compute_90"), "fail", "sm_80"),
+        ((6, 1), ("sm_75", "sm_80"), "fail", "an older torch"),
+        ((10, 3), ("sm_100a",), "fail", "sm_103"),
+        ((10, 0), ("sm_100a",), "pass", None),
+        ((10, 3), ("sm_100f",), "pass", None),
+        ((9, 0), (), "fail", "sm_90"),
+    ],
+)
+def test_a_gpu_that_torchs_build_does_not_know_is_told_what_to_install(
+    capability: tuple[int, int], architectures: tuple[str, ...], status: str, fix: str | None
+) -> None:
+    check = cuda_checks.architecture(FakeTorch(FakeCuda(1, capability, architectures=architectures)), 0)
+    assert (check["name"], check["status"]) == ("architecture_0", status)
+    assert fix in (check["fix"] or "") if fix is not None else check["fix"] is None
+
+
+def _fails() -> None:
+    raise ImportError("undefined symbol:\n  _ZN3c104cuda9SetDeviceEi")
+
+
+@pytest.mark.parametrize(
+    ("package", "versions", "load", "status", "words"),
+    [
+        ("xformers", {"xformers": "0.0.32"}, lambda: None, "pass", "0.0.32 loads"),
+        ("xformers", {}, _fails, "warn", "not installed"),
+        ("flash-attn", {"flash-attn": "2.8"}, _fails, "warn", "undefined symbol: _ZN3c10"),
+    ],
+)
+def test_kernels_that_are_missing_or_built_for_another_torch_are_no_failure(
+    package: str, versions: dict[str, str], load: Any, status: str, words: str
+) -> None:
+    check = cuda_checks.optional_kernels(FakeTorch(), package, load, TestUnsloth.versions(**versions))
+    assert check["status"] == status and words in (check["detail"] or "")
+    if status == "warn":
+        assert "nothing needs it" in (check["detail"] or "") and package in (check["fix"] or "")
+
+
+def test_the_installed_xformers_is_really_loaded() -> None:
+    """This machine's torch is not the one that it was built for, or it is: the check says which."""
+    pytest.importorskip("xformers")
+    check = cuda_checks.optional_kernels(torch, "xformers", cuda_checks._load_xformers)
+    from xformers._cpp_lib import _build_metadata
+
+    fits = _build_metadata is not None and _build_metadata.torch_version == torch.__version__
+    assert (check["status"] == "pass") == fits
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16", "bf16"])
@@ -258,7 +360,9 @@ def test_every_gpu_is_checked_and_unsloth_last(spoil: list[Any], monkeypatch: py
     assert set(per_gpu) <= set(by_name(checks))
     assert {"bitsandbytes_4bit_0", "bitsandbytes_4bit_1"} <= set(by_name(checks))
     assert checks[0]["name"] == "torch_build" and checks[-1]["name"] == "unsloth"
-    assert set(statuses(checks).values()) == {"pass"}
+    assert {"architecture_0", "architecture_1", "driver_for_torch"} <= set(by_name(checks))
+    others = {name: status for name, status in statuses(checks).items() if name not in ("xformers", "flash_attn")}
+    assert set(others.values()) == {"pass"} and "fail" not in statuses(checks).values()
 
 
 def test_a_torch_that_does_not_import_is_the_first_checks_failure(monkeypatch: pytest.MonkeyPatch) -> None:
