@@ -28,6 +28,7 @@ from core.start_checks import check_host, make_cache_dir, open_home, unreadable_
 from core.version import VERSION
 from services.adapter_service import get_adapter_service
 from services.dataset_service import get_dataset_service
+from services.engine_service import get_engines
 from services.export_service import get_export_service
 from services.file_service import get_file_service
 from services.model_registry_service import get_model_registry_service
@@ -49,6 +50,7 @@ async def _lifespan(_app: FastAPI) -> AsyncIterator[None]:
     await asyncio.to_thread(get_training_service().start)
     await asyncio.to_thread(get_export_service().start)
     backup = asyncio.create_task(asyncio.to_thread(_back_up))
+    await asyncio.to_thread(get_engines().start)
     look = asyncio.create_task(asyncio.to_thread(get_model_registry_service().log_left_out))
     yield
     await asyncio.gather(backup, look)
@@ -81,6 +83,8 @@ def stop_services() -> None:
         peft_service.close()
     for shapes in filter(None, (get_model_shapes.made,)):
         shapes.close()
+    for engines in filter(None, (get_engines.made,)):
+        engines.close()
     for database in filter(None, (get_database.made,)):
         database.close()
 

@@ -58,11 +58,24 @@ class Engine(Response):
     reason: str
 
 
+class WarmEngine(Response):
+    engine: Literal["transformers", "unsloth", "none"] = Field(
+        description="The library that will load a model in it; `none` for the one that reads models' shapes."
+    )
+    gpu_uuid: str | None = Field(description="The one GPU that it will use; null for one that works on the CPU.")
+    state: Literal["starting", "ready"] = Field(description="Whether its imports are done.")
+    memory_bytes: int = Field(description="Bytes of host memory that it holds, and gives up where they are needed.")
+    pid: int = Field(description="Its process id, which is that of the loaded model's engine once it is taken.")
+
+
 class Usage(Response):
     gpus: list[Gpu]
     cpu: Cpu
     memory: Memory
     disk: Disk
+    warm_engines: list[WarmEngine] = Field(
+        description="Engine processes that are kept ready for the next load, with nothing loaded and no GPU memory."
+    )
 
 
 class Profile(Usage):
@@ -86,3 +99,5 @@ class CheckResult(Response):
 class Validation(Response):
     valid: bool = Field(description="Whether no check failed.")
     checks: list[CheckResult]
+    checked_at: str = Field(description="When torch was last asked, RFC 3339 in UTC; driver and GPUs are as now.")
+    age_s: float = Field(description="Seconds since then.")

@@ -10,12 +10,15 @@ from fastapi.responses import PlainTextResponse
 from api.peft_schemas import Response
 from core import telemetry
 from core.version import VERSION
+from services.engine_service import get_engines
+from services.engines.warm import Engines
 from services.peft_service import PeftService, get_peft_service
 from services.training_service import TrainingService, get_training_service
 
 router = APIRouter(tags=["service"])
 Training = Annotated[TrainingService, Depends(get_training_service)]
 Peft = Annotated[PeftService, Depends(get_peft_service)]
+Warm = Annotated[Engines, Depends(get_engines)]
 _PACKAGES = ("fastapi", "torch", "transformers", "peft", "bitsandbytes", "unsloth")
 
 
@@ -36,9 +39,9 @@ async def health() -> Health:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-def metrics(training: Training, peft: Peft) -> PlainTextResponse:
+def metrics(training: Training, peft: Peft, engines: Warm) -> PlainTextResponse:
     """Counters, gauges and histograms in Prometheus' text format."""
-    text = telemetry.exposition(training.ledger.count_by_state(), peft.memory_bytes())
+    text = telemetry.exposition(training.ledger.count_by_state(), peft.memory_bytes(), engines.memory_bytes())
     return PlainTextResponse(text, media_type=telemetry.CONTENT_TYPE)
 
 

@@ -122,6 +122,13 @@ class Settings(BaseSettings):
         ge=0,
         description="a model idle for so many seconds is unloaded where another needs its memory",
     )
+    warm_engine_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="host memory that engines may hold which are kept ready, with their imports done and nothing "
+        "loaded; 0 keeps none",
+        json_schema_extra={"default_in_words": "a tenth of the memory"},
+    )
     max_upload_bytes: int = Field(default=5 * 2**30, gt=0, description="largest dataset file")
     max_checkpoint_bytes: int | None = Field(
         default=None, gt=0, description="most bytes of checkpoints a job keeps; the newest is always kept"

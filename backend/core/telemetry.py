@@ -53,6 +53,11 @@ model_memory_bytes = Gauge(
     ["model", "device"],
     registry=REGISTRY,
 )
+warm_engine_memory_bytes = Gauge(
+    "peft_studio_warm_engine_memory_bytes",
+    "Host memory of the engines that are kept ready and that hold nothing.",
+    registry=REGISTRY,
+)
 hub_requests = Counter(
     "peft_studio_hub_requests_total",
     "Requests sent to the Hub, by status (0: no answer).",
@@ -67,16 +72,18 @@ cache_lookups = Counter(
 )
 
 
-def exposition(jobs_by_state: Mapping[str, int], memory_bytes: Mapping[tuple[str, str], int]) -> bytes:
+def exposition(jobs_by_state: Mapping[str, int], memory_bytes: Mapping[tuple[str, str], int], warm_bytes: int) -> bytes:
     """Write everything in Prometheus' text format.
 
     Args:
         jobs_by_state: How many jobs there are now in each state.
         memory_bytes: The memory of each loaded base, by model id and device.
+        warm_bytes: The memory of the engines that are kept ready.
     """
     for state, count in jobs_by_state.items():
         jobs.labels(state).set(count)
     model_memory_bytes.clear()  # drops the models that were unloaded since
     for names, size in memory_bytes.items():
         model_memory_bytes.labels(*names).set(size)
+    warm_engine_memory_bytes.set(warm_bytes)
     return generate_latest(REGISTRY)

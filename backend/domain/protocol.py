@@ -3,7 +3,8 @@
 Every command carries a `request_id` and is answered by any number of events and exactly one final event
 (`done` with its result, or `failed`). `Merge(Command[MergedModel, Progress])` says the types: the answer is a
 MergedModel, and the events before it are of Progress. Signals are obeyed while a command runs, and are not answered. An
-engine that is alive says so every HEARTBEAT_S seconds, whatever it does.
+engine that is alive says so every HEARTBEAT_S seconds, whatever it does. Only one that rests, after `WarmUp`, says
+nothing until its next command.
 """
 
 import uuid
@@ -17,7 +18,7 @@ from domain.jobs.figures import TrainingFigures
 from domain.jobs.progress import StepFigures
 from domain.models.gguf import GgufType
 from domain.peft.config import PeftConfig
-from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared
+from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared, WarmedUp
 
 HEARTBEAT_S = 2.0
 # File descriptors' environment variables of an engine process.
@@ -243,6 +244,12 @@ def _type_arguments(command: type[BaseModel]) -> tuple[Any, ...]:
     return next(filter(None, arguments))
 
 
+class WarmUp(Command[WarmedUp, Never]):
+    """Import what later commands need, load nothing, and rest until the next command comes."""
+
+    kind: Literal["warm_up"] = "warm_up"
+
+
 class LoadBase(Command[Loaded, Never]):
     """Load the base model that this engine holds for the rest of its life."""
 
@@ -445,7 +452,8 @@ class WriteCheckpoint(_Line):
 
 
 AnyCommand = (
-    LoadBase
+    WarmUp
+    | LoadBase
     | AttachAdapter
     | DetachAdapter
     | Generate

@@ -16,6 +16,16 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class WarmedUp(Result):
+    """What loads and runs need is imported, and nothing is loaded.
+
+    Attributes:
+        gpu_contexts: On how many GPUs the process holds a CUDA context, which takes some of their memory.
+    """
+
+    gpu_contexts: int
+
+
 class Loaded(Result):
     """The base is in memory.
 

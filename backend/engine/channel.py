@@ -26,6 +26,9 @@ class Channel:
         self._events = os.fdopen(event_fd, "wb", buffering=0)
         self._write_lock = threading.Lock()
         self._queue: queue.Queue[protocol.AnyCommand] = queue.Queue()
+        self._rest_lock = threading.Lock()
+        self._awake = threading.Event()
+        self._awake.set()
         self._stops: dict[str, protocol.StopMode] = {}
         self._checkpoints_wanted: set[str] = set()
         threading.Thread(target=self._read, name="commands", daemon=True).start()
@@ -44,17 +47,26 @@ class Channel:
             elif isinstance(command, protocol.WriteCheckpoint):
                 self._checkpoints_wanted.add(command.target_id)
             else:
-                self._queue.put(command)
+                with self._rest_lock:
+                    self._queue.put(command)
+                    self._awake.set()
         os._exit(0)  # end-of-file: the server is gone
 
     def _beat(self) -> None:
         while True:
+            self._awake.wait()
             self.emit(protocol.Heartbeat())
             time.sleep(protocol.HEARTBEAT_S)
 
     def next_command(self) -> protocol.AnyCommand:
         """Wait for the next command."""
         return self._queue.get()
+
+    def rest(self) -> None:
+        """Send no heartbeats until the next command. Every thread of the process then waits for the pipe."""
+        with self._rest_lock:
+            if self._queue.empty():
+                self._awake.clear()
 
     def emit(self, event: BaseModel) -> None:
         """Send one event. A pipe with no reader left ends the process."""

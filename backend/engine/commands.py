@@ -9,7 +9,7 @@ from core.errors import StorageFull
 from domain import protocol
 from domain.exports import ExportCheck, GgufFile, MergedModel
 from domain.jobs.figures import TrainingFigures
-from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared
+from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared, WarmedUp
 from engine.base import Base
 from engine.channel import Channel, Stopped
 from engine.errors import BadSetting, CommandError, OutOfMemory
@@ -27,6 +27,7 @@ class CommandLoop:
         self._base: Base | None = None
         self.handlers = dict(
             [
+                protocol.WarmUp.carried_out_by(self._warm_up),
                 protocol.LoadBase.carried_out_by(self._load),
                 protocol.AttachAdapter.carried_out_by(self._attach),
                 protocol.DetachAdapter.carried_out_by(self._detach),
@@ -49,6 +50,8 @@ class CommandLoop:
             self._serve(command)
             if not isinstance(command, _SHORT):
                 give_back()  # here the memory is free after a failure too
+            if isinstance(command, protocol.WarmUp):
+                self._channel.rest()
 
     def _serve(self, command: protocol.AnyCommand) -> None:
         request_id = command.request_id
@@ -76,6 +79,11 @@ class CommandLoop:
         )
 
     # Handlers. Each imports what it needs: an engine that trains does not need the libraries of an export.
+
+    def _warm_up(self, command: protocol.WarmUp) -> WarmedUp:
+        from engine.warming import warm_up
+
+        return warm_up()
 
     def _load(self, command: protocol.LoadBase) -> Loaded:
         if self._base is not None:

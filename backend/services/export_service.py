@@ -14,6 +14,7 @@ from core.zip_stream import zip_files
 from domain.exports import ExportChange, ExportSettings
 from domain.jobs.export_states import FINAL_STATES, ExportKind, ExportState
 from services.adapter_service import AdapterService, get_adapter_service
+from services.engine_service import get_engines
 from services.exports.check import SET_ASIDE, ExportChecker
 from services.exports.control import ExportProgress
 from services.exports.ledger import ExportLedger
@@ -180,6 +181,7 @@ def get_export_service() -> ExportService:
     checker = ExportChecker(
         peft,
         get_model_files(),
+        get_engines(),
         oom_kills,
         log_dir=settings.home / "logs",
         engine_silence_s=settings.engine_silence_s,

@@ -1,8 +1,9 @@
 """What this machine is and what it is doing."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from services.hardware.machine import Machine
 from services.hardware.nvml_probe import DriverFacts, GpuReading, NvmlProbe
 
 PROFILE_TTL_S = 300.0
+# What the torch side of the validation found stays true until driver, GPUs or packages change, which is looked at each
+# time. What can change beside them is a GPU that breaks, and its free memory.
+VALIDATION_TTL_S = 3600.0
 PACKAGES = ("torch", "transformers", "peft", "trl", "unsloth", "bitsandbytes")
+_VALIDATED = (*PACKAGES, "unsloth_zoo", "triton", "xformers", "flash-attn")
 # Volta: the oldest that Unsloth supports (its README, "Supports NVIDIA GPUs since 2018, minimum 7.0").
 _ON_CPU = "Fine-tuning runs on the CPU with transformers + PEFT."
 
@@ -60,16 +65,22 @@ class UsageReading:
 
 @dataclass(frozen=True)
 class CudaValidation:
-    """Whether a CUDA fine-tune would work here."""
+    """Whether a CUDA fine-tune would work here, and when torch was asked."""
 
     valid: bool
     checks: tuple[CudaCheck, ...]
+    checked_at: datetime
+    age_s: float
 
 
-def installed_versions() -> dict[str, str | None]:
-    """Read the packages' versions from their metadata; nothing is imported."""
+def installed_versions(names: Iterable[str] | None = None) -> dict[str, str | None]:
+    """Read packages' versions from their metadata; nothing is imported.
+
+    Args:
+        names: Those of the profile by default.
+    """
     versions: dict[str, str | None] = {}
-    for name in PACKAGES:
+    for name in PACKAGES if names is None else names:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -125,7 +136,9 @@ class HardwareService:
         self._nvml, self._host, self._packages = nvml, host, packages
         self._data_path, self._cuda_checks = data_path, cuda_checks
         self._profile = TtlCell(PROFILE_TTL_S, clock, self._measure)
-        self._validation = TtlCell(PROFILE_TTL_S, clock, self._validate)
+        self._clock = clock
+        self._torch_checks = TtlCell(VALIDATION_TTL_S, clock, self._ask_torch)
+        self._checked: object = None  # what the checks that are kept were made of; None for checks of which one failed
 
     def profile(self, *, refresh: bool = False) -> Timed[HardwareProfile]:
         """Return the profile, measured at most five minutes ago, or now with `refresh`."""
@@ -158,30 +171,44 @@ class HardwareService:
         """Return what is free now on each GPU and on the host: the part of `usage` that admission wants."""
         return self._nvml.gpus(), self._host.memory()
 
-    def validate_cuda(self) -> CudaValidation:
+    def validate_cuda(self, *, refresh: bool = False) -> CudaValidation:
         """Check the driver here and torch in a process of its own; without a GPU, say so in one check.
 
-        However many ask at the same moment, one process runs at a time and those who wait share the next result:
-        each one loads torch and a CUDA context on every GPU.
-        """
-        return self._validation.get(refresh=True).value
+        What torch's process found is kept for an hour if none of its checks failed, and as long as driver, GPUs and
+        packages are the same. However many ask at the same moment, one process runs at a time and those who wait share
+        the next result: each one loads torch and a CUDA context on every GPU.
 
-    def _validate(self) -> CudaValidation:
+        Args:
+            refresh: Ask torch again.
+        """
         driver, gpus = self._nvml.driver(), self._nvml.gpus()
         if not driver.available:
             detail = f"No CUDA GPU can be used: {driver.reason}. {_ON_CPU}"
-            return CudaValidation(False, (CudaCheck("driver", "fail", detail, driver.fix),))
+            return self._without_torch(CudaCheck("driver", "fail", detail, driver.fix))
         if not gpus:
             detail = f"The driver answers but lists no GPU. {_ON_CPU}"
             fix = "Start a container with its GPUs (`--gpus all`); elsewhere `nvidia-smi` must list the GPU."
-            return CudaValidation(False, (CudaCheck("device", "fail", detail, fix),))
-        checks = [
-            CudaCheck("driver", "pass", f"Driver {driver.driver_version}, CUDA {driver.cuda_version}.", None),
-            _device_check(gpus),
-        ]
-        if any(gpu.error is None for gpu in gpus):  # torch can wait for ever on a GPU that is lost
-            checks.extend(self._cuda_checks())
-        return CudaValidation(all(check.status != "fail" for check in checks), tuple(checks))
+            return self._without_torch(CudaCheck("device", "fail", detail, fix))
+        version = CudaCheck("driver", "pass", f"Driver {driver.driver_version}, CUDA {driver.cuda_version}.", None)
+        if all(gpu.error is not None for gpu in gpus):  # torch can wait for ever on a GPU that is lost
+            return self._without_torch(version, _device_check(gpus))
+        found = self._torch_checks.get(refresh=refresh or self._checked != self._what_is_checked())
+        checks = (version, _device_check(gpus), *found.value)
+        valid = all(check.status != "fail" for check in checks)
+        return CudaValidation(valid, checks, found.measured_at, found.age_s)
+
+    def _without_torch(self, *checks: CudaCheck) -> CudaValidation:
+        return CudaValidation(False, checks, self._clock.now(), 0.0)
+
+    def _ask_torch(self) -> list[CudaCheck]:
+        about, checks = self._what_is_checked(), self._cuda_checks()
+        self._checked = about if all(check.status != "fail" for check in checks) else None
+        return checks
+
+    def _what_is_checked(self) -> object:
+        """Return what the checks are about; they are made again once it is something else."""
+        gpus = tuple((gpu.index, gpu.uuid, gpu.error) for gpu in self._nvml.gpus())
+        return self._nvml.driver(), gpus, tuple(installed_versions(_VALIDATED).items())
 
 
 def _device_check(gpus: tuple[GpuReading, ...]) -> CudaCheck:

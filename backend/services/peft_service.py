@@ -15,6 +15,8 @@ from domain.memory.verdict import Assessment, assess, assess_loading, savings
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig
 from domain.peft.use_cases import UseCaseId
+from services.engine_service import get_engines
+from services.engines.warm import Engines
 from services.hardware.devices import Device, device_name
 from services.hardware.machine import Machine
 from services.hardware_service import get_machine
@@ -39,6 +41,7 @@ class PeftService:
         machine: Knows the devices and the engines.
         files: Brings a model's files onto this machine.
         facts: Knows a model's shape without its weights.
+        engines: Gives engines.
         log_dir: Where engines write.
         idle_unload_s: A model unused for this long is unloaded.
         make_room_after_s: A client's model unused for this long is unloaded where another needs its memory.
@@ -51,6 +54,7 @@ class PeftService:
         machine: Machine,
         files: ModelFiles,
         facts: ModelFacts,
+        engines: Engines,
         *,
         log_dir: Path,
         idle_unload_s: float,
@@ -63,6 +67,7 @@ class PeftService:
             clock,
             machine,
             files,
+            engines,
             self._drop_models_on,
             log_dir=log_dir,
             idle_unload_s=idle_unload_s,
@@ -330,6 +335,7 @@ def get_peft_service() -> PeftService:
         get_machine(),
         get_model_files(),
         get_model_facts(),
+        get_engines(),
         log_dir=settings.home / "logs",
         idle_unload_s=settings.idle_unload_s,
         make_room_after_s=settings.make_room_after_s,

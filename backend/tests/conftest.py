@@ -1,5 +1,6 @@
 """Shared fixtures: the tiny model, the embedded one, and a real server process."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from tests.support.server import CACHE, StudioServer, start_server
 from tests.support.shapes import KnownShapes
 from tests.support.small_disk import mounted
 from tests.support.tiny_model import TINY_ID, copy_tiny_model
+
+# A server, in this process or in one of its own, keeps no engines ready unless a test asks for them.
+os.environ["PEFT_STUDIO_WARM_ENGINE_BYTES"] = "0"
 
 # Examples are counted, not timed: the machine may be busy with something else.
 settings.register_profile("studio", deadline=None, suppress_health_check=[HealthCheck.too_slow])

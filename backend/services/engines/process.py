@@ -17,8 +17,10 @@ from pydantic import ValidationError
 from core import telemetry
 from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
+from core.settings import get_settings
 from domain import protocol
 from domain.protocol import E, R
+from services.engines import priority
 from services.engines.log import EngineLog
 from services.engines.spawning import spawn
 
@@ -77,6 +79,8 @@ class EngineProcess:
         gpu_uuid: The one GPU that its libraries will see; None for every one there is.
         backend: The back end that will load its base, or `none` where it will hold none. Unsloth must be imported
             before the packages that it patches.
+        in_background: Whether it gives way to everything else on the machine until `take_over`, where the system lets
+            its priority be raised again.
     """
 
     def __init__(
@@ -86,19 +90,26 @@ class EngineProcess:
         silence_s: float = _SILENCE_S,
         gpu_uuid: str | None = None,
         backend: str = "transformers",
+        *,
+        in_background: bool = False,
     ) -> None:
         self._on_exit = on_exit
+        self._nice = get_settings().engine_nice
+        self._in_background = in_background and priority.can_be_raised(self._nice)
         self._silence_s, self._heard_s = silence_s, time.monotonic()
-        self._unresponsive, self._handling = False, False
+        self._unresponsive, self._handling, self._resting = False, False, False
         self._pending: dict[str, _Pending[Any, Any]] = {}
         self._lock = threading.Lock()
         self._log = EngineLog(log_path)
         self._closing = False
         self._ended = threading.Event()
+        self._begun = threading.Event()
         self.garbage_lines = 0
         log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._process, self._commands, events = spawn(log_path.parent, gpu_uuid, backend)
+            self._process, self._commands, events = spawn(
+                log_path.parent, gpu_uuid, backend, priority.LOWEST if self._in_background else self._nice
+            )
         except OSError as error:
             raise EngineUnavailable(f"No engine process could be started: {error}") from error
         telemetry.engine_starts.inc()
@@ -114,6 +125,37 @@ class EngineProcess:
         """The process id."""
         return self._process.pid
 
+    def take_over(self, log_path: Path, on_exit: Callable[[], None] | None, silence_s: float) -> bool:
+        """Make an engine that was started beforehand one like any other.
+
+        Args:
+            log_path: Where its output goes from now on; what it has written goes there too.
+            on_exit: As at the start.
+            silence_s: As at the start.
+
+        Returns:
+            Whether it lives. Of one that does not, `on_exit` is not called.
+        """
+        with self._lock:
+            if not self.alive:
+                return False
+            self._on_exit, self._silence_s = on_exit, silence_s
+        try:
+            self._log.move(log_path)
+        except OSError as error:
+            _log.warning("engine.log_not_moved", pid=self.pid, reason=str(error))
+        if self._in_background:
+            priority.raise_to(self.pid, self._nice)
+        return True
+
+    def private_bytes(self) -> int:
+        """Return the memory that ending the process would free now: what no file backs; 0 if it has ended."""
+        try:
+            held = psutil.Process(self.pid).memory_info()
+        except psutil.NoSuchProcess:
+            return 0
+        return int(held.rss - getattr(held, "shared", 0))  # Linux alone tells them apart
+
     def resident_bytes(self) -> int:
         """Return the memory that the process holds now; 0 if it has ended."""
         try:
@@ -125,6 +167,11 @@ class EngineProcess:
     def alive(self) -> bool:
         """Whether the process runs and takes commands."""
         return not self._closing and not self._ended.is_set()
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has said anything yet."""
+        return self._begun.is_set()
 
     @property
     def has_pending(self) -> bool:
@@ -153,6 +200,7 @@ class EngineProcess:
                 future.set_exception(self._death())
                 return future
             self._pending[command.request_id] = _Pending(command, future, on_event)
+            self._heard_s, self._resting = time.monotonic(), False
         self._send(command)
         return future
 
@@ -199,7 +247,7 @@ class EngineProcess:
             if now_s - looked_s > 2 * tick_s:
                 self._heard_s = now_s  # this process itself was stopped meanwhile, so the time begins again
             looked_s = now_s
-            if self._handling:
+            if self._handling or self._resting:
                 self._heard_s = now_s
             if now_s - self._heard_s > self._silence_s:
                 _log.error("engine.silent", pid=self.pid, silent_s=round(now_s - self._heard_s))
@@ -217,6 +265,7 @@ class EngineProcess:
                     _log.warning("engine.garbage", pid=self.pid, size_bytes=len(line))
                     continue
                 self._heard_s = time.monotonic()
+                self._begun.set()
                 if not isinstance(event, protocol.Heartbeat):
                     self._deliver(event)
         self._process.wait()
@@ -227,15 +276,18 @@ class EngineProcess:
         with self._lock:
             self._ended.set()
             pending, self._pending = self._pending, {}
+            on_exit = self._on_exit
         for waiting in pending.values():
             waiting.future.set_exception(self._death())
-        if self._on_exit is not None:
-            self._on_exit()
+        if on_exit is not None:
+            on_exit()
 
     def _deliver(self, event: protocol.CommandEvent) -> None:
         final = isinstance(event, protocol.Done | protocol.Failed)
         with self._lock:
             waiting = self._pending.pop(event.request_id, None) if final else self._pending.get(event.request_id)
+            if waiting is not None and final and isinstance(waiting.command, protocol.WarmUp):
+                self._resting = not self._pending
         if waiting is None:
             return
         if isinstance(event, protocol.Done):

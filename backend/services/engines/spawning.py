@@ -9,7 +9,6 @@ from typing import BinaryIO
 
 from core import allocator
 from core.environment import without_secrets
-from core.settings import get_settings
 from domain import protocol
 
 _BACKEND = Path(__file__).resolve().parents[2]
@@ -39,13 +38,16 @@ ENGINE_ENVIRONMENT = {
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
 
 
-def spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subprocess.Popen[bytes]", BinaryIO, BinaryIO]:
+def spawn(
+    work_dir: Path, gpu_uuid: str | None, backend: str, nice: int
+) -> tuple["subprocess.Popen[bytes]", BinaryIO, BinaryIO]:
     """Start `python -m engine` with a private pair of pipes.
 
     Args:
         work_dir: Where Unsloth may write the code that it generates.
         gpu_uuid: The one GPU that the engine sees; None for every one there is.
         backend: The back end that will load its base, or `none` for an engine that will hold none.
+        nice: How far the engine gives way to other programs, beside the server's own place.
 
     Returns:
         The process, the pipe that takes its commands, and the pipe that gives its events.
@@ -53,10 +55,12 @@ def spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproce
     Raises:
         OSError: No process can be started.
     """
-    return _spawner.submit(_spawn, work_dir, gpu_uuid, backend).result()
+    return _spawner.submit(_spawn, work_dir, gpu_uuid, backend, nice).result()
 
 
-def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subprocess.Popen[bytes]", BinaryIO, BinaryIO]:
+def _spawn(
+    work_dir: Path, gpu_uuid: str | None, backend: str, nice: int
+) -> tuple["subprocess.Popen[bytes]", BinaryIO, BinaryIO]:
     """Start the process, on the spawner's thread."""
     command_read, command_write = os.pipe()
     event_read, event_write = os.pipe()
@@ -69,7 +73,7 @@ def _spawn(work_dir: Path, gpu_uuid: str | None, backend: str) -> tuple["subproc
         protocol.COMMAND_FD_VARIABLE: str(command_read),
         protocol.EVENT_FD_VARIABLE: str(event_write),
         "PEFT_STUDIO_PARENT_PID": str(os.getpid()),
-        "PEFT_STUDIO_ENGINE_NICE": str(get_settings().engine_nice),
+        "PEFT_STUDIO_ENGINE_NICE": str(nice),
     }
     if gpu_uuid is not None:
         # By uuid: an index depends on the GPUs that the server itself sees. Unsloth uses cuda:0 by name in places.

@@ -8,7 +8,7 @@ from core.errors import DoesNotFit, EngineFailed, StudioError
 from core.logging import get_logger
 from domain.exports import ExportCheck
 from domain.protocol import CheckExport
-from services.engines.process import EngineProcess
+from services.engines.warm import Engines
 from services.exports.asking import ask
 from services.exports.control import ExportControl, ExportStopped
 from services.loading.base_request import BaseKey
@@ -40,6 +40,7 @@ class ExportChecker:
     Args:
         peft: Gives room in memory.
         files: Has the base's files.
+        engines: Gives the engine that compares.
         oom_kills: Counts the processes that the kernel has killed for want of memory.
         log_dir: Where the engine writes.
         engine_silence_s: An engine that is silent for this long is ended.
@@ -49,12 +50,13 @@ class ExportChecker:
         self,
         peft: PeftService,
         files: ModelFiles,
+        engines: Engines,
         oom_kills: Callable[[], int],
         *,
         log_dir: Path,
         engine_silence_s: float,
     ) -> None:
-        self._peft, self._files, self._oom_kills = peft, files, oom_kills
+        self._peft, self._files, self._engines, self._oom_kills = peft, files, engines, oom_kills
         self._log_dir, self._engine_silence_s = log_dir, engine_silence_s
 
     def check(
@@ -111,7 +113,7 @@ class ExportChecker:
                 "rounded_elsewhere": held.quantization != "none" and held.device != "cpu",
             }
         )
-        process = EngineProcess(self._log_dir / "engine-check.log", silence_s=self._engine_silence_s)
+        process = self._engines.take(self._log_dir / "engine-check.log", silence_s=self._engine_silence_s)
         try:
             # It holds nothing that anybody else needs: a stop ends it at once, in the middle of a load too.
             return ask(process, control, command, self._oom_kills, process.kill)

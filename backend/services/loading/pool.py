@@ -12,7 +12,7 @@ from core.clock import Clock
 from core.errors import EngineUnavailable, ModelNotReady, StudioError
 from core.logging import get_logger
 from domain.memory.verdict import Assessment
-from services.engines.process import EngineProcess
+from services.engines.warm import Engines
 from services.hardware.devices import Device, device_name
 from services.hardware.machine import Machine
 from services.loading.admission import next_to_give_way, refuse_what_does_not_fit, refuse_what_is_blocked, with_room
@@ -41,6 +41,7 @@ class BasePool:
         clock: For ages and idle times.
         machine: Knows the devices.
         files: Brings a model's files onto this machine.
+        engines: Gives engines.
         forgotten: Called with each base that the pool has forgotten, with `lock` held and before its engine ends. The
             owner drops what it keeps about the base. It may be called twice for one base.
         log_dir: Where engines write.
@@ -58,6 +59,7 @@ class BasePool:
         clock: Clock,
         machine: Machine,
         files: ModelFiles,
+        engines: Engines,
         forgotten: Callable[[LoadedBase], None],
         *,
         log_dir: Path,
@@ -66,6 +68,7 @@ class BasePool:
         engine_silence_s: float,
     ) -> None:
         self._clock, self._machine, self._files, self._forgotten = clock, machine, files, forgotten
+        self._engines = engines
         self._log_dir, self._engine_silence_s = log_dir, engine_silence_s
         self._idle_unload_s, self._make_room_after_s = idle_unload_s, make_room_after_s
         self.lock = threading.RLock()
@@ -75,6 +78,7 @@ class BasePool:
         self._admission = threading.Lock()
         self._loaders = ThreadPoolExecutor(max_workers=2, thread_name_prefix="load")
         self._closed = threading.Event()
+        engines.hold_while(self._works_on_the_cpu)
         threading.Thread(target=self._unload_idle, name="idle-unload", daemon=True).start()
 
     # Reading
@@ -85,9 +89,21 @@ class BasePool:
             return next((base for key, base in self._bases.items() if serves(key)), None)
 
     def room_on(self, device: Device, own: LoadedBase | None = None) -> Device:
-        """Return a device with the memory that a new load, or a run on the base `own`, may use: see `with_room`."""
+        """Return a device with the memory that a new load, or a run on the base `own`, may use: see `with_room`.
+
+        What engines hold that are kept ready counts as free, since they give way.
+        """
         with self.lock:
-            return with_room(device, self._bases.values(), own)
+            device = with_room(device, self._bases.values(), own)
+        if device.on_gpu or device.available_bytes is None:
+            return device
+        return replace(device, available_bytes=device.available_bytes + self._engines.memory_bytes())
+
+    def _works_on_the_cpu(self) -> bool:
+        """Whether a base loads or works that was admitted with the host's memory as it was then."""
+        with self.lock:
+            bases = [base for base in self._bases.values() if base.key.device == "cpu"]
+        return any(base.under_way or base.busy_with is not None for base in bases)
 
     # Admitting
 
@@ -159,21 +175,31 @@ class BasePool:
     ) -> None:
         """Unload idle bases until a load or run fits; refuse it if it is blocked or does not fit even then.
 
-        The caller holds the lock of admission, and not `lock`. The memory that an unloaded base gave back is measured.
+        Engines that are kept ready hold nothing that anybody needs, so they give way first. The memory that an unloaded
+        base gave back is measured. The caller holds the lock of admission, and not `lock`.
         """
         while True:
             with self.lock:
                 bases = list(self._bases.values())
-            device = with_room(self._machine.device(device_name(device.torch_name)), bases, own)
+            device = self._free_now(device, bases, own)
             assessment = judge(device)
             refuse_what_is_blocked(assessment, what)
             if assessment.verdict != "does_not_fit":
                 return
+            if not device.on_gpu and self._engines.give_way(f"room for: {what}"):
+                continue
             idle = next_to_give_way(device, bases, judge, own, self._make_room_after_s)
             if idle is None:
                 refuse_what_does_not_fit(assessment, what, device)
                 return
             self._retire(idle, self._make_room_after_s, f"room for: {what}", unkept_s=0.0)
+
+    def _free_now(self, device: Device, bases: list[LoadedBase], own: LoadedBase | None) -> Device:
+        """Return a device as it is now, with what is really free of it."""
+        device = with_room(self._machine.device(device_name(device.torch_name)), bases, own)
+        if device.on_gpu or device.available_bytes is None:
+            return device
+        return replace(device, available_bytes=max(0, device.available_bytes - self._engines.growing_bytes()))
 
     # Loading
 
@@ -203,7 +229,7 @@ class BasePool:
             if base.cancelled:
                 return
             base.report("loading", replace(base.progress, fraction=None, bytes_per_s=None, eta_s=None))
-            process = EngineProcess(
+            process = self._engines.take(
                 self._log_dir / f"engine-{base.id}.log",
                 on_exit=lambda: self._on_exit(base),
                 silence_s=self._engine_silence_s,

@@ -23,6 +23,7 @@ from domain.models.config_reader import NotKnown
 from domain.models.shape import ModelShape
 from domain.models.storage import as_published
 from domain.results import Described
+from services.engine_service import get_engines
 from services.engines.process import EngineProcess
 from services.hub.metadata_cache import Fetched, MetadataCache
 from services.models.embedded import CONFIG as EMBEDDED_CONFIG
@@ -202,4 +203,5 @@ def get_model_shapes() -> ModelShapes:
     """Return the process's model shapes."""
     settings = get_settings()
     log = settings.home / "logs" / "shapes.log"
-    return ModelShapes(shape_cache(settings.resolved_cache_dir), lambda: EngineProcess(log, backend="none"))
+    engines = get_engines()
+    return ModelShapes(shape_cache(settings.resolved_cache_dir), lambda: engines.take(log, backend="none"))

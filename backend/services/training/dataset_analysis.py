@@ -16,7 +16,9 @@ from domain.peft.config import PeftConfig, recorded
 from domain.peft.use_cases import UseCaseId
 from domain.results import DatasetFigures
 from services.dataset_service import DatasetService, get_dataset_service
+from services.engine_service import get_engines
 from services.engines.process import CommandFailed, EngineProcess
+from services.engines.warm import Engines
 from services.model_registry_service import get_model_files
 from services.models.files import ModelFiles
 from services.peft_service import PeftService, get_peft_service
@@ -82,14 +84,21 @@ class DatasetAnalysisService:
     """Analyses datasets, one at a time, and keeps each analysis beside its dataset.
 
     Args:
+        engines: Gives an engine for each.
         log_dir: Where engines write.
     """
 
     def __init__(
-        self, database: Database, datasets: DatasetService, peft: PeftService, files: ModelFiles, log_dir: Path
+        self,
+        database: Database,
+        datasets: DatasetService,
+        peft: PeftService,
+        files: ModelFiles,
+        engines: Engines,
+        log_dir: Path,
     ) -> None:
         self._database, self._datasets, self._peft, self._files = database, datasets, peft, files
-        self._log_dir, self._kept = log_dir, KeptAnalyses(datasets)
+        self._engines, self._log_dir, self._kept = engines, log_dir, KeptAnalyses(datasets)
         self._lock = threading.Lock()
         self._running: dict[str, Running] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="analysis")
@@ -203,7 +212,7 @@ class DatasetAnalysisService:
         def progress(event: protocol.Progress) -> None:
             running.fraction = event.fraction or 0.0
 
-        process = self._process = EngineProcess(self._log_dir / "engine-analysis.log")
+        process = self._process = self._engines.take(self._log_dir / "engine-analysis.log")
         try:
             return process.request(command, progress).result()
         except CommandFailed as error:
@@ -237,5 +246,10 @@ class DatasetAnalysisService:
 def get_dataset_analysis_service() -> DatasetAnalysisService:
     """Return the process's analysis service."""
     return DatasetAnalysisService(
-        get_database(), get_dataset_service(), get_peft_service(), get_model_files(), get_settings().home / "logs"
+        get_database(),
+        get_dataset_service(),
+        get_peft_service(),
+        get_model_files(),
+        get_engines(),
+        get_settings().home / "logs",
     )

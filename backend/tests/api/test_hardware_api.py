@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from api.hardware import router
 from core.ttl_cache import Timed
+from services.engine_service import get_engines
 from services.hardware.cuda_checks import CudaCheck
 from services.hardware.devices import EngineChoice
 from services.hardware.host_probe import CpuReading, DiskReading, MemoryReading
@@ -25,6 +26,7 @@ from services.hardware_service import (
     UsageReading,
     get_hardware_service,
 )
+from tests.support.no_warm_engines import engines_on_demand
 
 GPU = GpuReading(0, "GPU-0", "NVIDIA H100", 80, 30, 50, "9.0", True, 37, 51, 312.5, None)
 CPU = CpuReading("EPYC", "x86_64", 8, 16, 3500.0, 12.5, ("avx2",))
@@ -61,8 +63,10 @@ class FakeHardware:
         self.readings += 1
         return replace(USAGE, memory=replace(MEMORY, used_bytes=self.readings))
 
-    def validate_cuda(self) -> CudaValidation:
-        return CudaValidation(False, (CudaCheck("driver", "fail", "No driver.", "Install it."),))
+    def validate_cuda(self, *, refresh: bool = False) -> CudaValidation:
+        self.refreshes.append(refresh)
+        check = CudaCheck("driver", "fail", "No driver.", "Install it.")
+        return CudaValidation(False, (check,), MEASURED_AT, 12.5)
 
 
 @pytest.fixture
@@ -75,6 +79,7 @@ def app(hardware: FakeHardware) -> FastAPI:
     app = FastAPI()
     app.include_router(router)
     app.dependency_overrides[get_hardware_service] = lambda: hardware
+    app.dependency_overrides[get_engines] = lambda: engines_on_demand()
     return app
 
 
@@ -91,7 +96,7 @@ def fields(text: str) -> set[str]:
 def test_the_profile_has_the_contracts_fields(client: TestClient) -> None:
     profile = client.get("/api/hardware/profile").json()
     assert set(profile) == fields(
-        "gpus cpu memory disk cuda platform python_version packages engine measured_at age_s expires_at"
+        "gpus cpu memory disk cuda platform python_version packages engine measured_at age_s expires_at warm_engines"
     )
     assert set(profile["gpus"][0]) == fields(
         "index uuid name memory_total_bytes memory_used_bytes memory_free_bytes compute_capability supports_bf16"
@@ -122,18 +127,22 @@ def test_a_refresh_is_asked_for(client: TestClient, hardware: FakeHardware, quer
     assert hardware.refreshes == [refresh]
 
 
-def test_a_validation_that_fails_is_still_an_answer(client: TestClient) -> None:
+def test_a_validation_that_fails_is_still_an_answer(client: TestClient, hardware: FakeHardware) -> None:
     response = client.get("/api/hardware/cuda/validate")
     assert response.status_code == 200
     assert response.json() == {
         "valid": False,
         "checks": [{"name": "driver", "status": "fail", "detail": "No driver.", "fix": "Install it."}],
+        "checked_at": "2026-01-01T12:00:00.000000Z",
+        "age_s": 12.5,
     }
+    assert client.get("/api/hardware/cuda/validate", params={"refresh": "true"}).status_code == 200
+    assert hardware.refreshes == [False, True]
 
 
 def test_usage_is_one_live_reading(client: TestClient) -> None:
     readings = [client.get("/api/hardware/usage").json() for _ in range(2)]
-    assert set(readings[0]) == {"gpus", "cpu", "memory", "disk"}
+    assert set(readings[0]) == {"gpus", "cpu", "memory", "disk", "warm_engines"}
     assert [reading["memory"]["used_bytes"] for reading in readings] == [1, 2]
 
 
@@ -150,6 +159,7 @@ def test_response_schemas_have_no_defaults(app: FastAPI) -> None:
     for name in (
         "Profile",
         "Usage",
+        "WarmEngine",
         "Gpu",
         "Cpu",
         "Memory",
@@ -220,7 +230,7 @@ def test_the_stream_ends_when_its_reader_goes_away(app: FastAPI, hardware: FakeH
     assert first.startswith("event: usage\ndata: {")
     readings = [json.loads(event.partition("data: ")[2]) for event in (first, second)]
     assert [reading["memory"]["used_bytes"] for reading in readings] == [1, 2]
-    assert set(readings[0]) == {"gpus", "cpu", "memory", "disk"}
+    assert set(readings[0]) == {"gpus", "cpu", "memory", "disk", "warm_engines"}
     assert hardware.readings <= 3  # none after the reader has gone, but for the one under way
 
 

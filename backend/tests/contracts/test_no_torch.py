@@ -51,6 +51,7 @@ def test_no_torch_after_every_endpoint_was_called(tmp_path: Path, model_dirs: Pa
             "PEFT_STUDIO_MODEL_DIRS": str(model_dirs),
             "PEFT_STUDIO_CACHE_DIR": str(CACHE),
             "HF_HUB_OFFLINE": "1",
+            "PEFT_STUDIO_WARM_ENGINE_BYTES": "0",
             "HF_HOME": str(tmp_path / "hf"),
         },
         capture_output=True,

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-import services.loading.pool as pool_module
 from services.peft_service import PeftService
 from tests.support.engine_double import EngineDoubles
 from tests.support.hub_double import ManualClock
@@ -18,10 +17,8 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> EngineDoubles:
-    engines = EngineDoubles()
-    monkeypatch.setattr(pool_module, "EngineProcess", engines)
-    return engines
+def engines() -> EngineDoubles:
+    return EngineDoubles()
 
 
 @pytest.fixture

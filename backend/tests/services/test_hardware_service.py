@@ -171,7 +171,7 @@ def test_torch_is_not_asked_about_gpus_that_are_all_lost(make: Make) -> None:
     assert [(check.name, check.status) for check in found.checks] == [("driver", "pass"), ("device", "fail")]
 
 
-def test_validation_is_run_anew_each_time(make: Make) -> None:
+def test_a_validation_is_kept_with_its_age_until_it_is_asked_for_anew(make: Make) -> None:
     clock, runs = Clock(), []
 
     def checks() -> list[CudaCheck]:
@@ -179,10 +179,45 @@ def test_validation_is_run_anew_each_time(make: Make) -> None:
         return passing()
 
     service = make(FakeNvml(h100()), checks, clock)
-    for second in range(3):
-        clock.seconds = second + 1
-        service.validate_cuda()
+    first = service.validate_cuda()
+    clock.seconds = 3599
+    kept = service.validate_cuda()
+    assert (len(runs), kept.age_s, kept.checks) == (1, 3599, first.checks)
+    assert kept.checked_at == first.checked_at
+    assert service.validate_cuda(refresh=True).age_s == 0 and len(runs) == 2
+    clock.seconds += 3600
+    service.validate_cuda()
     assert len(runs) == 3
+
+
+@pytest.mark.parametrize(
+    "change", ["a GPU more", "a GPU is lost", "the driver", "a package", "nothing, but one failed"]
+)
+def test_a_validation_is_made_anew_once_something_is_not_as_it_was(
+    make: Make, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    clock, nvml, runs = Clock(), FakeNvml(h100(), t4()), []
+    versions = {"torch": "2.13.0"}
+    monkeypatch.setattr("services.hardware_service.version", lambda name: versions.get(name, "1"))
+
+    def checks() -> list[CudaCheck]:
+        runs.append(1)
+        return [CudaCheck("bf16_0", "fail" if change.startswith("nothing") else "pass", "d", "f")]
+
+    service = make(nvml, checks, clock)
+    service.validate_cuda()
+    clock.seconds = 1
+    if change == "a GPU more":
+        nvml.cards.append(h100())
+    elif change == "a GPU is lost":
+        nvml.cards[1] = lost()
+    elif change == "the driver":
+        monkeypatch.setattr(nvml, "nvmlSystemGetDriverVersion", lambda: "999.1")
+    elif change == "a package":
+        versions["torch"] = "2.14.0"
+    found = service.validate_cuda()
+    assert len(runs) == 2 and found.age_s == 0
+    assert found.valid == (change not in ("a GPU is lost", "nothing, but one failed"))
 
 
 def test_those_who_ask_for_a_validation_at_once_share_its_process(make: Make) -> None:
@@ -207,7 +242,7 @@ def test_those_who_ask_for_a_validation_at_once_share_its_process(make: Make) ->
         return passing()
 
     service, answers = make(FakeNvml(h100()), checks, Ticking()), []
-    threads = [threading.Thread(target=lambda: answers.append(service.validate_cuda())) for _ in range(6)]
+    threads = [threading.Thread(target=lambda: answers.append(service.validate_cuda(refresh=True))) for _ in range(6)]
     threads[0].start()
     assert running.wait(30)
     for thread in threads[1:]:

@@ -9,6 +9,7 @@ from core.errors import HubUnavailable
 from domain.configure import MachineFacts, configure
 from domain.memory.estimate import loading_bytes
 from domain.peft.algorithms import Algorithm
+from services.engines.warm import Engines
 from services.hardware.devices import Device, EngineChoice
 from services.hardware.machine import Machine
 from services.models.embedded import CONFIG
@@ -17,6 +18,7 @@ from services.models.files import ModelFiles
 from services.models.progress import OnProgress
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from tests.support.engine_double import EngineDoubles
+from tests.support.no_warm_engines import engines_on_demand
 from tests.support.shapes import KnownShapes, shape_of
 
 CPU = MachineFacts(has_gpu=False, supports_bf16=False)
@@ -74,13 +76,20 @@ class OneConfig:
         return []
 
 
-def peft_with_little_memory(clock: Clock, engines: EngineDoubles, precision: str, log_dir: Path) -> PeftService:
-    """Return the service. Its engines hold what the embedded model is estimated to need in the precision."""
+def peft_with_little_memory(
+    clock: Clock, engines: EngineDoubles, precision: str, log_dir: Path, kept: Engines | None = None
+) -> PeftService:
+    """Return the service. Its engines hold what the embedded model is estimated to need in the precision.
+
+    Args:
+        kept: What gives the engines, where some are kept ready.
+    """
     shape = shape_of(CONFIG)
     config = configure(Algorithm.LORA, use_case=None, overrides={"precision": precision}, machine=CPU).config
     engines.held_bytes = loading_bytes(shape, config, on_gpu=False)
     return PeftService(
         clock, LittleMemory(engines), EveryModelsFiles(), ModelFacts(OneConfig(), KnownShapes()),
+        kept or engines_on_demand(engines),
         log_dir=log_dir, idle_unload_s=IDLE_S, make_room_after_s=GRACE_S, engine_silence_s=60.0,
     )  # fmt: skip
 

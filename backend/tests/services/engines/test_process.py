@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,7 @@ import pytest
 
 from core import allocator
 from core.errors import EngineFailed
+from core.settings import get_settings
 from domain import protocol
 from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
@@ -153,6 +155,45 @@ def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
         )  # fmt: skip
         engine.request(command, slow).result(120)
         assert heard and engine.alive
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_rests_is_silent_and_is_not_taken_for_dead(tmp_path: Path) -> None:
+    engine = EngineProcess(tmp_path / "engine.log")
+    try:
+        assert engine.request(protocol.WarmUp()).result(240).gpu_contexts == 0
+        engine._silence_s = 0.1
+        before_s = engine._heard_s
+        time.sleep(3 * protocol.HEARTBEAT_S)  # nothing happens that could be waited for
+        assert engine.alive and engine._heard_s >= before_s
+        engine._silence_s = 60.0
+        with pytest.raises(CommandFailed):
+            engine.request(protocol.DetachAdapter(adapter_id="a")).result(60)
+        heard_s = engine._heard_s
+        wait_until(lambda: engine._heard_s > heard_s)  # its heartbeats have begun again
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_is_taken_over_writes_and_ends_for_its_new_owner(tmp_path: Path) -> None:
+    ended: list[str] = []
+    engine = EngineProcess(tmp_path / "before.log", on_exit=lambda: ended.append("before"), in_background=True)
+    try:
+        (tmp_path / "after.log").write_text("from another\n")
+        with pytest.raises(CommandFailed):
+            engine.request(_load(Path("nothing"))).result(240)
+        assert engine.take_over(tmp_path / "after.log", lambda: ended.append("after"), 60.0)
+        assert not (tmp_path / "before.log").exists()
+        assert (tmp_path / "after.log").read_text().startswith("from another\n")
+        usual = min(19, psutil.Process().nice() + get_settings().engine_nice)
+        assert {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(engine.pid).threads()} == {
+            usual
+        }
+        os.kill(engine.pid, signal.SIGKILL)
+        wait_until(lambda: bool(ended))
+        assert ended == ["after"]
+        assert not engine.take_over(tmp_path / "late.log", None, 60.0)
     finally:
         engine.close()
 

@@ -12,13 +12,14 @@ from domain.memory.activations import Batch
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.adapter_service import AdapterService
+from services.engines.warm import EngineKind, Engines, HostMemory
 from services.generation_service import GenerationService
 from services.loading.borrowing import borrow
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from store.database import Database
 from tests.support.engine_double import SHORT_ANSWER, EngineDoubles
 from tests.support.hub_double import ManualClock
-from tests.support.little_memory import GRACE_S, IDLE_S, load
+from tests.support.little_memory import GRACE_S, IDLE_S, load, peft_with_little_memory
 
 FP32 = {"precision": "fp32"}  # where memory is short the default would be bf16, and two bases fit
 
@@ -120,3 +121,24 @@ def test_an_answer_that_takes_long_is_no_idle_time(
     assert not model.base.retire(IDLE_S)
     clock.advance(IDLE_S)
     assert model.base.retire(IDLE_S) and not model.base.retire(IDLE_S)
+
+
+def test_engines_that_are_kept_ready_give_way_first_and_count_as_free(
+    clock: ManualClock, engines: EngineDoubles, precision: str, tmp_path: Path
+) -> None:
+    """As many bytes as the load needs are held by one that holds nothing that anybody needs."""
+    kept = Engines(
+        clock, engines, lambda: [EngineKind("transformers", "GPU-of-another")], lambda: HostMemory(2**40, 2**40),
+        log_dir=tmp_path, silence_s=60.0, most_bytes=2**40,
+    )  # fmt: skip
+    peft = peft_with_little_memory(clock, engines, precision, tmp_path, kept)
+    free = peft.device("cpu").available_bytes
+    kept._look()
+    assert len(engines.alive) == 1 and peft.device("cpu").available_bytes == free
+    model = _load(peft, "a/first")
+    assert len(engines.alive) == 1 and engines.alive[0] is model.base.process and kept.standing() == []
+    clock.advance(3600)
+    with model.base.awaited(), borrow(model, "training", lambda *_: None):
+        kept._look()
+        assert kept.standing() == []  # the run was admitted with the memory as it was
+    peft.close()

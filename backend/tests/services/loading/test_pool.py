@@ -19,6 +19,7 @@ from tests.support.bases import DEVICE, FREE_BYTES, base_request
 from tests.support.engine_double import EngineDoubles
 from tests.support.hub_double import ManualClock
 from tests.support.little_memory import EveryModelsFiles
+from tests.support.no_warm_engines import engines_on_demand
 
 IDLE_S = 1800.0
 
@@ -68,7 +69,7 @@ def owner() -> Owner:
 @pytest.fixture
 def pool(clock: ManualClock, owner: Owner, engines: EngineDoubles, tmp_path: Path) -> Iterator[BasePool]:
     pool = BasePool(
-        clock, OneDevice(), EveryModelsFiles(), owner.forgotten,
+        clock, OneDevice(), EveryModelsFiles(), engines_on_demand(engines), owner.forgotten,
         log_dir=tmp_path, idle_unload_s=IDLE_S, make_room_after_s=60.0, engine_silence_s=60.0,
     )  # fmt: skip
     owner.pool = pool

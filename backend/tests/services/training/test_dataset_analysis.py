@@ -25,6 +25,6 @@ def test_a_job_queued_before_some_settings_existed_is_looked_at(tmp_path: Path) 
         del config[name]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "Once."}) + "\n")
     nothing: Any = None
-    service = DatasetAnalysisService(nothing, OneDataset(tmp_path / "rows.jsonl"), nothing, nothing, tmp_path)
+    service = DatasetAnalysisService(nothing, OneDataset(tmp_path / "rows.jsonl"), nothing, nothing, nothing, tmp_path)
     assert service.begin_in_doubt(job_record(1, config=config)) is None
     service.close()
