@@ -134,7 +134,8 @@ class AnalysisResponse(Response):
     epoch: Epoch
     duration: Duration | None = Field(description="null until a job has trained this model with this algorithm.")
     template: str
-    example: Example | None
+    example: Example | None = Field(description="Of a preference the better answer.")
+    worse_example: Example | None = Field(description="The same row with its worse answer, where it has two.")
     warnings: list[str]
 
 

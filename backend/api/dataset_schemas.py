@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from api.peft_schemas import Response, Revision
-from domain.datasets.formats import TRAINABLE_FORMATS, DatasetFormat
+from domain.datasets.formats import DatasetFormat
+from domain.peft.objectives import Objective, objectives_of
 from services.datasets.files import Manifest
 from services.datasets.imports import Import
 from services.datasets.read_settings import BadRows, ReadSettings
@@ -84,7 +85,8 @@ class DatasetResponse(Response):
     id: str
     name: str
     format: DatasetFormat
-    trainable: bool = Field(description="Whether a fine-tune can learn from it; preferences are only kept.")
+    trainable: bool = Field(description="Whether a fine-tune can learn from it.")
+    objectives: list[Objective] = Field(description="What a fine-tune can learn from it; the usual one first.")
     rows: int = Field(description="Usable rows.")
     rejected_rows: int = Field(description="Rows left out; `warnings` names their lines.")
     duplicate_rows: int | None = Field(description="Rows that repeat an earlier one; they are kept.")
@@ -148,7 +150,8 @@ def dataset_view(record: DatasetRecord, manifest: Manifest) -> DatasetResponse:
     return DatasetResponse.model_validate(
         record.__dict__
         | {
-            "trainable": record.format in TRAINABLE_FORMATS,
+            "trainable": bool(objectives_of(record.format)),
+            "objectives": objectives_of(record.format),
             "duplicate_rows": manifest.duplicates,
             "unused_columns": list(manifest.unused_columns),
             "detected": list(manifest.detected),

@@ -130,6 +130,13 @@ class JobEvents(Response):
     events: list[JobEvent]
 
 
+class PreferenceMetrics(Response):
+    margin: float = Field(description="How far the better answers are ahead of the worse ones, in rewards.")
+    accuracy: float = Field(description="The share of examples in which they are, 0..1.")
+    answer_loss: float | None = Field(default=None, description="ORPO: the better answers' cross-entropy.")
+    moved: float | None = Field(default=None, description="KTO: how far the model has moved from the base in general.")
+
+
 class MetricsRow(Response):
     step: int
     total_steps: int
@@ -138,6 +145,7 @@ class MetricsRow(Response):
     eval_loss: float | None
     learning_rate: float
     grad_norm: float | None
+    preference: PreferenceMetrics | None = Field(default=None, description="Where preferences are learned.")
     tokens: int
     tokens_per_s: float
     memory_bytes: int

@@ -16,8 +16,10 @@ from domain.memory.verdict import judge
 from domain.models.records import Verdict
 from domain.models.shape import ModelShape, Role
 from domain.peft.algorithms import SPECS, Algorithm, AlgorithmSpec
-from domain.peft.config import PARAMETER_NAMES, PeftConfig
+from domain.peft.config import DECOMPOSED, PARAMETER_NAMES, PeftConfig
 from domain.peft.learning_rate import default_learning_rate
+from domain.peft.objectives import SPECS as OBJECTIVE_SPECS
+from domain.peft.objectives import Objective
 from domain.peft.targets import why_refused
 from domain.peft.use_cases import USE_CASES, UseCaseId
 
@@ -84,6 +86,8 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "use_rslora": (False, "scaled by alpha / r"),
     "use_dora": (False, "direction and magnitude are not separated"),
     "init_weights": ("default", "B starts at zero, so training starts from the base's output"),
+    "objective": ("sft", "the answers of the data are learned"),
+    "preference_beta": (None, "only preferences have a weight"),
     "quantization": ("none", "weights as published"),
     "epochs": (3.0, "small sets are seen a few times"),
     "max_steps": (None, "epochs decide"),
@@ -171,6 +175,7 @@ def configure(
     if shape is not None:
         choices |= _model_choices(shape, choices)
     choices |= _follow_overrides(algorithm, overrides)
+    choices |= _objective_choices(overrides.get("objective", "sft"))
     asked = {name: Choice(value, "override", "asked for") for name, value in overrides.items()}
     choices |= {"learning_rate": _learning_rate(shape, algorithm, use_case, choices | asked)} | asked
     config = _validated(algorithm, choices, overrides, machine, shape)
@@ -262,6 +267,10 @@ def _learning_rate(
     alpha, use_rslora = choices["alpha"].value, choices["use_rslora"].value
     ratio = choices["lora_plus_ratio"].value
     rate, reason = default_learning_rate(shape, algorithm, alpha=alpha, use_rslora=use_rslora, lora_plus_ratio=ratio)
+    objective = OBJECTIVE_SPECS.get(choices["objective"].value)
+    if objective is not None and objective.rate_factor != 1.0:
+        slower = f"a twentieth, as TRL's defaults for {objective.name} and for SFT are 1e-6 and 2e-5"
+        return Choice(rate * objective.rate_factor, "default", f"{objective.name}: {slower}; times {reason}")
     case = USE_CASES[use_case] if use_case is not None else None
     if case is None or case.rate_factor == 1.0:
         return Choice(rate, "algorithm" if SPECS[algorithm].unscaled else "default", reason)
@@ -279,6 +288,48 @@ def _algorithm_choices(algorithm: Algorithm, choices: Mapping[str, Choice]) -> d
         name: Choice(value, "algorithm", f"{spec.name}: {spec.reasons.get(name, choices[name].reason)}")
         for name, value in values.items()
     }
+
+
+# TRL's DPOConfig, KTOConfig and ORPOConfig have this weight; the DPO paper (arXiv 2305.18290, appendix B) too.
+_PREFERENCE_BETA = 0.1
+
+
+def _objective_choices(objective: Objective) -> dict[str, Choice]:
+    """Return what learning from preferences needs otherwise than learning answers."""
+    spec = OBJECTIVE_SPECS.get(objective)
+    if spec is None or objective == "sft":
+        return {}  # what is no objective is refused with the other settings
+    both = "both answers" if spec.sequences == 2 else "the answer"
+    values: dict[str, tuple[Any, str]] = {
+        "preference_beta": (_PREFERENCE_BETA, f"the usual weight (TRL's, and {spec.paper})"),
+        "dropout": (0.0, "the two sides are compared, and dropout would differ between them"),
+        "train_on": ("assistant", f"{both} of a row count, the turns before do not"),
+    }
+    if objective == "kto":
+        values["batch_size"] = (4, "KTO compares each answer with the others of its pass")
+    return {name: Choice(value, "default", f"{spec.name}: {why}") for name, (value, why) in values.items()}
+
+
+def _objective_refusals(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Refuse what cannot be combined with learning from preferences, or has no effect without."""
+    objective: Objective = values["objective"]
+    if objective not in OBJECTIVE_SPECS:
+        return []  # the configuration's own check says so
+    spec = OBJECTIVE_SPECS[objective]
+    if objective == "sft":
+        given = overrides.get("preference_beta") is not None
+        return [("preference_beta", "has no effect with objective='sft'")] if given else []
+    refusals = []
+    if values["preference_beta"] is None:
+        refusals.append(("preference_beta", f"{spec.name} needs a weight"))
+    if values["train_on"] != "assistant":
+        refusals.append(("train_on", f"{spec.name} compares answers: only 'assistant' has a meaning"))
+    if spec.refers and values["init_weights"] in DECOMPOSED:
+        why = "compares with the base under the adapter, which this method changes; use lora, rslora, dora or qlora"
+        refusals.append(("objective", f"{spec.name} {why}"))
+    if objective == "kto" and values["batch_size"] == 1:
+        refusals.append(("batch_size", "KTO compares each answer with the others of its pass: at least 2"))
+    return refusals
 
 
 def _follow_overrides(algorithm: Algorithm, overrides: Mapping[str, Any]) -> dict[str, Choice]:
@@ -299,6 +350,7 @@ def _contradictions(
     refusals = _method_refusals(SPECS[algorithm], overrides)
     if overrides.get("loftq_iterations") is not None and values["init_weights"] != "loftq":
         refusals.append(("loftq_iterations", "without effect but with the algorithm 'loftq'"))
+    refusals += _objective_refusals(values, overrides)
     if not machine.has_gpu:
         refusals += _cpu_refusals(values)
     if shape is not None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
 from domain.exports import ExportCheck, GgufFile, MergedModel
 from domain.jobs.figures import TrainingFigures
-from domain.jobs.progress import StepFigures
+from domain.jobs.progress import PreferenceFigures, StepFigures
 from domain.models.gguf import GgufType
 from domain.peft.config import PeftConfig
 from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared, WarmedUp
@@ -141,6 +141,7 @@ class Evaluated(_Event):
     step: int
     epoch: float
     eval_loss: float
+    preference: PreferenceFigures | None = None
     elapsed_s: float
 
 

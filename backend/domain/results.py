@@ -192,7 +192,8 @@ class DatasetFigures(Result):
         left_out: What the chat template drops, in the rows that were looked at for it.
         tokens: Before truncation.
         trained_tokens: After masking and truncation.
-        histogram: Rows by tokens, before truncation.
+        histogram: Rows by tokens, before truncation. The two answers of a preference count as rows.
+        worse_example: The row of `example` with its worse answer, where it has two.
     """
 
     rows: int
@@ -206,3 +207,4 @@ class DatasetFigures(Result):
     epoch: EpochFigures
     template: str
     example: RenderedRow | None
+    worse_example: RenderedRow | None = None

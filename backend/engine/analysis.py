@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from domain.peft.objectives import SPECS as OBJECTIVES
 from domain.protocol import Analyze, Progress
 from domain.results import (
     DatasetFigures,
@@ -20,9 +21,10 @@ from domain.results import (
     RenderedRow,
     TokenFigures,
 )
-from engine.batches import FALLBACK_TEMPLATE, RowTokenizer, best_fit, read_rows
+from engine.batches import FALLBACK_TEMPLATE, best_fit, read_rows
 from engine.channel import Channel
 from engine.errors import BadData, BadModel
+from engine.examples import ExampleTokenizer, conversations, teaches
 from engine.lost_thinking import lost_thinking
 from engine.optimizer import planned_steps
 from engine.rows import IGNORED, Row
@@ -63,7 +65,8 @@ class _Findings:
 
     def __init__(self, command: Analyze, tokenizer: Any) -> None:
         self._config, self._tokenizer = command.config, tokenizer
-        self._rows = RowTokenizer(tokenizer, command.config.train_on, command.config.max_seq_length)
+        self._examples_of = ExampleTokenizer(tokenizer, command.config)
+        self._rows = self._examples_of.rows
         self._wanted_example = command.example_row
         self._lengths, self._learned, self._kept = array("I"), array("I"), array("I")
         self._counts: Counter[str] = Counter()
@@ -76,18 +79,20 @@ class _Findings:
     def add(self, number: int, row: dict[str, Any]) -> None:
         self._counts["rows"] += 1
         try:
-            whole = self._rows.whole(number, row)
-            self._look_for_losses(number, row)
+            wholes = [(self._rows.whole(number, one), one) for one in conversations(row)]
+            for _, one in wholes:
+                self._look_for_losses(number, one)
         except BadData as error:
             self._note("refused", number)
             self._refusals[error.message.partition(": ")[2]] += 1
             return
-        pieces = self._rows.cut(whole, is_text="text" in row)
-        learning = [piece for piece in pieces if piece.trained_tokens]
-        self._lengths.append(len(whole.ids))
-        self._learned.append(sum(piece.trained_tokens for piece in learning))
-        self._kept.extend(len(piece.ids) for piece in learning)
-        self._judge(number, whole, pieces, learned=bool(learning))
+        examples = self._examples_of.cut(wholes, row)
+        learning = [example for example in examples if teaches(example)]
+        self._lengths.extend(len(whole.ids) for whole, _ in wholes)
+        self._learned.append(sum(sequence.trained_tokens for example in learning for sequence in example))
+        self._kept.extend(sum(len(sequence.ids) for sequence in example) for example in learning)
+        for at, (whole, _) in enumerate(wholes):
+            self._judge(number, whole, [example[at] for example in examples], learned=bool(learning))
         chosen = number == self._wanted_example if self._wanted_example is not None else bool(learning)
         if chosen and self._example is None:
             self._example = (number, row)
@@ -141,7 +146,8 @@ class _Findings:
             histogram=_histogram(self._lengths),
             epoch=self._epoch(),
             template="none: a plain one is used" if self._tokenizer.chat_template == FALLBACK_TEMPLATE else "model",
-            example=self._shown(),
+            example=self._shown(0),
+            worse_example=self._shown(1),
         )
 
     def _epoch(self) -> EpochFigures:
@@ -149,7 +155,8 @@ class _Findings:
         config = self._config
         sequences = len(self._kept)
         if config.packing:
-            sequences = len(best_fit(self._kept, config.max_seq_length))
+            capacity = config.max_seq_length * OBJECTIVES[config.objective].sequences
+            sequences = len(best_fit(self._kept, capacity))
         batches = -(-sequences // config.batch_size)
         steps = planned_steps(config, batches) if batches else 0
         tokens = sum(self._kept)
@@ -164,11 +171,18 @@ class _Findings:
             total_tokens=round(tokens * steps * config.gradient_accumulation / batches) if batches else 0,
         )
 
-    def _shown(self) -> RenderedRow | None:
-        """Show a row as the model sees it. Each piece is learned, not learned, or cut off."""
+    def _shown(self, which: int) -> RenderedRow | None:
+        """Show a row as the model sees it, with its better answer (0) or its worse one (1) if it has two.
+
+        Each piece is learned, not learned, or cut off.
+        """
         if self._example is None:
             return None
-        number, row = self._example
+        number, chosen = self._example
+        sequences = conversations(chosen)
+        if which >= len(sequences):
+            return None
+        row = sequences[which]
         encoded = self._rows.encode(number, row)
         count = len(encoded.ids)
         limit = self._config.max_seq_length if "messages" in row else count

@@ -29,7 +29,16 @@ class Backend(Protocol):
         """Return a function from a batch to the cross-entropy summed over its trained tokens, with a gradient."""
 
     def loss_described(self) -> str:
-        """Say in words how the loss that `loss` returned last is computed."""
+        """Say in words how what `loss` or `token_losses` returned last computes."""
+
+    def token_losses(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+        """Return a function from a batch to the cross-entropy of each trained token, N, with a gradient.
+
+        They are in the order of the batch's sequences, and of the tokens in each.
+
+        Raises:
+            BadSetting: The back end computes the sum alone.
+        """
 
     def longest(self, model: Any) -> int | None:
         """Return the most tokens that the loaded model takes; None if it does not say."""

@@ -8,13 +8,15 @@ import json
 import random
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import torch
 
+from domain.peft.config import PeftConfig
+from domain.peft.objectives import SPECS as OBJECTIVES
 from engine.rendering import ChatRenderer, Rendered
 from engine.rows import IGNORED, Row, RowStore
 from engine.text_tokens import TextTokenizer
@@ -41,7 +43,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tensors of shape (B, T); `attention_mask` is None for packed rows, whose `position_ids` restart."""
+    """Tensors of shape (B, T); `attention_mask` is None for packed rows, whose `position_ids` restart.
+
+    Attributes:
+        rows: The number of each row in the dataset, in the order in which their tokens stand in the tensors.
+        lengths: The tokens of each row, for each of the B sequences.
+        examples: What the rows make up: rows, or pairs of a better and a worse answer.
+        liked: Whether each row is a good answer.
+        mismatched: The same prompts, each with the answer of another row.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -50,6 +60,21 @@ class Batch:
     rows: list[int]
     tokens: int
     trained_tokens: int
+    lengths: list[list[int]]
+    examples: int
+    liked: list[bool]
+    mismatched: "Batch | None" = None
+
+    def row_of_each_token(self) -> torch.Tensor:
+        """Return, as (B, T), which of `rows` each token belongs to; that of the padding has no meaning."""
+        index = torch.zeros_like(self.input_ids)
+        number = 0
+        for line, lengths in zip(index, self.lengths, strict=True):
+            at = 0
+            for length in lengths:
+                line[at : at + length] = number
+                at, number = at + length, number + 1
+        return index
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -155,7 +180,7 @@ def tokens_of(rendered: Rendered, turns: Iterable[int], offsets: list[tuple[int,
         yield low, max(low, high)
 
 
-def pad(rows: list[Row], pad_id: int) -> Batch:
+def pad(rows: list[Row], pad_id: int, per_example: int = 1) -> Batch:
     """Stack rows into (B, T), padded on the right to the longest."""
     width = max(len(row.ids) for row in rows)
     return Batch(
@@ -166,10 +191,13 @@ def pad(rows: list[Row], pad_id: int) -> Batch:
         [row.number for row in rows],
         sum(len(row.ids) for row in rows),
         sum(row.trained_tokens for row in rows),
+        [[len(row.ids)] for row in rows],
+        len(rows) // per_example,
+        [row.liked for row in rows],
     )
 
 
-def pack(bins: list[list[Row]], pad_id: int) -> Batch:
+def pack(bins: list[list[Row]], pad_id: int, per_example: int = 1) -> Batch:
     """Lay several rows in each sequence of (B, T).
 
     Position ids restart at every row, which transformers reads as a block-diagonal attention mask when no
@@ -191,7 +219,35 @@ def pack(bins: list[list[Row]], pad_id: int) -> Batch:
         [row.number for row in every],
         sum(len(row.ids) for row in every),
         sum(row.trained_tokens for row in every),
+        [[len(row.ids) for row in rows] for rows in bins],
+        len(every) // per_example,
+        [row.liked for row in every],
     )
+
+
+def with_mismatched(batch: Batch, rows: list[Row], pad_id: int, capacity: int, *, packing: bool) -> Batch:
+    """Add the same prompts with the answer of the row before each; the first gets the last one's.
+
+    KTO measures on them how far the model has moved from the base in general. Source: arXiv 2402.01306, section 4.1.
+
+    Args:
+        rows: Those of the batch.
+        capacity: Tokens that a row may have.
+    """
+    others = [_with_answer_of(row, rows[at - 1], capacity) for at, row in enumerate(rows)]
+    if not packing:
+        return replace(batch, mismatched=pad(others, pad_id))
+    bins = best_fit([len(row.ids) for row in others], capacity)
+    return replace(batch, mismatched=pack([[others[at] for at in bin_] for bin_ in bins], pad_id))
+
+
+def _with_answer_of(row: Row, other: Row, capacity: int) -> Row:
+    """Join the prompt of a row and the answer of another. The answer begins with the first learned token."""
+    prompt = next(at for at, label in enumerate(row.labels) if label != IGNORED)
+    answer = next(at for at, label in enumerate(other.labels) if label != IGNORED)
+    ids = [*row.ids[:prompt], *other.ids[answer:]][:capacity]
+    labels = [*row.labels[:prompt], *other.labels[answer:]][:capacity]
+    return Row(row.number, ids, labels, row.truncated)
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -237,27 +293,83 @@ class Batches(Sequence[Batch]):
         return self._make(self._groups[position])
 
 
-def epoch_batches(
-    rows: RowStore, *, batch_size: int, capacity: int, packing: bool, pad_id: int, seed: int, epoch: int
-) -> Batches:
+@dataclass(frozen=True)
+class Grouping:
+    """How rows make up examples and examples batches.
+
+    Attributes:
+        batch_size: Examples a forward pass, or with packing sequences of several.
+        capacity: Tokens that a row may have.
+        packing: Whether several rows share a sequence.
+        pad_id: Any token.
+        per_example: 1, or 2 where the rows come in pairs: the better answer, then the worse one. Both are always in one
+            batch, and with packing in one sequence.
+        mismatched: Whether each batch also has the same prompts with other answers.
+    """
+
+    batch_size: int
+    capacity: int
+    packing: bool
+    pad_id: int
+    per_example: int = 1
+    mismatched: bool = False
+
+    def examples(self, rows: RowStore) -> list[list[int]]:
+        """Return the positions of each example's rows."""
+        return [list(range(at, at + self.per_example)) for at in range(0, len(rows), self.per_example)]
+
+    def padded(self, rows: list[Row]) -> Batch:
+        """Return the batch of some rows."""
+        return self._completed(pad(rows, self.pad_id, self.per_example), rows)
+
+    def packed(self, bins: list[list[Row]]) -> Batch:
+        """Return the batch of some sequences of several rows each."""
+        return self._completed(pack(bins, self.pad_id, self.per_example), [row for rows in bins for row in rows])
+
+    def _completed(self, batch: Batch, rows: list[Row]) -> Batch:
+        if not self.mismatched:
+            return batch
+        return with_mismatched(batch, rows, self.pad_id, self.capacity, packing=self.packing)
+
+
+def grouping_of(config: PeftConfig, pad_id: int) -> Grouping:
+    """Return how a run groups its rows."""
+    pairs = OBJECTIVES[config.objective].sequences
+    capacity, packing = config.max_seq_length, config.packing
+    return Grouping(config.batch_size, capacity, packing, pad_id, pairs, mismatched=config.objective == "kto")
+
+
+def epoch_batches(rows: RowStore, grouping: Grouping, *, seed: int, epoch: int) -> Batches:
     """Return one epoch's batches in training order; the same seed and epoch give the same order.
 
     Without packing, rows of like length share a batch (1.46 times the tokens a second on mixed lengths),
     and the batches are shuffled.
     """
     order = random.Random(f"{seed}:{epoch}")  # noqa: S311 - not a secret
-    lengths = rows.lengths()
-    shuffled = list(range(len(rows)))
+    lengths, size = rows.lengths(), grouping.batch_size
+    shuffled = grouping.examples(rows)
     order.shuffle(shuffled)
-    if packing:
-        bins = [[shuffled[at] for at in bin_] for bin_ in best_fit([lengths[at] for at in shuffled], capacity)]
+    if grouping.packing:
+        sizes = [sum(lengths[at] for at in example) for example in shuffled]
+        bins = [
+            [at for number in bin_ for at in shuffled[number]]
+            for bin_ in best_fit(sizes, grouping.capacity * grouping.per_example)
+        ]
         order.shuffle(bins)
-        packs = [bins[at : at + batch_size] for at in range(0, len(bins), batch_size)]
-        return Batches(packs, lambda group: pack([[rows[at] for at in bin_] for bin_ in group], pad_id))
+        packs = [bins[at : at + size] for at in range(0, len(bins), size)]
+        return Batches(packs, lambda group: grouping.packed([[rows[at] for at in bin_] for bin_ in group]))
     groups = []
-    step = batch_size * _MEGABATCH
+    step = size * _MEGABATCH
     for at in range(0, len(shuffled), step):
-        mega = sorted(shuffled[at : at + step], key=lambda position: -lengths[position])
-        groups += [mega[i : i + batch_size] for i in range(0, len(mega), batch_size)]
+        mega = sorted(shuffled[at : at + step], key=lambda example: -max(lengths[row] for row in example))
+        groups += [mega[i : i + size] for i in range(0, len(mega), size)]
     order.shuffle(groups)
-    return Batches(groups, lambda group: pad([rows[at] for at in group], pad_id))
+    return Batches(groups, lambda group: grouping.padded([rows[at] for example in group for at in example]))
+
+
+def evaluation_batches(rows: RowStore, grouping: Grouping) -> Iterator[Batch]:
+    """Yield batches of all rows, those of like length together, each when it is asked for."""
+    lengths, size = rows.lengths(), grouping.batch_size
+    by_length = sorted(grouping.examples(rows), key=lambda example: max(lengths[row] for row in example))
+    for at in range(0, len(by_length), size):
+        yield grouping.padded([rows[row] for example in by_length[at : at + size] for row in example])

@@ -8,7 +8,7 @@ from engine.base import Base
 from engine.errors import BadSetting
 from engine.initialisation import create_adapter
 from engine.neftune import add_noise
-from engine.passes import Loss
+from engine.objectives import objective_of
 from engine.shared_tensors import SharedTensors
 from engine.worker_messages import (
     Answer,
@@ -64,7 +64,7 @@ class _Replica:
         if config.neftune_noise_alpha > 0:
             add_noise(base.model.get_input_embeddings(), config.neftune_noise_alpha)
         self._model, self._device, self._trained = base.model, base.device, base.trained
-        self._loss: Loss = base.backend.loss(base.model, base.device)
+        self._objective = objective_of(base, config)
         self._parameters = SharedTensors(order.parameters_file, self._trained)
         self._gradients = SharedTensors(order.gradients_file, self._trained)
 
@@ -75,22 +75,23 @@ class _Replica:
         if isinstance(order, Evaluate):
             self._model.eval()
             with torch.no_grad():
-                return Computed({one.index: float(self._loss(as_batch(one))) for one in order.passes}, [])
+                made = {one.index: self._objective(as_batch(one), order.size) for one in order.passes}
+            return Computed({index: one.all_figures() for index, one in made.items()}, [])
         return self._differentiate(order)
 
     def _differentiate(self, order: Differentiate) -> Computed:
         self._model.train()
-        losses = {}
+        figures = {}
         for one in order.passes:
             seed_generators(one.seed, self._device)
-            loss = self._loss(as_batch(one)) / order.count
-            (loss * order.scale).backward()
-            losses[one.index] = float(loss.detach())
+            made = self._objective(as_batch(one), order.size)
+            (made.loss * order.scale).backward()
+            figures[one.index] = made.all_figures()
         gradients = {name: p.grad for name, p in self._trained.items() if p.grad is not None}
         self._gradients.write(gradients)
         for parameter in self._trained.values():
             parameter.grad = None
-        return Computed(losses, list(gradients))
+        return Computed(figures, list(gradients))
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

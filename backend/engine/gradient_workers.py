@@ -24,7 +24,7 @@ from engine.batches import Batch
 from engine.checkpoints import Tensors
 from engine.errors import BadSetting, CommandError, WorkerDied
 from engine.gradient_worker_loop import seed_generators
-from engine.passes import Loss
+from engine.objectives import Figures, Objective, Size, add
 from engine.shared_tensors import SharedTensors, bytes_for, memory_file
 from engine.worker_messages import (
     SOCKET_VARIABLE,
@@ -114,15 +114,15 @@ class GradientWorkers:
             if list(worker.receive(Prepared, check_stop).parameters.items()) != wanted:
                 raise BadSetting(f"the adapter on {worker.device} has other parameters than the one of the engine")
 
-    def passes(self, loss: Loss, check_stop: CheckStop, seed: int) -> "DealtPasses":
+    def passes(self, objective: Objective, check_stop: CheckStop, seed: int) -> "DealtPasses":
         """Return the passes of the run over all devices. Call it after `prepare`.
 
         Args:
-            loss: The engine's own, from a batch to its summed loss.
+            objective: What is minimised, on the engine's own model.
             check_stop: Raises Stopped to end the run.
             seed: Of the run.
         """
-        return DealtPasses(self._base, loss, check_stop, seed, self._workers, self._parameters_file)
+        return DealtPasses(self._base, objective, check_stop, seed, self._workers, self._parameters_file)
 
     def close(self) -> None:
         """End the workers at once: they hold nothing that the engine has not."""
@@ -150,18 +150,18 @@ class DealtPasses:
     def __init__(
         self,
         base: Base,
-        loss: Loss,
+        objective: Objective,
         check_stop: CheckStop,
         seed: int,
         workers: Sequence["_Worker"],
         parameters_file: int,
     ) -> None:
-        self._loss, self._check_stop, self._seed, self._workers = loss, check_stop, seed, workers
+        self._objective, self._check_stop, self._seed, self._workers = objective, check_stop, seed, workers
         self._device, self._trained = base.device, base.trained
         self._parameters = SharedTensors(parameters_file, self._trained)
         self._gradients = [SharedTensors(worker.gradients_file, self._trained) for worker in workers]
 
-    def gradients(self, step: int, batches: Sequence[Batch], count: int, scaler: torch.amp.GradScaler) -> float:
+    def gradients(self, step: int, batches: Sequence[Batch], size: Size, scaler: torch.amp.GradScaler) -> Figures:
         """Do as `Passes.gradients` says.
 
         Raises:
@@ -171,38 +171,40 @@ class DealtPasses:
         seeds = [_seed_of(self._seed, step, index) for index in range(len(batches))]
         passes = [as_pass(index, seeds[index], batch) for index, batch in enumerate(batches)]
         scale = float(scaler.get_scale())
-        asked = self._ask(passes, lambda share: Differentiate(share, count, scale))
-        losses = {}
+        asked = self._ask(passes, lambda share: Differentiate(share, size, scale))
+        figures: dict[int, Figures] = {}
         for index in range(0, len(batches), 1 + len(self._workers)):
             self._check_stop()
             seed_generators(seeds[index], self._device)
-            loss = self._loss(batches[index]) / count
-            scaler.scale(loss).backward()
-            losses[index] = float(loss.detach())
+            made = self._objective(batches[index], size)
+            scaler.scale(made.loss).backward()
+            figures[index] = made.all_figures()
         for number in asked:  # always in the same order: the sum has the same bits
             computed = self._workers[number].receive(Computed, self._check_stop)
-            losses |= computed.losses
+            figures |= computed.figures
             self._add(self._gradients[number], computed.gradients)
-        return sum(losses[index] for index in range(len(batches)))
+        return add(figures[index] for index in range(len(batches)))
 
-    def losses(self, batches: Iterable[Batch]) -> float:
+    def losses(self, batches: Iterable[Batch], size: Size) -> Figures:
         """Do as `Passes.losses` says.
 
         Raises:
             CommandError: A worker could not do its part.
             WorkerDied: A worker's process ended.
         """
-        total, devices, remaining = 0.0, 1 + len(self._workers), iter(batches)
+        total: list[Figures] = []
+        devices, remaining = 1 + len(self._workers), iter(batches)
         while some := list(islice(remaining, devices * _EVALUATED_AT_ONCE)):
-            asked = self._ask([as_pass(index, 0, batch) for index, batch in enumerate(some)], Evaluate)
-            losses = {}
+            passes = [as_pass(index, 0, batch) for index, batch in enumerate(some)]
+            asked = self._ask(passes, lambda share: Evaluate(share, size))
+            figures: dict[int, Figures] = {}
             for index in range(0, len(some), devices):
                 self._check_stop()
-                losses[index] = float(self._loss(some[index]))
+                figures[index] = self._objective(some[index], size).all_figures()
             for number in asked:
-                losses |= self._workers[number].receive(Computed, self._check_stop).losses
-            total += sum(losses[index] for index in range(len(some)))
-        return total
+                figures |= self._workers[number].receive(Computed, self._check_stop).figures
+            total += [figures[index] for index in range(len(some))]
+        return add(total)
 
     def _ask(self, passes: list[Pass], order: Callable[[list[Pass]], Order]) -> list[int]:
         """Send every worker its share; return the numbers of those that have one."""

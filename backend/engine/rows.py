@@ -21,12 +21,14 @@ class Row:
         number: Its position in the dataset, from 0.
         ids: T token ids.
         labels: T labels.
+        liked: Whether the answer is a good one, where rows are judged answers.
     """
 
     number: int
     ids: list[int]
     labels: list[int]
     truncated: bool
+    liked: bool = True
 
     @property
     def trained_tokens(self) -> int:
@@ -42,7 +44,7 @@ class RowStore(Sequence[Row]):
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self._ids, self._labels, self._ends = array("i"), array("i"), array("q", [0])
-        self._numbers, self._truncated = array("q"), array("b")
+        self._numbers, self._truncated, self._liked = array("q"), array("b"), array("b")
         self.trained_tokens = 0
         for row in rows:
             self.add(row)
@@ -54,6 +56,7 @@ class RowStore(Sequence[Row]):
         self._ends.append(len(self._ids))
         self._numbers.append(row.number)
         self._truncated.append(row.truncated)
+        self._liked.append(row.liked)
         self.trained_tokens += row.trained_tokens
 
     @property
@@ -78,7 +81,7 @@ class RowStore(Sequence[Row]):
         at = range(len(self))[position]
         low, high = self._ends[at], self._ends[at + 1]
         ids, labels = self._ids[low:high].tolist(), self._labels[low:high].tolist()
-        return Row(self._numbers[at], ids, labels, bool(self._truncated[at]))
+        return Row(self._numbers[at], ids, labels, bool(self._truncated[at]), bool(self._liked[at]))
 
     def __iter__(self) -> Iterator[Row]:
         return (self[at] for at in range(len(self)))

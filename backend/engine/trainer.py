@@ -19,7 +19,7 @@ from domain.jobs.figures import RunOutcome
 from domain.peft.config import PeftConfig
 from domain.protocol import CheckpointWritten, Computing, Evaluated, StepMetrics
 from engine.base import Base
-from engine.batches import Batch, Batches, epoch_batches, pad
+from engine.batches import Batch, Batches, epoch_batches, evaluation_batches, grouping_of
 from engine.channel import Stopped
 from engine.checkpoints import (
     Checkpoint,
@@ -34,6 +34,7 @@ from engine.checkpoints import (
 from engine.errors import BadData, BadSetting, NotFinite
 from engine.gradient_workers import GradientWorkers
 from engine.neftune import add_noise
+from engine.objectives import Figures, Size, objective_of, preference_figures
 from engine.optimizer import go_on_with, make_optimizer, make_scheduler, planned_steps, settings_of
 from engine.passes import OwnPasses, Passes
 from engine.rows import RowStore
@@ -88,8 +89,8 @@ class Trainer:
         self._rows, self._validation = rows, validation
         self._request_id, self._emit, self._control = request_id, emit, control
         self._checkpoints, self._initial = checkpoints, initial or {}
-        # Any token will do: padding is neither attended to nor learned.
-        self._pad_id = int(base.tokenizer.pad_token_id or 0)
+        # Any token will do for padding: it is neither attended to nor learned.
+        self._grouping = grouping_of(config, int(base.tokenizer.pad_token_id or 0))
         # Without the adapter's own name: another job may go on from the checkpoint.
         self._named = base.trained
         self._parameters = list(self._named.values())
@@ -98,8 +99,8 @@ class Trainer:
         self._scheduler = make_scheduler(self._optimizer, config, self.total_steps)
         # fp16 gradients underflow without scaling; the other types need none.
         self._scaler = torch.amp.GradScaler(base.device.type, enabled=config.precision == "fp16")
-        self._loss = base.backend.loss(base.model, base.device)
-        self._passes: Passes = OwnPasses(self._loss, control.check_stop)
+        self._objective = objective_of(base, config)
+        self._passes: Passes = OwnPasses(self._objective, control.check_stop)
         self._devices = 1
         self.progress = RunProgress(evaluation_due=bool(validation))
         self._noise: RemovableHandle | None = None
@@ -138,7 +139,7 @@ class Trainer:
 
     def share_with(self, workers: GradientWorkers) -> None:
         """Have workers on other devices take a share of every step. They have the adapter already."""
-        self._passes = workers.passes(self._loss, self._control.check_stop, self._config.seed)
+        self._passes = workers.passes(self._objective, self._control.check_stop, self._config.seed)
         self._devices = workers.devices
 
     def hand_out(self) -> RunOutcome:
@@ -222,24 +223,16 @@ class Trainer:
         return bool(self._validation) and (step == self.total_steps or (every is not None and step % every == 0))
 
     def _epoch(self, epoch: int) -> Batches:
-        return epoch_batches(
-            self._rows,
-            batch_size=self._config.batch_size,
-            capacity=self._config.max_seq_length,
-            packing=self._config.packing,
-            pad_id=self._pad_id,
-            seed=self._config.seed,
-            epoch=epoch,
-        )
+        return epoch_batches(self._rows, self._grouping, seed=self._config.seed, epoch=epoch)
 
     def _step(self, batches: list[Batch], batches_per_epoch: int) -> None:
         """Take one optimizer step. `progress` changes only at its end, so a stop in between leaves it as it was."""
         # Normalised by the trained tokens of the whole step: an answer token weighs the same whichever
         # micro-batch it is in (the gradient accumulation fix of transformers 4.46).
         began = time.monotonic()
-        count = sum(batch.trained_tokens for batch in batches)
         learning_rate = float(self._scheduler.get_last_lr()[0])
-        total = self._passes.gradients(self.progress.step, batches, count, self._scaler)
+        figures = self._passes.gradients(self.progress.step, batches, Size.of(batches), self._scaler)
+        total = figures["loss"]
         self._scaler.unscale_(self._optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
         overflow = self._scaler.is_enabled() and not math.isfinite(norm)  # the scaler leaves such a step out
@@ -263,16 +256,18 @@ class Trainer:
         step_s = time.monotonic() - began
         progress.step_time_s += step_s
         self._rng = rng_state(self._base.device)
-        self._report(learning_rate, None if overflow else norm, step_s, step_tokens)
+        self._report(learning_rate, None if overflow else norm, step_s, step_tokens, figures)
 
     def _not_finite(self, what: str, batches: list[Batch]) -> NotFinite:
-        rows = sorted(row + 1 for batch in batches for row in batch.rows)
+        rows = sorted({row + 1 for batch in batches for row in batch.rows})
         return NotFinite(
             f"the {what} of step {self.progress.step + 1} is not finite; its rows are {rows[:50]}",
             ["halve learning_rate", "precision bf16 or fp32", "look at the named rows"],
         )
 
-    def _report(self, learning_rate: float, norm: float | None, step_s: float, step_tokens: int) -> None:
+    def _report(
+        self, learning_rate: float, norm: float | None, step_s: float, step_tokens: int, figures: Figures
+    ) -> None:
         progress = self.progress
         if progress.loss is None:
             raise ValueError("no step has been taken")
@@ -285,6 +280,7 @@ class Trainer:
                 loss=progress.loss,
                 learning_rate=learning_rate,
                 grad_norm=norm,
+                preference=preference_figures(figures),
                 step_s=step_s,
                 step_tokens=step_tokens,
                 tokens=progress.tokens,
@@ -370,18 +366,14 @@ class Trainer:
     def _evaluate(self) -> None:
         """Measure the loss on the validation rows. It draws no random number, so it does not change the run."""
         self._base.model.eval()
-        lengths = self._validation.lengths()
-        by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
-        size = self._config.batch_size
-        total = self._passes.losses(
-            pad([self._validation[position] for position in by_length[at : at + size]], self._pad_id)
-            for at in range(0, len(by_length), size)
-        )
+        rows = self._validation
+        size = Size(rows.trained_tokens, len(rows) // self._grouping.per_example)
+        figures = self._passes.losses(evaluation_batches(rows, self._grouping), size)
         self._base.model.train()
-        self._record_evaluation(total / self._validation.trained_tokens)
+        self._record_evaluation(figures)
 
-    def _record_evaluation(self, loss: float) -> None:
-        progress = self.progress
+    def _record_evaluation(self, figures: Figures) -> None:
+        progress, loss = self.progress, figures["loss"]
         if not math.isfinite(loss):
             raise NotFinite(
                 f"the evaluation loss after step {progress.step} is not finite",
@@ -403,6 +395,7 @@ class Trainer:
                 step=progress.step,
                 epoch=progress.passes,
                 eval_loss=loss,
+                preference=preference_figures(figures),
                 elapsed_s=self._elapsed(),
             )
         )

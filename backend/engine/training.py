@@ -11,15 +11,17 @@ from transformers import set_seed
 
 from domain.datasets.split import NothingToHoldOut, held_out
 from domain.jobs.figures import TrainingFigures
+from domain.peft.objectives import SPECS as OBJECTIVES
 from domain.protocol import Progress, Train, TrainingStarted
 from engine import methods
 from engine.adapter_check import TrainedAnswers
 from engine.base import Base
-from engine.batches import RowTokenizer, read_rows
+from engine.batches import read_rows
 from engine.card import LossRecorder, packages
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
 from engine.errors import BadData, ExportDiffers
+from engine.examples import ExampleTokenizer, teaches
 from engine.frozen_weights import original_weights_kept
 from engine.gradient_workers import GradientWorkers
 from engine.handing_out import HandingOut, saving
@@ -117,8 +119,8 @@ def train(base: Base, command: Train, channel: Channel) -> TrainingFigures:
     return TrainingFigures(
         **dict(outcome),
         trainable_parameters=started["trainable_parameters"],
-        rows=len(rows),
-        validation_rows=len(validation),
+        rows=started["rows"],
+        validation_rows=started["validation_rows"],
         memory_bytes=base.memory_bytes(),
     )
 
@@ -177,7 +179,7 @@ def _load_rows(
     paths = [dataset, Path(command.validation_path)] if command.validation_path else [dataset]
     held = _held_out(dataset, command.validation_fraction, command.config.seed)
     total = sum(_count_lines(path) for path in paths)
-    tokenizer = RowTokenizer(base.tokenizer, command.config.train_on, command.config.max_seq_length)
+    tokenizer = ExampleTokenizer(base.tokenizer, command.config)
     training, validation, idle, done = RowStore(), RowStore(), array("q"), 0
     for validates, path in enumerate(paths):
         for number, row in enumerate(read_rows(path)):
@@ -186,11 +188,12 @@ def _load_rows(
                 channel.emit(Progress(request_id=command.request_id, stage="tokenizing", fraction=done / total))
             done += 1
             trains = not validates and number not in held
-            for piece in tokenizer.rows(number, row):
-                if piece.trained_tokens:
-                    (training if trains else validation).add(piece)
-                elif trains:
-                    idle.append(number)
+            for example in tokenizer.examples(number, row):
+                if not teaches(example):
+                    idle.extend([number] if trains else [])
+                    continue
+                for sequence in example:
+                    (training if trains else validation).add(sequence)
     if not training:
         raise BadData(
             f"none of the rows to train on has a token to learn within {command.config.max_seq_length} tokens: "
@@ -226,19 +229,20 @@ def _held_out(path: Path, fraction: float, seed: int) -> frozenset[int]:
 def _started(
     command: Train, base: Base, rows: RowStore, validation: RowStore, skipped: int, total_steps: int
 ) -> dict[str, Any]:
-    truncated = rows.truncated
+    truncated, per_row = rows.truncated, OBJECTIVES[command.config.objective].sequences
     warnings = []
     if command.config.quantization != "none" and methods.changed_layers(base.model, command.config):
         warnings.append(_ROUNDED_RESIDUAL)
     if skipped:
         warnings.append(f"{skipped} rows have nothing to learn and were left out")
     if truncated:
-        warnings.append(f"{truncated} rows were truncated to {command.config.max_seq_length} tokens")
+        what = "rows" if per_row == 1 else "answers"
+        warnings.append(f"{truncated} {what} were truncated to {command.config.max_seq_length} tokens")
     return {
         "request_id": command.request_id,
         "total_steps": total_steps,
-        "rows": len(rows),
-        "validation_rows": len(validation),
+        "rows": len(rows) // per_row,
+        "validation_rows": len(validation) // per_row,
         "skipped_rows": skipped,
         "truncated_rows": truncated,
         "trained_tokens": rows.trained_tokens,

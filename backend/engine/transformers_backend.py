@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from domain.peft.config import PeftConfig
 from engine.batches import Batch
-from engine.loss import SummedLoss
+from engine.loss import SummedLoss, TokenLosses
 from engine.model_class import attention_of, model_class
 from engine.outline import kept_in_full
 
@@ -111,6 +111,12 @@ class TransformersBackend:
     def loss_described(self) -> str:
         """Say whether the loss that was made last goes by chunks, and if not why."""
         return self._loss_how
+
+    def token_losses(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+        """Return a function from a batch to the loss of each trained token."""
+        losses = TokenLosses(model, device)
+        self._loss_how = losses.how
+        return losses
 
     def longest(self, model: Any) -> int | None:
         """Return the positions that the config names."""

@@ -15,7 +15,7 @@ import torch
 from domain.peft.config import PeftConfig
 from domain.peft.unsloth_rules import not_fused
 from engine.batches import Batch
-from engine.errors import BadModel
+from engine.errors import BadModel, BadSetting
 from engine.transformers_backend import DTYPES, load_tokenizer
 
 # Where Unsloth's `patch_peft_model` puts its fused products.
@@ -171,6 +171,14 @@ class UnslothBackend:
     def loss_described(self) -> str:
         """Name Unsloth's loss."""
         return "by Unsloth's fused cross-entropy"
+
+    def token_losses(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
+        """Refuse it.
+
+        Raises:
+            BadSetting: Unsloth's fused loss has the sum alone.
+        """
+        raise BadSetting("objective: Unsloth's fused loss does not give the loss of each token")
 
     def longest(self, model: Any) -> int | None:
         """Return the tokens that the model was loaded for."""

@@ -3,7 +3,7 @@
 The messages are pickled: both ends are this program, and nobody else can open the sockets.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from domain.peft.config import PeftConfig
 from domain.protocol import ErrorClass
 from engine.batches import Batch
+from engine.objectives import Figures, Size
 
 # Environment variable with the descriptor of the worker's end.
 SOCKET_VARIABLE = "PEFT_STUDIO_WORKER_SOCKET"
@@ -71,15 +72,20 @@ class Prepared:
 
 
 @dataclass(frozen=True)
+class PlainBatch:
+    """A batch with arrays in the place of its tensors."""
+
+    fields: dict[str, Any]
+    mismatched: "PlainBatch | None"
+
+
+@dataclass(frozen=True)
 class Pass:
-    """One micro-batch: its place in the step, the seed of its random numbers, and its tensors as arrays."""
+    """One micro-batch, its place in the step, and the seed of its random numbers."""
 
     index: int
     seed: int
-    arrays: dict[str, np.ndarray[Any, Any] | None]
-    rows: list[int]
-    tokens: int
-    trained_tokens: int
+    batch: "PlainBatch"
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Differentiate:
     """Compute the gradient of some passes at the parameters that are in the shared memory now."""
 
     passes: list[Pass]
-    count: int
+    size: Size
     scale: float
 
 
@@ -96,13 +102,14 @@ class Evaluate:
     """Compute the losses of some passes without a gradient, at the parameters in the shared memory."""
 
     passes: list[Pass]
+    size: Size
 
 
 @dataclass(frozen=True)
 class Computed:
-    """The loss of each pass by its place, and the names of the parameters that have a gradient."""
+    """The figures of each pass by its place, and the names of the parameters that have a gradient."""
 
-    losses: dict[int, float]
+    figures: dict[int, Figures]
     gradients: list[str]
 
 
@@ -117,16 +124,27 @@ class WorkerFailed:
 
 Order = Hold | Prepare | Differentiate | Evaluate
 Answer = Held | Prepared | Computed | WorkerFailed
-_TENSORS = ("input_ids", "labels", "attention_mask", "position_ids")
 
 
 def as_pass(index: int, seed: int, batch: Batch) -> Pass:
     """Write a micro-batch as a message."""
-    arrays = {name: None if (value := getattr(batch, name)) is None else value.numpy() for name in _TENSORS}
-    return Pass(index, seed, arrays, batch.rows, batch.tokens, batch.trained_tokens)
+    return Pass(index, seed, _plain(batch))
 
 
 def as_batch(one: Pass) -> Batch:
     """Read a micro-batch from a message."""
-    tensors = {name: None if array is None else torch.from_numpy(array) for name, array in one.arrays.items()}
-    return Batch(**tensors, rows=one.rows, tokens=one.tokens, trained_tokens=one.trained_tokens)
+    return _whole(one.batch)
+
+
+def _plain(batch: Batch) -> PlainBatch:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "mismatched"}
+    arrays = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    return PlainBatch(arrays, _plain(batch.mismatched) if batch.mismatched is not None else None)
+
+
+def _whole(plain: PlainBatch) -> Batch:
+    values = {
+        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for name, value in plain.fields.items()
+    }
+    return Batch(**values, mismatched=_whole(plain.mismatched) if plain.mismatched is not None else None)

@@ -15,8 +15,9 @@ from core.files import storage_errors
 from core.settings import get_settings
 from core.singleton import singleton
 from core.zip_stream import zip_files
-from domain.datasets.formats import TRAINABLE_FORMATS
 from domain.jobs.states import FINAL_STATES
+from domain.peft.objectives import SPECS as OBJECTIVES
+from domain.peft.objectives import Objective
 from domain.protocol import AboutDataset
 from services.datasets.draft import Draft
 from services.datasets.files import DatasetFiles, Manifest
@@ -170,19 +171,20 @@ class DatasetService:
             settings=dict(self.manifest(dataset_id).settings),
         )
 
-    def check_trainable(self, dataset_id: str, train_on: str) -> DatasetRecord:
+    def check_trainable(self, dataset_id: str, train_on: str, objective: Objective = "sft") -> DatasetRecord:
         """Return a dataset from which a fine-tune can learn.
 
         Raises:
             DatasetNotFound: There is none of that id.
-            DatasetNotTrainable: It holds preferences, no answers, or none that may be learned.
+            DatasetNotTrainable: The objective learns from rows of another kind, or no answer may be learned.
         """
         record = self.get(dataset_id)
-        if record.format not in TRAINABLE_FORMATS:
+        spec = OBJECTIVES[objective]
+        if record.format not in spec.formats:
+            fitting = [name for name, other in OBJECTIVES.items() if record.format in other.formats]
             raise DatasetNotTrainable(
-                f"The dataset {dataset_id} holds {_KINDS[record.format]}; a fine-tune learns from answers alone. "
-                "To learn from the good ones, download it with form=normalised, keep them as prompt and completion, "
-                "and upload that.",
+                f"The dataset {dataset_id} holds {_KINDS.get(record.format, 'answers or text')}; "
+                f"objective={objective!r} learns from {spec.learns_from}. Here it is {' or '.join(fitting)}.",
                 format=record.format,
             )
         if record.format == "text" and train_on != "all":

@@ -2,7 +2,7 @@
 
 A normal row is one of four kinds: a conversation `{"messages", "tools"}`, a text `{"text"}`, a preference
 `{"prompt", "chosen", "rejected", "tools"}` or a judged answer (KTO) `{"prompt", "completion", "label", "tools"}`.
-Only the first two can be trained on here.
+`domain.peft.objectives` says what is learned from which.
 """
 
 import json
@@ -24,7 +24,6 @@ from domain.datasets.turns import (
 
 DatasetFormat = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "kto"]
 FORMATS: tuple[DatasetFormat, ...] = get_args(DatasetFormat)
-TRAINABLE_FORMATS: frozenset[str] = frozenset({"messages", "sharegpt", "alpaca", "prompt_completion", "text"})
 
 
 @dataclass(frozen=True)

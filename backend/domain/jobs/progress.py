@@ -5,11 +5,29 @@ from typing import Literal, Self
 from domain.jobs.stored import Stored
 
 
+class PreferenceFigures(Stored):
+    """How far preferences are learned, as means over the examples of a step or an evaluation.
+
+    Attributes:
+        margin: β times by how much more the better answers have gained on the base than the worse ones; with ORPO λ
+            times the difference of their mean log-probabilities; with KTO β times what good answers have gained and bad
+            ones lost.
+        accuracy: The share of examples in which the better side is ahead, 0..1.
+        answer_loss: ORPO's cross-entropy of the better answers.
+        moved: KTO's measure of how far the model has moved from the base in general.
+    """
+
+    margin: float
+    accuracy: float
+    answer_loss: float | None = None
+    moved: float | None = None
+
+
 class StepFigures(Stored):
     """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds.
 
     `grad_norm` is None where fp16 gradients overflowed and the step was left out; `step_s` and `step_tokens` are None
-    in the oldest records.
+    in the oldest records. `preference` is there where preferences are learned.
     """
 
     step: int
@@ -18,6 +36,7 @@ class StepFigures(Stored):
     loss: float
     learning_rate: float
     grad_norm: float | None
+    preference: PreferenceFigures | None = None
     step_s: float | None = None
     step_tokens: int | None = None
     tokens: int

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from domain.models.shape import ADAPTED, Block, Linear, ModelShape, Part
 from domain.peft.config import PeftConfig
+from domain.peft.objectives import SPECS as OBJECTIVES
 
 WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -62,7 +63,8 @@ def largest_batch(config: PeftConfig) -> Batch:
 
     Rows of one batch are rarely equally long, so a batch of several is assumed to need a mask; one row never does.
     """
-    return Batch(config.batch_size, config.max_seq_length, config.packing or config.batch_size > 1)
+    rows = config.batch_size * OBJECTIVES[config.objective].sequences
+    return Batch(rows, config.max_seq_length, config.packing or rows > 1)
 
 
 def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:

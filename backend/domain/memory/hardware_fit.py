@@ -57,7 +57,9 @@ def _options(config: PeftConfig, kept: Collection[str], *, on_gpu: bool) -> Iter
     Recomputing activations costs a quarter of the speed, so it comes after smaller batches; a CPU without matrix units
     for bf16 is several times slower in it, so that comes last.
     """
-    batches = [{}] if _BATCH & set(kept) else list(_batches(config, on_gpu=on_gpu))
+    # KTO's loss depends on which answers are in a pass together.
+    fixed = config.objective == "kto"
+    batches = [{}] if fixed or _BATCH & set(kept) else list(_batches(config, on_gpu=on_gpu))
     recomputes = [config.gradient_checkpointing]
     if "gradient_checkpointing" not in kept:
         recomputes = [False, True]

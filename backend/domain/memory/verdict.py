@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from domain.memory.activations import Batch, missing_targets
+from domain.memory.activations import Batch, largest_batch, missing_targets
 from domain.memory.estimate import Estimate, estimate, estimate_loading
 from domain.models.records import Verdict
 from domain.models.shape import ModelShape
@@ -199,7 +199,8 @@ def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
 
 
 def _reasons(config: PeftConfig, batch: Batch | None, needed: Estimate, available: int | None) -> list[str]:
-    rows, length = (config.batch_size, config.max_seq_length) if batch is None else (batch.rows, batch.length)
+    batch = largest_batch(config) if batch is None else batch
+    rows, length = batch.rows, batch.length
     reasons = [f"{rows} rows of {length} tokens, {rows * length} a forward pass, are assumed"]
     if available is None:
         return [*reasons, "the device does not say what is free"]
@@ -245,7 +246,7 @@ def _suggest(
 def _shrunk(batch: Batch | None, config: PeftConfig) -> Batch | None:
     if batch is None:
         return None
-    rows, length = min(batch.rows, config.batch_size), min(batch.length, config.max_seq_length)
+    rows, length = min(batch.rows, largest_batch(config).rows), min(batch.length, config.max_seq_length)
     return Batch(rows, length, config.packing or rows > 1, batch.trained)
 
 

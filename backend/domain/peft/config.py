@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from domain.peft.foreign_names import instead_of
+from domain.peft.objectives import Objective
 
 TargetModuleName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.]+$")]
 
@@ -29,6 +30,13 @@ class PeftConfig(BaseModel):
     use_rslora: bool = Field(description="Scale by alpha / √r (rsLoRA).")
     use_dora: bool = Field(description="Train magnitudes beside directions (DoRA).")
     init_weights: Literal["default", "gaussian", Decomposed] = Field(description="How A and B start.")
+    objective: Objective = Field(
+        description="What is learned: 'sft' the answers themselves, 'dpo' and 'orpo' which of two answers is better, "
+        "'kto' which answers are good."
+    )
+    preference_beta: float | None = Field(
+        gt=0, le=100, description="DPO's and KTO's β, ORPO's λ; null without a preference to weigh."
+    )
     quantization: Literal["none", "nf4", "int8"] = Field(description="How the base's linear weights are stored.")
     precision: Literal["fp32", "bf16", "fp16"] = Field(description="Type of the base's weights and of the compute.")
     learning_rate: float = Field(gt=0, le=1, description="Peak learning rate.")
@@ -82,6 +90,8 @@ _BEFORE: dict[str, Any] = {
     "neftune_noise_alpha": 0.0,
     "lora_plus_ratio": None,
     "loftq_iterations": None,
+    "objective": "sft",
+    "preference_beta": None,
 }
 
 

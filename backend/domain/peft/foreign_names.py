@@ -35,6 +35,9 @@ _INSTEAD = MappingProxyType(
         "group_by_length": "nothing: rows of like length share a batch unless they are packed",
         "random_state": "seed",
         "label_smoothing_factor": "nothing: label smoothing is not offered, since it blurs the loss that is reported",
+        "beta": "preference_beta",
+        "loss_type": "objective: sft, dpo, orpo or kto",
+        "rl": "objective: sft, dpo, orpo or kto",
         "modules_to_save": "nothing: only adapters are trained, so that many can share one base",
     }
 )

@@ -21,6 +21,8 @@ def obstacle(config: PeftConfig, model_type: str | None) -> str | None:
         return "the model's family is not known, and Unsloth is fast for known ones only"
     if model_type not in FAST_FAMILIES:
         return f"Unsloth has no fast layers for the family {model_type}"
+    if config.objective != "sft":
+        return "learning from preferences needs the log-probability of each token, which Unsloth's fused loss hides"
     if config.quantization == "int8":
         return "Unsloth hands 8-bit bases to a generic path without its fused kernels"
     if config.precision == "fp32":

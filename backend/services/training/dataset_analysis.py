@@ -13,6 +13,7 @@ from domain import protocol
 from domain.jobs.states import JobState
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig, recorded
+from domain.peft.objectives import usual_settings
 from domain.peft.use_cases import UseCaseId
 from domain.results import DatasetFigures
 from services.dataset_service import DatasetService, get_dataset_service
@@ -113,7 +114,7 @@ class DatasetAnalysisService:
             SettingRejected: A setting cannot take effect.
         """
         config = self._config(request)
-        self._datasets.check_trainable(request.dataset_id, config.train_on)
+        self._datasets.check_trainable(request.dataset_id, config.train_on, config.objective)
         return self._begin(request, config)
 
     def begin_in_doubt(self, job: JobRecord) -> Running | None:
@@ -174,9 +175,7 @@ class DatasetAnalysisService:
         return None
 
     def _config(self, request: AnalysisRequest) -> PeftConfig:
-        overrides = dict(request.overrides)
-        if "train_on" not in overrides and self._datasets.get(request.dataset_id).format == "text":
-            overrides["train_on"] = "all"
+        overrides = usual_settings(self._datasets.get(request.dataset_id).format) | request.overrides
         where = self._peft.on_device(request.model_id, request.revision)
         return self._peft.configure(request.algorithm, request.use_case, overrides, where).config
 

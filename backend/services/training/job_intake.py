@@ -12,6 +12,8 @@ from domain.memory.activations import Batch
 from domain.memory.hardware_fit import FITTED
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig, recorded
+from domain.peft.objectives import SPECS as OBJECTIVES
+from domain.peft.objectives import usual_settings
 from domain.peft.use_cases import UseCaseId
 from services.dataset_service import DatasetService
 from services.peft_service import LoadedModel, ModelOnDevice, PeftService
@@ -81,8 +83,7 @@ class JobIntake:
         model_id, revision = _model_of(request, loaded)
         overrides = _overrides(request, loaded, source)
         dataset = self.datasets.get(request.dataset_id)
-        if dataset.format == "text":
-            overrides = {"train_on": "all"} | overrides  # a text has no answers
+        overrides = usual_settings(dataset.format) | overrides
         where = self.peft.on_device(model_id, revision, loaded=loaded)
         config = self.peft.configure(request.algorithm, request.use_case, overrides, where).config
         self._check_gpus(request, config)
@@ -132,12 +133,12 @@ class JobIntake:
             )
 
     def _check_data(self, request: JobRequest, config: PeftConfig) -> None:
-        record = self.datasets.check_trainable(request.dataset_id, config.train_on)
+        record = self.datasets.check_trainable(request.dataset_id, config.train_on, config.objective)
         repeated = self.datasets.manifest(request.dataset_id).duplicates or 0
         if request.validation_fraction > 0 and record.rows - repeated < 2:
             raise _rejected("validation_fraction", "all rows are the same: none can be held out for validation")
         if request.validation_dataset_id is not None:
-            self.datasets.check_trainable(request.validation_dataset_id, config.train_on)
+            self.datasets.check_trainable(request.validation_dataset_id, config.train_on, config.objective)
             if request.validation_fraction > 0:
                 raise _rejected("validation_fraction", "use it or validation_dataset_id, not both")
         has_validation = request.validation_dataset_id is not None or request.validation_fraction > 0
@@ -146,7 +147,7 @@ class JobIntake:
                 raise _rejected(name, "needs validation_dataset_id or validation_fraction")
 
     def _largest_batch(self, dataset: DatasetRecord, where: ModelOnDevice, config: PeftConfig) -> Batch:
-        rows = min(config.batch_size, dataset.rows)
+        rows = min(config.batch_size, dataset.rows) * OBJECTIVES[config.objective].sequences
         longest = self.analyses.longest_row(dataset.id, where.model_id, where.revision)
         if config.packing or longest is None:
             longest = config.max_seq_length

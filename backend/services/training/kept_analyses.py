@@ -15,14 +15,14 @@ from domain.peft.config import PeftConfig
 from domain.results import DatasetFigures
 from services.dataset_service import DatasetService
 
-_VERSION = 2  # of the computation; an analysis of another version is not used
+_VERSION = 3  # of the computation; an analysis of another version is not used
 _TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*"),
     *("chat_template*", "additional_chat_templates/*"),
 )
 # The settings that change the figures.
 _SETTINGS = (
-    *("train_on", "max_seq_length", "packing", "batch_size", "gradient_accumulation"),
+    *("objective", "train_on", "max_seq_length", "packing", "batch_size", "gradient_accumulation"),
     *("epochs", "max_steps"),
 )
 _log = get_logger(__name__)
@@ -33,6 +33,7 @@ class AnalysisSubject(Stored):
 
     model_id: str
     revision: str | None
+    objective: str
     train_on: str
     max_seq_length: int
     packing: bool

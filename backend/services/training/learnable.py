@@ -49,7 +49,7 @@ def some_answer_fits(rows: Path, train_on: str, max_seq_length: int) -> bool:
             row = json.loads(line)
             if "text" in row or train_on == "all":
                 return True
-            turns = row["messages"]
+            turns = row["messages"] if "messages" in row else _longest_conversation(row)
             answers = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
             wanted = answers[-1:] if train_on == "last_assistant" else answers
             learned = next((at for at in wanted if turns[at].get("weight", 1) != 0), None)
@@ -60,6 +60,13 @@ def some_answer_fits(rows: Path, train_on: str, max_seq_length: int) -> bool:
             if before < max_seq_length:
                 return True
     return False
+
+
+def _longest_conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of a preference or a judged answer, with the longer answer. The prompt's are not learned."""
+    prompt = [{**turn, "weight": 0} for turn in row["prompt"]]
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    return [*prompt, *max(answers, key=lambda answer: len(json.dumps(answer)))]
 
 
 def _most_tokens(turn: dict[str, Any]) -> int:

@@ -127,9 +127,13 @@ def test_text_and_preferences(studio: StudioServer) -> None:
     found = analyze(studio, dataset["id"])
     assert found["config"]["train_on"] == "all" and found["findings"]["split"]["rows"] == 1
     assert found["epoch"]["rows"] > 3
-    preferences = studio.upload('{"prompt": "q", "chosen": "a", "rejected": "b"}')
-    response = studio.http.post(f"/api/datasets/{preferences['id']}/analyze", json={"model_id": TINY_ID})
-    assert (response.status_code, response.json()["type"]) == (422, "/problems/dataset-not-trainable")
+    preferences = studio.upload('{"prompt": "q", "chosen": "good one", "rejected": "bad"}')
+    found = analyze(studio, preferences["id"])
+    assert found["config"]["objective"] == "dpo" and found["epoch"]["rows"] == 1 and found["rows"] == 1
+    for example, answer in (("example", "good one"), ("worse_example", "bad")):
+        assert answer in "".join(piece["text"] for piece in found[example]["pieces"] if piece["trained"])
+        assert "q" in "".join(piece["text"] for piece in found[example]["pieces"] if not piece["trained"])
+    assert sum(bin_["rows"] for bin_ in found["histogram"]) == 2  # each answer is a sequence of its own
     response = studio.http.post("/api/datasets/ds_none/analyze", json={"model_id": TINY_ID})
     assert response.status_code == 404
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.rows import messages_jsonl
+from tests.support.rows import judged_jsonl, messages_jsonl, preference_jsonl
 from tests.support.server import StudioServer
 from tests.support.tiny_model import TINY_ID
 
@@ -79,3 +79,39 @@ def test_turns_that_the_model_will_not_take_fail_the_job_with_their_row(studio: 
     job, _ = run(studio, studio.upload(json.dumps({"messages": turns})))
     assert (job["state"], job["error"]["class"]) == ("failed", "bad_data")
     assert job["error"]["message"] == "row 1: the model's chat template leaves tool calls out"
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "objective"),
+    [
+        (preference_jsonl(), {}, "dpo"),
+        (preference_jsonl(), {"objective": "orpo", "preference_beta": 0.3, "packing": True}, "orpo"),
+        (judged_jsonl(), {"batch_size": 4}, "kto"),
+    ],
+)
+def test_preferences_are_learned_and_the_adapter_answers(
+    studio: StudioServer, content: str, settings: dict[str, Any], objective: str
+) -> None:
+    dataset = studio.upload(content)
+    overrides = SHORT | {"max_steps": 6, "learning_rate": 1e-2} | settings
+    job, started = run(studio, dataset, overrides=overrides, validation_fraction=0.2)
+    assert job["state"] == "succeeded", job["error"]
+    assert (job["config"]["objective"], job["config"]["dropout"]) == (objective, 0.0)
+    assert started["rows"] + started["validation_rows"] == 16
+    rows = studio.http.get(f"/api/training/jobs/{job['id']}/metrics").json()["metrics"]
+    assert [row["preference"]["accuracy"] >= 0 for row in rows] == [True] * 6
+    assert rows[-1]["preference"]["margin"] > rows[0]["preference"]["margin"]
+    assert rows[-1]["eval_loss"] < job["metrics"]["initial_eval_loss"]
+    loaded = studio.load(TINY_ID)
+    assert "text" in studio.generate(loaded["id"], "count from 1", job["adapter_id"])
+
+
+def test_a_preference_is_not_learned_from_answers(studio: StudioServer) -> None:
+    body = {
+        "model_id": TINY_ID,
+        "dataset_id": studio.upload(messages_jsonl(4))["id"],
+        "overrides": {"objective": "dpo"},
+    }
+    refused = studio.http.post("/api/training/jobs", json=body)
+    assert (refused.status_code, refused.json()["type"]) == (422, "/problems/dataset-not-trainable")
+    assert "objective='dpo' learns from preferences" in refused.json()["detail"]

@@ -201,14 +201,17 @@ def test_a_client_that_drops_leaves_nothing(studio: StudioServer) -> None:
     assert not any("half" in dataset["name"] for dataset in studio.http.get("/api/datasets").json()["datasets"])
 
 
-def test_preferences_are_shown_and_a_job_on_them_is_refused(studio: StudioServer) -> None:
+def test_preferences_are_shown_and_a_job_that_learns_answers_is_refused_on_them(studio: StudioServer) -> None:
     dataset = send(studio, b'{"prompt": "q", "chosen": "a", "rejected": "b"}').json()
-    assert (dataset["format"], dataset["trainable"]) == ("preference", False)
+    assert (dataset["format"], dataset["trainable"], dataset["objectives"]) == ("preference", True, ["dpo", "orpo"])
     row = studio.http.get(f"/api/datasets/{dataset['id']}/preview").json()["rows"][0]
     assert row["messages"] is None and row["chosen"][0]["content"] == "a"
-    body = {"model_id": "tests/tiny-llama", "dataset_id": dataset["id"]}
+    body: dict[str, Any] = {
+        "model_id": "tests/tiny-llama", "dataset_id": dataset["id"], "overrides": {"objective": "sft"},
+    }  # fmt: skip
     response = studio.http.post("/api/training/jobs", json=body)
     assert (response.status_code, response.json()["type"]) == (422, "/problems/dataset-not-trainable")
+    assert "dpo or orpo" in response.json()["detail"]
     body = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}
     dataset = send(studio, json.dumps(body).encode()).json()
     body = {"model_id": "tests/tiny-llama", "dataset_id": dataset["id"]}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from domain.peft.algorithms import Algorithm
 from domain.protocol import Analyze
 from engine.analysis import analyze
-from engine.batches import RowTokenizer, epoch_batches, read_rows
+from engine.batches import Grouping, RowTokenizer, epoch_batches, read_rows
 from engine.errors import BadModel
 from engine.optimizer import planned_steps
 from engine.rows import RowStore
@@ -128,9 +128,7 @@ def test_the_counts_are_those_of_the_trainer(
         if piece.trained_tokens
     ]
     config = config_for(Algorithm.LORA, **settings)
-    batches = epoch_batches(
-        RowStore(tokenized), batch_size=batch_size, capacity=limit, packing=packing, pad_id=0, seed=0, epoch=0
-    )
+    batches = epoch_batches(RowStore(tokenized), Grouping(batch_size, limit, packing, 0), seed=0, epoch=0)
     assert found["epoch"]["rows"] == len(tokenized)
     assert found["epoch"]["batches"] == len(batches)
     assert found["epoch"]["tokens"] == sum(batch.tokens for batch in batches)

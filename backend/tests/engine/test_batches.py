@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.batches import Batch, RowTokenizer, best_fit, epoch_batches, pack, pad
+from engine.batches import Batch, Grouping, RowTokenizer, best_fit, epoch_batches, pack, pad
 from engine.rows import IGNORED, Row, RowStore
 
 TURNS = [
@@ -104,9 +104,7 @@ def test_an_epoch_has_every_row_once_and_the_same_order_for_the_same_seed(
     def order() -> list[list[int]]:
         return [
             batch.rows
-            for batch in epoch_batches(
-                RowStore(rows), batch_size=batch_size, capacity=40, packing=packing, pad_id=0, seed=seed, epoch=0
-            )
+            for batch in epoch_batches(RowStore(rows), Grouping(batch_size, 40, packing, 0), seed=seed, epoch=0)
         ]
 
     first = order()
@@ -136,7 +134,7 @@ def test_rows_in_a_store_make_the_same_batches_to_the_bit(
     assert store.trained_tokens == sum(row.trained_tokens for row in rows)
     assert store.truncated == sum(row.truncated for row in rows)
     plain = batches_of_lists(rows, batch_size, packing, seed, epoch)
-    found = epoch_batches(store, batch_size=batch_size, capacity=40, packing=packing, pad_id=0, seed=seed, epoch=epoch)
+    found = epoch_batches(store, Grouping(batch_size, 40, packing, 0), seed=seed, epoch=epoch)
     assert len(found) == len(plain)
     for one, other in zip(found, plain, strict=True):
         assert (one.rows, one.tokens, one.trained_tokens) == (other.rows, other.tokens, other.trained_tokens)

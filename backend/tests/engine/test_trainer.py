@@ -14,7 +14,7 @@ from domain.peft.config import PeftConfig
 from domain.protocol import Evaluated, StepMetrics
 from engine import methods
 from engine.base import Base
-from engine.batches import epoch_batches
+from engine.batches import Grouping, epoch_batches
 from engine.errors import NotFinite
 from engine.optimizer import planned_steps
 from engine.rows import Row, RowStore
@@ -76,9 +76,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop(tiny_path: Path) -> None:
     model.train()
     expected = []
     for epoch in range(3):
-        batches = epoch_batches(
-            RowStore(rows), batch_size=4, capacity=64, packing=False, pad_id=0, seed=42, epoch=epoch
-        )
+        batches = epoch_batches(RowStore(rows), Grouping(4, 64, False, 0), seed=42, epoch=epoch)
         for batch in batches:
             loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
             loss.backward()

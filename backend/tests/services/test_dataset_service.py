@@ -135,11 +135,20 @@ def test_the_same_content_is_on_the_disk_once(tmp_path: Path) -> None:
         assert left_in(folder(service)) == ["content"]
 
 
-def test_preferences_are_kept_but_not_trained_on(service: DatasetService) -> None:
-    record = upload(service, b'{"prompt": "q", "chosen": "a", "rejected": "b"}')
-    assert (record.format, record.rows) == ("preference", 1)
-    with pytest.raises(DatasetNotTrainable, match="preferences"):
-        service.check_trainable(record.id, "assistant")
+def test_each_objective_takes_its_kind_of_rows_and_the_refusal_names_the_others(service: DatasetService) -> None:
+    preferences = upload(service, b'{"prompt": "q", "chosen": "a", "rejected": "b"}')
+    judged = upload(service, b'{"prompt": "q", "completion": "a", "label": true}')
+    answers = upload(service, GOOD.encode())
+    assert (preferences.format, preferences.rows) == ("preference", 1)
+    assert service.check_trainable(preferences.id, "assistant", "dpo") == preferences
+    assert service.check_trainable(preferences.id, "assistant", "orpo") == preferences
+    assert service.check_trainable(judged.id, "assistant", "kto") == judged
+    with pytest.raises(DatasetNotTrainable, match=r"holds preferences; objective='sft' learns .* it is dpo or orpo"):
+        service.check_trainable(preferences.id, "assistant")
+    with pytest.raises(DatasetNotTrainable, match=r"holds judged answers .* Here it is kto"):
+        service.check_trainable(judged.id, "assistant", "dpo")
+    with pytest.raises(DatasetNotTrainable, match=r"holds answers or text; objective='kto' .* Here it is sft"):
+        service.check_trainable(answers.id, "assistant", "kto")
 
 
 def test_a_dataset_whose_every_answer_has_weight_0_is_refused_for_training(service: DatasetService) -> None:

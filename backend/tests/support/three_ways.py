@@ -25,7 +25,7 @@ from transformers import (
 from domain.peft.config import PeftConfig
 from domain.protocol import StepMetrics
 from engine.base import Base
-from engine.batches import Batches, epoch_batches
+from engine.batches import Batches, Grouping, epoch_batches
 from engine.initialisation import create_adapter
 from engine.optimizer import planned_steps
 from engine.rows import RowStore
@@ -47,10 +47,7 @@ def epochs(config: PeftConfig, rows: RowStore, pad_id: int) -> list[Batches]:
     return [
         epoch_batches(
             rows,
-            batch_size=config.batch_size,
-            capacity=config.max_seq_length,
-            packing=False,
-            pad_id=pad_id,
+            Grouping(config.batch_size, config.max_seq_length, False, pad_id),
             seed=config.seed,
             epoch=epoch,
         )
@@ -70,7 +67,7 @@ def engine_losses(path: Path, config: PeftConfig, rows: RowStore) -> list[float]
     return [event.loss for event in events if isinstance(event, StepMetrics)]
 
 
-def _adapted(path: Path, config: PeftConfig) -> PeftModel:
+def adapted(path: Path, config: PeftConfig) -> PeftModel:
     """Load with stock transformers and PEFT, as a script would."""
     quantization = None
     if config.quantization == "nf4":
@@ -99,7 +96,7 @@ def _adapted(path: Path, config: PeftConfig) -> PeftModel:
 
 def losses_by_hand(path: Path, config: PeftConfig, rows: RowStore) -> list[float]:
     """Train in a plain loop; the loss is summed over the whole step's tokens and divided once."""
-    model = _adapted(path, config)
+    model = adapted(path, config)
     parameters = [p for p in model.parameters() if p.requires_grad]
     fast = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" not in name]
     slow = [p for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
@@ -198,7 +195,7 @@ def losses_in_trl(
         dataloader_pin_memory=False,
     )
     data = Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in rows])
-    model = _adapted(path, config)
+    model = adapted(path, config)
     made = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     optimizer = None
     if config.lora_plus_ratio is not None:

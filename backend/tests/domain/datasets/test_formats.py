@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.datasets.detection import NotRecognised, settle
-from domain.datasets.formats import FORMATS, TRAINABLE_FORMATS, normalise
+from domain.datasets.formats import FORMATS, normalise
 from domain.datasets.turns import RowRejected
+from domain.peft.objectives import SPECS as OBJECTIVES
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -265,7 +266,7 @@ def test_any_row_becomes_something_that_can_be_learned_or_is_refused(row: dict[s
         normal = json.loads(normalise(row, reading).line)
     except (NotRecognised, RowRejected):
         return
-    if reading.format in TRAINABLE_FORMATS and reading.format != "text":
+    if reading.format in OBJECTIVES["sft"].formats and reading.format != "text":
         assert normal["messages"][-1]["role"] == "assistant"
     # What is normal stays as it is.
     again = settle([normal], None, {})

@@ -13,6 +13,7 @@ from domain.jobs.progress import JobProgress
 from domain.memory.activations import Batch
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
+from domain.peft.objectives import Objective
 from domain.peft.use_cases import UseCaseId
 from services.dataset_service import DatasetService
 from services.datasets.files import Manifest
@@ -41,7 +42,7 @@ class OneDataset(DatasetService):
     def get(self, dataset_id: str) -> DatasetRecord:
         return DATASET
 
-    def check_trainable(self, dataset_id: str, train_on: str) -> DatasetRecord:
+    def check_trainable(self, dataset_id: str, train_on: str, objective: Objective = "sft") -> DatasetRecord:
         return DATASET
 
     def manifest(self, dataset_id: str) -> Manifest:
