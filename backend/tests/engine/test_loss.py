@@ -1,6 +1,7 @@
 """The loss by chunks against the plain one: cross-entropy of the model's own logits, all at once."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -208,7 +209,7 @@ def test_dropout_in_a_heads_adapter_drops_the_same_when_its_chunk_is_computed_ag
     model = make("llama", target_modules=["lm_head"], lora_dropout=0.5).train()
     # A row whose every token is trained: its chunk has the shape of the plain pass, and draws the same mask.
     batch = pad([row(0, 9, 0)], 0)
-    cut = Batch(batch.input_ids, batch.labels, None, None, batch.rows, batch.tokens, 8)
+    cut = replace(batch, attention_mask=None, trained_tokens=8)
     chunked = TokenLosses(model, CPU, 100)
     torch.manual_seed(5)
     mine = gradients(model, chunked(cut).sum())

@@ -9,6 +9,7 @@ from domain.peft.algorithms import Algorithm
 from engine.rows import RowStore
 from tests.engine.test_methods import config_for
 from tests.engine.test_trainer import make_rows
+from tests.support import preferences_in_trl
 from tests.support.three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
 
 # Relative. Of fp32: the engine's head runs only where there is a loss, so that sums are made in another order; one or
@@ -56,3 +57,12 @@ def test_trl_alone_rounds_the_adapter_on_a_4_bit_base(tiny_path: Path, tmp_path:
     ours = engine_losses(tiny_path, config, rows)
     apart = max(abs(one / other - 1) for one, other in zip(ours, in_trl, strict=True))
     assert TOLERANCE < apart < 1e-3
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_preferences_are_learned_with_the_loss_curve_of_trl(tiny_path: Path, tmp_path: Path, objective: str) -> None:
+    config = preferences_in_trl.config_for(objective, learning_rate=5e-3)
+    rows = preferences_in_trl.rows_for(tiny_path, config)
+    ours = engine_losses(tiny_path, config, rows)
+    assert ours == pytest.approx(preferences_in_trl.losses_in_trl(tiny_path, config, rows, tmp_path), rel=1e-5)
+    assert ours[-1] < ours[0]
