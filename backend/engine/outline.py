@@ -170,6 +170,7 @@ class _Outline:
             embedding_parameters=sum(parameter.numel() for parameter in embeddings),
             head_parameters=sum(parameter.numel() for parameter in head),
             logits_kept=unfused.seen(None).logits / (unfused.tokens * vocab),
+            chunked_loss=self._passes.has_tail(),
         )
 
     def _embeddings(self) -> list[nn.Parameter]:

@@ -20,6 +20,7 @@ from transformers.integrations import moe
 
 from domain.models.shape import Kept, Passes
 from engine.layer_kinds import Layer
+from engine.logits import NotSplit, tail_without_data
 from engine.roles import linear_modules
 
 ROWS = 2
@@ -147,6 +148,21 @@ class WithoutData:
             for handle in handles:
                 handle.remove()
         return called, reached
+
+    def has_tail(self) -> bool:
+        """Tell whether its class makes logits of some tokens' hidden states alone, as far as shapes tell."""
+        _make_fake(self._model, FULL)
+
+        def run() -> Any:
+            ids = torch.zeros((ROWS, _SHORT_LENGTHS[0]), dtype=torch.long)
+            return self._model(input_ids=ids, use_cache=False)
+
+        try:
+            with torch.no_grad(), _as_real(masked=False), _MODE, _Answers():
+                tail_without_data(self._model, run)
+        except NotSplit:
+            return False
+        return True
 
     def _passed(self, lengths: tuple[int, int], *, dropout: bool) -> Passed:
         passed = Passed(lengths)

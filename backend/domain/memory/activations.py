@@ -8,6 +8,7 @@ tests/engine/test_saved_activations.py compares both with what autograd really h
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from domain.memory.loss_chunks import chunks, most_tokens
 from domain.models.shape import ADAPTED, Block, Linear, ModelShape, Part
 from domain.peft.config import PeftConfig
 from domain.peft.objectives import SPECS as OBJECTIVES
@@ -22,18 +23,21 @@ class Stack:
     Attributes:
         adapter_width: Bytes of an adapter's numbers, gradients included. Four in our engine: over a 16-bit base, PEFT
             keeps adapters in fp32 (`autocast_adapter_dtype=True`).
-        loss_width: Bytes a logit at the peak. Twelve in our engine: at the first step of the backward pass three fp32
-            tensors of the logits' size are there at once: log-softmax's output, the gradient of the loss, and
-            log-softmax's gradient (ATen, `_log_softmax_backward_data`).
+        loss_width: Bytes a logit at the peak, where all are there at once. Twelve by default: at the first step of the
+            backward pass three fp32 tensors of the logits' size are there: log-softmax's output, the gradient of the
+            loss, and log-softmax's gradient (ATen, `_log_softmax_backward_data`).
+        chunks_loss: Whether the loss goes by chunks of tokens, as in our engine (engine/loss.py), in a class that lets
+            it.
         makes_masks: Whether a batch of rows of different length needs a mask of T × T.
     """
 
     adapter_width: int = 4
     loss_width: int = 12
     makes_masks: bool = True
+    chunks_loss: bool = False
 
 
-OURS = Stack()
+OURS = Stack(chunks_loss=True)
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,15 @@ class Layers:
         peak_bytes: What is there at once. Without checkpointing, all of it; with it, the input of each layer (Chen et
             al., arXiv 1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is
             computed again.
+        loss_bytes: What is there while the loss is computed. With checkpointing no layer is computed again yet.
+        working_bytes: What a layer computes with beside what is kept, in the forward pass and in the backward pass.
     """
 
     all_bytes: int
     plain_bytes: int
     peak_bytes: int
+    loss_bytes: int
+    working_bytes: int
 
 
 def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS, *, on_gpu: bool) -> Layers:
@@ -154,11 +162,23 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: S
     )
     outside = _kept_by_part(shape.outside, config, batch, stack, on_gpu=on_gpu)
     everything, plainly = (sum(count * size for count, size in sizes) + outside for sizes in (kept, kept_plainly))
+    working = max((_working(block, config, batch) for block in shape.blocks if block.passed), default=0)
     if not config.gradient_checkpointing:
-        return Layers(everything, plainly, everything)
+        return Layers(everything, plainly, everything, everything, working)
     inputs = sum(block.count * block.part.inputs for block in shape.blocks if block.passed)
     boundaries = round(inputs * batch.tokens * WIDTH_BYTES[config.precision])
-    return Layers(everything, plainly, boundaries + outside + max((size for _, size in kept), default=0))
+    largest = max((size for _, size in kept), default=0)
+    return Layers(everything, plainly, boundaries + outside + largest, boundaries + outside, working)
+
+
+def _working(block: Block, config: PeftConfig, batch: Batch) -> int:
+    """Bytes that one layer of a block computes with: some tensors as wide as its widest linear module.
+
+    Source: the profiler's peaks beside what is kept, of layers of two proportions: 0.9 to 1.8 of them; with DoRA, whose
+    forward pass scales each output, 6 to 7.
+    """
+    widest = max((max(linear.fan_in, linear.fan_out) for linear in block.part.linears), default=0)
+    return (7 if config.use_dora else 2) * widest * batch.tokens * WIDTH_BYTES[config.precision]
 
 
 def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
@@ -205,8 +225,17 @@ def _dora_per_token(targets: list[Linear], config: PeftConfig, stack: Stack) -> 
     return sum((base + stack.adapter_width) * linear.fan_out for linear in targets)
 
 
-def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS) -> int:
-    """Bytes of logits and loss at their peak. Capped logits keep their tanh as well."""
-    positions = batch.rows * max(1, round(batch.length * batch.trained))
-    width = stack.loss_width + WIDTH_BYTES[config.precision] * shape.logits_kept
-    return round(positions * shape.vocab * width)
+def logits_bytes(
+    shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS, *, on_gpu: bool = False
+) -> int:
+    """Bytes of logits and loss at their peak. Capped logits keep their tanh as well.
+
+    By chunks there are the logits and the scores in fp32 of one chunk, which become its gradient (in 16 bits a copy of
+    it has the logits' type), and the hidden states of all trained tokens with their gradient.
+    """
+    positions, width = batch.rows * max(1, round(batch.length * batch.trained)), WIDTH_BYTES[config.precision]
+    if not (stack.chunks_loss and shape.chunked_loss):
+        return round(positions * shape.vocab * (stack.loss_width + width * shape.logits_kept))
+    chunk = max(high - low for low, high in chunks(positions, most_tokens(shape.vocab, on_gpu=on_gpu)))
+    per_logit = (8 if width == 4 else 4 + 2 * width) + 2 * width * shape.logits_kept
+    return round(chunk * shape.vocab * per_logit) + 2 * positions * shape.hidden * width

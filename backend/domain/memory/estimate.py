@@ -230,8 +230,7 @@ def estimate(
     device, batch = platform(on_gpu=on_gpu), batch or largest_batch(config)
     weights, trained = weights_bytes(shape, config), adapter_parameters(shape, config)
     layers = kept_by_layers(shape, config, batch, stack, on_gpu=on_gpu)
-    activations = layers.peak_bytes
-    logits = logits_bytes(shape, config, batch, stack)
+    activations, logits = _at_once(layers, logits_bytes(shape, config, batch, stack, on_gpu=on_gpu), stack)
     adapter = trained * stack.adapter_width
     # Two moments a parameter, in 8 bits (arXiv 2110.02861) or in the parameter's type.
     optimizer = trained * 2 * (1 if config.optimizer == "adamw_8bit" else stack.adapter_width)
@@ -255,6 +254,17 @@ def estimate(
         low_bytes=math.floor(total * device.low),
         high_bytes=math.ceil(total * device.high),
     )
+
+
+def _at_once(layers: Layers, logits: int, stack: Stack) -> tuple[int, int]:
+    """Return the bytes of activations and of logits where both together take the most.
+
+    That is while the loss is computed, or in a layer, before there are logits or, if they went by chunks, after them.
+    """
+    if not stack.chunks_loss:
+        return layers.peak_bytes, logits
+    later = layers.peak_bytes + layers.working_bytes
+    return (layers.loss_bytes, logits) if layers.loss_bytes + logits >= later else (later, 0)
 
 
 def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers: Layers, trained_bytes: int) -> int:

@@ -193,6 +193,8 @@ class ModelShape:
         embedding_parameters: Token and learned position embeddings.
         head_parameters: The output head, 0 where it is the embedding itself.
         logits_kept: Copies of the logits that are kept, as where they pass through a tanh.
+        chunked_loss: Whether the logits of some tokens can be computed without the others', so that a loss by chunks of
+            them needs no more memory than a chunk takes (engine/logits.py).
         stored: How the weights are quantised as published, or None.
         dtype: What the config says the weights are published in, e.g. `bfloat16`, or None.
     """
@@ -209,6 +211,7 @@ class ModelShape:
     embedding_parameters: int
     head_parameters: int
     logits_kept: float = 0.0
+    chunked_loss: bool = True
     stored: Stored | None = None
     dtype: str | None = None
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from domain.memory.activations import missing_targets
@@ -203,3 +203,19 @@ def test_published_configs_have_a_shape_or_need_code_of_their_own(path: Path) ->
         assert said.shape is None and not said.loadable
     elif raw["model_type"] != "minicpm3":  # transformers 5.17 fails on the published rope_scaling
         assert said.shape is not None, said.problem
+
+
+def test_a_class_that_mixes_tokens_behind_its_layers_is_counted_with_all_logits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = {**CONFIG, "num_hidden_layers": 2}
+    assert _shape(values).chunked_loss
+    plain = LlamaForCausalLM.forward
+
+    def pooled(self: Any, *arguments: Any, **named: Any) -> Any:
+        output = plain(self, *arguments, **named)
+        output.logits = output.logits[:, :8]  # of some of the tokens alone
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", pooled)
+    assert not _shape(values).chunked_loss

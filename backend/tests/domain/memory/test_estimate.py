@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from core import allocator
 from domain.configure import MachineFacts, configure
-from domain.memory.activations import targeted
+from domain.memory.activations import Batch, Stack, kept_by_layers, logits_bytes, targeted
 from domain.memory.estimate import (
     GLIBC,
     GPU,
@@ -21,6 +21,7 @@ from domain.memory.estimate import (
     loading_bytes,
     platform,
 )
+from domain.memory.loss_chunks import most_tokens
 from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
@@ -126,3 +127,32 @@ def test_loading_needs_the_file_beside_the_weights_only_where_these_are_converte
 def test_a_name_means_the_modules_whose_path_ends_with_it(names: list[str], layers: int) -> None:
     found = targeted(_shape(), _config(target_modules=names))
     assert sum(count for _, count in found) == layers
+
+
+@given(batch=st.integers(1, 32), length=st.integers(8, 4096), on_gpu=st.booleans())
+def test_our_engine_has_the_logits_of_one_chunk_however_large_the_batch(batch: int, length: int, on_gpu: bool) -> None:
+    shape, config = _shape(), _config()
+    tokens, most = batch * length, most_tokens(shape.vocab, on_gpu=on_gpu)
+    counted = logits_bytes(shape, config, Batch(batch, length, masked=False), on_gpu=on_gpu)
+    hidden = 2 * tokens * shape.hidden * 4  # of all tokens, and their gradient
+    assert counted - hidden <= 8 * min(tokens, most) * shape.vocab
+    assert counted - hidden >= 4 * min(tokens, most) * shape.vocab
+
+
+def test_a_class_that_is_not_taken_apart_and_other_programs_have_all_logits() -> None:
+    shape, config, batch = _shape(), _config(), Batch(4, 1024, masked=False)
+    everything = 12 * 4 * 1024 * shape.vocab
+    assert logits_bytes(replace(shape, chunked_loss=False), config, batch) == everything
+    assert logits_bytes(shape, config, batch, Stack()) == everything
+    whole = estimate(replace(shape, chunked_loss=False), config, on_gpu=True, batch=batch)
+    assert whole.logits_bytes == everything
+    assert estimate(shape, config, on_gpu=True, batch=batch).total_bytes < whole.total_bytes - 0.8 * everything
+
+
+def test_with_checkpointing_the_loss_and_the_layer_that_is_computed_again_do_not_add_up() -> None:
+    config, batch = _config(gradient_checkpointing=True), Batch(1, 4096, masked=False)
+    found = estimate(_shape(), config, on_gpu=True, batch=batch)
+    layers = kept_by_layers(_shape(), config, batch, on_gpu=True)
+    at_loss = layers.loss_bytes + logits_bytes(_shape(), config, batch, on_gpu=True)
+    at_layer = layers.peak_bytes + layers.working_bytes
+    assert found.activations_bytes + found.logits_bytes == max(at_loss, at_layer)

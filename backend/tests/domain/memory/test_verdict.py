@@ -128,7 +128,6 @@ def test_the_largest_smaller_model_that_fits_is_suggested() -> None:
 
 
 GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
-MIXTURE = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
 def test_a_target_module_that_the_model_lacks_fits_nothing() -> None:
@@ -149,7 +148,6 @@ def test_a_smaller_model_without_a_targeted_layer_is_not_suggested() -> None:
     ("judged", "values"),
     [
         (assess, GPTQ),
-        (assess, MIXTURE),
         (assess, {"max_position_embeddings": 7}),
         (assess_loading, GPTQ),
         (assess_loading, {"max_position_embeddings": 7}),
