@@ -21,6 +21,7 @@ class CompatibilityRequest(Request):
     algorithm: AlgorithmName = Algorithm.LORA
     rank: int | None = Field(default=None, ge=1, le=1024)
     target_modules: Literal["all-linear"] | list[str] | None = None
+    target_experts: Literal["auto"] | bool | None = None
     max_seq_length: int | None = Field(default=None, ge=8, le=1_048_576)
     batch_size: int | None = Field(default=None, ge=1, le=1024)
     gradient_checkpointing: bool | None = None
@@ -59,6 +60,7 @@ async def compatibility(
     names = (
         "rank",
         "target_modules",
+        "target_experts",
         "max_seq_length",
         "batch_size",
         "gradient_checkpointing",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from core.errors import SettingRejected
+from domain.experts import decide, obstacle, what_is_left_out
 from domain.memory.activations import missing_targets
 from domain.memory.estimate import TrainedRole, estimate, trained_by_role
 from domain.memory.hardware_fit import fit_to_memory
@@ -82,6 +83,7 @@ _DEFAULTS: dict[str, tuple[Any, str]] = {
     "alpha": (32, "32 at every rank, as in 'LoRA Without Regret': the best rate then hardly depends on the rank"),
     "dropout": (0.05, "QLoRA paper, appendix B: 0.05 for small models"),
     "target_modules": ("all-linear", "adapting every linear layer matters most (QLoRA paper, figure 2)"),
+    "target_experts": ("auto", "decided by the model and the memory; where these are not known, stacked ones stay"),
     "bias": ("none", "the base's biases are shared by all adapters on it"),
     "use_rslora": (False, "scaled by alpha / r"),
     "use_dora": (False, "direction and magnitude are not separated"),
@@ -179,6 +181,9 @@ def configure(
     asked = {name: Choice(value, "override", "asked for") for name, value in overrides.items()}
     choices |= {"learning_rate": _learning_rate(shape, algorithm, use_case, choices | asked)} | asked
     config = _validated(algorithm, choices, overrides, machine, shape)
+    if shape is not None:
+        choices["target_experts"] = _experts(shape, config, available_bytes, choices, overrides, machine)
+        config = config.model_copy(update={"target_experts": choices["target_experts"].value})
     fit = None
     if shape is not None and available_bytes is not None:
         choices |= _memory_choices(shape, config, available_bytes, overrides, machine)
@@ -199,13 +204,16 @@ def _validated(
     values = {name: choices[name].value for name in PARAMETER_NAMES}
     _refuse(_contradictions(algorithm, values, overrides, machine, shape))
     try:
-        return PeftConfig.model_validate(values)
+        config = PeftConfig.model_validate(values)
     except ValidationError as error:
         problems = [
             {"location": [str(part) for part in item["loc"]], "message": f"{item['loc'][0]}: {item['msg']}"}
             for item in error.errors(include_input=False)
         ]
         raise SettingRejected("; ".join(str(item["message"]) for item in problems), errors=problems) from error
+    why = obstacle(shape, config) if config.target_experts is True else None
+    _refuse([("target_experts", f"experts cannot be adapted: {why}")] if why is not None else [])
+    return config
 
 
 def _model_choices(shape: ModelShape, choices: Mapping[str, Choice]) -> dict[str, Choice]:
@@ -218,6 +226,23 @@ def _model_choices(shape: ModelShape, choices: Mapping[str, Choice]) -> dict[str
         reason = f"{choices['target_modules'].reason}; left out: {', '.join(left_out)}"
         changed["target_modules"] = Choice("all-linear", "default", reason)
     return changed
+
+
+def _experts(
+    shape: ModelShape,
+    config: PeftConfig,
+    available_bytes: int | None,
+    choices: Mapping[str, Choice],
+    overrides: Mapping[str, Any],
+    machine: MachineFacts,
+) -> Choice:
+    """Choose whether experts are adapted where that is left open, and say what does not reach them."""
+    choice = choices["target_experts"]
+    if choice.value == "auto":
+        decision = decide(shape, config, available_bytes, overrides, on_gpu=machine.has_gpu)
+        choice = Choice(decision.adapted, "hardware" if decision.by_memory else "default", decision.reason)
+    notes = what_is_left_out(shape, config.model_copy(update={"target_experts": choice.value}))
+    return Choice(choice.value, choice.source, "; ".join([choice.reason, *notes]))
 
 
 # What is said of modules that `all-linear` leaves out.
@@ -239,7 +264,8 @@ def _left_out(shape: ModelShape) -> list[str]:
         counts[linear.role] += count
     left_out = [words.format(counts[role]) for role, words in _WHY_LEFT_OUT.items() if counts[role]]
     experts = sum(len(block.part.stacked) * block.count for block in shape.blocks)
-    return [*left_out, f"{experts} tensors of stacked experts, which are no linear modules"] if experts else left_out
+    said = f"{experts} tensors of stacked experts, which are no linear modules (see target_experts)"
+    return [*left_out, said] if experts else left_out
 
 
 def _memory_choices(

@@ -232,6 +232,8 @@ def _strip(model: nn.Module) -> None:
     for key, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             parent, _, leaf = key.rpartition(".")
+            if leaf == "base_layer":
+                continue  # PEFT nests the layers around several parameters of one module; the outermost gives way
             own = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
             setattr(model.get_submodule(parent), leaf, own)
     model.__dict__.pop("peft_config", None)

@@ -46,8 +46,7 @@ class Base:
         self.tokenizers = ServedTokenizers(self.tokenizer, self.model.generation_config.eos_token_id)
         self._folders: dict[str, Path] = {}  # of the adapters that came from files
         self.total_parameters = logical_parameters(self.model)
-        self.linear_layers = methods.targeted_layers(self.model, config)
-        self.trainable_parameters = methods.trainable_parameters(self.linear_layers, config)
+        self.trainable_parameters = methods.trainable_parameters(self.model, config)
         self.load_s = time.monotonic() - started
 
     @property

@@ -176,6 +176,27 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def hosts(
+    module: Any, path: str = "", seen: set[nn.Module] | None = None
+) -> Iterator[tuple[str, nn.Module, list[LoraLayer]]]:
+    """Yield a model's modules by their paths without adapters, each with the layers around it.
+
+    PEFT nests the layers where it adapts several parameters of one module, and a module with adapters around it may
+    have modules below it: a router's own correction, for example.
+    """
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    layers = []
+    while isinstance(module, LoraLayer):
+        layers.append(module)
+        module = module.base_layer
+    yield path, module, layers
+    for name, child in module.named_children():
+        yield from hosts(child, f"{path}.{name}" if path else name, seen)
+
+
 def base_layer(model: nn.Module, path: str) -> Any:
     """Return a linear layer, without the adapters around it."""
     layer = unwrapped(model).get_submodule(path)

@@ -52,7 +52,10 @@ def create_adapter(
     Raises:
         BadSetting: The method cannot start on this model.
     """
-    base.create(name, methods.lora_config(config, base.model, base_model_id, revision))
+    settings = methods.lora_config(config, base.model, base_model_id, revision)
+    base.create(name, settings)
+    if settings.target_parameters:
+        methods.put_dropout(base.model, name, config.dropout)
     decomposition = DECOMPOSITIONS.get(config.init_weights)
     if decomposition is None:
         return {}

@@ -15,7 +15,7 @@ from torch import nn
 
 from engine.base import Base
 from engine.errors import BadSetting
-from engine.frozen_weights import plain_weight
+from engine.frozen_weights import hosts, plain_weight
 from engine.stored_names import StoredNames
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -115,7 +115,7 @@ class MergedWeights:
 
     def _find(self) -> Iterator[tuple[str, MergedTensor]]:
         seen: dict[int, list[tuple[str, MergedTensor]]] = {}
-        for path, host, layers in _hosts(self.model):
+        for path, host, layers in hosts(self.model):
             for attribute, value in _own_tensors(host):
                 name = f"{path}.{attribute}" if path else attribute
                 correcting = tuple(
@@ -227,27 +227,6 @@ def stored_dtypes(folder: Path) -> Mapping[str, torch.dtype]:
                 if dtype is not None:
                     dtypes[name] = dtype
     return dtypes
-
-
-def _hosts(
-    module: Any, path: str = "", seen: set[nn.Module] | None = None
-) -> Iterator[tuple[str, nn.Module, list[LoraLayer]]]:
-    """Yield a model's modules by their paths without adapters, each with the layers around it.
-
-    PEFT nests the layers where it adapts several parameters of one module, and a module with adapters around it may
-    have modules below it: a router's own correction, for example.
-    """
-    seen = set() if seen is None else seen
-    if module in seen:
-        return
-    seen.add(module)
-    layers = []
-    while isinstance(module, LoraLayer):
-        layers.append(module)
-        module = module.base_layer
-    yield path, module, layers
-    for name, child in module.named_children():
-        yield from _hosts(child, f"{path}.{name}" if path else name, seen)
 
 
 def _corrects(layer: LoraLayer) -> str:

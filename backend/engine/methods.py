@@ -5,17 +5,19 @@ import math
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from domain.models.shape import ADAPTED
+from domain.experts import obstacle
+from domain.models.shape import Stacked
 from domain.peft.config import PeftConfig
-from domain.peft.targets import why_refused
+from domain.peft.targets import is_adapted, why_refused
 from engine.decompositions import freezes_others
 from engine.errors import BadSetting
-from engine.frozen_weights import unwrapped
-from engine.outline import layer_roles
+from engine.frozen_weights import hosts, unwrapped
+from engine.outline import places
 from engine.roles import features, output_head
 
 
@@ -30,17 +32,12 @@ def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     model = unwrapped(model)
     head = output_head(model)
-    layers = {}
-    adapted = None  # the layer with adapters whose parts are being passed over
-    for name, module in model.named_modules():
-        if module is head or (adapted is not None and name.startswith(adapted)):
-            continue
-        adapted = f"{name}." if isinstance(module, LoraLayer) else None
-        if isinstance(module, LoraLayer):
-            module = module.get_base_layer()
-        if isinstance(module, nn.Linear | Conv1D):  # bitsandbytes' quantised layers are subclasses
-            layers[name] = features(module)
-    return layers
+    return {
+        path: features(module)
+        for path, module, _ in hosts(model)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head  # bitsandbytes' quantised layers are subclasses
+    }
 
 
 def targeted_layers(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int, int]]:
@@ -53,20 +50,38 @@ def targeted_layers(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int
         BadSetting: A named target module is not in the model.
     """
     layers = linear_layers(model)
-    if config.target_modules == "all-linear":
-        what = layer_roles(unwrapped(model))
-        return {path: shape for path, shape in layers.items() if what[path] in ADAPTED}
-    missing = [
-        name for name in config.target_modules if not any(path == name or path.endswith(f".{name}") for path in layers)
-    ]
+    names = () if config.target_modules == "all-linear" else config.target_modules
+    missing = [name for name in names if not any(_means(name, path) for path in layers)]
     if missing:
         known = {path.rsplit(".", 1)[-1] for path in layers}
         raise BadSetting(f"target_modules: {why_refused(missing, known, tied=_is_tied(model))}")
+    if names and config.target_experts is not True:  # what the layers do decides nothing
+        return {path: shape for path, shape in layers.items() if any(_means(name, path) for name in names)}
+    what = places(unwrapped(model)).roles
     return {
         path: shape
         for path, shape in layers.items()
-        if any(path == name or path.endswith(f".{name}") for name in config.target_modules)
+        if is_adapted(config, what[path], named=any(_means(name, path) for name in names))
     }
+
+
+def _means(name: str, path: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def targeted_experts(model: nn.Module, config: PeftConfig) -> dict[str, Stacked]:
+    """Select the stacked experts that the configuration adapts, by the tensors' paths.
+
+    Raises:
+        BadSetting: They cannot be adapted as configured.
+    """
+    if config.target_experts is not True:
+        return {}
+    found = dict(places(unwrapped(model)).experts)
+    why = obstacle(None, config) if found else None
+    if why is not None:
+        raise BadSetting(f"target_experts: experts cannot be adapted: {why}", ["target_experts=false"])
+    return found
 
 
 def _is_tied(model: nn.Module) -> bool:
@@ -80,28 +95,57 @@ def target_names(model: nn.Module, config: PeftConfig) -> list[str]:
 
     PEFT's own `all-linear` would take routers and towers as well, and put adapters on stacked experts.
     """
-    if config.target_modules != "all-linear":
+    if config.target_modules != "all-linear" and config.target_experts is not True:
         return list(config.target_modules)
     targets = list(targeted_layers(model, config))
     others = [path for path, _ in unwrapped(model).named_modules() if path and path not in set(targets)]
     return sorted(_find_minimal_target_modules(targets, others))
 
 
-def trainable_parameters(layers: dict[str, tuple[int, int]], config: PeftConfig) -> int:
-    """Count what an adapter of this configuration trains: r·(in + out) a layer, and out magnitudes for DoRA."""
-    return sum(
+def parameter_names(model: nn.Module, config: PeftConfig) -> list[str]:
+    """Return what PEFT calls the stacked experts that are targeted: the ends of their paths, from the layer on.
+
+    Adapters on one base must name the same ones in the same words, so the words follow from the model alone.
+    """
+    targets = targeted_experts(model, config)
+    ends = {path: _within_layer(path) for path in targets}
+    stacked = [path for path, _ in unwrapped(model).named_parameters() if path not in targets]
+    ambiguous = {end for end in ends.values() if any(_means(end, path) for path in stacked)}
+    return sorted({path if end in ambiguous else end for path, end in ends.items()})
+
+
+def _within_layer(path: str) -> str:
+    """Return what follows the number of a layer in a path."""
+    parts = path.split(".")
+    numbers = [at for at, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[-1] + 1 :]) if numbers else path
+
+
+def trainable_parameters(model: nn.Module, config: PeftConfig) -> int:
+    """Count what an adapter of this configuration trains.
+
+    It is r·(in + out) for each layer and each expert, and out magnitudes a layer for DoRA.
+    """
+    layers, experts = targeted_layers(model, config), targeted_experts(model, config)
+    in_layers = sum(
         config.rank * (fan_in + fan_out) + (fan_out if config.use_dora else 0) for fan_in, fan_out in layers.values()
     )
+    return in_layers + sum(config.rank * item.experts * (item.fan_in + item.fan_out) for item in experts.values())
 
 
 def lora_config(config: PeftConfig, model: nn.Module, base_model_id: str, revision: str | None) -> LoraConfig:
-    """Write the configuration in PEFT's terms. No setting that a client may choose is left to PEFT's default."""
+    """Write the configuration in PEFT's terms. No setting that a client may choose is left to PEFT's default.
+
+    PEFT refuses dropout wherever experts are adapted; `put_dropout` puts it on the linear layers.
+    """
+    experts = parameter_names(model, config)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
         lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
+        lora_dropout=0.0 if experts else config.dropout,
         target_modules=target_names(model, config),
+        target_parameters=experts or None,
         bias=config.bias,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -110,6 +154,13 @@ def lora_config(config: PeftConfig, model: nn.Module, base_model_id: str, revisi
         base_model_name_or_path=base_model_id,
         revision=revision,
     )
+
+
+def put_dropout(model: nn.Module, adapter: str, dropout: float) -> None:
+    """Put dropout on an adapter's linear layers. Those around stacked experts have none, as PEFT wants it."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper) and adapter in module.lora_dropout:
+            module.lora_dropout[adapter] = nn.Dropout(p=dropout) if dropout > 0 else nn.Identity()
 
 
 def changed_layers(model: nn.Module, config: PeftConfig) -> list[str]:

@@ -9,25 +9,41 @@ import json
 import resource
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from domain.models.shape import Block, Linear, ModelShape, Part, Role
+from domain.models.shape import Block, Kept, Linear, ModelShape, Part, Passes, Role, Stacked
 from domain.results import Described
 from engine.errors import BadModel
 from engine.layer_kinds import Layer, layers_of, window_of
 from engine.model_class import attention_of, model_class, read_config
-from engine.roles import features, linear_modules, output_head, roles, stacked_experts
+from engine.roles import features, linear_modules, output_head, roles, stacked_experts, text_path
 from engine.without_data import HALF, Passed, WithoutData
 
 _MOST_LAYERS = 1000
 # What a stranger's config.json may take: the largest models need some hundred MiB to be described.
 _MOST_MEMORY = 6 * 2**30
-_roles_of: WeakKeyDictionary[nn.Module, dict[str, Role]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Places:
+    """What the parts of a loaded model do.
+
+    Attributes:
+        roles: Of every linear module but the head, by its path.
+        experts: The stacked experts that a gradient reaches, by the tensors' paths.
+    """
+
+    roles: Mapping[str, Role]
+    experts: Mapping[str, Stacked]
+
+
+_places_of: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
 
 
 def describe(values: dict[str, Any]) -> Described:
@@ -56,36 +72,40 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 
 
-def layer_roles(model: Any) -> dict[str, Role]:
-    """Say what each linear module of a loaded model does, from a copy of its class that holds no weights.
+def places(model: Any) -> Places:
+    """Say what the parts of a loaded model do, from a copy of its class that holds no weights.
 
     Unsloth's classes compute with kernels of its own, which fake tensors cannot pass, and some classes of transformers
     look at their tensors' values. There the place of a module among the others tells alone.
 
     Args:
         model: As transformers loaded it, without adapters or with. It is neither changed nor computed with.
-
-    Returns:
-        Path → role, for every linear module but the head.
     """
-    if model not in _roles_of:
+    if model not in _places_of:
         if "unsloth" in sys.modules:
-            _roles_of[model] = roles(model)
+            _places_of[model] = _by_place_alone(model)
         else:
             config = copy.deepcopy(model.config)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
-            _roles_of[model] = _followed_roles(build(type(model), config), config)
-    return _roles_of[model]
+            _places_of[model] = _followed(build(type(model), config), config)
+    return _places_of[model]
 
 
-def _followed_roles(model: Any, config: Any) -> dict[str, Role]:
-    """Say what each linear module does; by its place alone where the class cannot be followed without data."""
+def _followed(model: Any, config: Any) -> Places:
+    """Say what the parts do; by their place alone where the class cannot be followed without data."""
     try:
-        return _Outline(model, config).roles()
+        outline = _Outline(model, config)
+        return Places(outline.roles(), {tensor.path: tensor for tensor in outline.experts() if tensor.reached})
     except Exception:  # noqa: BLE001 - the class' own code; the engine's log has it
         traceback.print_exc()
-        return roles(model)
+        return _by_place_alone(model)
+
+
+def _by_place_alone(model: Any) -> Places:
+    text = text_path(model)
+    experts = {tensor.path: tensor for _, tensor in stacked_experts(model) if tensor.path.startswith(text)}
+    return Places(roles(model), experts)
 
 
 def kept_in_full(chosen: Any, config: Any) -> list[str]:
@@ -101,7 +121,7 @@ def kept_in_full(chosen: Any, config: Any) -> list[str]:
     model = build(chosen, config)
     head = output_head(model)
     heads = [path for path, module in model.named_modules() if module is head]
-    return heads + [path for path, role in _followed_roles(model, config).items() if role == "bypassed"]
+    return heads + [path for path, role in _followed(model, config).roles.items() if role == "bypassed"]
 
 
 def build(chosen: Any, config: Any) -> Any:
@@ -132,19 +152,29 @@ class _Outline:
         self._layers = layers_of(model)
         self._inside = tuple(layer.prefix for layer in self._layers)
         self._passes = WithoutData(model, self._text, self._layers)
+        self._called, self._reached = self._passes.reached()
+        firsts = {layer.kind: layer.prefix for layer in self._layers if layer.first}
+        self._firsts = {layer.prefix: firsts[layer.kind] for layer in self._layers}
+
+    def _alike(self, path: str) -> str:
+        """Return the path of what is in the same place in the first layer of a kind; the others did not compute."""
+        own = next((prefix for prefix in self._firsts if path.startswith(prefix)), None)
+        return path if own is None else self._firsts[own] + path.removeprefix(own)
+
+    def experts(self) -> list[Stacked]:
+        """Return the stacked experts, by whole paths."""
+        return [
+            replace(tensor, reached=self._alike(tensor.path) in self._reached)
+            for _, tensor in stacked_experts(self._model)
+        ]
 
     def roles(self) -> dict[str, Role]:
         """Say what each linear module does."""
         what = roles(self._model)
-        called, reached = self._passes.reached()
-        firsts = {layer.kind: layer.prefix for layer in self._layers if layer.first}
-        prefixes = {layer.prefix: firsts[layer.kind] for layer in self._layers}
         for path, role in what.items():
-            # Layers behind the first of their kind did not compute: what counts is the module in the same place there.
-            own = next((prefix for prefix in prefixes if path.startswith(prefix)), None)
-            alike = path if own is None else prefixes[own] + path.removeprefix(own)
-            if role not in ("tower", "special") and alike not in reached:
-                what[path] = "unreached" if alike in called else "bypassed"
+            alike = self._alike(path)
+            if role not in ("tower", "special") and alike not in self._reached:
+                what[path] = "unreached" if alike in self._called else "bypassed"
         return what
 
     def shape(self, family: str) -> ModelShape:
@@ -152,9 +182,14 @@ class _Outline:
         what = self.roles()
         unfused = self._passes.unfused()
         fused = self._passes.fused(unfused)
+        adapts_experts = any(tensor.reached for tensor in self.experts())
+        with_experts = self._passes.with_experts(unfused) if adapts_experts else unfused
         embeddings, head = self._embeddings(), self._head()
         owned = {id(parameter) for parameter in (*embeddings, *head)}
-        blocks = tuple(self._blocks(what, fused, unfused, owned))
+        blocks = tuple(
+            replace(block, part=replace(block.part, by_experts=_beside(with_experts.kept(kind), unfused.kept(kind))))
+            for kind, block in self._blocks(what, fused, unfused, owned)
+        )
         outside = self._part(None, what, fused, unfused, owned)
         vocab, positions = int(self._text.vocab_size), getattr(self._text, "max_position_embeddings", None)
         return ModelShape(
@@ -189,7 +224,9 @@ class _Outline:
         shared = {id(parameter) for parameter in self._embeddings()}
         return [parameter for parameter in head.parameters() if id(parameter) not in shared]
 
-    def _blocks(self, what: dict[str, Role], fused: Passed, unfused: Passed, owned: set[int]) -> Iterator[Block]:
+    def _blocks(
+        self, what: dict[str, Role], fused: Passed, unfused: Passed, owned: set[int]
+    ) -> Iterator[tuple[int, Block]]:
         """Yield the layers by kind. Parameters that an earlier layer has are not counted again."""
         kinds: dict[int, list[Layer]] = {}
         for layer in self._layers:
@@ -198,7 +235,7 @@ class _Outline:
             part = self._part(members[0], what, fused, unfused, owned)
             owned |= {id(parameter) for member in members for parameter in member.module.parameters()}
             indexes = tuple(member.index for member in members)
-            yield Block(members[0].container, indexes, part, unfused.computes(kind))
+            yield kind, Block(members[0].container, indexes, part, unfused.computes(kind))
 
     def _part(
         self, layer: Layer | None, what: dict[str, Role], fused: Passed, unfused: Passed, owned: set[int]
@@ -210,7 +247,7 @@ class _Outline:
         """
         module, kind = (self._model, None) if layer is None else (layer.module, layer.kind)
         linears = tuple(self._linears(layer, what, unfused, owned))
-        stacked = () if layer is None else tuple(tensor for _, tensor in stacked_experts(layer.module))
+        stacked = () if layer is None else tuple(self._experts_in(layer))
         parameters = {
             id(parameter): parameter.numel() for parameter in module.parameters() if id(parameter) not in owned
         }
@@ -224,6 +261,10 @@ class _Outline:
             unfused=unfused.kept(kind),
         )
 
+    def _experts_in(self, layer: Layer) -> Iterator[Stacked]:
+        for _, tensor in stacked_experts(layer.module):
+            yield replace(tensor, reached=self._alike(layer.prefix + tensor.path) in self._reached)
+
     def _linears(
         self, layer: Layer | None, what: dict[str, Role], unfused: Passed, owned: set[int]
     ) -> Iterator[Linear]:
@@ -236,6 +277,20 @@ class _Outline:
             counted.add(id(module.weight))
             reads = seen.reads(path, prefix)
             yield Linear(path.removeprefix(prefix), *features(module), module.bias is not None, reads, what[path])
+
+
+def _beside(more: Passes, less: Passes) -> Passes:
+    """Return what is kept in one pass and not in the other."""
+    fields = (
+        Kept(one.token - other.token, one.square - other.square)
+        for one, other in (
+            (more.half, less.half),
+            (more.half_masked, less.half_masked),
+            (more.full, less.full),
+            (more.full_masked, less.full_masked),
+        )
+    )
+    return Passes(*fields)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def roles(model: Any) -> dict[str, Role]:
     Returns:
         Path → role, for every module of `linear_modules`.
     """
-    text, choosers = _text_path(model), dict(_choosers(model))
+    text, choosers = text_path(model), dict(_choosers(model))
     lists = _expert_lists(model)
     refused, modules = LoraConfig(), dict(model.named_modules())
     found: dict[str, Role] = {}
@@ -86,7 +86,7 @@ def roles(model: Any) -> dict[str, Role]:
     return found
 
 
-def _text_path(model: Any) -> str:
+def text_path(model: Any) -> str:
     """Return the path of the part through which text passes, with a dot; empty where that is the whole model."""
     if getattr(model.config, "get_text_config", lambda **_: model.config)(decoder=True) is model.config:
         return ""

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -31,7 +32,7 @@ def run_report(request_id: str, base: Base, optimizer: torch.optim.Optimizer) ->
         quantized_modules=dict(Counter(str(_storage(module)) for module in quantized)),
         compute_types=sorted({_name(module.compute_dtype) for module in quantized if hasattr(module, "compute_dtype")}),
         checkpointed_modules=sum(bool(getattr(module, "gradient_checkpointing", False)) for module in plain),
-        adapted_modules=dict(Counter(name.rpartition(".")[2] for name in adapted)),
+        adapted_modules=dict(Counter(_called(name, module) for name, module in adapted.items())),
         ranks=_distinct(adapted.values(), "r", adapter),
         scalings=_distinct(adapted.values(), "scaling", adapter),
         dropouts=sorted({_dropout(module, adapter) for module in adapted.values()}),
@@ -52,6 +53,11 @@ def _adapter_parameters(model: nn.Module) -> set[int]:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     held = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     return {id(p) for part in held if isinstance(part, nn.Module) for p in part.parameters()}
+
+
+def _called(name: str, module: BaseTunerLayer) -> str:
+    """Return the last part of what a layer with adapters is called; of one around a parameter, the parameter's name."""
+    return str(module.parameter_name) if isinstance(module, ParamWrapper) else name.rpartition(".")[2]
 
 
 def _storage(module: nn.Module) -> str | None:

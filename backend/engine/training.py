@@ -10,6 +10,7 @@ from typing import Any
 from transformers import set_seed
 
 from domain.datasets.split import NothingToHoldOut, held_out
+from domain.experts import what_is_left_out
 from domain.jobs.figures import TrainingFigures
 from domain.peft.objectives import SPECS as OBJECTIVES
 from domain.protocol import Progress, Train, TrainingStarted
@@ -233,6 +234,7 @@ def _started(
     warnings = []
     if command.config.quantization != "none" and methods.changed_layers(base.model, command.config):
         warnings.append(_ROUNDED_RESIDUAL)
+    warnings += what_is_left_out(None, command.config) if methods.targeted_experts(base.model, command.config) else []
     if skipped:
         warnings.append(f"{skipped} rows have nothing to learn and were left out")
     if truncated:

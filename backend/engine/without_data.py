@@ -21,7 +21,7 @@ from transformers.integrations import moe
 from domain.models.shape import Kept, Passes
 from engine.layer_kinds import Layer
 from engine.logits import NotSplit, tail_without_data
-from engine.roles import linear_modules
+from engine.roles import linear_modules, stacked_experts
 
 ROWS = 2
 HALF, FULL = torch.bfloat16, torch.float32
@@ -125,11 +125,21 @@ class WithoutData:
             return unfused
         return self._passed(unfused.lengths, dropout=False)
 
+    def with_experts(self, unfused: Passed) -> Passed:
+        """Pass through it as `unfused` did, with a gradient for stacked experts."""
+        return self._passed(unfused.lengths, dropout=True, experts=True)
+
     def reached(self) -> tuple[set[str], set[str]]:
-        """Return the paths of the linear modules that are called, and of those that a gradient reaches."""
+        """Return the paths of the linear modules that are called, and of what a gradient reaches.
+
+        Those are linear modules, and tensors of stacked experts.
+        """
         called: set[str] = set()
         reached: set[str] = set()
         _make_fake(self._model, FULL)
+        for path, parameter in _expert_tensors(self._model):
+            parameter.requires_grad_(True)
+            parameter.register_hook(lambda _gradient, path=path: reached.add(path))
 
         def note(path: str) -> Callable[[Any, Any, Any], None]:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -164,10 +174,13 @@ class WithoutData:
             return False
         return True
 
-    def _passed(self, lengths: tuple[int, int], *, dropout: bool) -> Passed:
+    def _passed(self, lengths: tuple[int, int], *, dropout: bool, experts: bool = False) -> Passed:
         passed = Passed(lengths)
         for width in (HALF, FULL):
             _make_fake(self._model, width)
+            if experts:
+                for _, parameter in _expert_tensors(self._model):
+                    parameter.requires_grad_(True)
             for masked in (False, True):
                 passed.shown[width, masked] = [self._pass(at, masked=masked, dropout=dropout) for at in lengths]
         return passed
@@ -215,6 +228,12 @@ def _make_fake(model: nn.Module, compute: torch.dtype) -> None:
             if buffer is not None:
                 with _MODE:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+
+
+def _expert_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the tensors of stacked experts by their paths."""
+    for _, stacked in stacked_experts(model):
+        yield stacked.path, model.get_parameter(stacked.path)
 
 
 class _Watch:

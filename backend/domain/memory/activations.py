@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from domain.memory.loss_chunks import chunks, most_tokens
-from domain.models.shape import ADAPTED, Block, Linear, ModelShape, Part
+from domain.models.shape import Block, Linear, ModelShape, Part, Stacked
 from domain.peft.config import PeftConfig
 from domain.peft.objectives import SPECS as OBJECTIVES
+from domain.peft.targets import is_adapted
 
 WIDTH_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -90,21 +91,32 @@ def _is_there(shape: ModelShape, name: str) -> bool:
 
 
 def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
-    if config.target_modules == "all-linear":
-        return [(linear, block.count) for linear in block.part.linears if linear.role in ADAPTED]
-    return [
-        (linear, count)
-        for linear in block.part.linears
-        if (count := max(_matching(block, linear.path, wanted) for wanted in config.target_modules))
-    ]
+    targets = []
+    for linear in block.part.linears:
+        named = 0
+        if config.target_modules != "all-linear":
+            named = max(_matching(block, linear.path, wanted) for wanted in config.target_modules)
+        if is_adapted(config, linear.role, named=named > 0):
+            # A name may mean some of the layers; what the role decides holds for all of them.
+            everywhere = config.target_modules == "all-linear" or (
+                linear.role == "expert" and config.target_experts is True
+            )
+            targets.append((linear, block.count if everywhere else named))
+    return targets
 
 
 def _targeted_outside(shape: ModelShape, config: PeftConfig) -> list[Linear]:
-    if config.target_modules == "all-linear":
-        return [linear for linear in shape.outside.linears if linear.role in ADAPTED]
+    names = () if config.target_modules == "all-linear" else config.target_modules
     return [
-        linear for linear in shape.outside.linears if any(_means(name, linear.path) for name in config.target_modules)
+        linear
+        for linear in shape.outside.linears
+        if is_adapted(config, linear.role, named=any(_means(name, linear.path) for name in names))
     ]
+
+
+def targeted_experts(part: Part, config: PeftConfig) -> list[Stacked]:
+    """Return a layer's stacked experts that the configuration adapts."""
+    return [stacked for stacked in part.stacked if stacked.reached] if config.target_experts is True else []
 
 
 def _means(name: str, path: str) -> bool:
@@ -174,17 +186,21 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: S
 def _working(block: Block, config: PeftConfig, batch: Batch) -> int:
     """Bytes that one layer of a block computes with: some tensors as wide as its widest linear module.
 
+    Where stacked experts are adapted, the gradient of the largest W + B·A is there as well.
+
     Source: the profiler's peaks beside what is kept, of layers of two proportions: 0.9 to 1.8 of them; with DoRA, whose
     forward pass scales each output, 6 to 7.
     """
     widest = max((max(linear.fan_in, linear.fan_out) for linear in block.part.linears), default=0)
-    return (7 if config.use_dora else 2) * widest * batch.tokens * WIDTH_BYTES[config.precision]
+    gradient = max((tensor.weights for tensor in targeted_experts(block.part, config)), default=0)
+    return ((7 if config.use_dora else 2) * widest * batch.tokens + gradient) * WIDTH_BYTES[config.precision]
 
 
 def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
     """Bytes that one layer of a block keeps."""
     own = _kept_by_part(block.part, config, batch, stack, on_gpu=on_gpu)
-    return own + _kept_by_adapters(block, config, batch, stack, on_gpu=on_gpu)
+    experts = _kept_by_experts(block.part, config, batch, stack)
+    return own + experts + _kept_by_adapters(block, config, batch, stack, on_gpu=on_gpu)
 
 
 def _kept_by_part(part: Part, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
@@ -214,6 +230,24 @@ def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Sta
     if not config.use_dora:
         return batch.tokens * per_token
     return batch.tokens * (per_token + _dora_per_token(targets, config, stack))
+
+
+def _kept_by_experts(part: Part, config: PeftConfig, batch: Batch, stack: Stack) -> int:
+    """Bytes that adapters on one layer's stacked experts keep.
+
+    PEFT computes W + B·A of all experts on each pass, which the products keep, and with it their inputs, as for any
+    weight that a gradient goes to. A and B are copied to the weight's type where they are held in another.
+
+    Source: PEFT 0.21, tuners/lora/layer.py, `ParamWrapper._activate_lora` and `_LoraFactorsProxy`.
+    """
+    targets = targeted_experts(part, config)
+    if not targets:
+        return 0
+    width = WIDTH_BYTES[config.precision]
+    sums = sum(width * tensor.weights for tensor in targets)
+    copies = sum(width * config.rank * tensor.experts * (tensor.fan_in + tensor.fan_out) for tensor in targets)
+    inputs = part.by_experts.of(width, masked=batch.masked and stack.makes_masks).bytes(batch.rows, batch.length)
+    return sums + (copies if width != stack.adapter_width else 0) + inputs
 
 
 def _dora_per_token(targets: list[Linear], config: PeftConfig, stack: Stack) -> int:

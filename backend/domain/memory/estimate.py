@@ -17,6 +17,7 @@ from domain.memory.activations import (
     largest_batch,
     logits_bytes,
     targeted,
+    targeted_experts,
 )
 from domain.models.shape import ModelShape, Role
 from domain.peft.config import DECOMPOSED, PeftConfig
@@ -149,7 +150,10 @@ def adapter_parameters(shape: ModelShape, config: PeftConfig) -> int:
 
 @dataclass(frozen=True)
 class TrainedRole:
-    """What an adapter trains in the modules of one role: how many modules, and how many parameters of its own."""
+    """What an adapter trains in the modules of one role: how many modules, and how many parameters of its own.
+
+    A tensor of stacked experts counts as one module.
+    """
 
     role: Role
     modules: int
@@ -163,6 +167,11 @@ def trained_by_role(shape: ModelShape, config: PeftConfig) -> list[TrainedRole]:
         modules, parameters = counts.get(linear.role, (0, 0))
         each = config.rank * (linear.fan_in + linear.fan_out) + (linear.fan_out if config.use_dora else 0)
         counts[linear.role] = modules + count, parameters + count * each
+    for block in shape.blocks:
+        for tensor in targeted_experts(block.part, config):
+            modules, parameters = counts.get("expert", (0, 0))
+            each = tensor.experts * config.rank * (tensor.fan_in + tensor.fan_out)
+            counts["expert"] = modules + block.count, parameters + block.count * each
     trained = [TrainedRole(role, *numbers) for role, numbers in counts.items()]
     return sorted(trained, key=lambda item: -item.parameters)
 

@@ -273,6 +273,8 @@ def _changes(shape: ModelShape, config: PeftConfig) -> Iterator[list[_Change]]:
     ranks = [config.rank // part for part in (2, 4, 8) if config.rank // part >= _LOWEST_RANK]
     if ranks:
         yield [(f"rank={rank}", {"rank": rank, "alpha": _alpha(config, rank)}) for rank in ranks]
+    if config.target_experts is True and shape.has_experts:
+        yield [("target_experts=false: the experts stay as they are", {"target_experts": False})]
 
 
 def _can_be_quantized(shape: ModelShape, config: PeftConfig) -> bool:

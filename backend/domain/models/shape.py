@@ -61,12 +61,14 @@ class Stacked:
         experts: How many matrices there are.
         fan_in: Input features of each.
         fan_out: Output features of each.
+        reached: Whether a gradient reaches it, so that an adapter on it can learn.
     """
 
     path: str
     experts: int
     fan_in: int
     fan_out: int
+    reached: bool = True
 
     @property
     def weights(self) -> int:
@@ -124,6 +126,7 @@ class Part:
         window: Tokens that its attention looks back; a longer row needs a mask. None for all of them.
         kept: By attention as a GPU computes it.
         unfused: The same on a CPU, whose fused attention knows no dropout on the attention weights.
+        by_experts: What is kept beside that where a gradient goes to stacked experts, their weights left out.
     """
 
     linears: tuple[Linear, ...] = ()
@@ -133,6 +136,7 @@ class Part:
     window: int | None = None
     kept: Passes = Passes()
     unfused: Passes = Passes()
+    by_experts: Passes = Passes()
 
     @property
     def parameters(self) -> int:
@@ -245,6 +249,16 @@ class ModelShape:
         """All parameters, exactly."""
         in_layers = sum(block.count * block.part.parameters for block in self.blocks)
         return in_layers + self.outside.parameters + self.embedding_parameters + self.head_parameters
+
+    @property
+    def has_stacked_experts(self) -> bool:
+        """Whether it has experts in one tensor that an adapter on them can teach something."""
+        return any(tensor.reached for block in self.blocks for tensor in block.part.stacked)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it has experts that can be adapted, stacked ones or ones that are modules of a list."""
+        return self.has_stacked_experts or any(linear.role == "expert" for linear, _ in self.linears())
 
     def linears(self) -> Iterator[tuple[Linear, int]]:
         """Yield every kind of linear module but the head, with how many there are of it."""

@@ -26,6 +26,11 @@ class PeftConfig(BaseModel):
     target_modules: Literal["all-linear"] | Annotated[list[TargetModuleName], Field(min_length=1, max_length=64)] = (
         Field(description="Names of the linear layers to adapt, or 'all-linear' for all but the output head.")
     )
+    target_experts: Literal["auto"] | bool = Field(
+        description="Whether a model's experts are adapted as well, each with the same rank: those that are stacked in "
+        "one tensor, and those that are modules of a list. 'auto' adapts them where target_modules is 'all-linear', "
+        "the method can, and the memory is known to suffice. Dropout is left out on stacked experts."
+    )
     bias: Literal["none"] = Field(description="Which biases are trained. Only 'none': see the constraints.")
     use_rslora: bool = Field(description="Scale by alpha / √r (rsLoRA).")
     use_dora: bool = Field(description="Train magnitudes beside directions (DoRA).")
@@ -92,6 +97,7 @@ _BEFORE: dict[str, Any] = {
     "loftq_iterations": None,
     "objective": "sft",
     "preference_beta": None,
+    "target_experts": "auto",  # experts in a list were adapted, and stacked ones were not
 }
 
 

@@ -1,6 +1,9 @@
-"""What is said of target modules that are no linear layer of the model's."""
+"""Which layers a configuration adapts, and what is said of target modules that are none of the model's."""
 
 from collections.abc import Iterable, Sequence
+
+from domain.models.shape import ADAPTED, Role
+from domain.peft.config import PeftConfig
 
 # The last part of a module's path, as the families of transformers call theirs.
 _HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output_projection", "score", "unembed"})
@@ -9,6 +12,25 @@ _EMBEDDINGS = frozenset({
     "tok_embeddings", "embeddings", "shared",
 })  # fmt: skip
 _MOST_NAMED = 8  # of the names that a refusal repeats
+
+
+# What experts are called, which are stacked in tensors: no name of a linear layer means them.
+_EXPERTS = frozenset({"experts", "gate_up_proj", "input_linear", "output_linear"})
+
+
+def is_adapted(config: PeftConfig, role: Role, *, named: bool) -> bool:
+    """Tell whether a linear layer gets an adapter.
+
+    Args:
+        config: The configuration.
+        role: What the layer does.
+        named: Whether target_modules names it; without effect where it is `all-linear`.
+    """
+    if role == "expert" and config.target_experts is True:
+        return True
+    if config.target_modules != "all-linear":
+        return named
+    return role in ADAPTED and (role != "expert" or config.target_experts is not False)
 
 
 def why_refused(names: Sequence[str], known: Iterable[str], *, tied: bool) -> str:
@@ -27,6 +49,8 @@ def why_refused(names: Sequence[str], known: Iterable[str], *, tied: bool) -> st
     said = []
     if others:
         said.append(f"the model has no linear layer named {_listed(others)}")
+        if any(_leaf(name) in _EXPERTS for name in others):
+            said[-1] += " (target_experts asks for stacked experts)"
     if heads:
         shared = ", whose weights are the embedding's as well" if tied else ""
         said.append(f"{_listed(heads)} names the output head{shared}; adapters are put on the layers before it")

@@ -25,6 +25,8 @@ def obstacle(config: PeftConfig, model_type: str | None) -> str | None:
         return "learning from preferences needs the log-probability of each token, which Unsloth's fused loss hides"
     if config.quantization == "int8":
         return "Unsloth hands 8-bit bases to a generic path without its fused kernels"
+    if config.target_experts is True:
+        return "adapters on experts have been tried with plain transformers + PEFT alone"
     if config.precision == "fp32":
         return "Unsloth's fused kernels take 16-bit bases only"
     return None

@@ -26,6 +26,7 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "alpha": st.integers(1, 512),
     "dropout": st.floats(0, 0.9),
     "target_modules": st.sampled_from(["all-linear", ["q_proj"], ["q_proj", "v_proj"]]),
+    "target_experts": st.sampled_from(["auto", True, False]),
     "bias": st.just("none"),
     "use_rslora": st.booleans(),
     "use_dora": st.booleans(),

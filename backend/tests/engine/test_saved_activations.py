@@ -65,7 +65,10 @@ def _both(model_type: str, config: PeftConfig, *, masked: bool = True) -> tuple[
     base = AutoModelForCausalLM.from_config(parsed, attn_implementation=shape.attention).to(DTYPES[config.precision])
     base.requires_grad_(False)
     use_blocks()
-    model = PeftModelForCausalLM(base, methods.lora_config(config, base, "tiny", None))
+    settings = methods.lora_config(config, base, "tiny", None)
+    model = PeftModelForCausalLM(base, settings)
+    if settings.target_parameters:
+        methods.put_dropout(model, "default", config.dropout)
     model.train()
     ids = torch.randint(0, 128, (ROWS, LENGTH))
     mask = torch.ones(ROWS, LENGTH, dtype=torch.long)
@@ -99,6 +102,17 @@ def test_masks_dropout_precision_and_dora_are_counted(
 def test_only_adapted_modules_keep_their_input(targets: list[str]) -> None:
     held, said = _both("llama", _config(target_modules=targets))
     assert 0.98 * held <= said <= 1.18 * held
+
+
+# Experts in the kinds of code that computes them: grouped products, of (out, in) and of (in, out), all of them at once.
+STACKED = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "llama4_text")
+
+
+@pytest.mark.parametrize("model_type", STACKED)
+@pytest.mark.parametrize(("precision", "dropout"), [("fp32", 0.0), ("fp32", 0.05), ("bf16", 0.05)])
+def test_adapters_on_experts_keep_what_is_said(model_type: str, precision: str, dropout: float) -> None:
+    held, said = _both(model_type, _config(precision=precision, dropout=dropout, target_experts=True))
+    assert 0.94 * held <= said <= 1.17 * held
 
 
 @pytest.mark.parametrize("model_type", OTHERS)

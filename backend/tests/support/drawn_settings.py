@@ -54,6 +54,8 @@ def values(name: str) -> st.SearchStrategy[Any]:
     if name == "target_modules":
         names = st.lists(st.sampled_from(LLAMA_LINEARS), min_size=1, unique=True)
         return st.just("all-linear") | names
+    if name == "target_experts":
+        return st.sampled_from(["auto", False])  # the tiny model has none
     if name == "checkpoint_every_minutes":
         return st.sampled_from([None, MANY_STEPS_MINUTES, NO_STEP_MINUTES])
     return _of(PeftConfig.model_fields[name].annotation, name)

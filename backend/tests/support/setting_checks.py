@@ -46,6 +46,11 @@ def check_target_modules(run: Run) -> None:
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in run.weights} == names
 
 
+def check_target_experts(run: Run) -> None:
+    assert run.config["target_experts"] is False  # the model has none
+    assert not run.adapter["target_parameters"]
+
+
 def check_bias(run: Run) -> None:
     assert run.adapter["bias"] == "none" == run.config["bias"]
     assert all(".lora_" in name for name in run.weights)
@@ -228,6 +233,7 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "alpha": check_alpha,
     "dropout": check_dropout,
     "target_modules": check_target_modules,
+    "target_experts": check_target_experts,
     "bias": check_bias,
     "use_rslora": check_use_rslora,
     "use_dora": check_use_dora,

@@ -56,5 +56,6 @@ OWN |= {
     "qwen3_5_text": {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     },
+    "llama4_text": EXPERTS | {"intermediate_size_mlp": 160},
     "bloom": {"n_head": 6, "n_layer": 6},
 }  # fmt: skip
