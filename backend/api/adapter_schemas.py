@@ -50,7 +50,9 @@ class AdapterSummary(Response):
     base_model_id: str
     base_revision: str | None
     algorithm: Algorithm
-    source: dict[str, Any] = Field(description="Where it is from; `kind` is training, folder, hub or upload.")
+    source: dict[str, Any] = Field(
+        description="Where it is from; `kind` is training, checkpoint, folder, hub or upload."
+    )
     warnings: list[str] = Field(description="What was left out of its config when it was brought in, and why.")
     job_id: str | None = Field(description="The job that trained it here.")
     dataset_sha256: str | None

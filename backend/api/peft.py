@@ -27,6 +27,7 @@ router = APIRouter(prefix="/api/peft", tags=["peft"])
 Peft = Annotated[PeftService, Depends(get_peft_service)]
 Generator = Annotated[GenerationService, Depends(get_generation_service)]
 Adapters = Annotated[AdapterService, Depends(get_adapter_service)]
+_NOT_TOLD = {"chances"}  # under /v1 alone
 _CLIENT_GONE = 499  # in the log alone: nginx's status for a request whose client hung up
 
 
@@ -118,14 +119,16 @@ def unload(loaded_model_id: str, peft: Peft) -> None:
 @router.post("/loaded-models/{loaded_model_id}/generate", response_model=schemas.GenerateResponse)
 async def generate(loaded_model_id: str, body: schemas.GenerateRequest, request: Request, generator: Generator) -> Any:
     """Continue a conversation or a prompt, with an adapter or the bare base. A client that hangs up ends it."""
-    command = Generate(**{name: getattr(body, name) for name in Generate.model_fields.keys() - {"request_id", "kind"}})
+    command = Generate(
+        **{name: getattr(body, name) for name in schemas.GenerateRequest.model_fields.keys() - {"stream"}}
+    )
     if body.stream:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
         def put(piece: str | None) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        generation = await asyncio.to_thread(generator.start, loaded_model_id, command, put)
+        generation = await asyncio.to_thread(generator.start, loaded_model_id, command, lambda token: put(token.text))
         generation.future.add_done_callback(lambda _: put(None))
         return _Stream(generation, _events(generation, pieces, body.adapter_id))
     generation = await asyncio.to_thread(generator.start, loaded_model_id, command)
@@ -134,7 +137,7 @@ async def generate(loaded_model_id: str, body: schemas.GenerateRequest, request:
             return Response(status_code=_CLIENT_GONE)
     finally:
         generation.stop()
-    return schemas.GenerateResponse(**generation.result().model_dump(), adapter_id=body.adapter_id)
+    return schemas.GenerateResponse(**generation.result().model_dump(exclude=_NOT_TOLD), adapter_id=body.adapter_id)
 
 
 class _Stream(StreamingResponse):
@@ -159,7 +162,7 @@ async def _events(
         while (piece := await pieces.get()) is not None:
             yield format_sse_event(data_str=json.dumps({"text": piece}), event="token")
         await until_done(generation.future)
-        done = generation.result().model_dump() | {"adapter_id": adapter_id}
+        done = generation.result().model_dump(exclude=_NOT_TOLD) | {"adapter_id": adapter_id}
         yield format_sse_event(data_str=json.dumps(done), event="done")
     except StudioError as error:
         yield format_sse_event(data_str=json.dumps({"type": error.slug, "detail": error.detail}), event="error")

@@ -37,6 +37,7 @@ To add one:
     │   ├── FileRejected              services.fine_tuning_service
     │   ├── PurposeNotHere            api.openai.files
     │   ├── MethodNotHere             api.openai.fine_tuning
+    │   ├── OptionNotHere             api.openai.chat_schemas
     │   ├── IntegrationNotHere        api.openai.fine_tuning
     │   ├── UploadIncomplete          services.files.uploads
     │   ├── UploadMalformed           api.upload_form
@@ -49,6 +50,7 @@ To add one:
     │   ├── TransitionNotPermitted
     │   ├── IdempotencyKeyReused      services.training.ledger
     │   ├── DatasetInUse
+    │   ├── ModelNotDeletable         services.served_model_service
     │   ├── FileInUse                 services.file_service
     │   ├── UploadEnded               services.files.uploads
     │   ├── ResultFileKept            services.fine_tuning_service

@@ -18,7 +18,16 @@ from domain.jobs.figures import TrainingFigures
 from domain.jobs.progress import PreferenceFigures, StepFigures
 from domain.models.gguf import GgufType
 from domain.peft.config import PeftConfig
-from domain.results import DatasetFigures, Described, Generated, Loaded, MemoryHeld, Prepared, WarmedUp
+from domain.results import (
+    DatasetFigures,
+    Described,
+    Generated,
+    Loaded,
+    MemoryHeld,
+    Prepared,
+    TokenChances,
+    WarmedUp,
+)
 
 HEARTBEAT_S = 2.0
 # File descriptors' environment variables of an engine process.
@@ -36,6 +45,15 @@ class ChatMessage(_Line):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+
+
+class ChatTurn(ChatMessage):
+    """One turn of a conversation with what only some have: calls of tools, and their answers."""
+
+    content: str = ""
+    name: str | None = None
+    tool_calls: list[dict[str, JsonValue]] | None = None
+    tool_call_id: str | None = None
 
 
 # Events
@@ -58,10 +76,11 @@ class Progress(_Event):
 
 
 class Token(_Event):
-    """A piece of generated text."""
+    """A piece of generated text, and the chances of its tokens if they were asked for."""
 
     kind: Literal["token"] = "token"
     text: str
+    chances: list[TokenChances] = Field(default_factory=list)
 
 
 class TrainingStarted(_Event):
@@ -277,17 +296,29 @@ class DetachAdapter(Command[MemoryHeld, Never]):
 
 
 class Generate(Command[Generated, Token]):
-    """Continue a conversation or a text, with one adapter or with the bare base."""
+    """Continue a conversation, a text or tokens, with one adapter or with the bare base.
+
+    `tools` go through the chat template. Without `max_new_tokens` the answer may fill the context, up to a bound.
+    `logprobs` is how many of the likeliest tokens are told beside each token of the text; with `echo` the text begins
+    with the prompt. The penalties and `logit_bias` (token → what is added to its logit) are OpenAI's.
+    """
 
     kind: Literal["generate"] = "generate"
-    messages: list[ChatMessage] | None
+    messages: list[ChatMessage | ChatTurn] | None
     prompt: str | None
     adapter_id: str | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
     top_p: float
     seed: int | None
     stop: list[str]
+    prompt_ids: list[int] | None = None
+    tools: list[dict[str, JsonValue]] | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = Field(default_factory=dict)
 
 
 class AboutDataset(_Line):

@@ -5,7 +5,7 @@ The answer of a training run is `domain.jobs.figures.TrainingFigures`; those of 
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from domain.models.shape import ModelShape
 
@@ -44,11 +44,32 @@ class MemoryHeld(Result):
     memory_bytes: int
 
 
+class TokenChance(Result):
+    """How likely a token was, before temperature, penalties and top_p.
+
+    Attributes:
+        token: Its text; of a part of a character, the replacement character.
+        bytes: Its bytes.
+        logprob: The natural logarithm of its probability; None for the first token of a prompt.
+    """
+
+    token: str
+    bytes: list[int]
+    logprob: float | None
+
+
+class TokenChances(TokenChance):
+    """A token of a text, and the likeliest ones in its place, likeliest first."""
+
+    top: list[TokenChance]
+
+
 class Generated(Result):
     """A text, and why it ended: by itself or a stop string, or at its greatest length.
 
     Attributes:
         chat_template: Whose was used; None for a prompt.
+        chances: Of each token of the text, if they were asked for.
     """
 
     text: str
@@ -57,6 +78,7 @@ class Generated(Result):
     finish_reason: Literal["stop", "length"]
     elapsed_s: float
     chat_template: str | None
+    chances: list[TokenChances] = Field(default_factory=list)
 
 
 class Described(Result):

@@ -80,14 +80,21 @@ class ChatRenderer:
         spans: dict[int, Span | None] = {**(spans_by_windows(chat, wanted) or {})}
         return Rendered(chat.text, spans or {index: chat.span(index) for index in wanted})
 
-    def prompt(self, messages: Sequence[Turn]) -> str:
+    def prompt(self, messages: Sequence[Turn], tools: Any = None) -> str:
         """Render a conversation up to the start of the next answer, in the same shape as rows.
 
         Raises:
-            BadSetting: The template refuses it.
+            BadSetting: The template refuses it, or leaves the tools out.
         """
         try:
-            return _apply(self._tokenizer, _shaped(messages, _Shape(parts=self._parts)), None, prompt=True)
+            shape = self._shape(0, messages, tools)
+            text = _apply(self._tokenizer, _shaped(messages, shape), tools, prompt=True)
+            if tools and text == _apply(self._tokenizer, _shaped(messages, shape), None, prompt=True):
+                raise BadSetting("the model's chat template knows no tools; send none, or use a model that calls them")
+            return text
+        except BadData as error:
+            why = error.message.removeprefix("row 1: ")
+            raise BadSetting(f"the conversation cannot be rendered: {why}") from error
         except _TEMPLATE_ERRORS as error:
             raise BadSetting(f"the model's chat template refuses the conversation: {error}") from error
 

@@ -63,6 +63,12 @@ class AdapterService:
             raise AdapterNotFound(f"No adapter has the id {adapter_id}.")
         return record
 
+    def add(self, record: AdapterRecord) -> AdapterRecord:
+        """Store the record of an adapter whose folder is there; return it with its version."""
+        with self._database.begin() as connection:
+            Adapters(connection).add(record)
+        return self.get(record.id)
+
     def files(self, adapter_id: str) -> list[tuple[str, int]]:
         """Return the adapter's files as (name, bytes), by name."""
         folder = Path(self.get(adapter_id).path)

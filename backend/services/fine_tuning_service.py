@@ -144,6 +144,7 @@ class FineTuningService:
             priority=own.priority,
             resume_from=own.resume_from,
             idempotency_key=key,
+            gpus=own.gpus,
             force=own.force,
             openai_request=OpenAIRequest(
                 model=wish.model,

@@ -65,13 +65,13 @@ class GenerationService:
         self._peft, self._adapters = peft, adapters
 
     def start(
-        self, model_id: str, command: protocol.Generate, on_text: Callable[[str], None] | None = None
+        self, model_id: str, command: protocol.Generate, on_token: Callable[[protocol.Token], None] | None = None
     ) -> Generation:
         """Start generating.
 
         Args:
             command: The prompt and the settings.
-            on_text: Called with each piece of the text, on the engine reader's thread.
+            on_token: Called with each piece of the text, on the engine reader's thread.
 
         Raises:
             LoadedModelNotFound, AdapterNotFound: There is no such model or adapter.
@@ -79,11 +79,6 @@ class GenerationService:
             ModelNotReady, ModelBusy: The model cannot answer now.
         """
         model = self._peft.get(model_id)
-
-        def on_token(token: protocol.Token) -> None:
-            if on_text is not None:
-                on_text(token.text)
-
         with model.base.awaited():  # between the commands, too, it is in use
             process = model.base.engine(for_client=True)
             if command.adapter_id is not None:

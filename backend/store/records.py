@@ -102,7 +102,7 @@ class AdapterRecord:
         config: The complete configuration of its training; None where it came without.
         job_id: The job that trained it here.
         version: Counts the adapters of the same name, from 1; given when it is stored.
-        source: Where it is from: `kind` is training, folder, hub or upload.
+        source: Where it is from: `kind` is training, checkpoint, folder, hub or upload.
     """
 
     id: str

@@ -54,6 +54,7 @@ class OwnOptions:
     name: str | None = None
     priority: int = 0
     resume_from: str | None = None
+    gpus: int = 1
     force: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
 

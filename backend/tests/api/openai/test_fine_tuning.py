@@ -142,6 +142,47 @@ def test_the_result_file_has_every_step(client: OpenAI, studio: StudioServer, do
         client.files.delete(result)
 
 
+def answer_of(client: OpenAI, model: str, **more: Any) -> Any:
+    asked: list[Any] = [{"role": "user", "content": "say 3 twice"}]
+    return client.chat.completions.create(
+        model=model, messages=asked, temperature=0, max_tokens=8, logprobs=True, top_logprobs=3, **more
+    )
+
+
+def first_chances(client: OpenAI, model: str) -> list[float]:
+    return [other.logprob for other in answer_of(client, model).choices[0].logprobs.content[0].top_logprobs]
+
+
+def test_the_result_and_a_checkpoint_can_be_chatted_with(client: OpenAI, studio: StudioServer, done: Any) -> None:
+    checkpoints = client.fine_tuning.jobs.checkpoints.list(done.id).data
+    last, first = (checkpoint.fine_tuned_model_checkpoint for checkpoint in checkpoints)
+    names = [done.fine_tuned_model, last, first, "gpt-4o-mini"]
+    result, at_the_end, half_way, base = (first_chances(client, name) for name in names)
+    assert result == at_the_end  # the last checkpoint is what was handed out
+    assert len({tuple(chances) for chances in (result, half_way, base)}) == 3
+    for name in names[:3]:
+        assert client.models.retrieve(name).id == name and answer_of(client, name).model == name
+    made = studio.http.get("/api/adapters").json()["adapters"]
+    steps = {adapter["source"].get("step") for adapter in made if adapter["job_id"] == inner(done.id)}
+    assert steps == {None, 4, 8}
+    kinds = {adapter["source"]["kind"] for adapter in made if adapter["job_id"] == inner(done.id)}
+    assert kinds == {"training", "checkpoint"}
+    with pytest.raises(openai.NotFoundError):
+        answer_of(client, f"{done.fine_tuned_model}:ckpt-step-3")
+
+
+def test_a_fine_tuned_model_is_listed_and_deleted(client: OpenAI, studio: StudioServer, file_id: str) -> None:
+    asked: dict[str, Any] = {"model": TINY_ID, "training_file": file_id, "suffix": "gone"}
+    job = client.fine_tuning.jobs.create(**asked, extra_body={"peft": QUICK | {"max_steps": 2}})
+    name = ended(client, job.id).fine_tuned_model
+    assert name is not None and name in [model.id for model in client.models.list()]
+    assert answer_of(client, name).choices[0].message.role == "assistant"
+    assert client.models.delete(name).to_dict() == {"id": name, "object": "model", "deleted": True}
+    with pytest.raises(openai.NotFoundError):
+        answer_of(client, name)
+    assert studio.http.get(f"/api/adapters/adp_{name.rpartition(':')[2]}").status_code == 404
+
+
 def test_a_training_file_can_be_deleted_afterwards(client: OpenAI, studio: StudioServer) -> None:
     file = client.files.create(file=("t.jsonl", messages_jsonl(4).encode()), purpose="fine-tune")
     job = client.fine_tuning.jobs.create(model=TINY_ID, training_file=file.id, extra_body=LONG)
