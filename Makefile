@@ -64,7 +64,7 @@ check: setup-dev check-requirements
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/hadolint Dockerfile
-	$(VENV)/bin/mypy backend bench quickstart scripts container
+	$(VENV)/bin/mypy backend bench quickstart scripts container examples
 	cd backend && ../$(VENV)/bin/lint-imports --config ../pyproject.toml
 	@$(PY) scripts/settings_table.py
 

@@ -87,6 +87,8 @@ async def read_upload(request: Request, receive: Callable[[str], Receiver], fiel
         UploadMalformed: The body is no such form, or it is incomplete.
         starlette.requests.ClientDisconnect: The client went away.
     """
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+        raise UploadMalformed("Send multipart/form-data.")
     parser = _Parser(request, receive, field)
     try:
         form = await parser.parse()

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from core.clock import Clock, SystemClock
-from core.errors import Conflict, ModelNotFound, Rejected, SettingRejected
+from core.errors import Conflict, JobNotFound, ModelNotFound, Rejected, SettingRejected
 from core.settings import get_settings
 from core.singleton import singleton
 from domain.jobs.openai_request import OpenAIRequest
@@ -32,6 +32,7 @@ from services.training_service import TrainingService, get_training_service
 from store.records import FileRecord, JobRecord
 
 _EVERY = 10**7  # events of one kind: more than any job has
+_RESULT_NAME = "step_metrics.csv"  # as OpenAI's is called
 _MOMENTS = timedelta(seconds=30)
 _RETRIES = timedelta(minutes=15)  # the SDK waits ten minutes for an answer before it asks again
 
@@ -68,6 +69,7 @@ class FineTuningService:
     ) -> None:
         self._training, self._files, self._datasets = training, files, datasets
         self._peft, self._registry, self._names, self._clock = peft, registry, names, clock
+        self._result_bytes: dict[str, int] = {}  # of the jobs that have succeeded, whose metrics change no more
         self._creating: set[str] = set()
         self._created = threading.Condition()
 
@@ -292,16 +294,20 @@ class FineTuningService:
         self._files.delete(file_id)
 
     def _succeeded(self, job_id: str, file_id: str) -> JobRecord:
-        found = [job for job in self._training.ledger.all(frozenset({JobState.SUCCEEDED})) if job.id == job_id]
-        if not found:
+        try:
+            job = self.get(job_id)
+        except JobNotFound:
+            job = None
+        if job is None or job.state is not JobState.SUCCEEDED:
             raise FileNotFound(f"No file has the id {file_id}.")
-        return found[0]
+        return job
 
     def _result_file(self, job: JobRecord) -> FileRecord:
-        size = len(history.result_csv(self._figures(job.id)))
-        name = "step_metrics.csv"
+        size = self._result_bytes.get(job.id)
+        if size is None:
+            size = self._result_bytes[job.id] = len(history.result_csv(self._figures(job.id)))
         when = job.finished_at or job.created_at
-        return FileRecord(results_of_job(job.id), name, RESULTS, size, "processed", None, when, None)
+        return FileRecord(results_of_job(job.id), _RESULT_NAME, RESULTS, size, "processed", None, when, None)
 
     # Steering
 

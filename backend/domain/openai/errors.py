@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFIX = "/v1"
-# A chat can be asked again once there is room, or once the base is free.
-_LATER = frozenset({"does-not-fit", "model-busy", "model-not-ready"})
+# A chat can be asked again once there is room, once the base is free, or where it was unloaded in that moment.
+_LATER = frozenset({"does-not-fit", "model-busy", "model-not-ready", "loaded-model-not-found"})
 _LATER_S = 10
 _TYPES = {
     401: "authentication_error",

@@ -49,6 +49,13 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
         yield server
 
 
+def test_a_chat_that_does_not_fit_can_be_asked_again_later(studio: StudioServer) -> None:
+    body = {"model": "tests/huge", "messages": [{"role": "user", "content": "a"}]}
+    response = studio.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 503 and int(response.headers["Retry-After"]) > 0
+    assert response.json()["error"]["code"] == "does_not_fit"
+
+
 def _dataset(studio: StudioServer, folder: Path, rows: int) -> str:
     row = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     file = folder / "rows.jsonl"

@@ -138,6 +138,7 @@ def test_errors_have_openais_form_everywhere(studio: StudioServer, client: OpenA
         ("GET", "/v1/fine_tuning/jobs/ftjob-none", 404),
         ("POST", "/v1/fine_tuning/jobs", 400),
         ("POST", "/v1/uploads/upload_none/cancel", 404),
+        ("POST", "/v1/files", 400),
     ):
         response = studio.http.request(method, path, json={} if method == "POST" else None)
         assert response.status_code == status, (path, response.text)
