@@ -22,6 +22,7 @@ from domain.openai.fine_tunes import FineTuneWish, JobFacts
 from domain.openai.names import is_fine_tuned, stands_for
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import recorded
+from domain.peft.objectives import usual_settings
 from domain.peft.use_cases import UseCaseId
 from services.dataset_service import DatasetService, get_dataset_service
 from services.file_service import FileNotFound, FileService, get_file_service
@@ -127,8 +128,7 @@ class FineTuningService:
         use_case = UseCaseId(own.use_case) if own.use_case is not None else None
         rows = self._datasets.get(dataset_id).rows
         overrides = fine_tunes.first_overrides(wish, rows)
-        if self._datasets.get(dataset_id).format == "text":
-            overrides = {"train_on": "all"} | overrides
+        overrides = usual_settings(self._datasets.get(dataset_id).format) | overrides
         loaded = self._peft.get(own.loaded_model_id) if own.loaded_model_id is not None else None
         where = self._peft.on_device(model_id, own.revision, loaded=loaded)
         config = self._peft.configure(algorithm, use_case, overrides, where).config

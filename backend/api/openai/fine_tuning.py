@@ -16,12 +16,10 @@ from services.fine_tuning_service import FineTuningService, get_fine_tuning_serv
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["openai"])
 FineTuning = Annotated[FineTuningService, Depends(get_fine_tuning_service)]
 RetryCount = Annotated[int, Header(alias="x-stainless-retry-count", ge=0)]
-_INSTEAD = {
-    "dpo": "preferences are kept as datasets, and not trained on yet; send method={'type': 'supervised'} with the "
-    "preferred answers",
-    "reinforcement": "there are no graders here; send method={'type': 'supervised'} with the answers that you would "
-    "grade best",
-}
+_NO_GRADERS = (
+    "method.type='reinforcement': there are no graders here; send method={'type': 'supervised'} with the answers that "
+    "you would grade best, or {'type': 'dpo'} with pairs of a better and a worse one."
+)
 
 
 class MethodNotHere(Rejected):
@@ -46,15 +44,14 @@ async def create(body: schemas.CreateJob, fine_tuning: FineTuning, retries: Retr
 
 def _wish(body: schemas.CreateJob) -> FineTuneWish:
     method = body.method
-    if method is not None and method.type != "supervised":
-        message = f"method.type={method.type!r}: {_INSTEAD[method.type]}."
-        raise MethodNotHere(message, errors=[{"location": ["method", "type"], "message": message}])
+    if method is not None and method.type == "reinforcement":
+        raise MethodNotHere(_NO_GRADERS, errors=[{"location": ["method", "type"], "message": _NO_GRADERS}])
     if body.integrations:
         message = "integrations: nothing of a job is sent to other services; its metrics are in its events and results."
         raise IntegrationNotHere(message, errors=[{"location": ["integrations"], "message": message}])
-    of_method = method.supervised.hyperparameters if method is not None and method.supervised is not None else None
+    of_method = _of_method(method)
     if of_method is not None and body.hyperparameters is not None:
-        message = "hyperparameters: method.supervised.hyperparameters is there as well; send one of them."
+        message = "hyperparameters: the method has hyperparameters as well; send one of them."
         raise MethodNotHere(message, errors=[{"location": ["hyperparameters"], "message": message}])
     sent = of_method or body.hyperparameters or schemas.HyperparametersRequest()
     values = {name: value for name, value in sent.model_dump().items() if value != "auto"}
@@ -67,7 +64,25 @@ def _wish(body: schemas.CreateJob) -> FineTuneWish:
         metadata=body.metadata,
         hyperparameters=Hyperparameters(**values),
         own=_own(body.peft),
+        method=method.type if method is not None and method.type != "reinforcement" else None,
     )
+
+
+def _of_method(method: schemas.MethodRequest | None) -> schemas.HyperparametersRequest | None:
+    """Return the hyperparameters of the method that is named.
+
+    Raises:
+        MethodNotHere: There are hyperparameters of another method.
+    """
+    if method is None:
+        return None
+    settings = {"supervised": method.supervised, "dpo": method.dpo, "reinforcement": method.reinforcement}
+    own = settings.pop(method.type)
+    others = [name for name, value in settings.items() if value is not None]
+    if others:
+        message = f"method.{others[0]}: it has no effect with the type {method.type!r}."
+        raise MethodNotHere(message, errors=[{"location": ["method", others[0]], "message": message}])
+    return own.hyperparameters if isinstance(own, schemas.Supervised | schemas.Dpo) else None
 
 
 def _own(options: schemas.PeftOptions | None) -> OwnOptions:

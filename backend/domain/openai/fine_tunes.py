@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from domain.jobs.states import JobState
 from domain.openai.files import file_of_dataset, results_of_job
@@ -35,11 +35,13 @@ class Hyperparameters:
     Attributes:
         batch_size: Rows an optimizer step.
         learning_rate_multiplier: Of the rate that the service would choose.
+        beta: DPO's β.
     """
 
     n_epochs: int | None = None
     batch_size: int | None = None
     learning_rate_multiplier: float | None = None
+    beta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,11 @@ class OwnOptions:
 
 @dataclass(frozen=True)
 class FineTuneWish:
-    """A client's request for a fine-tune, in OpenAI's terms."""
+    """A client's request for a fine-tune, in OpenAI's terms.
+
+    Attributes:
+        method: None where the client names none, which is `supervised` unless `own` names another objective.
+    """
 
     model: str
     training_file: str
@@ -71,6 +77,7 @@ class FineTuneWish:
     metadata: dict[str, str] | None
     hyperparameters: Hyperparameters
     own: OwnOptions
+    method: Literal["supervised", "dpo"] | None = None
 
 
 def clashes(wish: FineTuneWish) -> list[tuple[str, str]]:
@@ -81,6 +88,8 @@ def clashes(wish: FineTuneWish) -> list[tuple[str, str]]:
         ("batch_size", hyper.batch_size, ("batch_size", "gradient_accumulation")),
         ("learning_rate_multiplier", hyper.learning_rate_multiplier, ("learning_rate",)),
         ("seed", wish.seed, ("seed",)),
+        ("beta", hyper.beta, ("preference_beta",)),
+        ("method", wish.method, ("objective",)),
     )
     return [
         (name, f"peft.{other} says the same; send one of them")
@@ -114,6 +123,9 @@ def first_overrides(wish: FineTuneWish, rows: int) -> dict[str, Any]:
         overrides |= {"batch_size": at_once, "gradient_accumulation": hyper.batch_size // at_once}
     if wish.seed is not None:
         overrides["seed"] = wish.seed
+    overrides["objective"] = "dpo" if wish.method == "dpo" else "sft"
+    if hyper.beta is not None:
+        overrides["preference_beta"] = hyper.beta
     return overrides | own
 
 
@@ -214,7 +226,17 @@ def job_body(facts: JobFacts, now: datetime) -> dict[str, Any]:
         "estimated_finish": int(now.timestamp() + (facts.eta_s or 0.0)) if running else None,
         "integrations": [],
         "metadata": facts.metadata,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": _method(facts.config, hyperparameters),
+    }
+
+
+def _method(config: PeftConfig, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Show how a job learns; ORPO and KTO, which OpenAI's API does not have, under their own names."""
+    if config.objective == "sft":
+        return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+    return {
+        "type": config.objective,
+        config.objective: {"hyperparameters": {**hyperparameters, "beta": config.preference_beta}},
     }
 
 

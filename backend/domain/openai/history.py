@@ -68,11 +68,11 @@ def _told(event: JobEvent) -> tuple[str, str, dict[str, Any]]:
     data = event.data
     if event.kind == "metrics":
         told = {"step": data["step"], "total_steps": data["total_steps"], "train_loss": data["loss"]}
-        told |= {"train_mean_token_accuracy": data.get("accuracy"), "learning_rate": data["learning_rate"]}
+        told |= {"learning_rate": data["learning_rate"], **_of_preferences(data, "train")}
         return "info", f"Step {data['step']}/{data['total_steps']}: training loss={data['loss']:.2f}", told
     if event.kind == "evaluation":
         told = {"step": data["step"], "valid_loss": data["eval_loss"]}
-        told |= {"valid_mean_token_accuracy": data.get("eval_accuracy")}
+        told |= _of_preferences(data, "valid")
         return "info", f"Step {data['step']}: validation loss={data['eval_loss']:.2f}", told
     if event.kind == "checkpoint":
         return "info", f"Checkpoint created at step {data['step']}", {"step": data["step"]}
@@ -86,9 +86,26 @@ def _told(event: JobEvent) -> tuple[str, str, dict[str, Any]]:
     return _LEVELS.get(state, "info"), message, {}
 
 
+def _of_preferences(data: Mapping[str, Any], which: str) -> dict[str, Any]:
+    """Return the figures of a run that learns preferences, under the names of its training or validation."""
+    figures = data.get("preference")
+    return {f"{which}_accuracy": figures["accuracy"], f"{which}_margin": figures["margin"]} if figures else {}
+
+
+def _accuracy(data: Mapping[str, Any]) -> float | None:
+    """Return the share of pairs in which the better answer is ahead; None where no preferences are learned."""
+    figures = data.get("preference")
+    return figures["accuracy"] if figures else None
+
+
 @dataclass(frozen=True)
 class StepFigures:
-    """What is known of one step; None where nothing was measured."""
+    """What is known of one step; None where nothing was measured.
+
+    Attributes:
+        train_accuracy: Where preferences are learned, the share of pairs in which the better answer is ahead.
+        valid_accuracy: The same of the validation rows.
+    """
 
     train_loss: float | None = None
     train_accuracy: float | None = None
@@ -102,9 +119,9 @@ def figures_by_step(metrics: Iterable[JobEvent], evaluations: Iterable[JobEvent]
     return {
         event.data["step"]: StepFigures(
             event.data["loss"],
-            event.data.get("accuracy"),
+            _accuracy(event.data),
             valid.get(event.data["step"], {}).get("eval_loss"),
-            valid.get(event.data["step"], {}).get("eval_accuracy"),
+            _accuracy(valid.get(event.data["step"], {})),
         )
         for event in metrics
     }

@@ -256,6 +256,33 @@ def test_a_job_of_the_other_door_is_shown(client: OpenAI, studio: StudioServer, 
     assert found.fine_tuned_model == f"ft:{TINY_ID}:local::{job['id'].removeprefix('job_')}"
 
 
+def test_preferences_are_learned_by_dpo(client: OpenAI, studio: StudioServer) -> None:
+    def row(number: int) -> dict[str, Any]:
+        better, worse = ({"role": "assistant", "content": f"{number} {word}"} for word in ("twice", "never"))
+        asked = {"messages": [{"role": "user", "content": f"say {number}"}], "tools": [], "parallel_tool_calls": True}
+        return {"input": asked, "preferred_output": [better], "non_preferred_output": [worse]}
+
+    file = client.files.create(file=("pairs.jsonl", jsonl(*map(row, range(12)))), purpose="fine-tune")
+    asked: dict[str, Any] = {"model": TINY_ID, "training_file": file.id, "validation_file": file.id}
+    with pytest.raises(openai.BadRequestError, match="dpo"):
+        client.fine_tuning.jobs.create(**asked)
+    by_dpo: Any = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 3, "batch_size": 4, "beta": 0.3}}}
+    job = client.fine_tuning.jobs.create(**asked, method=by_dpo, extra_body={"peft": QUICK})
+    done = ended(client, job.id)
+    assert done.status == "succeeded", done.error
+    assert done.method.type == "dpo" and done.method.to_dict()["dpo"]["hyperparameters"]["beta"] == 0.3
+    assert studio.job(inner(job.id))["config"]["objective"] == "dpo"
+    rows = list(csv.DictReader(io.StringIO(client.files.content(done.result_files[0]).text)))
+    assert len(rows) == 9 and float(rows[0]["train_loss"]) == pytest.approx(0.6931, abs=1e-3)
+    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert all(0 <= float(line["train_accuracy"]) <= 1 for line in rows) and rows[-1]["valid_mean_token_accuracy"]
+    event: Any = client.fine_tuning.jobs.list_events(job.id, limit=50).data
+    assert any(each.data.get("train_margin", 0) > 0 for each in event)
+    assert answer_of(client, done.fine_tuned_model).choices
+    checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[-1]
+    assert answer_of(client, checkpoint.fine_tuned_model_checkpoint).choices
+
+
 def test_a_job_that_fails_says_why(client: OpenAI) -> None:
     long = {"messages": [{"role": "user", "content": "x " * 400}, {"role": "assistant", "content": "y"}]}
     file = client.files.create(file=("long.jsonl", jsonl(long, long)), purpose="fine-tune")
@@ -267,7 +294,9 @@ def test_a_job_that_fails_says_why(client: OpenAI) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
-    ("another method", {"method": {"type": "dpo"}}, "method.type"),
+    ("answers by dpo", {"method": {"type": "dpo"}}, None),
+    ("another's settings", {"method": {"type": "dpo", "supervised": {}}}, "method.supervised"),
+    ("a beta without dpo", {"extra_body": {"peft": {"preference_beta": 0.1}}}, "preference_beta"),
     ("reinforcement", {"method": {"type": "reinforcement"}}, "method.type"),
     ("an integration", {"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]}, "integrations"),
     ("no epochs", {"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
