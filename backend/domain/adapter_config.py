@@ -22,14 +22,14 @@ READ = frozenset({
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout",
     "target_modules", "use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "init_lora_weights", "bias",
     "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "megatron_core",
-    "qalora_group_size", "peft_version",
+    "qalora_group_size", "peft_version", "target_parameters",
 })  # fmt: skip
 # These say which layers are adapted.
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 # These change what an adapter computes, or have files read: they must be as if they were not there.
 CHANGING = frozenset({
     "alora_invocation_tokens", "arrow_config", "corda_config", "kasa_config", "layer_replication", "lora_bias",
-    "lora_ga_config", "megatron_config", "modules_to_save", "monteclora_config", "target_parameters",
+    "lora_ga_config", "megatron_config", "modules_to_save", "monteclora_config",
     "trainable_token_indices", "use_bdlora", "use_qalora",
 })  # fmt: skip
 # PEFT reads these when an adapter is made or trained, or not from a file; `ensure_weight_tying` only beside
@@ -83,7 +83,19 @@ def read_settings(config: Mapping[str, Any]) -> ConfigReading:
     _read_auto_mapping(reading)
     reading.problems += _setting_problems(reading.config)
     _read_numbers(reading)
+    _read_parameters(reading)
     return reading
+
+
+def around_parameters(config: Mapping[str, Any], module: str) -> bool:
+    """Tell whether a layer is around a parameter that target_parameters names, as PEFT nests and calls such layers.
+
+    Args:
+        config: Read by `read_settings`, without problems.
+        module: The layer's path in the file.
+    """
+    host = module.replace(".base_layer", "")
+    return any(means(name.rpartition(".")[0], host) for name in config.get("target_parameters") or ())
 
 
 def serve_layers(reading: ConfigReading, ranks: Mapping[str, int]) -> None:
@@ -206,6 +218,28 @@ def _layer_problems(config: Mapping[str, Any]) -> Iterator[str]:
     indexes = config.get("layers_to_transform")
     if indexes is not None and type(indexes) is not int and not _all_are(indexes, int):
         yield "layers_to_transform is neither a number nor a list of numbers"
+
+
+def _read_parameters(reading: ConfigReading) -> None:
+    """Check the settings of an adapter on parameters, those of stacked experts for example.
+
+    PEFT refuses dropout and DoRA beside them (PEFT 0.21, tuners/lora/layer.py, `ParamWrapper`); an answer needs no
+    dropout.
+    """
+    config = reading.config
+    names = config.get("target_parameters")
+    if not names:
+        return
+    if not _all_are(names, str) or not all(_MODULE.fullmatch(name) and "." in name for name in names):
+        reading.problems.append("target_parameters is no list of names of parameters, each with its module's")
+        return
+    if config.get("use_dora"):
+        reading.problems.append("target_parameters and use_dora are both set, and PEFT puts no DoRA on a parameter")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        reading.problems.append("ranks by layer are set beside target_parameters, which this service does not serve")
+    if config.get("lora_dropout"):
+        reading.put("lora_dropout", 0.0)
+        reading.warnings.append("Set to 0: lora_dropout, which PEFT refuses beside target_parameters.")
 
 
 def _all_are(value: Any, kind: type) -> bool:

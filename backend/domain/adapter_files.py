@@ -10,7 +10,15 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import AdapterRejected, NoSafeWeights
-from domain.adapter_config import MAX_RANK, TARGETING, read_settings, serve_layers
+from domain.adapter_config import (
+    MAX_RANK,
+    PEFT_RANK,
+    TARGETING,
+    ConfigReading,
+    around_parameters,
+    read_settings,
+    serve_layers,
+)
 from domain.hub.tree import RepoFile, Selection
 from domain.models.config_checks import check_asks_for_no_code
 from domain.models.load_files import is_named_template, vocabulary_files
@@ -48,7 +56,8 @@ class AdapterFacts:
         config: As it is stored; `rewritten` names the settings that are not as they came.
         warnings: A sentence for each thing that was left out.
         targeting: The settings that name layers, as they came.
-        layers: Input and output features of each layer that there are weights for.
+        layers: Input and output features of each linear layer that there are weights for.
+        on_parameters: Whether there are weights for parameters as well, of stacked experts for example.
         parameters: Of all tensors.
     """
 
@@ -60,6 +69,7 @@ class AdapterFacts:
     algorithm: Algorithm
     targeting: dict[str, Any]
     layers: dict[str, tuple[int, int]]
+    on_parameters: bool
     parameters: int
 
 
@@ -193,7 +203,9 @@ def read_facts(where: str, config: Any, header: SafetensorsHeader) -> AdapterFac
     check_asks_for_no_code(where, CONFIG, config)
     reading = read_settings(config)
     _refuse(where, reading.problems)
-    layers = _layers(where, config, header)
+    found = _layers(where, reading.config, header)
+    layers = {module: shapes for module, shapes in found.items() if not around_parameters(reading.config, module)}
+    _check_stacks(reading, {module: a[0] for module, (a, _) in found.items() if module not in layers})
     serve_layers(reading, {module: a[0] for module, (a, _) in layers.items()})
     _refuse(where, reading.problems)
     return AdapterFacts(
@@ -205,8 +217,19 @@ def read_facts(where: str, config: Any, header: SafetensorsHeader) -> AdapterFac
         algorithm=_algorithm(config),
         targeting={name: config.get(name) for name in TARGETING},
         layers={module: (a[1], b[0]) for module, (a, b) in layers.items()},
+        on_parameters=len(layers) < len(found),
         parameters=header.parameters,
     )
+
+
+def _check_stacks(reading: ConfigReading, ranks: Mapping[str, int]) -> None:
+    """Check the layers around parameters: each has A and B of the rank for each expert, all of them in one tensor."""
+    rank = reading.config.get("r", PEFT_RANK)
+    wrong = [module for module, rows in ranks.items() if rows % rank]
+    if wrong:
+        reading.problems.append(f"the settings give the rank {rank}, and {wrong[0]} has {ranks[wrong[0]]} rows of A")
+    if reading.config.get("target_parameters") and not ranks:
+        reading.problems.append("target_parameters is set, and there are no weights for what it names")
 
 
 def _refuse(where: str, problems: list[str]) -> None:
@@ -235,9 +258,19 @@ def _layers(
     wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
     for module, shapes in parts.items():
         a, b = shapes.get("lora_A", ()), shapes.get("lora_B", ())
-        if shapes.keys() != wanted or len(a) != 2 or len(b) != 2 or a[0] != b[1] or not 1 <= a[0] <= MAX_RANK:
+        if (
+            shapes.keys() != wanted
+            or len(a) != 2
+            or len(b) != 2
+            or a[0] != b[1]
+            or not _may_be_rank(config, module, a[0])
+        ):
             raise AdapterRejected(f"{where}: the tensors of {module} do not belong together.")
     return {module: (parts[module]["lora_A"], parts[module]["lora_B"]) for module in sorted(parts)}
+
+
+def _may_be_rank(config: Mapping[str, Any], module: str, rows: int) -> bool:
+    return rows >= 1 and (rows <= MAX_RANK or around_parameters(config, module))
 
 
 def _misnamed(name: str) -> str:

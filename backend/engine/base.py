@@ -78,9 +78,19 @@ class Base:
         self._folders[name] = path
 
     def create(self, name: str, config: Any) -> None:
-        """Add a new adapter with fresh weights and make it the trainable one."""
+        """Add a new adapter with fresh weights and make it the trainable one.
+
+        Raises:
+            BadSetting: PEFT cannot put it beside the adapters that are on the base.
+        """
         if isinstance(self.model, PeftModel):
-            self.model.add_adapter(name, config)
+            try:
+                self.model.add_adapter(name, config)
+            except ValueError as error:
+                raise BadSetting(
+                    f"the adapter cannot stand beside those that are on the base: {error}",
+                    ["unload the model, or take the other adapters off it"],
+                ) from error
         else:
             # Not get_peft_model: it would write the local folder over the base's id in the adapter's config.
             self.model = PeftModelForCausalLM(self.model, config, adapter_name=name)

@@ -259,6 +259,8 @@ class AdapterIntake:
             shape = None  # judged when it is loaded
         if shape is None:
             return facts
+        if facts.on_parameters and not shape.has_stacked_experts:
+            raise AdapterRejected(f"{name} does not fit {base}: it adapts parameters, and the base has no experts.")
         found = fit(facts.layers, facts.targeting, shape)
         if found.problem is not None:
             raise AdapterRejected(f"{name} does not fit {base}: {found.problem}.")

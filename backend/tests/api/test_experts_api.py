@@ -80,7 +80,14 @@ def test_a_run_trains_what_was_said_and_its_adapter_is_exported_and_answers(stud
         (name,) = [name for name in files.namelist() if name.endswith("adapter_config.json")]
         settings = json.loads(files.read(name))
     assert sorted(settings["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    back = studio.http.post("/api/adapters", files={"file": ("mine.zip", archive)}, data={"name": "back"})
+    assert back.status_code == 201, back.text
+    assert studio.adapter_weights(back.json()["id"]) == studio.adapter_weights(done["adapter_id"])
     exported = finished(studio, export(studio, done["adapter_id"])["id"])
     assert exported["state"] == "succeeded", exported["error"]
     loaded = studio.load(MIXTURE, overrides=SHORT, adapter_id=done["adapter_id"], wait_s=120)
-    assert studio.generate(loaded["id"], "say 1", done["adapter_id"], max_new_tokens=3)["completion_tokens"] >= 1
+    answers = [
+        studio.generate(loaded["id"], "say 1", adapter, max_new_tokens=8, temperature=0.0)
+        for adapter in (done["adapter_id"], back.json()["id"])
+    ]
+    assert answers[0]["completion_tokens"] >= 1 and answers[0]["text"] == answers[1]["text"]

@@ -310,3 +310,39 @@ def test_pickles_are_named_and_refused() -> None:
         check_names("it", ["adapter_config.json", "adapter_model.bin"])
     with pytest.raises(AdapterRejected, match=r"adapter_config\.json"):
         check_names("it", ["adapter_model.safetensors"])
+
+
+_STACK = "base_model.model.model.layers.0.mlp.experts"
+STACKS: dict[str, tuple[int, ...]] = {
+    f"{_STACK}.base_layer.lora_A.weight": (128 * 64, 64),
+    f"{_STACK}.base_layer.lora_B.weight": (192, 128 * 64),
+    f"{_STACK}.lora_A.weight": (128 * 64, 96),
+    f"{_STACK}.lora_B.weight": (64, 128 * 64),
+}
+NAMES = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+def test_adapters_on_stacked_experts_are_taken_and_told_apart_from_those_on_layers() -> None:
+    found = read_facts("it", adapter_config(target_parameters=NAMES, lora_dropout=0.0), header(**STACKS))
+    assert found.on_parameters and not any("experts" in path for path in found.layers)
+    assert found.config["target_parameters"] == NAMES and not facts().on_parameters
+    dropped = read_facts("it", adapter_config(target_parameters=NAMES, lora_dropout=0.1), header(**STACKS))
+    assert dropped.config["lora_dropout"] == 0.0 and "lora_dropout" in " ".join(dropped.warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tensors", "words"),
+    [
+        ({}, STACKS | {f"{_STACK}.lora_A.weight": (130, 96), f"{_STACK}.lora_B.weight": (64, 130)}, "rows of A"),
+        ({}, {}, "no weights for what it names"),
+        ({"target_parameters": "experts"}, STACKS, "no list of names"),
+        ({"target_parameters": ["(a+)+.b"]}, STACKS, "no list of names"),
+        ({"use_dora": True}, STACKS, "DoRA"),
+        ({"rank_pattern": {"experts.down_proj": 4}}, STACKS, "ranks by layer"),
+    ],
+)
+def test_what_is_not_served_of_adapters_on_experts_is_refused(
+    changes: dict[str, Any], tensors: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(AdapterRejected, match=words):
+        read_facts("it", adapter_config(**{"target_parameters": NAMES, **changes}), header(**tensors))
