@@ -96,7 +96,7 @@ def file_view(record: FileRecord) -> FileAnswer:
 
 class CreateUpload(Request):
     bytes: int = Field(ge=1)
-    filename: str = Field(min_length=1, max_length=200)
+    filename: Text
     mime_type: str = Field(min_length=1, max_length=200, description="Not used: the content tells what it is.")
     purpose: str
     expires_after: ExpiresAfter | None = None

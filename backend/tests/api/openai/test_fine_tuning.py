@@ -1,5 +1,6 @@
 """Fine-tunes through the unmodified `openai` package, on the jobs that /api shows."""
 
+import asyncio
 import csv
 import io
 import json
@@ -11,7 +12,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.support.openai_clients import client_of, jsonl
+from tests.support.openai_clients import async_client_of, client_of, jsonl
 from tests.support.rows import messages_jsonl
 from tests.support.server import StudioServer, start_server, wait_until
 from tests.support.tiny_model import TINY_ID
@@ -281,6 +282,41 @@ def test_preferences_are_learned_by_dpo(client: OpenAI, studio: StudioServer) ->
     assert answer_of(client, done.fine_tuned_model).choices
     checkpoint = client.fine_tuning.jobs.checkpoints.list(job.id).data[-1]
     assert answer_of(client, checkpoint.fine_tuned_model_checkpoint).choices
+
+
+def test_a_job_goes_on_when_the_server_is_killed_under_the_client(tmp_path: Path, model_dirs: Path) -> None:
+    with start_server(tmp_path, model_dirs) as studio, client_of(studio, max_retries=8) as client:
+        file = client.files.create(file=("train.jsonl", messages_jsonl().encode()), purpose="fine-tune")
+        own = QUICK | {"max_steps": 120, "checkpoint_every_steps": 1}
+        job = client.fine_tuning.jobs.create(model=TINY_ID, training_file=file.id, extra_body={"peft": own})
+        studio.wait_for_step(inner(job.id), 5)
+        studio.kill()
+        studio.start()
+        assert client.files.content(file.id).text == messages_jsonl()
+        done = ended(client, job.id)
+        assert done.status == "succeeded" and studio.job(inner(job.id))["attempts"] == 2
+        metrics: list[Any] = [e.data for e in client.fine_tuning.jobs.list_events(job.id) if e.type == "metrics"]
+        assert [data["step"] for data in metrics if "train_loss" in data] == list(range(120, 0, -1))
+        assert answer_of(client, done.fine_tuned_model).choices
+
+
+def test_the_async_client_follows_a_job(studio: StudioServer, done: Any, file_id: str) -> None:
+    async def scenario() -> None:
+        async with async_client_of(studio) as client:
+            jobs = [job.id async for job in client.fine_tuning.jobs.list(limit=1)]
+            assert done.id in jobs
+            events = [event.id async for event in client.fine_tuning.jobs.list_events(done.id, limit=2)]
+            assert len(events) == len(set(events)) > 10
+            steps = [c.step_number async for c in client.fine_tuning.jobs.checkpoints.list(done.id, limit=1)]
+            assert steps == [8, 4]
+            with pytest.raises(openai.BadRequestError):
+                await client.fine_tuning.jobs.cancel(done.id)
+            with pytest.raises(openai.NotFoundError):
+                await client.fine_tuning.jobs.retrieve("ftjob-none")
+            made = await client.fine_tuning.jobs.create(model=TINY_ID, training_file=file_id, extra_body=LONG)
+            await client.fine_tuning.jobs.cancel(made.id)
+
+    asyncio.run(scenario())
 
 
 def test_a_job_that_fails_says_why(client: OpenAI) -> None:
