@@ -121,8 +121,7 @@ def test_a_job_on_a_taken_engine_is_equal_to_the_bit(warm: StudioServer, studio:
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
-@pytest.mark.parametrize("state", ["starting", "ready"])
+@pytest.mark.parametrize(("state", "how"), [("starting", "SIGTERM"), ("ready", "SIGKILL")])
 def test_none_is_left_behind_when_the_server_ends(tmp_path: Path, model_dirs: Path, how: str, state: str) -> None:
     with _server(tmp_path / "home", model_dirs) as studio:
         wait_until(lambda: _kept(studio).get("transformers", {}).get("state") == state, LIMIT_S)

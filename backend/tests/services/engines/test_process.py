@@ -254,3 +254,18 @@ def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch:
         assert "should be imported before" not in said  # its warning that something was imported too early
     finally:
         engine.close()
+
+
+AS_ANOTHER_USER = """
+import os
+from services.engines.priority import can_be_raised
+os.setuid(65534)
+before = os.getpriority(os.PRIO_PROCESS, 0)
+print(can_be_raised(3), os.getpriority(os.PRIO_PROCESS, 0) == before)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_user_who_may_not_raise_a_priority_is_known_before_one_is_lowered() -> None:
+    done = subprocess.run([sys.executable, "-c", AS_ANOTHER_USER], cwd=BACKEND, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
