@@ -1,4 +1,4 @@
-"""`python -m gpu_check`: prove every method on every engine, print one table, write docs/gpu.md.
+"""`python -m gpu_check`: prove every method on every engine, print one table, add it to docs/gpu.md.
 
 Exits 1 where a method fails, and 2 where there is no GPU and `--cpu` was not given.
 """
@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from domain.memory.verdict import assess
 from domain.peft.algorithms import Algorithm
 from gpu_check import BACKEND, ROOT
 from gpu_check.plan import DEFAULT_MODELS, Case, cases, task
-from gpu_check.report import document
+from gpu_check.report import document, keep_earlier
 from gpu_check.shapes import SHAPES, TINY, write_rows
 from gpu_check.verdicts import Row, compare, judge
 from services.hardware.nvml_probe import GpuReading, NvmlProbe
@@ -52,9 +53,17 @@ def main() -> int:
     text = document(_machine(gpus, arguments), rows, peers, left_out, on_cpu=arguments.cpu)
     print(text)
     if arguments.output is not None:
-        arguments.output.write_text(text, encoding="utf-8")
+        _write(arguments.output, text, gpus, on_cpu=arguments.cpu)
     failed = any(row.problems for row in rows) or any("error" in trl for trl in peers.values())
     return 1 if failed or not rows else 0
+
+
+def _write(output: Path, report: str, gpus: list[GpuReading], *, on_cpu: bool) -> None:
+    """Write a GPU's report beside those of other cards and days; a CPU's alone."""
+    if not on_cpu:
+        earlier = output.read_text(encoding="utf-8") if output.is_file() else ""
+        report = keep_earlier(earlier, f"{gpus[0].name}, {datetime.now(UTC):%Y-%m-%d}, by `make gpu-check`", report)
+    output.write_text(report, encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -65,7 +74,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="every method on every model, not on the smallest alone")
     parser.add_argument("--length", type=int, default=None, help="tokens a row; 2,048, or 64 on a CPU")
     parser.add_argument("--scratch", type=Path, default=None, help="where weights are written; the system's by default")
-    parser.add_argument("--output", type=Path, default=None, help="the report; docs/gpu.md on a GPU")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="the report; on a GPU docs/gpu.md, which keeps earlier ones"
+    )
     arguments = parser.parse_args()
     if arguments.length is None:
         arguments.length = 64 if arguments.cpu else 2048

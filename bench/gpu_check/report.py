@@ -1,5 +1,6 @@
 """The table, on the screen and in docs/gpu.md."""
 
+import re
 from typing import Any
 
 from gpu_check.verdicts import Row
@@ -54,6 +55,22 @@ def against_trl(rows: list[Row], peers: dict[str, dict[str, Any]]) -> list[str]:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def keep_earlier(earlier: str, title: str, report: str) -> str:
+    """Return a document with a new report in it, behind its introduction and before the reports that it has.
+
+    Args:
+        earlier: The document so far. What it says of other cards and other days stays.
+        title: The card and the day. A report of the same title is replaced.
+        report: What `document` returns.
+    """
+    # The report's headings go one level down; no line of it is code, so each `#` at a line's start is a heading.
+    body = re.sub(r"^#", "##", report, flags=re.MULTILINE)
+    introduction, *sections = re.split(r"^(?=## )", earlier, flags=re.MULTILINE)
+    others = [section for section in sections if section.splitlines()[0] != f"## {title}"]
+    start = introduction if introduction.strip() else "# Measured on GPUs\n\n"
+    return start + f"## {title}\n\n" + body.partition("\n")[2].strip() + "\n\n" * bool(others) + "".join(others)
 
 
 def document(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from gpu_check.plan import RESUME_AT, STEPS, Case, cases, settings
-from gpu_check.report import against_trl, document
+from gpu_check.report import against_trl, document, keep_earlier
 from gpu_check.shapes import SHAPES
 from gpu_check.verdicts import Row, compare, judge
 from gpu_check.worker import speed
@@ -132,3 +132,19 @@ def test_the_report_has_the_ratios_and_what_failed() -> None:
 
 def test_the_warm_up_is_no_part_of_the_speed() -> None:
     assert speed([10] * 5, [100.0, 50.0, 1.0, 2.0, 1.0]) == 10.0
+
+
+def test_a_report_leaves_those_of_other_cards_and_days() -> None:
+    def report(speed: float) -> str:
+        return document(["a machine"], [_judged({"tokens_per_s": speed})], {}, [], on_cpu=False)
+
+    both = keep_earlier(keep_earlier("", "card A, 2026-01-01", report(100)), "card B, 2026-01-01", report(200))
+    again = keep_earlier(both, "card A, 2026-01-01", report(300))
+    assert again.count("## card A, 2026-01-01\n") == again.count("## card B, 2026-01-01\n") == 1
+    assert "| 300 |" in again and "| 200 |" in again and "| 100 |" not in again
+    assert [line for line in again.splitlines() if line.startswith("# ")] == ["# Measured on GPUs"]
+    # What is written by hand stays: an introduction, and the figures of another day.
+    kept = (BACKEND.parent / "docs" / "gpu.md").read_text()
+    introduction, _, figures = kept.partition("\n## ")
+    longer = keep_earlier(kept, "card A, 2026-01-01", report(100))
+    assert longer.startswith(introduction) and longer.endswith(figures)
