@@ -131,8 +131,11 @@ class Engines:
         self._keeper = threading.Thread(target=self._keep, name="engine-keeper", daemon=True)
 
     def start(self) -> None:
-        """Begin to keep engines ready, unless the settings keep none. Nothing is started before a second has passed."""
-        if self._most_bytes != 0:
+        """Begin to keep engines ready, unless the settings keep none. Nothing is started before a second has passed.
+
+        Begun again, as by an application that is run twice in one process, it changes nothing.
+        """
+        if self._most_bytes != 0 and self._keeper.ident is None:
             self._keeper.start()
 
     def hold_while(self, busy: Callable[[], bool]) -> None:

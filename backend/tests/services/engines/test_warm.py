@@ -244,6 +244,19 @@ def test_one_that_still_imports_is_given_as_it_is(make: Make, doubles: EngineDou
     assert first.alive and len(engines.standing()) == 1
 
 
+def test_the_keeper_works_by_itself_and_may_be_begun_twice(make: Make, doubles: EngineDoubles, tmp_path: Path) -> None:
+    engines = make()
+    engines.start()
+    engines.start()
+    wait_until(lambda: len(engines.standing()) == 1)
+    take(engines, tmp_path)
+    wait_until(lambda: len(engines.standing()) == 1)
+    assert len(doubles.started) == 2
+    engines.close()
+    engines.start()
+    assert not engines._keeper.is_alive() and len(doubles.alive) == 1  # the one that was taken
+
+
 def test_closing_ends_them_while_they_import_too(make: Make, doubles: EngineDoubles) -> None:
     doubles.take_long = True
     engines = make()
