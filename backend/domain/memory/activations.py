@@ -145,7 +145,8 @@ class Layers:
     """Bytes that layers keep, adapters included.
 
     Attributes:
-        all_bytes: Of every layer as it is computed, whether it is kept or computed again.
+        all_bytes: Of every layer as it is computed, whether it is kept or computed again. The sums W + B·A of stacked
+            experts are left out: tensors so large are mapped on their own, and their memory goes back as it was.
         plain_bytes: The same without dropout and DoRA.
         peak_bytes: What is there at once. Without checkpointing, all of it; with it, the input of each layer (Chen et
             al., arXiv 1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is
@@ -174,13 +175,14 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: S
     )
     outside = _kept_by_part(shape.outside, config, batch, stack, on_gpu=on_gpu)
     everything, plainly = (sum(count * size for count, size in sizes) + outside for sizes in (kept, kept_plainly))
+    sums = sum(block.count * _sums_of_stacks(block.part, config) for block in shape.blocks if block.passed)
     working = max((_working(block, config, batch) for block in shape.blocks if block.passed), default=0)
     if not config.gradient_checkpointing:
-        return Layers(everything, plainly, everything, everything, working)
+        return Layers(everything - sums, plainly - sums, everything, everything, working)
     inputs = sum(block.count * block.part.inputs for block in shape.blocks if block.passed)
     boundaries = round(inputs * batch.tokens * WIDTH_BYTES[config.precision])
     largest = max((size for _, size in kept), default=0)
-    return Layers(everything, plainly, boundaries + outside + largest, boundaries + outside, working)
+    return Layers(everything - sums, plainly - sums, boundaries + outside + largest, boundaries + outside, working)
 
 
 def _working(block: Block, config: PeftConfig, batch: Batch) -> int:
@@ -244,10 +246,14 @@ def _kept_by_experts(part: Part, config: PeftConfig, batch: Batch, stack: Stack)
     if not targets:
         return 0
     width = WIDTH_BYTES[config.precision]
-    sums = sum(width * tensor.weights for tensor in targets)
     copies = sum(width * config.rank * tensor.experts * (tensor.fan_in + tensor.fan_out) for tensor in targets)
     inputs = part.by_experts.of(width, masked=batch.masked and stack.makes_masks).bytes(batch.rows, batch.length)
-    return sums + (copies if width != stack.adapter_width else 0) + inputs
+    return _sums_of_stacks(part, config) + (copies if width != stack.adapter_width else 0) + inputs
+
+
+def _sums_of_stacks(part: Part, config: PeftConfig) -> int:
+    """Bytes of W + B·A of one layer's stacked experts."""
+    return sum(WIDTH_BYTES[config.precision] * tensor.weights for tensor in targeted_experts(part, config))
 
 
 def _dora_per_token(targets: list[Linear], config: PeftConfig, stack: Stack) -> int:
