@@ -12,6 +12,7 @@ from tests.support.tiny_model import TINY_ID
 
 pytestmark = pytest.mark.engine
 EXAMPLE = BACKEND.parent / "examples" / "openai_finetune.py"
+ROWS = BACKEND.parent / "quickstart" / "pip_the_parrot.jsonl"
 EMBEDDED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -34,14 +35,17 @@ def test_the_example_runs_to_its_end(studio: StudioServer) -> None:
 def test_the_example_on_the_embedded_model_survives_a_killed_server(
     tmp_path: Path, model_dirs: Path, embedded_path: Path
 ) -> None:
-    with start_server(tmp_path, model_dirs) as studio, start(studio, EMBEDDED_ID) as example:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(ROWS.read_text("utf-8").splitlines(keepends=True)[:24]), "utf-8")
+    home = tmp_path / "home"
+    with start_server(home, model_dirs) as studio, start(studio, EMBEDDED_ID, str(rows)) as example:
 
         def jobs() -> list[dict[str, object]]:
             return list(studio.http.get("/api/training/jobs").json()["jobs"])
 
         wait_until(jobs, 300)
         job_id = str(jobs()[0]["id"])
-        studio.wait_for_step(job_id, 12)
+        studio.wait_for_step(job_id, 8)
         studio.kill()
         studio.start()
         said, _ = example.communicate(timeout=900)
