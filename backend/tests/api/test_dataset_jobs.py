@@ -115,3 +115,15 @@ def test_a_preference_is_not_learned_from_answers(studio: StudioServer) -> None:
     refused = studio.http.post("/api/training/jobs", json=body)
     assert (refused.status_code, refused.json()["type"]) == (422, "/problems/dataset-not-trainable")
     assert "objective='dpo' learns from preferences" in refused.json()["detail"]
+
+
+def test_the_weight_of_a_preference_takes_effect(studio: StudioServer) -> None:
+    """At the first step adapter and base are the same, and the gradient is β times one that no setting changes."""
+    dataset = studio.upload(preference_jsonl(8))
+    norms = []
+    for beta in (0.1, 0.3):
+        overrides = SHORT | {"preference_beta": beta, "batch_size": 8, "max_grad_norm": 1e6}
+        job, _ = run(studio, dataset, overrides=overrides)
+        assert (job["state"], job["config"]["preference_beta"]) == ("succeeded", beta), job["error"]
+        norms.append(studio.http.get(f"/api/training/jobs/{job['id']}/metrics").json()["metrics"][0]["grad_norm"])
+    assert norms[1] == pytest.approx(3 * norms[0], rel=1e-4)

@@ -31,6 +31,8 @@ _VALUES: dict[str, st.SearchStrategy[Any]] = {
     "use_rslora": st.booleans(),
     "use_dora": st.booleans(),
     "init_weights": st.sampled_from(["default", "gaussian", *DECOMPOSED]),
+    "objective": st.sampled_from(["sft", "dpo", "orpo", "kto"]),
+    "preference_beta": st.one_of(st.none(), st.floats(0.01, 10)),
     "quantization": st.sampled_from(["none", "nf4", "int8"]),
     "precision": st.sampled_from(["fp32", "bf16", "fp16"]),
     "learning_rate": st.floats(1e-7, 1),
@@ -278,6 +280,7 @@ def test_target_modules_are_taken_as_they_are_where_a_models_are_not_known() -> 
 
 
 NULLABLE = {
+    "preference_beta",
     "lora_plus_ratio",
     "loftq_iterations",
     "max_steps",

@@ -56,6 +56,10 @@ def values(name: str) -> st.SearchStrategy[Any]:
         return st.just("all-linear") | names
     if name == "target_experts":
         return st.sampled_from(["auto", False])  # the tiny model has none
+    if name == "objective":
+        return st.just("sft")  # the rows are answers; tests/api/test_dataset_jobs.py has preferences
+    if name == "preference_beta":
+        return st.none()
     if name == "checkpoint_every_minutes":
         return st.sampled_from([None, MANY_STEPS_MINUTES, NO_STEP_MINUTES])
     return _of(PeftConfig.model_fields[name].annotation, name)

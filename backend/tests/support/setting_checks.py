@@ -228,6 +228,12 @@ def check_keep_checkpoints(run: Run) -> None:
     assert [folder.name for folder in run.checkpoints] == [f"step-{step:08d}" for step in kept]
 
 
+def check_objective(run: Run) -> None:
+    """Answers are learned: the loss is theirs (`check_order`), and nothing is said of preferences."""
+    assert run.config["objective"] == "sft" and run.config["preference_beta"] is None
+    assert all(row["preference"] is None for row in run.metrics)
+
+
 CHECKS: dict[str, Callable[[Run], None]] = {
     "rank": check_rank,
     "alpha": check_alpha,
@@ -238,6 +244,8 @@ CHECKS: dict[str, Callable[[Run], None]] = {
     "use_rslora": check_use_rslora,
     "use_dora": check_use_dora,
     "init_weights": check_init_weights,
+    "objective": check_objective,
+    "preference_beta": check_objective,
     "quantization": check_quantization,
     "precision": check_precision,
     "learning_rate": check_learning_rate,
