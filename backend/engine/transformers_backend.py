@@ -1,7 +1,7 @@
 """Plain transformers + PEFT, which run everywhere, the CPU included."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 
 from domain.peft.config import PeftConfig
 from engine.batches import Batch
+from engine.errors import BadModel
 from engine.loss import SummedLoss, TokenLosses
 from engine.model_class import attention_of, model_class
 from engine.outline import kept_in_full
@@ -39,13 +40,13 @@ def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any,
     remote code is never trusted.
 
     Raises:
-        BadModel: No class of transformers predicts the next token with it.
+        BadModel: No class of transformers predicts the next token with it, or the files lack some of its weights.
     """
     chosen, published = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True))
     quantization = None
     if config.quantization != "none":
         quantization = quantization_config(config, kept_in_full(chosen, copy.deepcopy(published)))
-    model = chosen.from_pretrained(
+    model, about = chosen.from_pretrained(
         path,
         config=published,
         dtype=DTYPES[config.precision],
@@ -54,9 +55,18 @@ def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any,
         attn_implementation=attention_of(chosen),
         use_safetensors=True,
         local_files_only=True,
+        output_loading_info=True,
     )
+    _refuse_lost_weights(chosen, about["missing_keys"])
     _keep_gradients_through_4bit(model)
     return model, load_tokenizer(path)
+
+
+def _refuse_lost_weights(chosen: Any, names: Collection[str]) -> None:
+    """Refuse a model whose files lack weights: transformers starts those from random numbers, others at each load."""
+    if names:
+        some = ", ".join(sorted(names)[:3])
+        raise BadModel(f"the files lack {len(names)} tensors of {chosen.__name__}, {some} among them")
 
 
 def load_tokenizer(path: Path) -> Any:
