@@ -17,6 +17,7 @@ from engine.checkpoints import Tensors
 from engine.decompositions import freezes_others
 from engine.errors import ExportDiffers
 from engine.export_check import distance
+from engine.stored_names import names_for_peft
 
 _PREFIX = "base_model.model."
 # Of a product that was written as the difference of two: measured below 1e-6.
@@ -39,8 +40,10 @@ def check_folder(folder: Path, base: Base, adapter: str, initial: Tensors) -> No
         ExportDiffers: A tensor or a scaling is not what was trained; the message names the first.
     """
     config = PeftConfig.from_pretrained(str(folder))
-    found = load_peft_weights(str(folder), device="cpu")
     trained = methods.adapter_state(base.model, adapter)
+    held = {stored: name for name, stored in names_for_peft(base.model.get_base_model(), trained).items()}
+    read = load_peft_weights(str(folder), device="cpu")
+    found = {held.get(name, name): tensor for name, tensor in read.items()}
     if lost := [name for name in trained if name not in found]:
         raise ExportDiffers(f"the adapter's file has no tensor {lost[0]}, which was trained")
     if over := sorted(found.keys() - trained.keys()):
@@ -48,11 +51,11 @@ def check_folder(folder: Path, base: Base, adapter: str, initial: Tensors) -> No
     for path, layer in base.model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
             continue
-        scaling, held = _scaling(config, path, layer), layer.scaling[adapter]
-        if not initial and not math.isclose(scaling, held, rel_tol=1e-6):
-            raise ExportDiffers(f"the adapter's config scales {path} by {scaling:g}, and it was trained with {held:g}")
+        scaling, own = _scaling(config, path, layer), layer.scaling[adapter]
+        if not initial and not math.isclose(scaling, own, rel_tol=1e-6):
+            raise ExportDiffers(f"the adapter's config scales {path} by {scaling:g}, and it was trained with {own:g}")
         if initial:
-            _compare_products(path, found, trained, initial, scaling, held)
+            _compare_products(path, found, trained, initial, scaling, own)
     for name, tensor in trained.items():
         converted = initial and (".lora_A." in name or ".lora_B." in name)
         if not converted and not torch.equal(found[name], tensor):

@@ -23,6 +23,7 @@ from engine.card import begin_card, finish_card, readme
 from engine.channel import Stopped
 from engine.checkpoints import Tensors
 from engine.errors import CannotSave
+from engine.stored_names import names_for_peft
 from engine.tokenizer_folder import save_tokenizer
 
 SET_ASIDE = "-not-checked"  # ends the names of folders that did not pass their check
@@ -97,7 +98,9 @@ class HandingOut:
         if self._initial:
             state, lora = methods.as_plain_lora(state, self._initial, lora)
         card = finish_card(self._card, outcome, losses)
-        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        names = names_for_peft(self._base.model.get_base_model(), state)
+        written = {names[name]: tensor for name, tensor in state.items()}
+        save_file(written, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         # save_pretrained writes the given object's inference_mode as True and everything else as it is.
         lora.save_pretrained(str(folder))
         save_tokenizer(self._base.tokenizer, folder)

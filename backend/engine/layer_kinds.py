@@ -31,7 +31,10 @@ class Layer:
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """Return the layers: the members of the outermost lists of modules that have parameters."""
+    """Return the layers: the members of the outermost lists of modules that have parameters.
+
+    A list of linear modules is none: its members stand for themselves.
+    """
     kinds: dict[Hashable, int] = {}
     shared: set[int] = set()
     layers = []
@@ -47,7 +50,8 @@ def layers_of(model: nn.Module) -> list[Layer]:
 def _lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList):
-            if next(child.parameters(), None) is not None:
+            plain = all(next(member.children(), None) is None for member in child)
+            if not plain and next(child.parameters(), None) is not None:
                 yield prefix + name, child
         else:
             yield from _lists(child, f"{prefix}{name}.")

@@ -1,5 +1,6 @@
 """Which class of transformers loads a model for text, and through which attention it computes."""
 
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -43,7 +44,7 @@ def model_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
     class for its text part alone.
 
     Raises:
-        BadModel: There is none that predicts the next token.
+        BadModel: There is none that predicts the next token from text alone.
     """
     kind = config.model_type
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
@@ -54,10 +55,21 @@ def model_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
             return chosen, config.get_text_config()
         return chosen, config
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not config.is_encoder_decoder:
-        return _get_model_class(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING), config
+        chosen = _get_model_class(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        if chosen.main_input_name != "input_ids":
+            raise BadModel(f"{chosen.__name__} takes no text alone: it needs {chosen.main_input_name}")
+        if "decoder_input_ids" in inspect.signature(chosen.forward).parameters:
+            raise BadModel(f"{chosen.__name__} fills in a canvas beside the text, and does not predict the next token")
+        return chosen, config
     raise BadModel(f"transformers has no class that predicts the next token with a {kind}")
 
 
 def attention_of(chosen: Any) -> str:
     """Return the attention that a class computes with: PyTorch's fused one where it has it, else its own."""
     return "sdpa" if chosen._supports_sdpa else "eager"
+
+
+def longest_of(config: Any) -> int | None:
+    """Return how many tokens a configuration's text part takes at a time; None where it names no limit, as -1 does."""
+    positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None

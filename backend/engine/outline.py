@@ -21,7 +21,7 @@ from domain.models.shape import Block, Kept, Linear, ModelShape, Part, Passes, R
 from domain.results import Described
 from engine.errors import BadModel
 from engine.layer_kinds import Layer, layers_of, window_of
-from engine.model_class import attention_of, model_class, read_config
+from engine.model_class import attention_of, longest_of, model_class, read_config
 from engine.roles import features, linear_modules, output_head, roles, stacked_experts, text_path
 from engine.without_data import HALF, Passed, WithoutData
 
@@ -191,14 +191,14 @@ class _Outline:
             for kind, block in self._blocks(what, fused, unfused, owned)
         )
         outside = self._part(None, what, fused, unfused, owned)
-        vocab, positions = int(self._text.vocab_size), getattr(self._text, "max_position_embeddings", None)
+        vocab = int(self._text.vocab_size)
         return ModelShape(
             family=family,
             class_name=type(self._model).__name__,
             attention="sdpa" if attention_of(type(self._model)) == "sdpa" else "eager",
             hidden=int(self._text.hidden_size),
             vocab=vocab,
-            max_positions=positions if isinstance(positions, int) and positions > 0 else None,
+            max_positions=longest_of(self._text),
             tied_embeddings=not any(parameter.dim() == 2 for parameter in head),
             blocks=blocks,
             outside=outside,

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.errors import BadModel
-from engine.model_class import attention_of, model_class
+from engine.model_class import attention_of, longest_of, model_class
 from engine.stored_names import StoredNames
 
 _ADAPTER = "default"  # PEFT's name for the one adapter
@@ -141,7 +141,7 @@ class StockModel:
     @property
     def longest(self) -> int | None:
         """How many tokens it takes at a time, if its config says so."""
-        return getattr(self._bare.config.get_text_config(), "max_position_embeddings", None)
+        return longest_of(self._bare.config)
 
     def twins(self, name: str) -> list[str]:
         """Return the other names of a tensor."""

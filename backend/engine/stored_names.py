@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -52,3 +52,38 @@ class StoredNames:
         """Return the names and shapes that a whole group has in the files."""
         empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return {name: tuple(tensor.shape) for name, tensor in self.revert(empty).items()}
+
+
+_PEFT_PREFIX = "base_model.model."
+
+
+def names_for_peft(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the name that each of an adapter's tensors must have in its file.
+
+    PEFT renames what it reads as transformers renames the base's files. A name in memory that this would change (it
+    makes `shared_experts` of `shared_expert.`, so `shared_experts.` becomes `shared_experts..`) is written as the
+    base's files have it.
+
+    Args:
+        model: The base, without adapters around it.
+        names: As PEFT has them in memory, `base_model.model.` before them.
+
+    Returns:
+        Name in memory → name in the file: the same, but for those.
+
+    Source: `convert_peft_adapter_state_dict_for_transformers` of PEFT 0.21.
+    """
+    if get_checkpoint_conversion_mapping(getattr(model.config, "model_type", None)) is None:
+        return {name: name for name in names}
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    reverse = [entry.reverse_transform() for entry in reversed(renamings)]
+    written = {}
+    for name in names:
+        held = name.removeprefix(_PEFT_PREFIX)
+        written[name] = name
+        if rename_source_key(held, renamings, [])[0] != held:
+            stored, _ = rename_source_key(held, reverse, [], reverse=True)
+            if rename_source_key(stored, renamings, [])[0] == held:
+                written[name] = f"{_PEFT_PREFIX}{stored}"
+    return written

@@ -12,7 +12,7 @@ from domain.peft.config import PeftConfig
 from engine.batches import Batch
 from engine.errors import BadModel
 from engine.loss import SummedLoss, TokenLosses
-from engine.model_class import attention_of, model_class
+from engine.model_class import attention_of, longest_of, model_class
 from engine.outline import kept_in_full
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -130,4 +130,4 @@ class TransformersBackend:
 
     def longest(self, model: Any) -> int | None:
         """Return the positions that the config names."""
-        return getattr(model.config, "max_position_embeddings", None)
+        return longest_of(model.config)

@@ -132,7 +132,8 @@ class WithoutData:
     def reached(self) -> tuple[set[str], set[str]]:
         """Return the paths of the linear modules that are called, and of what a gradient reaches.
 
-        Those are linear modules, and tensors of stacked experts.
+        Those are linear modules, and tensors of stacked experts. A module whose weight is changed in place by a forward
+        pass is in neither: it cannot be held otherwise.
         """
         called: set[str] = set()
         reached: set[str] = set()
@@ -151,13 +152,21 @@ class WithoutData:
 
         handles = [module.register_forward_hook(note(path)) for path, module in linear_modules(self._model)]
         watch = _Watch(self._model, self._layers, int(self._text.vocab_size))
+        changes = _Changes()
         try:
             with watch.watching(), _as_real(masked=False), _MODE, _Answers():
-                self._forward(_SHORT_LENGTHS[0], masked=False).float().sum().backward()
+                with changes:
+                    logits = self._forward(_SHORT_LENGTHS[0], masked=False)
+                logits.float().sum().backward()
         finally:
             for handle in handles:
                 handle.remove()
-        return called, reached
+        changed = {
+            path
+            for path, module in linear_modules(self._model)
+            if module.weight.untyped_storage()._cdata in changes.storages
+        }
+        return called - changed, reached - changed
 
     def has_tail(self) -> bool:
         """Tell whether its class makes logits of some tokens' hidden states alone, as far as shapes tell."""
@@ -201,7 +210,7 @@ class WithoutData:
         return watch.shown
 
     def _forward(self, length: int, *, masked: bool) -> torch.Tensor:
-        with _MODE, _Answers():
+        with _MODE, _Answers(), _EvenShares():
             arguments: dict[str, Any] = {"use_cache": False}
             if masked:
                 arguments["attention_mask"] = torch.ones((ROWS, length), dtype=torch.long)
@@ -362,13 +371,55 @@ def _set(functions: dict[Any, dict[str, Any]]) -> None:
 
 
 class _Answers(TorchDispatchMode):
-    """Answers what a model asks a tensor for its value, which a fake one does not have: no, or one."""
+    """Answers what a model asks a tensor for its value, which a fake one does not have: no, or one.
+
+    Asked which members of a row are not zero, it says all of them: every expert is chosen by some token. Asked that of
+    a table after it, by each of those, it says an even share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shares = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operator of torch."""
         if func is torch.ops.aten._local_scalar_dense.default:
             kind = args[0].dtype
             return False if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        if func is torch.ops.aten.nonzero.default and (args[0].dim() == 1 or self._shares):
+            asked = args[0]
+            if asked.dim() == 1:
+                self._shares = asked.numel()
+            found = asked.numel() if asked.dim() == 1 else -(-asked.numel() // self._shares)
+            return asked.new_empty((found, asked.dim()), dtype=torch.long)
+        return func(*args, **(kwargs or {}))
+
+
+class _EvenShares(TorchFunctionMode):
+    """Splits evenly where the sizes are values that were asked for: `_Answers` said one to each."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function of torch."""
+        kwargs = kwargs or {}
+        if func is torch.Tensor.split and len(args) > 1 and isinstance(args[1], list) and set(args[1]) == {1}:
+            size = args[0].shape[args[2] if len(args) > 2 else kwargs.get("dim", 0)]
+            share, over = divmod(size, len(args[1]))
+            args = (args[0], [share + (at < over) for at in range(len(args[1]))], *args[2:])
+        return func(*args, **kwargs)
+
+
+class _Changes(TorchDispatchMode):
+    """Notes the storages that operators write into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator of torch."""
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
+                self.storages.add(value.untyped_storage()._cdata)
         return func(*args, **(kwargs or {}))
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, ShieldGemma2Config, ShieldGemma2ForImageClassification
+from transformers import AutoTokenizer
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -110,6 +110,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         **{"head_dim": 16, "mrope_section": [2, 2, 2, 2]},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]},
     },
+    **{
+        name: {
+            "text_config": {
+                **{"model_type": text, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+                **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 400},
+            },
+        }
+        for name, text in (*(("gemma4_assistant", "gemma4_text"), ("gemma4_unified_assistant", "gemma4_unified_text")),)
+    },
     "chameleon": {
         "vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6},
         **{"channel_multiplier": [1, 1], "num_key_value_heads": 4},
@@ -118,6 +127,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         **{"num_key_value_heads": 4, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"]},
         **{"n_group": 1, "topk_group": 1},
     },
+    "doge": {"num_key_value_heads": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "granite4_vision": {
         **{"deepstack_layer_map": [], "downsample_rate": "1/2"},
@@ -166,7 +176,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 _ADDED: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {"vision_start_token_id": 7},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 7},
-    "shieldgemma2": {"yes_token_index": 1, "no_token_index": 2},
 }
 
 
@@ -209,8 +218,6 @@ def make_small(family: str, folder: Path, tokenizer: Path) -> int:
 
 def _published_class(config: Any) -> Any:
     """Return the class that a family's models are published by, with every part that their files have."""
-    if isinstance(config, ShieldGemma2Config):
-        return ShieldGemma2ForImageClassification
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return _get_model_class(config, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     return model_class(config)[0]
