@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -346,7 +347,10 @@ def _as_real(*, masked: bool) -> Iterator[None]:
     It makes a mask of fake tensors every time, of real ones only where one is needed; and torch's grouped product takes
     no fake tensors in fp32. A product with one expert's matrix keeps the same.
     """
-    replaced: dict[Any, dict[str, Any]] = {moe: {"_grouped_mm": _as_one_expert}}
+    replaced: dict[Any, dict[str, Any]] = {
+        moe: {"_grouped_mm": _as_one_expert},
+        Distribution: {"_validate_args": False},  # by the values that its parameters would have
+    }
     if not masked:
         replaced[masking_utils] = {
             "is_tracing": lambda _tensor=None: False,

@@ -115,6 +115,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
             "text_config": {
                 **{"model_type": text, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
                 **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 400},
+                "hidden_size_per_layer_input": 0,
             },
         }
         for name, text in (*(("gemma4_assistant", "gemma4_text"), ("gemma4_unified_assistant", "gemma4_unified_text")),)
