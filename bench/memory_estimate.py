@@ -18,6 +18,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "bench")]
 
+import gpu_points
 from judged import Judged, fit, halves, summary, table
 from own_points import PLATFORMS, goals_missed, measured_points, section
 from published_points import Published, read_points
@@ -93,7 +94,7 @@ def report(rows: list[dict[str, Any]], csv_path: Path, configs: Path) -> list[st
             lines += ["", f"### {title}", "", *text.strip().splitlines(), "", *section(name, own)]
     if csv_path.is_file():
         lines += _published_report(csv_path, configs)
-    return lines
+    return [*lines, "", *gpu_points.section(gpu_points.llama_1b())]
 
 
 def _published_report(csv_path: Path, configs: Path) -> list[str]:

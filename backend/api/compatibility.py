@@ -53,6 +53,9 @@ async def compatibility(
 ) -> CompatibilityResponse:
     """Estimate the peak memory of a fine-tune by component, from the model's config alone, and judge it.
 
+    The estimate is for the engine that would hold the base, which it names. Its `host_bytes` are what Unsloth's
+    checkpointing puts into host memory, beside the total, which is the device's.
+
     What a load would refuse the model for, its licence, code of its own, pickled weights, that the Hub has disabled it,
     is in `blockers`, and the verdict then `unknown`. A setting that cannot take effect is refused as `configure`
     refuses it, a target module that the model does not have among them.

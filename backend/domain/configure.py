@@ -13,6 +13,7 @@ from domain.experts import decide, obstacle, what_is_left_out
 from domain.memory.activations import missing_targets
 from domain.memory.estimate import TrainedRole, estimate, trained_by_role
 from domain.memory.hardware_fit import fit_to_memory
+from domain.memory.unsloth import UnslothHere
 from domain.memory.verdict import judge
 from domain.models.records import Verdict
 from domain.models.shape import ModelShape, Role
@@ -34,10 +35,12 @@ class MachineFacts:
     Attributes:
         has_gpu: Whether training will run on a CUDA GPU.
         supports_bf16: Whether that GPU computes in bfloat16 (compute capability 8.0 and later).
+        unsloth: Unsloth, where it can hold a base on that GPU; its memory is counted for what it would hold.
     """
 
     has_gpu: bool
     supports_bf16: bool
+    unsloth: UnslothHere | None = None
 
 
 @dataclass(frozen=True)
@@ -188,8 +191,8 @@ def configure(
     if shape is not None and available_bytes is not None:
         choices |= _memory_choices(shape, config, available_bytes, overrides, machine)
         config = config.model_copy(update={name: choices[name].value for name in PARAMETER_NAMES})
-        needed = estimate(shape, config, on_gpu=machine.has_gpu)
-        fit = Fit(judge(needed, available_bytes), needed.total_bytes, available_bytes)
+        needed = estimate(shape, config, on_gpu=machine.has_gpu, unsloth=machine.unsloth)
+        fit = Fit(judge(needed, available_bytes, machine.unsloth), needed.total_bytes, available_bytes)
     trained = trained_by_role(shape, config) if shape is not None else None
     return Configuration(config, {name: choices[name] for name in PARAMETER_NAMES}, fit, trained)
 
@@ -276,13 +279,16 @@ def _memory_choices(
     machine: MachineFacts,
 ) -> dict[str, Choice]:
     """Choose what the memory decides; the effective batch stays."""
-    changes = fit_to_memory(shape, config, available_bytes, overrides, on_gpu=machine.has_gpu)
-    needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=machine.has_gpu)
+    on_gpu, unsloth = machine.has_gpu, machine.unsloth
+    changes = fit_to_memory(shape, config, available_bytes, overrides, on_gpu=on_gpu, unsloth=unsloth)
+    needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu, unsloth=unsloth)
     rows, gib = f"{config.max_seq_length} tokens a row", f"{available_bytes / 2**30:.1f} GiB free"
+    if needed.engine == "unsloth":
+        gib += " with Unsloth"
     reason = {
         "fits": f"so that {rows} fit the {gib}",
         "tight": f"so that {rows} just fit the {gib}",
-    }.get(judge(needed, available_bytes), f"needs least, but {rows} do not fit the {gib} in any way")
+    }.get(judge(needed, available_bytes, unsloth), f"needs least, but {rows} do not fit the {gib} in any way")
     return {name: Choice(value, "hardware", reason) for name, value in changes.items()}
 
 

@@ -17,7 +17,7 @@ from domain.peft.config import PeftConfig
 from domain.peft.use_cases import UseCaseId
 from services.engine_service import get_engines
 from services.engines.warm import Engines
-from services.hardware.devices import Device, device_name
+from services.hardware.devices import Device, device_name, with_engine
 from services.hardware.machine import Machine
 from services.hardware_service import get_machine
 from services.loading.attachment import attach, detach
@@ -87,6 +87,8 @@ class PeftService:
             ModelNotFound: There is no such model.
         """
         place = self._machine.device(device if loaded is None else device_name(loaded.base.key.device))
+        if loaded is not None and loaded.base.key.engine != "unsloth":
+            place = with_engine(place, "transformers", None)
         return ModelOnDevice(model_id, revision, self._facts.shape(model_id, revision), place, loaded)
 
     def configure(
@@ -151,8 +153,15 @@ class PeftService:
         """
 
         def judge(device: Device) -> Assessment:
-            available, siblings = device.available_bytes, self._facts.siblings
-            return assess(where.shape, config, available, on_gpu=device.on_gpu, batch=batch, siblings=siblings)
+            return assess(
+                where.shape,
+                config,
+                device.available_bytes,
+                on_gpu=device.on_gpu,
+                batch=batch,
+                unsloth=device.facts.unsloth,
+                siblings=self._facts.siblings,
+            )
 
         if where.shape is None:
             self._facts.loadable_shape(where.model_id, where.revision)  # refuses it if that is why
@@ -199,7 +208,8 @@ class PeftService:
     def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
         """Name settings that would need less memory, and how much less; none where the model's layers are not known."""
         shape = self._facts.shape(model_id, revision)
-        return savings(shape, config, on_gpu=on_gpu) if shape is not None else []
+        unsloth = self._machine.device("auto").facts.unsloth if on_gpu else None
+        return savings(shape, config, on_gpu=on_gpu, unsloth=unsloth) if shape is not None else []
 
     # Loading
 
@@ -218,6 +228,8 @@ class PeftService:
         """
         device = self._machine.device(request.device)
         self._files.check(request.model_id, request.revision, allow_pickle=request.allow_pickle)
+        if request.engine == "transformers":
+            device = with_engine(device, "transformers", None)
         shape = self._facts.loadable_shape(request.model_id, request.revision)
         where = ModelOnDevice(request.model_id, request.revision, shape, device)
         if isinstance(request, ConfiguredLoad):

@@ -19,6 +19,7 @@ from typing import Any
 from model_shapes import read_shape
 
 from domain.memory.activations import Batch
+from domain.memory.unsloth import UnslothHere
 from domain.memory.verdict import assess
 from domain.peft.algorithms import Algorithm
 from gpu_check import BACKEND, ROOT
@@ -151,8 +152,9 @@ def _compare(row: Row, rows: list[Row], peers: dict[str, dict[str, Any]]) -> Non
 
 
 def _predicted(case: Case, config: dict[str, Any], *, on_gpu: bool) -> int | None:
-    batch = Batch(case.config.batch_size, case.config.max_seq_length, masked=True)
-    estimate = assess(read_shape(config), case.config, None, on_gpu=on_gpu, batch=batch).estimate
+    batch = Batch(case.config.batch_size, case.config.max_seq_length, masked=True, even=True)  # rows fill the length
+    unsloth = UnslothHere() if case.engine == "unsloth" else None
+    estimate = assess(read_shape(config), case.config, None, on_gpu=on_gpu, batch=batch, unsloth=unsloth).estimate
     return estimate.total_bytes if estimate is not None else None
 
 

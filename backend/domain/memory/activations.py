@@ -50,12 +50,14 @@ class Batch:
         length: T, the longest row's; the others are padded to it.
         masked: Whether an attention mask is passed: rows of different length, or several rows in one sequence.
         trained: Part of the positions whose logits are computed, 0..1.
+        even: Whether every pass of the run is as large as this one.
     """
 
     rows: int
     length: int
     masked: bool
     trained: float = 1.0
+    even: bool = False
 
     @property
     def tokens(self) -> int:
@@ -74,7 +76,7 @@ def largest_batch(config: PeftConfig) -> Batch:
 
 def targeted(shape: ModelShape, config: PeftConfig) -> list[tuple[Linear, int]]:
     """Return the linear modules that the configuration adapts, with how many there are of each."""
-    in_blocks = [pair for block in shape.blocks for pair in _targeted_in(block, config)]
+    in_blocks = [pair for block in shape.blocks for pair in targeted_in(block, config)]
     return in_blocks + [(linear, 1) for linear in _targeted_outside(shape, config)]
 
 
@@ -90,7 +92,8 @@ def _is_there(shape: ModelShape, name: str) -> bool:
     return in_layers or any(_means(name, linear.path) for linear in shape.outside.linears)
 
 
-def _targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
+def targeted_in(block: Block, config: PeftConfig) -> list[tuple[Linear, int]]:
+    """Return the adapted linear modules of a block's layers, with how many there are of each."""
     targets = []
     for linear in block.part.linears:
         named = 0
@@ -176,16 +179,16 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: S
     outside = _kept_by_part(shape.outside, config, batch, stack, on_gpu=on_gpu)
     everything, plainly = (sum(count * size for count, size in sizes) + outside for sizes in (kept, kept_plainly))
     sums = sum(block.count * _sums_of_stacks(block.part, config) for block in shape.blocks if block.passed)
-    working = max((_working(block, config, batch) for block in shape.blocks if block.passed), default=0)
+    most = max((working(block, config, batch) for block in shape.blocks if block.passed), default=0)
     if not config.gradient_checkpointing:
-        return Layers(everything - sums, plainly - sums, everything, everything, working)
+        return Layers(everything - sums, plainly - sums, everything, everything, most)
     inputs = sum(block.count * block.part.inputs for block in shape.blocks if block.passed)
     boundaries = round(inputs * batch.tokens * WIDTH_BYTES[config.precision])
     largest = max((size for _, size in kept), default=0)
-    return Layers(everything - sums, plainly - sums, boundaries + outside + largest, boundaries + outside, working)
+    return Layers(everything - sums, plainly - sums, boundaries + outside + largest, boundaries + outside, most)
 
 
-def _working(block: Block, config: PeftConfig, batch: Batch) -> int:
+def working(block: Block, config: PeftConfig, batch: Batch) -> int:
     """Bytes that one layer of a block computes with: some tensors as wide as its widest linear module.
 
     Where stacked experts are adapted, the gradient of the largest W + B·A is there as well.
@@ -214,11 +217,15 @@ def _kept_by_part(part: Part, config: PeftConfig, batch: Batch, stack: Stack, *,
 
 
 def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
-    """Bytes that the adapters of one layer keep: their input as they see it, and A's output.
+    """Bytes that the adapters of one layer keep."""
+    return kept_by_peft([linear for linear, _ in targeted_in(block, config)], config, batch, stack, on_gpu=on_gpu)
+
+
+def kept_by_peft(targets: list[Linear], config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
+    """Count the bytes that PEFT's layers on some modules keep: their input as they see it, and A's output.
 
     Source: PEFT, tuners/lora/layer.py, `Linear.forward`: `lora_B(lora_A(dropout(x)))` with x in the adapter's type.
     """
-    targets = [linear for linear, _ in _targeted_in(block, config)]
     if config.dropout > 0:
         # The dropped input, and what drops it: a mask of one byte on a GPU, one in fp32 on a CPU (ATen, Dropout.cpp).
         per_token = sum((stack.adapter_width + (1 if on_gpu else 4)) * linear.fan_in for linear in targets)

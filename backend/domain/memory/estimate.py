@@ -5,8 +5,10 @@ Symbols are those of `domain.memory.activations`. docs/memory-estimate.md compar
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from core import allocator
+from domain.memory import unsloth as by_unsloth
 from domain.memory.activations import (
     OURS,
     WIDTH_BYTES,
@@ -19,6 +21,7 @@ from domain.memory.activations import (
     targeted,
     targeted_experts,
 )
+from domain.memory.unsloth import UnslothHere
 from domain.models.shape import ModelShape, Role
 from domain.peft.config import DECOMPOSED, PeftConfig
 
@@ -126,6 +129,8 @@ class Estimate:
         activations_bytes: What layers and adapters keep for the backward pass.
         overhead_bytes: Interpreter, libraries, context, and what the allocator cannot reuse.
         low_bytes: The range that held for the points in docs/memory-estimate.md.
+        engine: What holds the base. Its own layers and loss are counted.
+        host_bytes: What its checkpointing puts into host memory, beside the total, which is the device's.
     """
 
     total_bytes: int
@@ -138,6 +143,8 @@ class Estimate:
     overhead_bytes: int
     low_bytes: int
     high_bytes: int
+    engine: Literal["transformers", "unsloth"] = "transformers"
+    host_bytes: int = 0
 
 
 def adapter_parameters(shape: ModelShape, config: PeftConfig) -> int:
@@ -225,7 +232,13 @@ def estimate_loading(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> 
 
 
 def estimate(
-    shape: ModelShape, config: PeftConfig, *, on_gpu: bool, batch: Batch | None = None, stack: Stack = OURS
+    shape: ModelShape,
+    config: PeftConfig,
+    *,
+    on_gpu: bool,
+    batch: Batch | None = None,
+    stack: Stack = OURS,
+    unsloth: UnslothHere | None = None,
 ) -> Estimate:
     """Estimate the peak of loading and training.
 
@@ -235,18 +248,29 @@ def estimate(
         on_gpu: Whether it trains on a CUDA GPU or on the CPU.
         batch: The largest forward pass, if more is known of the data than the configuration allows.
         stack: The training program.
+        unsloth: Unsloth, where the device has it: it counts for what it would hold.
     """
+    fast = on_gpu and by_unsloth.holds(shape, config, unsloth)
+    stack = by_unsloth.STACK if fast else stack
     device, batch = platform(on_gpu=on_gpu), batch or largest_batch(config)
     weights, trained = weights_bytes(shape, config), adapter_parameters(shape, config)
-    layers = kept_by_layers(shape, config, batch, stack, on_gpu=on_gpu)
-    activations, logits = _at_once(layers, logits_bytes(shape, config, batch, stack, on_gpu=on_gpu), stack)
+    if fast:
+        layers, loss = by_unsloth.kept_by_layers(shape, config, batch), by_unsloth.logits_bytes(shape, config, batch)
+    else:
+        layers = kept_by_layers(shape, config, batch, stack, on_gpu=on_gpu)
+        loss = logits_bytes(shape, config, batch, stack, on_gpu=on_gpu)
+    activations, logits = _at_once(layers, loss, stack)
     adapter = trained * stack.adapter_width
     # Two moments a parameter, in 8 bits (arXiv 2110.02861) or in the parameter's type.
     optimizer = trained * 2 * (1 if config.optimizer == "adamw_8bit" else stack.adapter_width)
     # Gradients take the place of activations as these are freed, unless several passes add up to one step.
     gradients = adapter if config.gradient_accumulation > 1 else max(0, adapter - activations - logits)
     training = weights + adapter + gradients + optimizer + activations + logits
-    lost = _lost(shape, config, device, layers, adapter + optimizer)
+    if fast:
+        # It turns expandable segments on (unsloth_zoo/__init__.py), which leave nothing that cannot be used again.
+        lost = by_unsloth.workspace_bytes(shape, config)
+    else:
+        lost = _lost(shape, config, device, layers, adapter + optimizer)
     fixed = device.overhead_bytes + device.training_bytes + lost
     # Loading may need more than a small training run.
     overhead = max(fixed, loading_bytes(shape, config, on_gpu=on_gpu) - training)
@@ -262,6 +286,8 @@ def estimate(
         overhead_bytes=overhead,
         low_bytes=math.floor(total * device.low),
         high_bytes=math.ceil(total * device.high),
+        engine="unsloth" if fast else "transformers",
+        host_bytes=by_unsloth.host_bytes(shape, config, batch) if fast else 0,
     )
 
 

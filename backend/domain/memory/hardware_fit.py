@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from domain.memory.estimate import estimate
+from domain.memory.unsloth import UnslothHere
 from domain.memory.verdict import judge
 from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
@@ -14,7 +15,13 @@ _BATCH = frozenset({"batch_size", "gradient_accumulation"})
 
 
 def fit_to_memory(
-    shape: ModelShape, config: PeftConfig, available_bytes: int, kept: Collection[str], *, on_gpu: bool
+    shape: ModelShape,
+    config: PeftConfig,
+    available_bytes: int,
+    kept: Collection[str],
+    *,
+    on_gpu: bool,
+    unsloth: UnslothHere | None = None,
 ) -> Mapping[str, Any]:
     """Return the changes that make a configuration fit the device, and on a GPU use it.
 
@@ -28,6 +35,7 @@ def fit_to_memory(
         available_bytes: What is free on the device.
         kept: Parameters that must not change.
         on_gpu: Whether the device is a CUDA GPU.
+        unsloth: Unsloth, where the device has it.
 
     Returns:
         Parameter → value. It is empty if nothing has to change. If nothing fits, it is the way that needs least.
@@ -37,8 +45,8 @@ def fit_to_memory(
     for changes in _options(config, kept, on_gpu=on_gpu):
         if tight is not None and changes["precision"] != config.precision:
             break  # if fp32 may fit, bf16 is not worth it: it is several times slower
-        needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu)
-        verdict = judge(needed, available_bytes)
+        needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu, unsloth=unsloth)
+        verdict = judge(needed, available_bytes, unsloth)
         if verdict == "fits":
             return _changed(config, changes)
         if verdict == "tight" and tight is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from domain.memory.activations import Batch, largest_batch, missing_targets
 from domain.memory.estimate import Estimate, estimate, estimate_loading
+from domain.memory.unsloth import UnslothHere
 from domain.models.records import Verdict
 from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
@@ -64,9 +65,13 @@ class Sibling:
     shape: ModelShape
 
 
-def judge(needed: Estimate, available_bytes: int) -> Verdict:
-    """Compare an estimate with what is free: tight where only the range's upper end does not fit."""
-    if needed.total_bytes > available_bytes:
+def judge(needed: Estimate, available_bytes: int, unsloth: UnslothHere | None = None) -> Verdict:
+    """Compare an estimate with what is free: tight where only the range's upper end does not fit.
+
+    What Unsloth's checkpointing puts into host memory must fit there.
+    """
+    host = unsloth.host_available_bytes if unsloth is not None else None
+    if needed.total_bytes > available_bytes or (host is not None and needed.host_bytes > host):
         return "does_not_fit"
     return "tight" if needed.high_bytes > available_bytes else "fits"
 
@@ -78,6 +83,7 @@ def judge_run(
     *,
     on_gpu: bool,
     batch: Batch | None = None,
+    unsloth: UnslothHere | None = None,
 ) -> Assessment:
     """Estimate a fine-tune and judge it, without asking what would make it fit.
 
@@ -87,6 +93,7 @@ def judge_run(
         available_bytes: What is free on the device; None where it does not say.
         on_gpu: Whether the device is a CUDA GPU.
         batch: The largest forward pass, if more is known of the data than the configuration allows.
+        unsloth: Unsloth, where the device has it.
 
     Returns:
         The assessment. What is not known is `unknown`, never `fits`.
@@ -95,10 +102,10 @@ def judge_run(
         reason = "what the model is made of is not known"
         return Assessment("unknown", available_bytes, None, [reason])
     blockers = _blockers(shape, config)
-    needed = estimate(shape, config, on_gpu=on_gpu, batch=batch)
-    reasons = _reasons(config, batch, needed, available_bytes)
+    needed = estimate(shape, config, on_gpu=on_gpu, batch=batch, unsloth=unsloth)
+    reasons = _reasons(config, batch, needed, available_bytes, unsloth)
     known = available_bytes is not None and not blockers
-    verdict = judge(needed, available_bytes) if known and available_bytes is not None else "unknown"
+    verdict = judge(needed, available_bytes, unsloth) if known and available_bytes is not None else "unknown"
     return Assessment(verdict, available_bytes, needed, reasons, [], blockers)
 
 
@@ -109,6 +116,7 @@ def assess(
     *,
     on_gpu: bool,
     batch: Batch | None = None,
+    unsloth: UnslothHere | None = None,
     siblings: Callable[[ModelShape], Sequence[Sibling]] | None = None,
 ) -> Assessment:
     """Judge a fine-tune as `judge_run` does, and say what would make it fit.
@@ -116,7 +124,7 @@ def assess(
     Args:
         siblings: Finds models that could be taken instead; asked only if the fine-tune does not fit.
     """
-    assessment = judge_run(shape, config, available_bytes, on_gpu=on_gpu, batch=batch)
+    assessment = judge_run(shape, config, available_bytes, on_gpu=on_gpu, batch=batch, unsloth=unsloth)
     if (
         shape is None
         or available_bytes is None
@@ -126,9 +134,10 @@ def assess(
         return assessment
 
     def judge_sibling(other: ModelShape, changed: PeftConfig) -> Assessment:
-        return judge_run(other, changed, available_bytes, on_gpu=on_gpu, batch=_shrunk(batch, changed))
+        shrunk = _shrunk(batch, changed)
+        return judge_run(other, changed, available_bytes, on_gpu=on_gpu, batch=shrunk, unsloth=unsloth)
 
-    changes = _suggest(shape, config, assessment.estimate, available_bytes, on_gpu=on_gpu, batch=batch)
+    changes = _suggest(shape, config, assessment.estimate, available_bytes, on_gpu=on_gpu, batch=batch, unsloth=unsloth)
     if siblings is not None:
         changes += _smaller(shape, config, siblings(shape), judge_sibling)
     return replace(assessment, suggestions=changes)
@@ -171,15 +180,16 @@ def _judge_loading(
     return Assessment(judge(needed, available_bytes), available_bytes, needed)
 
 
-def savings(shape: ModelShape, config: PeftConfig, *, on_gpu: bool) -> list[str]:
+def savings(shape: ModelShape, config: PeftConfig, *, on_gpu: bool, unsloth: UnslothHere | None = None) -> list[str]:
     """Say what to change after a run for which the memory did not suffice, each with what it is estimated to save.
 
     Each change is the mildest of its kind, in the order in which a practitioner would try them.
     """
-    before = estimate(shape, config, on_gpu=on_gpu).total_bytes
+    before = estimate(shape, config, on_gpu=on_gpu, unsloth=unsloth).total_bytes
     advice = []
     for (change, values), *_ in _changes(shape, config):
-        after = estimate(shape, config.model_copy(update=values), on_gpu=on_gpu).total_bytes
+        changed = config.model_copy(update=values)
+        after = estimate(shape, changed, on_gpu=on_gpu, unsloth=unsloth).total_bytes
         if after < _WORTH_IT * before:
             advice.append(f"{change} (needs about {(before - after) / 1e9:.2g} GB less)")
     return advice
@@ -198,10 +208,24 @@ def _blockers(shape: ModelShape, config: PeftConfig) -> list[str]:
     return blockers
 
 
-def _reasons(config: PeftConfig, batch: Batch | None, needed: Estimate, available: int | None) -> list[str]:
+def _reasons(
+    config: PeftConfig,
+    batch: Batch | None,
+    needed: Estimate,
+    available: int | None,
+    unsloth: UnslothHere | None,
+) -> list[str]:
     batch = largest_batch(config) if batch is None else batch
     rows, length = batch.rows, batch.length
     reasons = [f"{rows} rows of {length} tokens, {rows * length} a forward pass, are assumed"]
+    if needed.engine == "unsloth":
+        reasons.append("Unsloth would hold the base: its kernels, loss and checkpointing are counted")
+    if needed.host_bytes:
+        free = unsloth.host_available_bytes if unsloth is not None else None
+        reasons.append(
+            f"Unsloth's checkpointing takes {needed.host_bytes} bytes of host memory"
+            + (f", {free} available" if free is not None else "")
+        )
     if available is None:
         return [*reasons, "the device does not say what is free"]
     return [*reasons, f"{needed.total_bytes} bytes estimated, {available} available"]
@@ -218,6 +242,7 @@ def _suggest(
     *,
     on_gpu: bool,
     batch: Batch | None,
+    unsloth: UnslothHere | None,
 ) -> list[Suggestion]:
     """Propose changes in the order a practitioner would try them: what costs nothing in quality first.
 
@@ -226,8 +251,8 @@ def _suggest(
 
     def with_changes(change: str, values: Mapping[str, Any]) -> Suggestion:
         changed = config.model_copy(update=dict(values))
-        after = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed))
-        return Suggestion(change, values, after.total_bytes, judge(after, available_bytes))
+        after = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed), unsloth=unsloth)
+        return Suggestion(change, values, after.total_bytes, judge(after, available_bytes, unsloth))
 
     single = [_mildest_that_fits(with_changes(*option) for option in options) for options in _changes(shape, config)]
     useful = [item for item in single if item.estimate_bytes < _WORTH_IT * needed.total_bytes]

@@ -1,11 +1,12 @@
 """Which device a request means, what it has free, and which engine runs on it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from core.errors import SettingRejected
 from domain.configure import MachineFacts
+from domain.memory.unsloth import UnslothHere
 from domain.peft.unsloth_rules import LEAST_CAPABILITY
 
 EngineName = Literal["transformers", "unsloth"]
@@ -69,6 +70,17 @@ class Device:
     def on_gpu(self) -> bool:
         """Whether it is a GPU."""
         return self.facts.has_gpu
+
+
+def with_engine(device: Device, engine: EngineName, host_available_bytes: int | None) -> Device:
+    """Return a device whose facts say whether Unsloth holds what it can of the bases there.
+
+    Args:
+        engine: The best on the device.
+        host_available_bytes: What is free on the host, where Unsloth's checkpointing keeps a part.
+    """
+    unsloth = UnslothHere(host_available_bytes) if engine == "unsloth" else None
+    return replace(device, facts=replace(device.facts, unsloth=unsloth))
 
 
 def device_name(torch_name: str) -> str | int:

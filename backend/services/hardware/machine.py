@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from services.hardware.devices import Device, EngineChoice, choose_device, choose_engine
+from services.hardware.devices import Device, EngineChoice, choose_device, choose_engine, with_engine
 from services.hardware.host_probe import MemoryReading
 from services.hardware.nvml_probe import GpuReading
 
@@ -32,7 +32,10 @@ class Machine:
             SettingRejected: There is no such GPU.
         """
         gpus, memory = self._hardware.memory()
-        return choose_device(wanted, [gpu for gpu in gpus if gpu.error is None], memory.available_bytes)
+        device = choose_device(wanted, [gpu for gpu in gpus if gpu.error is None], memory.available_bytes)
+        if not device.on_gpu:
+            return device
+        return with_engine(device, self.engine("auto", device, None).name, memory.available_bytes)
 
     def training_devices(self) -> tuple[str, ...]:
         """Return what trains here, a job each at a time: every GPU that answers, or else the CPU."""

@@ -40,7 +40,8 @@ def fit_of(
         ).config
     except SettingRejected:  # one odd model, say with a very short context, must not hide a list
         return None
-    assessment = judge_run(shape, settings, device.available_bytes, on_gpu=device.on_gpu)
+    available, unsloth = device.available_bytes, device.facts.unsloth
+    assessment = judge_run(shape, settings, available, on_gpu=device.on_gpu, unsloth=unsloth)
     if assessment.estimate is None:
         return None
     return Fit(assessment.verdict, assessment.estimate.total_bytes)

@@ -58,7 +58,14 @@ class CompatibilityService:
             shape=shape,
             available_bytes=device.available_bytes,
         ).config
-        assessment = assess(shape, config, device.available_bytes, on_gpu=device.on_gpu, siblings=self._facts.siblings)
+        assessment = assess(
+            shape,
+            config,
+            device.available_bytes,
+            on_gpu=device.on_gpu,
+            unsloth=device.facts.unsloth,
+            siblings=self._facts.siblings,
+        )
         if shape is None:
             unknown = f"what it is made of is not known: {described.problem}"
             assessment = replace(assessment, reasons=[unknown])
