@@ -154,8 +154,8 @@ logit takes 8 bytes in the compiled loss, where the graph could also have kept 4
 nothing.
 
 Not measured: other cards, models and families; longer rows; packed rows; fp16; adapters on some of the modules only;
-GPUs with less than 8 GiB free, where the loss takes smaller chunks than are counted; and the host memory that
-checkpointing takes, which is counted by the code alone.
+GPUs with less than 8 GiB free, where the loss takes smaller chunks; and the host memory that checkpointing takes. These
+are counted by the code alone.
 """.strip().splitlines()
 _OTHERS = """
 The transformers engine held all logits then. It computes its loss by chunks since, and has not been measured on a GPU

@@ -191,8 +191,9 @@ def configure(
     if shape is not None and available_bytes is not None:
         choices |= _memory_choices(shape, config, available_bytes, overrides, machine)
         config = config.model_copy(update={name: choices[name].value for name in PARAMETER_NAMES})
-        needed = estimate(shape, config, on_gpu=machine.has_gpu, unsloth=machine.unsloth)
-        fit = Fit(judge(needed, available_bytes, machine.unsloth), needed.total_bytes, available_bytes)
+        on_gpu, unsloth = machine.has_gpu, machine.unsloth
+        needed = estimate(shape, config, on_gpu=on_gpu, unsloth=unsloth, available_bytes=available_bytes)
+        fit = Fit(judge(needed, available_bytes, unsloth), needed.total_bytes, available_bytes)
     trained = trained_by_role(shape, config) if shape is not None else None
     return Configuration(config, {name: choices[name] for name in PARAMETER_NAMES}, fit, trained)
 
@@ -281,7 +282,8 @@ def _memory_choices(
     """Choose what the memory decides; the effective batch stays."""
     on_gpu, unsloth = machine.has_gpu, machine.unsloth
     changes = fit_to_memory(shape, config, available_bytes, overrides, on_gpu=on_gpu, unsloth=unsloth)
-    needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu, unsloth=unsloth)
+    changed = config.model_copy(update=dict(changes))
+    needed = estimate(shape, changed, on_gpu=on_gpu, unsloth=unsloth, available_bytes=available_bytes)
     rows, gib = f"{config.max_seq_length} tokens a row", f"{available_bytes / 2**30:.1f} GiB free"
     if needed.engine == "unsloth":
         gib += " with Unsloth"

@@ -239,6 +239,7 @@ def estimate(
     batch: Batch | None = None,
     stack: Stack = OURS,
     unsloth: UnslothHere | None = None,
+    available_bytes: int | None = None,
 ) -> Estimate:
     """Estimate the peak of loading and training.
 
@@ -249,13 +250,18 @@ def estimate(
         batch: The largest forward pass, if more is known of the data than the configuration allows.
         stack: The training program.
         unsloth: Unsloth, where the device has it: it counts for what it would hold.
+        available_bytes: What is free on the device, by which Unsloth's loss chooses its chunks; plenty where that is
+            not known.
     """
     fast = on_gpu and by_unsloth.holds(shape, config, unsloth)
     stack = by_unsloth.STACK if fast else stack
     device, batch = platform(on_gpu=on_gpu), batch or largest_batch(config)
     weights, trained = weights_bytes(shape, config), adapter_parameters(shape, config)
     if fast:
-        layers, loss = by_unsloth.kept_by_layers(shape, config, batch), by_unsloth.logits_bytes(shape, config, batch)
+        layers = by_unsloth.kept_by_layers(shape, config, batch)
+        held = device.overhead_bytes + weights + trained * stack.adapter_width + layers.loss_bytes
+        free = max(0, available_bytes - held) if available_bytes is not None else None
+        loss = by_unsloth.logits_bytes(shape, config, batch, free)
     else:
         layers = kept_by_layers(shape, config, batch, stack, on_gpu=on_gpu)
         loss = logits_bytes(shape, config, batch, stack, on_gpu=on_gpu)

@@ -45,7 +45,8 @@ def fit_to_memory(
     for changes in _options(config, kept, on_gpu=on_gpu):
         if tight is not None and changes["precision"] != config.precision:
             break  # if fp32 may fit, bf16 is not worth it: it is several times slower
-        needed = estimate(shape, config.model_copy(update=dict(changes)), on_gpu=on_gpu, unsloth=unsloth)
+        changed = config.model_copy(update=dict(changes))
+        needed = estimate(shape, changed, on_gpu=on_gpu, unsloth=unsloth, available_bytes=available_bytes)
         verdict = judge(needed, available_bytes, unsloth)
         if verdict == "fits":
             return _changed(config, changes)

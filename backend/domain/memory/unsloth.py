@@ -25,7 +25,7 @@ from domain.peft.unsloth_rules import loaded_length, not_fused, obstacle
 STACK = Stack(chunks_loss=True, makes_masks=False)
 # The fused loss counts 16 bytes a logit and takes as many chunks, in fours, as keep a chunk under half of the free
 # memory, 4 GiB at most (unsloth_zoo/fused_losses/cross_entropy_loss.py, `_CE_BYTES_PER_LOGIT`, `_CE_TARGET_GB_CAP`,
-# `get_chunk_size`). A GPU with less than 8 GiB free at the first step takes smaller chunks than are counted here.
+# `get_chunk_size`).
 _COUNTED_PER_LOGIT = 16
 _CHUNK_BYTES = 4 * 2**30
 # What a chunk holds at its peak: logits and their gradient in 16 bits, and one fp32 tensor (`compute_fused_ce_loss`,
@@ -83,19 +83,23 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch) -> Layer
     return Layers(everything, plainly, inputs + outside + largest, inputs + outside, most)
 
 
-def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch) -> int:
+def logits_bytes(shape: ModelShape, config: PeftConfig, batch: Batch, free_bytes: int | None = None) -> int:
     """Bytes of the loss at its peak: a chunk's logits, and the hidden states of all tokens with their gradient.
 
     Tokens that are not trained have logits as well. Since chunks come in fours, a pass that is just too large for one
     chunk needs a quarter of what a somewhat smaller one needs. So a run of mixed lengths is taken to fill a chunk.
+
+    Args:
+        free_bytes: What is free on the device when the first loss is computed; plenty where that is not known.
     """
-    hidden = _hidden_bytes(shape, config, batch)
-    parts = batch.tokens * shape.vocab * _COUNTED_PER_LOGIT / max(1, _CHUNK_BYTES - hidden)
+    hidden, counted = _hidden_bytes(shape, config, batch), shape.vocab * _COUNTED_PER_LOGIT
+    most = _CHUNK_BYTES if free_bytes is None else max(counted, min(_CHUNK_BYTES, free_bytes // 2))
     if batch.even:
+        parts = batch.tokens * counted / (most - hidden if hidden < most else most)
         count = 1 if parts <= 1 else min(batch.tokens, 4 * math.ceil(parts / 4))
         chunk = math.ceil(batch.tokens / count)
     else:
-        chunk = min(batch.tokens, math.ceil(_CHUNK_BYTES / (_COUNTED_PER_LOGIT * shape.vocab)))
+        chunk = min(batch.tokens, math.ceil(most / counted))
     return chunk * shape.vocab * _PER_LOGIT + 2 * hidden
 
 

@@ -102,7 +102,7 @@ def judge_run(
         reason = "what the model is made of is not known"
         return Assessment("unknown", available_bytes, None, [reason])
     blockers = _blockers(shape, config)
-    needed = estimate(shape, config, on_gpu=on_gpu, batch=batch, unsloth=unsloth)
+    needed = estimate(shape, config, on_gpu=on_gpu, batch=batch, unsloth=unsloth, available_bytes=available_bytes)
     reasons = _reasons(config, batch, needed, available_bytes, unsloth)
     known = available_bytes is not None and not blockers
     verdict = judge(needed, available_bytes, unsloth) if known and available_bytes is not None else "unknown"
@@ -251,7 +251,8 @@ def _suggest(
 
     def with_changes(change: str, values: Mapping[str, Any]) -> Suggestion:
         changed = config.model_copy(update=dict(values))
-        after = estimate(shape, changed, on_gpu=on_gpu, batch=_shrunk(batch, changed), unsloth=unsloth)
+        shrunk = _shrunk(batch, changed)
+        after = estimate(shape, changed, on_gpu=on_gpu, batch=shrunk, unsloth=unsloth, available_bytes=available_bytes)
         return Suggestion(change, values, after.total_bytes, judge(after, available_bytes, unsloth))
 
     single = [_mildest_that_fits(with_changes(*option) for option in options) for options in _changes(shape, config)]

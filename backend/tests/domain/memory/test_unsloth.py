@@ -167,6 +167,27 @@ def test_a_gpu_takes_with_unsloth_what_it_cannot_take_without() -> None:
     assert "Unsloth" not in plain.choices["batch_size"].reason
 
 
+@given(FAST, st.booleans(), st.integers(1, 8), st.integers(64, 4096), st.integers(0, 2**35), st.integers(0, 2**33))
+def test_the_loss_takes_smaller_chunks_where_less_is_free_and_more_room_never_fits_less(
+    algorithm: Algorithm, checkpointing: bool, rows: int, length: int, available: int, more: int
+) -> None:
+    config = _config(algorithm, batch_size=rows, max_seq_length=length, gradient_checkpointing=checkpointing)
+    order = ["does_not_fit", "tight", "fits"]
+    tighter, roomier = (
+        estimate(_shape(), config, on_gpu=True, unsloth=HERE, available_bytes=size)
+        for size in (available, available + more)
+    )
+    plenty = estimate(_shape(), config, on_gpu=True, unsloth=HERE)
+    assert tighter.total_bytes <= roomier.total_bytes <= plenty.total_bytes
+    assert order.index(judge(tighter, available)) <= order.index(judge(roomier, available + more))
+
+
+def test_qlora_of_a_small_model_with_a_large_vocabulary_fits_a_card_of_6_gib() -> None:
+    config = _config(Algorithm.QLORA, batch_size=1, gradient_checkpointing=True)
+    assert assess(_shape(), config, 5 * 2**30, on_gpu=True, unsloth=HERE).verdict == "fits"
+    assert assess(_shape(), config, 5 * 2**30, on_gpu=True, unsloth=HERE).estimate.total_bytes < 4.5 * 2**30  # type: ignore[union-attr]
+
+
 def test_what_would_save_memory_is_estimated_for_the_engine_that_ran() -> None:
     config = _config(gradient_checkpointing=False)
     assert savings(_shape(), config, on_gpu=True, unsloth=HERE) != savings(_shape(), config, on_gpu=True)
