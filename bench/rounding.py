@@ -74,7 +74,7 @@ def loss_of(base: Base, rows: list[Row]) -> float:
     base.model.eval()
     batch = pad(rows, int(base.tokenizer.pad_token_id))
     with torch.no_grad():
-        return float(SummedLoss(base.model, base.device)(batch)) / batch.trained_tokens
+        return float(SummedLoss(base.model, base.device)(batch).total) / batch.trained_tokens
 
 
 def train(path: Path, config: PeftConfig, rows: list[Row], held: list[Row], adapter: Path) -> tuple[float, float]:

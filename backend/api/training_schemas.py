@@ -145,6 +145,9 @@ class MetricsRow(Response):
     eval_loss: float | None
     learning_rate: float
     grad_norm: float | None
+    token_accuracy: float | None = Field(
+        default=None, description="The share of the step's trained tokens that the model found likeliest, 0..1."
+    )
     preference: PreferenceMetrics | None = Field(default=None, description="Where preferences are learned.")
     tokens: int
     tokens_per_s: float

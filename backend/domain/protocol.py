@@ -160,6 +160,7 @@ class Evaluated(_Event):
     step: int
     epoch: float
     eval_loss: float
+    token_accuracy: float | None = None
     preference: PreferenceFigures | None = None
     elapsed_s: float
 

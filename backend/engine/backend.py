@@ -8,6 +8,7 @@ import torch
 
 from domain.peft.config import PeftConfig
 from engine.batches import Batch
+from engine.loss import BatchLoss
 
 
 class Backend(Protocol):
@@ -25,8 +26,8 @@ class Backend(Protocol):
     def begin_answering(self, model: Any) -> None:
         """Prepare the model for generation."""
 
-    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
-        """Return a function from a batch to the cross-entropy summed over its trained tokens, with a gradient."""
+    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], BatchLoss]:
+        """Return a function from a batch to the cross-entropy summed over its trained tokens."""
 
     def loss_described(self) -> str:
         """Say in words how what `loss` or `token_losses` returned last computes."""

@@ -5,6 +5,7 @@ how a chunk's gradient is computed and why.
 """
 
 import sys
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -46,6 +47,10 @@ class TokenLosses:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the losses, N in fp32 with a gradient, row by row and in the order of the tokens in each."""
+        return self.with_hits(batch)[0]
+
+    def with_hits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the losses, and for each of the tokens whether the model finds none likelier, N bools."""
         targets = batch.labels[:, 1:]
         rows, columns = torch.nonzero(targets != IGNORED, as_tuple=True)
         wanted = targets[rows, columns].to(self._device)
@@ -65,21 +70,35 @@ class TokenLosses:
 
     def _of_whole_logits(
         self, inputs: dict[str, Any], rows: torch.Tensor, columns: torch.Tensor, wanted: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         kept, at = torch.unique(columns, return_inverse=True)
         if self._keeps_logits:
             logits = self._model(**inputs, use_cache=False, logits_to_keep=kept.to(self._device)).logits
         else:
             logits = self._model(**inputs, use_cache=False).logits[:, kept]
-        return functional.cross_entropy(logits[rows, at].float(), wanted, reduction="none")
+        return _losses_and_hits(logits[rows, at], wanted)
 
-    def _of_hidden(self, tail: Tail, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    def _of_hidden(self, tail: Tail, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         bounds = chunks(len(wanted), self.most_tokens)
         # In fp16 a gradient underflows unless the scaler's factor is in it from the start.
         if torch.is_grad_enabled() and (tail.trains or hidden.dtype == torch.float16):
-            return torch.cat([_recomputed(tail, hidden[low:high], wanted[low:high]) for low, high in bounds])
-        losses: torch.Tensor = _Losses.apply(hidden, wanted, tail, bounds)  # type: ignore[no-untyped-call]
-        return losses
+            parts = [_recomputed(tail, hidden[low:high], wanted[low:high]) for low, high in bounds]
+            return torch.cat([losses for losses, _ in parts]), torch.cat([hits for _, hits in parts])
+        losses, hits = _Losses.apply(hidden, wanted, tail, bounds)  # type: ignore[no-untyped-call]
+        return losses, hits
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """The loss of a batch.
+
+    Attributes:
+        total: The sum over its trained tokens, with a gradient.
+        hits: How many of them the model finds likeliest; None where the back end does not say.
+    """
+
+    total: torch.Tensor
+    hits: int | None
 
 
 class SummedLoss:
@@ -94,9 +113,10 @@ class SummedLoss:
         self._losses = TokenLosses(model, device)
         self.how = self._losses.how
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the sum, a scalar with a gradient."""
-        return self._losses(batch).sum()
+    def __call__(self, batch: Batch) -> BatchLoss:
+        """Return the sum, and how many tokens are the likeliest ones."""
+        losses, hits = self._losses.with_hits(batch)
+        return BatchLoss(losses.sum(), int(hits.sum()))
 
 
 class _Losses(torch.autograd.Function):
@@ -109,16 +129,19 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, wanted: torch.Tensor, tail: Tail, bounds: list[tuple[int, int]]
-    ) -> torch.Tensor:
-        """Return N losses of N hidden states."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return N losses of N hidden states, and N hits."""
         losses = hidden.new_empty(len(wanted), dtype=torch.float32)
+        hits = torch.empty(len(wanted), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for low, high in bounds:
             part = None if gradient is None else gradient[low:high]
-            losses[low:high] = _of_chunk(tail, hidden[low:high].detach(), wanted[low:high], part)
+            made = _of_chunk(tail, hidden[low:high].detach(), wanted[low:high], part)
+            losses[low:high], hits[low:high] = made
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return losses
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
 
     @staticmethod
     def backward(ctx: Any, *factors: torch.Tensor) -> Any:
@@ -127,26 +150,37 @@ class _Losses(torch.autograd.Function):
         return gradient * factors[0].to(gradient.dtype)[:, None], None, None, None
 
 
-def _of_chunk(tail: Tail, hidden: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
-    """Return the losses of a chunk, and write the gradient of each with respect to its hidden state."""
+def _of_chunk(
+    tail: Tail, hidden: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses and hits of a chunk, and write the gradient of each with respect to its hidden state."""
     hidden.requires_grad_(gradient is not None)
     with torch.set_grad_enabled(gradient is not None):
         logits = tail.logits(hidden)
     scores = torch.log_softmax(logits.detach(), dim=-1, dtype=torch.float32)
     places = wanted[:, None]
-    losses = -scores.gather(1, places).squeeze(1)
+    score = scores.gather(1, places).squeeze(1)
+    hits = score >= scores.amax(dim=-1)
     if gradient is not None:
         # The gradient of cross-entropy: the probabilities, less one at the wanted token.
         scores.exp_().scatter_add_(1, places, torch.full_like(places, -1, dtype=scores.dtype))
         gradient.copy_(torch.autograd.grad(logits, hidden, scores.to(logits.dtype))[0])
-    return losses
+    return -score, hits
 
 
-def _recomputed(tail: Tail, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return the losses of a chunk, whose logits are computed again in the backward pass."""
+def _recomputed(tail: Tail, hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses and hits of a chunk, whose logits are computed again in the backward pass."""
 
-    def compute(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return functional.cross_entropy(tail.logits(hidden).float(), wanted, reduction="none")
+    def compute(hidden: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _losses_and_hits(tail.logits(hidden), wanted)
 
-    losses: torch.Tensor = checkpoint(compute, hidden, wanted, use_reentrant=False)
-    return losses
+    losses, hits = checkpoint(compute, hidden, wanted, use_reentrant=False)
+    return losses, hits
+
+
+def _losses_and_hits(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cross-entropy and hits of N rows of logits."""
+    logits = logits.float()
+    with torch.no_grad():
+        hits = logits.gather(1, wanted[:, None]).squeeze(1) >= logits.amax(dim=-1)
+    return functional.cross_entropy(logits, wanted, reduction="none"), hits

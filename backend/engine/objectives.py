@@ -15,6 +15,7 @@ from domain.jobs.progress import PreferenceFigures
 from domain.peft.config import PeftConfig
 from engine.base import Base
 from engine.batches import Batch
+from engine.loss import BatchLoss
 from engine.rows import IGNORED
 
 # The loss of each trained token of a batch, N in fp32, in the order of its sequences and of the tokens in them.
@@ -82,18 +83,20 @@ def objective_of(base: Base, config: PeftConfig) -> Objective:
 
 
 class Supervised:
-    """Cross-entropy, a mean over the trained tokens.
+    """Cross-entropy, a mean over the trained tokens; and the share of them that the model finds likeliest.
 
     Args:
         summed: From a batch to the sum of its trained tokens' losses.
     """
 
-    def __init__(self, summed: Callable[[Batch], torch.Tensor]) -> None:
+    def __init__(self, summed: Callable[[Batch], BatchLoss]) -> None:
         self._summed = summed
 
     def __call__(self, batch: Batch, size: Size) -> PassLoss:
         """Return what the batch adds to the mean."""
-        return PassLoss(self._summed(batch) / size.trained_tokens, {})
+        made = self._summed(batch)
+        figures = {} if made.hits is None else {"token_accuracy": made.hits / size.trained_tokens}
+        return PassLoss(made.total / size.trained_tokens, figures)
 
 
 class Dpo:

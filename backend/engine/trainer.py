@@ -280,6 +280,7 @@ class Trainer:
                 loss=progress.loss,
                 learning_rate=learning_rate,
                 grad_norm=norm,
+                token_accuracy=figures.get("token_accuracy"),
                 preference=preference_figures(figures),
                 step_s=step_s,
                 step_tokens=step_tokens,
@@ -395,6 +396,7 @@ class Trainer:
                 step=progress.step,
                 epoch=progress.passes,
                 eval_loss=loss,
+                token_accuracy=figures.get("token_accuracy"),
                 preference=preference_figures(figures),
                 elapsed_s=self._elapsed(),
             )

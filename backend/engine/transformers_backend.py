@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from domain.peft.config import PeftConfig
 from engine.batches import Batch
 from engine.errors import BadModel
-from engine.loss import SummedLoss, TokenLosses
+from engine.loss import BatchLoss, SummedLoss, TokenLosses
 from engine.model_class import attention_of, longest_of, model_class
 from engine.outline import kept_in_full
 
@@ -112,8 +112,8 @@ class TransformersBackend:
         """Set the model to evaluation."""
         model.eval()
 
-    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
-        """Return a function from a batch to the sum of the model's own loss, with a gradient."""
+    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], BatchLoss]:
+        """Return a function from a batch to the sum of the model's own loss."""
         loss = SummedLoss(model, device)
         self._loss_how = loss.how
         return loss

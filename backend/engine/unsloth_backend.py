@@ -16,6 +16,7 @@ from domain.peft.config import PeftConfig
 from domain.peft.unsloth_rules import not_fused
 from engine.batches import Batch
 from engine.errors import BadModel, BadSetting
+from engine.loss import BatchLoss
 from engine.transformers_backend import DTYPES, load_tokenizer
 
 # Where Unsloth's `patch_peft_model` puts its fused products.
@@ -83,10 +84,9 @@ class FusedLoss:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """Return the sum, a scalar with a gradient."""
-        loss: torch.Tensor = self._model(**forward_arguments(batch, self._device)).loss
-        return loss
+    def __call__(self, batch: Batch) -> BatchLoss:
+        """Return the sum. No logits are there to tell which tokens are the likeliest."""
+        return BatchLoss(self._model(**forward_arguments(batch, self._device)).loss, hits=None)
 
 
 class UnslothBackend:
@@ -164,8 +164,8 @@ class UnslothBackend:
 
         FastLanguageModel.for_inference(model)
 
-    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], torch.Tensor]:
-        """Return a function from a batch to the sum of the fused loss, with a gradient."""
+    def loss(self, model: Any, device: torch.device) -> Callable[[Batch], BatchLoss]:
+        """Return a function from a batch to the sum of the fused loss."""
         return FusedLoss(model, device)
 
     def loss_described(self) -> str:

@@ -27,7 +27,8 @@ class StepFigures(Stored):
     """One optimizer step. `tokens` counts all non-padding tokens so far; times are seconds.
 
     `grad_norm` is None where fp16 gradients overflowed and the step was left out; `step_s` and `step_tokens` are None
-    in the oldest records. `preference` is there where preferences are learned.
+    in the oldest records. `preference` is there where preferences are learned, `token_accuracy` where answers are: the
+    share of trained tokens that the model found likeliest, 0..1, before the step; None where the engine does not say.
     """
 
     step: int
@@ -36,6 +37,7 @@ class StepFigures(Stored):
     loss: float
     learning_rate: float
     grad_norm: float | None
+    token_accuracy: float | None = None
     preference: PreferenceFigures | None = None
     step_s: float | None = None
     step_tokens: int | None = None

@@ -68,11 +68,11 @@ def _told(event: JobEvent) -> tuple[str, str, dict[str, Any]]:
     data = event.data
     if event.kind == "metrics":
         told = {"step": data["step"], "total_steps": data["total_steps"], "train_loss": data["loss"]}
-        told |= {"learning_rate": data["learning_rate"], **_of_preferences(data, "train")}
+        told |= {"learning_rate": data["learning_rate"], **_measured(data, "train")}
         return "info", f"Step {data['step']}/{data['total_steps']}: training loss={data['loss']:.2f}", told
     if event.kind == "evaluation":
         told = {"step": data["step"], "valid_loss": data["eval_loss"]}
-        told |= _of_preferences(data, "valid")
+        told |= _measured(data, "valid")
         return "info", f"Step {data['step']}: validation loss={data['eval_loss']:.2f}", told
     if event.kind == "checkpoint":
         return "info", f"Checkpoint created at step {data['step']}", {"step": data["step"]}
@@ -86,16 +86,19 @@ def _told(event: JobEvent) -> tuple[str, str, dict[str, Any]]:
     return _LEVELS.get(state, "info"), message, {}
 
 
-def _of_preferences(data: Mapping[str, Any], which: str) -> dict[str, Any]:
-    """Return the figures of a run that learns preferences, under the names of its training or validation."""
-    figures = data.get("preference")
-    return {f"{which}_accuracy": figures["accuracy"], f"{which}_margin": figures["margin"]} if figures else {}
+def _measured(data: Mapping[str, Any], which: str) -> dict[str, Any]:
+    """Return the accuracy of a step or an evaluation, and of preferences the margin, under OpenAI's names."""
+    accuracy, preferences = _accuracy(data), data.get("preference")
+    # OpenAI has "mean token" in the names of the validation's accuracy of tokens alone.
+    name = f"{which}_accuracy" if which == "train" or preferences else f"{which}_mean_token_accuracy"
+    measured = {} if accuracy is None else {name: accuracy}
+    return measured | ({f"{which}_margin": preferences["margin"]} if preferences else {})
 
 
 def _accuracy(data: Mapping[str, Any]) -> float | None:
-    """Return the share of pairs in which the better answer is ahead; None where no preferences are learned."""
+    """Return the share of tokens that the model found likeliest, or of pairs in which the better answer is ahead."""
     figures = data.get("preference")
-    return figures["accuracy"] if figures else None
+    return figures["accuracy"] if figures else data.get("token_accuracy")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ class StepFigures:
     """What is known of one step; None where nothing was measured.
 
     Attributes:
-        train_accuracy: Where preferences are learned, the share of pairs in which the better answer is ahead.
+        train_accuracy: The share of tokens that the model found likeliest; where preferences are learned, of pairs in
+            which the better answer is ahead.
         valid_accuracy: The same of the validation rows.
     """
 

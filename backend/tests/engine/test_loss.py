@@ -170,9 +170,31 @@ def test_the_whole_step_goes_by_chunks_of_the_vocabularys_own_size() -> None:
     model = make("llama")
     loss = SummedLoss(model, CPU)
     assert loss.how == "by chunks of 98304 trained tokens at most"  # 128 entries
-    assert float(loss(padded()).detach()) == pytest.approx(
+    assert float(loss(padded()).total.detach()) == pytest.approx(
         float(plain_losses(model, padded()).sum().detach()), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "mamba"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_hits_are_the_tokens_that_no_other_is_likelier_than(family: str, trained: bool) -> None:
+    """On the labels of a batch, and on labels that are the likeliest tokens of every second place."""
+    model, batch = make(family), padded()
+    with torch.no_grad():
+        likeliest = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).logits.argmax(dim=-1)
+    labels = batch.labels.clone()
+    every_second = torch.arange(labels.shape[1] - 1) % 2 == 0
+    learned = (labels[:, 1:] != IGNORED) & every_second
+    labels[:, 1:][learned] = likeliest[:, :-1][learned]
+    batch = replace(batch, labels=labels)
+    wanted = labels[:, 1:][labels[:, 1:] != IGNORED]
+    expected = likeliest[:, :-1][labels[:, 1:] != IGNORED] == wanted
+    with torch.set_grad_enabled(trained):
+        _, hits = TokenLosses(model, CPU, CHUNK).with_hits(batch)
+        summed = SummedLoss(model, CPU)(batch)
+    assert hits.tolist() == expected.tolist() and int(learned.sum()) <= int(expected.sum()) == summed.hits
 
 
 def test_an_evaluation_has_the_same_losses_and_no_gradient() -> None:

@@ -138,6 +138,8 @@ def test_the_result_file_has_every_step(client: OpenAI, studio: StudioServer, do
     assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
     assert {int(row["step"]): float(row["train_loss"]) for row in rows} == studio.metrics(inner(done.id))
     assert [row["step"] for row in rows if row["valid_loss"]] == ["4", "8"]
+    assert all(0 <= float(row["train_accuracy"]) <= 1 for row in rows)
+    assert [row["step"] for row in rows if row["valid_mean_token_accuracy"]] == ["4", "8"]
     assert result in [each.id for each in client.files.list(purpose="fine-tune-results")]
     with pytest.raises(openai.BadRequestError):
         client.files.delete(result)
