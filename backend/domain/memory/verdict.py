@@ -12,12 +12,14 @@ from domain.models.records import Verdict
 from domain.models.shape import ModelShape
 from domain.peft.config import PeftConfig
 from domain.peft.targets import why_refused
+from domain.peft.unsloth_rules import unmeasured
 
 _SHORTEST = 128  # tokens; a shorter row holds no turn and answer
 _SHORTEST_ALLOWED = 8  # the bound of max_seq_length
 _LOWEST_RANK = 4
 _MOST_PASSES = 1024  # the bound of gradient_accumulation
 _WORTH_IT = 0.98  # a change that saves less than a fiftieth is none
+_KEPT_ON_GPU = {"gradient_checkpointing": False}
 _Change = tuple[str, dict[str, Any]]
 _IN_4_BITS: _Change = (
     "quantization=nf4: the base's linear weights in 4 bits, as algorithm qlora has them",
@@ -70,10 +72,14 @@ def judge(needed: Estimate, available_bytes: int, unsloth: UnslothHere | None = 
 
     What Unsloth's checkpointing puts into host memory must fit there.
     """
-    host = unsloth.host_available_bytes if unsloth is not None else None
-    if needed.total_bytes > available_bytes or (host is not None and needed.host_bytes > host):
+    if needed.total_bytes > available_bytes or _lacks_host_memory(needed, unsloth):
         return "does_not_fit"
     return "tight" if needed.high_bytes > available_bytes else "fits"
+
+
+def _lacks_host_memory(needed: Estimate, unsloth: UnslothHere | None) -> bool:
+    host = unsloth.host_available_bytes if unsloth is not None else None
+    return host is not None and needed.host_bytes > host
 
 
 def judge_run(
@@ -104,6 +110,8 @@ def judge_run(
     blockers = _blockers(shape, config)
     needed = estimate(shape, config, on_gpu=on_gpu, batch=batch, unsloth=unsloth, available_bytes=available_bytes)
     reasons = _reasons(config, batch, needed, available_bytes, unsloth)
+    if needed.engine == "unsloth" and (caution := unmeasured(shape.family)) is not None:
+        reasons.append(caution)
     known = available_bytes is not None and not blockers
     verdict = judge(needed, available_bytes, unsloth) if known and available_bytes is not None else "unknown"
     return Assessment(verdict, available_bytes, needed, reasons, [], blockers)
@@ -255,6 +263,10 @@ def _suggest(
         after = estimate(shape, changed, on_gpu=on_gpu, batch=shrunk, unsloth=unsloth, available_bytes=available_bytes)
         return Suggestion(change, values, after.total_bytes, judge(after, available_bytes, unsloth))
 
+    if _lacks_host_memory(needed, unsloth):
+        kept = with_changes("gradient_checkpointing=false: nothing is kept in host memory", _KEPT_ON_GPU)
+        if kept.verdict in ("fits", "tight"):
+            return [kept]
     single = [_mildest_that_fits(with_changes(*option) for option in options) for options in _changes(shape, config)]
     useful = [item for item in single if item.estimate_bytes < _WORTH_IT * needed.total_bytes]
     if any(item.verdict in ("fits", "tight") for item in useful):

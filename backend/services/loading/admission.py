@@ -79,10 +79,13 @@ def refuse_what_does_not_fit(assessment: Assessment, what: str, device: Device) 
     """
     if assessment.verdict != "does_not_fit" or assessment.estimate is None:
         return
+    needed, free = assessment.estimate, assessment.available_bytes
+    said = f"{what} needs about {needed.total_bytes} bytes on {device.torch_name}, where {free} can be had"
+    host = device.facts.unsloth.host_available_bytes if device.facts.unsloth is not None else None
+    if host is not None and needed.host_bytes > host:
+        said += f", and {needed.host_bytes} bytes of host memory, where {host} are free"
     raise DoesNotFit(
-        f"{what} needs about {assessment.estimate.total_bytes} bytes on {device.torch_name}, where "
-        f"{assessment.available_bytes} can be had. Unload another model, make one of the suggested changes, "
-        "or send force=true to try all the same.",
+        f"{said}. Unload another model, make one of the suggested changes, or send force=true to try all the same.",
         estimate_bytes=assessment.estimate.total_bytes,
         available_bytes=assessment.available_bytes,
         estimate=asdict(assessment.estimate),

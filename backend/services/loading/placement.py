@@ -1,12 +1,13 @@
 """Which base in memory serves a request, which engine loads it, and the command that loads it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from domain import protocol
 from domain.memory.estimate import loading_bytes
 from domain.peft.config import PeftConfig
-from domain.peft.unsloth_rules import loaded_length, obstacle
+from domain.peft.unsloth_rules import loaded_length, obstacle, unmeasured
 from services.hardware.devices import Device, EngineChoice
 from services.loading.base_request import BaseKey, BaseRequest
 from services.loading.loaded_model import ConfiguredLoad, LoadRequest, ModelOnDevice
@@ -37,6 +38,8 @@ def place(
     shape, device = where.shape, where.device
     engine = machine.engine(wanted, device, obstacle(config, shape.family if shape is not None else None))
     fast = engine.name == "unsloth"
+    if fast and shape is not None and (caution := unmeasured(shape.family)) is not None:
+        engine = replace(engine, reason=f"{engine.reason}; {caution}")
     length = loaded_length(config, shape.max_positions if shape is not None else None) if fast else None
     stored = config.quantization, config.precision
     return BaseKey(where.model_id, where.revision, *stored, device.torch_name, engine.name, length), engine

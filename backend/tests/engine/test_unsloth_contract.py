@@ -4,22 +4,29 @@ Unsloth is imported in a process of its own: it patches transformers and PEFT, a
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from domain.memory.activations import Batch
+from domain.memory.unsloth import host_bytes, logits_bytes
 from domain.peft.algorithms import Algorithm
-from domain.peft.unsloth_rules import FAST_FAMILIES, loaded_length, not_fused, obstacle
+from domain.peft.unsloth_rules import FAST_FAMILIES, MEASURED_FAMILIES, loaded_length, not_fused, obstacle
 from engine.batches import pack, pad
 from engine.rows import Row
 from engine.unsloth_backend import FusedLoss, forward_arguments, load_arguments, packed_lengths
+from services.models.embedded import CONFIG
 from tests.engine.test_methods import config_for
 from tests.support.server import BACKEND
+from tests.support.shapes import shape_of
 
 SCRIPT = """
 import inspect, json
@@ -30,6 +37,9 @@ from unsloth import FastLanguageModel
 from unsloth.kernels import fast_lora
 from unsloth.models import _utils, llama, loader
 from transformers import PreTrainedModel
+from unsloth.kernels import rms_layernorm
+from unsloth_zoo import gradient_checkpointing
+from unsloth_zoo.fused_losses import cross_entropy_loss
 
 def parameters(function):
     return {name: parameter.kind.name for name, parameter in inspect.signature(function).parameters.items()}
@@ -49,6 +59,21 @@ print(json.dumps({
     "forward_source": inspect.getsource(llama.CausalLM_fast_forward),
     "backbone_source": inspect.getsource(llama.LlamaModel_fast_forward),
     "attention_source": inspect.getsource(llama.LlamaAttention_fast_forward),
+    "chunks": {
+        length: cross_entropy_loss.get_chunk_size(2, length, 128256, 4.0, 2 * length * 2048 * 2 / 2**30)
+        for length in (64, 1024, 1046, 1060, 2048, 4096, 32768)
+    },
+    "most_gib": cross_entropy_loss._CE_TARGET_GB_CAP,
+    "first_buffers": [
+        gradient_checkpointing.INITIAL_CPU_BUFFER_COUNT, gradient_checkpointing.INITIAL_CPU_BUFFER_SIZE
+    ],
+    "pinned": [gradient_checkpointing._pinned_block_bytes(size) for size in (2**24, 2**24 + 1)],
+    "initialize_source": inspect.getsource(gradient_checkpointing.initialize_unsloth_gradient_checkpointing),
+    "checkpoint_source": inspect.getsource(gradient_checkpointing.UnslothCheckpointFunction.forward),
+    "kept_source": [inspect.getsource(function.forward) for function in (
+        fast_lora.LoRA_MLP, fast_lora.LoRA_QKV, fast_lora.LoRA_W, rms_layernorm.Fast_RMS_Layernorm
+    )],
+    "checkpointing_source": inspect.getsource(_utils.apply_unsloth_gradient_checkpointing),
     "dropout_is_fused": fast_lora.FUSED_LORA_DROPOUT,
     "dora_leaves_the_kernels": [
         "_has_active_dora_adapter" in inspect.getsource(function)
@@ -153,8 +178,38 @@ def test_the_families_that_are_sent_there_have_layers_of_their_own(unsloth: dict
     for family in FAST_FAMILIES:
         assert f'model_type == "{family}"' in unsloth["loader_source"], family
         assert f'model_type == "{family}"' in unsloth["patch_source"], family
+    dispatched = set(re.findall(r'if model_type == "(\w+)":', unsloth["loader_source"]))
+    assert dispatched == FAST_FAMILIES | {"gemma2"}  # no other family has layers of its own
+    assert MEASURED_FAMILIES <= FAST_FAMILIES
     # The mixture of experts has a name in the loader's remarks and none where adapters are fused.
     assert 'model_type == "qwen3_moe"' not in unsloth["patch_source"]
+
+
+def test_the_loss_takes_as_many_chunks_as_the_estimate_counts(unsloth: dict[str, Any]) -> None:
+    shape = replace(shape_of(CONFIG), vocab=128256, hidden=2048)
+    config = config_for(Algorithm.LORA, precision="bf16")
+    assert unsloth["most_gib"] == 4.0
+    for length, count in unsloth["chunks"].items():
+        batch = Batch(2, int(length), masked=False, even=True)
+        logits = logits_bytes(shape, config, batch) - 2 * batch.tokens * 2048 * 2
+        assert logits == math.ceil(batch.tokens / count) * 128256 * 8, length
+        assert logits_bytes(shape, config, replace(batch, even=False)) >= logits_bytes(shape, config, batch)
+
+
+def test_what_is_kept_and_moved_is_what_the_estimate_counts(unsloth: dict[str, Any]) -> None:
+    count, elements = unsloth["first_buffers"]
+    shape = shape_of(CONFIG)
+    little = Batch(1, 8, masked=False)
+    config = config_for(Algorithm.LORA, precision="bf16").model_copy(update={"gradient_checkpointing": True})
+    assert host_bytes(shape, config, little) == count * elements * 2
+    assert unsloth["pinned"] == [2**24, 2**25]
+    assert "MINIMUM_SIZE = 2 * 1024 * 1024" in unsloth["initialize_source"]
+    assert "(CURRENT_GC_INDEX != LAST_GC_INDEX) or FIRST_PASS" in unsloth["checkpoint_source"]
+    assert "max_seq_length < 512" in unsloth["checkpointing_source"]
+    mlp, qkv, out, norm = unsloth["kept_source"]
+    assert "save_for_backward(gateA, gateB, upA, upB, downA, downB, X, e, g, *masks)" in mlp
+    assert "*masks" in qkv and "save_for_backward(A, B, X, mask)" in out
+    assert "save_for_backward(Y if ctx.FROM_Y else X, W, r)" in norm
 
 
 def test_what_unsloth_does_quietly_is_as_the_rules_say(unsloth: dict[str, Any]) -> None:

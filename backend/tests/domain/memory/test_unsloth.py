@@ -149,6 +149,12 @@ def test_the_host_must_have_what_checkpointing_moves_there() -> None:
     assert changes["gradient_checkpointing"] is False
 
 
+def test_a_family_that_was_never_measured_says_so() -> None:
+    for family, said in (("llama", False), ("mistral", True)):
+        found = assess(_shape(model_type=family), _config(), 2**40, on_gpu=True, unsloth=HERE)
+        assert any("has not been measured" in reason for reason in found.reasons) is said
+
+
 def test_a_gpu_takes_with_unsloth_what_it_cannot_take_without() -> None:
     """The defaults follow: what is free takes larger batches or no checkpointing, and the answer says with what."""
 

@@ -4,7 +4,8 @@ import pytest
 
 from core.clock import SystemClock
 from core.errors import DoesNotFit, HubUnavailable
-from domain.configure import configure
+from domain.configure import MachineFacts, configure
+from domain.memory.unsloth import UnslothHere
 from domain.memory.verdict import assess
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
@@ -70,6 +71,16 @@ def test_the_refusal_carries_the_estimate_and_what_to_do() -> None:
     extras = caught.value.extras
     assert extras["estimate_bytes"] == extras["estimate"]["total_bytes"] > extras["available_bytes"] == 10**9
     assert extras["suggestions"][0].keys() == {"change", "overrides", "estimate_bytes", "verdict"}
+
+
+def test_a_run_for_which_the_host_has_too_little_is_refused_with_both_figures() -> None:
+    little = MachineFacts(has_gpu=True, supports_bf16=True, unsloth=UnslothHere(2**20))
+    asked = {"gradient_checkpointing": True}
+    config = configure(Algorithm.LORA, use_case=None, overrides=asked, machine=little).config
+    found = assess(shape_of(CONFIG), config, 2**40, on_gpu=True, unsloth=little.unsloth)
+    with pytest.raises(DoesNotFit, match=f"of host memory, where {2**20} are free") as caught:
+        refuse_what_does_not_fit(found, "Training me/model", Device("cuda:0", little, 2**40))
+    assert caught.value.extras["suggestions"][0]["overrides"] == {"gradient_checkpointing": False}
 
 
 @pytest.mark.parametrize("available", [None, 2**50])

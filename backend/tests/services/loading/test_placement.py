@@ -50,6 +50,13 @@ def test_what_unsloth_cannot_hold_is_held_by_transformers(
     assert key.engine == engine.name == "transformers" and why in engine.reason and key.max_seq_length is None
 
 
+def test_a_family_that_was_never_measured_with_unsloth_is_told_from_one_that_was() -> None:
+    for family, said in (("llama", False), ("qwen2", True)):
+        key, engine = place(FastMachine(), "auto", replace(ON_GPU, shape=replace(LLAMA, family=family)), _config())
+        assert key.engine == "unsloth"
+        assert ("has not been measured" in engine.reason) is said
+
+
 def test_the_engine_is_told_of_the_one_gpu_that_it_is_shown() -> None:
     config = _config()
     key, _ = place(FastMachine(), "auto", ON_GPU, config)
