@@ -151,6 +151,10 @@ class PeftService:
             DoesNotFit: With the estimate and what would make it fit.
             ModelRejected: The engine cannot train the model.
         """
+        if where.shape is None:
+            self._facts.loadable_shape(where.model_id, where.revision)  # refuses it if that is why
+        loaded = where.loaded
+        key = loaded.base.key if loaded is not None else place(self._machine, "auto", where, config)[0]
 
         def judge(device: Device) -> Assessment:
             return assess(
@@ -159,13 +163,11 @@ class PeftService:
                 device.available_bytes,
                 on_gpu=device.on_gpu,
                 batch=batch,
-                unsloth=device.facts.unsloth,
+                unsloth=device.facts.unsloth if key.engine == "unsloth" else None,
                 siblings=self._facts.siblings,
             )
 
-        if where.shape is None:
-            self._facts.loadable_shape(where.model_id, where.revision)  # refuses it if that is why
-        runs_on = where.loaded.base if where.loaded is not None else place(self._machine, "auto", where, config)[0]
+        runs_on = loaded.base if loaded is not None else key
         self._pool.admit_run(f"Training {where.model_id}", judge, where.device, runs_on)
 
     def gpus(self) -> int:

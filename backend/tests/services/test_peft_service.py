@@ -9,15 +9,21 @@ from typing import Any
 import pytest
 
 from core.errors import DoesNotFit, HubUnavailable, SettingRejected
+from domain.configure import MachineFacts
+from domain.memory.activations import Batch
+from domain.memory.unsloth import UnslothHere
+from domain.memory.verdict import Assessment, assess
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm
 from services.adapter_service import AdapterService
 from services.generation_service import GenerationService
+from services.hardware.devices import Device, EngineChoice, choose_engine
+from services.hardware.machine import Machine
 from services.peft_service import ConfiguredLoad, LoadedModel, LoadRequest, PeftService
 from store.database import Database
 from tests.support.engine_double import SHORT_ANSWER, EngineDoubles
 from tests.support.hub_double import ManualClock
-from tests.support.little_memory import FAR_ID, GRACE_S, IDLE_S, load
+from tests.support.little_memory import FAR_ID, GRACE_S, IDLE_S, load, peft_with_little_memory
 
 
 def _for_client(name: str) -> LoadRequest:
@@ -143,3 +149,42 @@ def test_a_model_does_not_give_way_between_the_look_and_the_command(
     adapters = AdapterService(Database(f"sqlite:///{tmp_path}/studio.db"), tmp_path / "adapters", peft)
     GenerationService(peft, adapters).start(first.id, SHORT_ANSWER)
     assert gave_way == [False] and first.base.retire(0.0)
+
+
+class WithUnsloth(Machine):
+    """A GPU with room, on which Unsloth holds what it can."""
+
+    def __init__(self) -> None:
+        self._facts = MachineFacts(has_gpu=True, supports_bf16=True, unsloth=UnslothHere(2**36))
+
+    def device(self, wanted: str | int) -> Device:
+        return Device("cuda:0", self._facts, 2**35, "GPU-0", "9.0")
+
+    def engine(self, wanted: str, device: Device, obstacle: str | None) -> EngineChoice:
+        return choose_engine(wanted, device, EngineChoice("unsloth", "a GPU of 9.0"), obstacle)
+
+
+def test_a_run_is_estimated_for_the_engine_that_holds_its_base(
+    clock: ManualClock, engines: EngineDoubles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = peft_with_little_memory(clock, engines, "bf16", tmp_path, machine=WithUnsloth())
+    judged: list[str] = []
+
+    def judge(*arguments: Any, **named: Any) -> Assessment:
+        found = assess(*arguments, **named)
+        assert found.estimate is not None
+        judged.append(found.estimate.engine)
+        return found
+
+    monkeypatch.setattr("services.peft_service.assess", judge)
+    try:
+        for engine in ("unsloth", "transformers"):
+            model = load(service, replace(_for_client("a/first"), engine=engine))
+            assert model.base.key.engine == engine
+            where = service.on_device("a/first", None, loaded=model)
+            assert (where.device.facts.unsloth is not None) == (engine == "unsloth")
+            judged.clear()
+            service.admit_run(where, model.config, Batch(2, 64, masked=True))
+            assert set(judged) == {engine}
+    finally:
+        service.close()

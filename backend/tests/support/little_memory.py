@@ -77,18 +77,24 @@ class OneConfig:
 
 
 def peft_with_little_memory(
-    clock: Clock, engines: EngineDoubles, precision: str, log_dir: Path, kept: Engines | None = None
+    clock: Clock,
+    engines: EngineDoubles,
+    precision: str,
+    log_dir: Path,
+    kept: Engines | None = None,
+    machine: Machine | None = None,
 ) -> PeftService:
     """Return the service. Its engines hold what the embedded model is estimated to need in the precision.
 
     Args:
         kept: What gives the engines, where some are kept ready.
+        machine: Another machine than the CPU.
     """
     shape = shape_of(CONFIG)
     config = configure(Algorithm.LORA, use_case=None, overrides={"precision": precision}, machine=CPU).config
     engines.held_bytes = loading_bytes(shape, config, on_gpu=False)
     return PeftService(
-        clock, LittleMemory(engines), EveryModelsFiles(), ModelFacts(OneConfig(), KnownShapes()),
+        clock, machine or LittleMemory(engines), EveryModelsFiles(), ModelFacts(OneConfig(), KnownShapes()),
         kept or engines_on_demand(engines),
         log_dir=log_dir, idle_unload_s=IDLE_S, make_room_after_s=GRACE_S, engine_silence_s=60.0,
     )  # fmt: skip
