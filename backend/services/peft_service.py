@@ -11,6 +11,7 @@ from core.singleton import singleton
 from domain.configure import Configuration, configure, require_device
 from domain.memory.activations import Batch
 from domain.memory.estimate import adapter_parameters
+from domain.memory.unsloth import UnslothHere
 from domain.memory.verdict import Assessment, assess, assess_loading, savings
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig
@@ -207,10 +208,16 @@ class PeftService:
         self._pool.make_room(what, judge, self._machine.device("cpu"))
         return self.device("cpu").available_bytes
 
-    def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
-        """Name settings that would need less memory, and how much less; none where the model's layers are not known."""
+    def savings(
+        self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool, on_unsloth: bool
+    ) -> list[str]:
+        """Name settings that would need less memory, and how much less; none where the model's layers are not known.
+
+        Args:
+            on_unsloth: Whether Unsloth held the base.
+        """
         shape = self._facts.shape(model_id, revision)
-        unsloth = self._machine.device("auto").facts.unsloth if on_gpu else None
+        unsloth = UnslothHere() if on_unsloth else None
         return savings(shape, config, on_gpu=on_gpu, unsloth=unsloth) if shape is not None else []
 
     # Loading

@@ -192,4 +192,11 @@ class TrainingWork:
 
     def savings(self, job: JobRecord, device: str) -> list[str]:
         """Name settings that would need less memory, and how much less; none where the model's layers are not known."""
-        return self._peft.savings(job.model_id, job.revision, recorded(job.config), on_gpu=device != "cpu")
+        engine = job.progress.engine
+        return self._peft.savings(
+            job.model_id,
+            job.revision,
+            recorded(job.config),
+            on_gpu=device != "cpu",
+            on_unsloth=engine is not None and engine.name == "unsloth",
+        )

@@ -186,5 +186,8 @@ def test_a_run_is_estimated_for_the_engine_that_holds_its_base(
             judged.clear()
             service.admit_run(where, model.config, Batch(2, 64, masked=True))
             assert set(judged) == {engine}
+        asked = ("a/first", None, model.config)
+        advice = [service.savings(*asked, on_gpu=True, on_unsloth=on_unsloth) for on_unsloth in (True, False)]
+        assert advice[0] != advice[1]
     finally:
         service.close()

@@ -53,7 +53,9 @@ class Models(PeftService):
         model: LoadedModel = self._result_of(request)
         return model
 
-    def savings(self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool) -> list[str]:
+    def savings(
+        self, model_id: str, revision: str | None, config: PeftConfig, *, on_gpu: bool, on_unsloth: bool
+    ) -> list[str]:
         return ["batch_size=1 (needs less)"]
 
 
