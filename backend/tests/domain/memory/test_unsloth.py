@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from gpu_points import POINTS, error, goals_missed, section, with_section
+from gpu_points import POINTS, error, goals_missed, predicted, section, with_section
 from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.configure import MachineFacts, configure
 from domain.memory.activations import Batch
+from domain.memory.estimate import GPU as PLATFORM
 from domain.memory.estimate import estimate
 from domain.memory.hardware_fit import fit_to_memory
 from domain.memory.unsloth import UnslothHere, host_bytes
@@ -41,6 +42,8 @@ def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: object) -> PeftC
 @pytest.mark.parametrize("point", POINTS, ids=lambda point: point.name)
 def test_it_is_within_the_goals_of_what_a_gpu_measured(point: Any) -> None:
     assert -0.05 <= error(point, _shape()) <= 0.15
+    total, measured = (size + PLATFORM.overhead_bytes for size in (predicted(point, _shape()), point.peak_bytes))
+    assert PLATFORM.low * total <= measured <= PLATFORM.high * total  # the range that the estimate gives
 
 
 def test_the_median_error_is_within_the_goal() -> None:
