@@ -33,7 +33,7 @@ class AnalysisSubject(Stored):
 
     model_id: str
     revision: str | None
-    objective: str
+    objective: str = "sft"  # earlier versions knew no other
     train_on: str
     max_seq_length: int
     packing: bool
