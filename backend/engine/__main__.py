@@ -20,12 +20,9 @@ def main() -> None:
     from engine.channel import Channel
 
     channel = Channel(command_fd, event_fd)
-    from engine.guards import hide_broken_torchvision
+    from engine.guards import before_transformers
 
-    hide_broken_torchvision()
-    if os.environ.get(protocol.BACKEND_VARIABLE) == "unsloth":
-        os.environ.setdefault("UNSLOTH_SKIP_TORCHVISION_CHECK", "1")
-        import unsloth  # noqa: F401 - before transformers and PEFT, which it patches
+    before_transformers()
     from engine.commands import CommandLoop
 
     # What the libraries brought stays until the end. Looking through all half a million objects for garbage took 275 ms

@@ -9,19 +9,15 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from domain import protocol
 from engine.lifeline import die_with_parent
 
 
 def main() -> None:
     """Serve orders until the socket closes."""
     die_with_parent(int(os.environ["PEFT_STUDIO_PARENT_PID"]))
-    from engine.guards import hide_broken_torchvision
+    from engine.guards import before_transformers
 
-    hide_broken_torchvision()
-    if os.environ[protocol.BACKEND_VARIABLE] == "unsloth":
-        os.environ.setdefault("UNSLOTH_SKIP_TORCHVISION_CHECK", "1")
-        import unsloth  # noqa: F401 - before transformers and PEFT, which it patches
+    before_transformers()
     import torch
 
     from engine.commands import OUT_OF_MEMORY_SUGGESTIONS

@@ -91,6 +91,8 @@ class GradientWorkers:
             CommandError: A worker could not load the base, or not make the adapter.
             WorkerDied: A worker's process ended.
         """
+        if not self._workers:
+            return
         trained = self._base.trained
         size = bytes_for(trained.values())
         os.truncate(self._parameters_file, size)

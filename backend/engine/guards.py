@@ -1,6 +1,17 @@
 """What must be done before transformers is imported."""
 
+import os
 import sys
+
+from domain import protocol
+
+
+def before_transformers() -> None:
+    """Do what a process that will hold a base must do first: hide what is broken, and import what patches others."""
+    hide_broken_torchvision()
+    if os.environ.get(protocol.BACKEND_VARIABLE) == "unsloth":
+        os.environ.setdefault("UNSLOTH_SKIP_TORCHVISION_CHECK", "1")
+        import unsloth  # noqa: F401 - before transformers and PEFT, which it patches
 
 
 def hide_broken_torchvision() -> bool:

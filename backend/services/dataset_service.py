@@ -32,7 +32,6 @@ from store.database import Database, get_database
 from store.records import DatasetRecord, to_text
 from store.repositories import Datasets
 
-_CHUNK_BYTES = 2**20
 Form = Literal["original", "normalised"]
 _KINDS = {"preference": "preferences", "kto": "judged answers (KTO)"}
 

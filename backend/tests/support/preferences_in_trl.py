@@ -13,7 +13,7 @@ from engine.batches import epoch_batches, grouping_of
 from engine.examples import ExampleTokenizer
 from engine.rows import IGNORED, Row, RowStore
 from engine.transformers_backend import load_tokenizer
-from tests.support.three_ways import adapted
+from tests.support.three_ways import adapted, trl_settings
 
 STEPS = 6
 _ROWS = 6
@@ -104,26 +104,11 @@ def losses_in_trl(path: Path, config: PeftConfig, rows: RowStore, scratch: Path)
 
     found: list[float] = []
     arguments = arguments_class(
-        output_dir=str(scratch),
+        **trl_settings(config, scratch),
         beta=config.preference_beta,
-        per_device_train_batch_size=config.batch_size,
         max_steps=STEPS,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
         warmup_steps=0,
         lr_scheduler_type="linear",
-        optim="adamw_torch",
-        max_length=config.max_seq_length,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        seed=config.seed,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     data = Dataset.from_list(_trl_rows(config, rows))
     Recording(

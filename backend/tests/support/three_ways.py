@@ -146,6 +146,28 @@ class _GivenOrder(Sampler[int]):
         return len(self._orders[0])
 
 
+def trl_settings(config: PeftConfig, scratch: Path) -> dict[str, Any]:
+    """Return what every trainer of TRL takes of a configuration, in fp32 on the CPU, with nothing kept or told."""
+    return {
+        "output_dir": str(scratch),
+        "per_device_train_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "optim": "adamw_torch",
+        "max_length": config.max_seq_length,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "seed": config.seed,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
 def losses_in_trl(
     path: Path, config: PeftConfig, rows: RowStore, scratch: Path, *, as_it_is: bool = False
 ) -> list[float]:
@@ -172,27 +194,12 @@ def losses_in_trl(
             return loss
 
     arguments = SFTConfig(
-        output_dir=str(scratch),
-        per_device_train_batch_size=config.batch_size,
+        **trl_settings(config, scratch),
         gradient_accumulation_steps=config.gradient_accumulation,
         num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
         warmup_steps=WARMUP_STEPS,
         lr_scheduler_type=config.scheduler,
-        optim="adamw_torch",
         loss_type="nll",
-        max_length=config.max_seq_length,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        seed=config.seed,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     data = Dataset.from_list([{"input_ids": row.ids, "labels": row.labels} for row in rows])
     model = adapted(path, config)
