@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-pythons check check-requirements check-container lock bench families gpu-check clean
+.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-browser test-pythons check check-requirements check-container lock bench families gpu-check clean
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
 	@echo "make serve       the server alone (HOST=, PORT=)"
 	@echo "make test        the tests; make test-fast: those without engines; make test-slow: long fault runs"
+	@echo "make test-browser  the pages in Chromium, which must be installed (Debian: apt-get install chromium)"
 	@echo "make check       linters, types, import contracts"
 	@echo "make check-container  every step of the Dockerfile, without a container engine (Linux, as root)"
 	@echo "make bench       benchmarks, as ratios"
@@ -51,10 +52,14 @@ test: setup-dev
 
 # No engines and no torch, which the plugin holds: what takes a tenth of the time finds most of what breaks.
 test-fast: setup-dev
-	cd backend && ../$(PY) -m pytest tests/ -p tests.support.no_engine -m "not engine and not slow and not gpu" -n 2 --dist loadfile
+	cd backend && ../$(PY) -m pytest tests/ -p tests.support.no_engine -m "not engine and not slow and not gpu and not browser" -n 2 --dist loadfile
 
 test-slow: setup-dev test-pythons
 	cd backend && ../$(PY) -m pytest tests/ -m slow
+
+# The pages in a real browser. Chromium is the distribution's; PEFT_STUDIO_TEST_BROWSER names another.
+test-browser: setup-dev
+	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/browser -m browser
 
 # The fast tests with every other Python of this machine that the requirements name, each in an environment of its own.
 test-pythons: setup-dev
@@ -67,6 +72,7 @@ check: setup-dev check-requirements
 	$(VENV)/bin/mypy backend bench quickstart scripts container examples
 	cd backend && ../$(VENV)/bin/lint-imports --config ../pyproject.toml
 	@$(PY) scripts/settings_table.py
+	@$(PY) scripts/vendor_web.py
 
 # For every platform and Python that the README names, against the package index alone.
 check-requirements: setup-dev

@@ -38,6 +38,7 @@ from services.training.dataset_analysis import get_dataset_analysis_service
 from services.training_service import get_training_service
 from store import sqlite_file
 from store.database import get_database
+from web import router as pages
 
 _GRACE_S = 5  # for requests under way when the server is told to stop; event streams do not end by themselves
 
@@ -97,12 +98,15 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=VERSION,
         summary="Parameter-efficient fine-tuning of language models over HTTP.",
         lifespan=_lifespan,
+        docs_url=None,  # ours works without a network
+        redoc_url=None,
         responses={"default": {"model": problems.Problem, "description": "A problem document (RFC 9457)."}},
     )
     problems.install(app)
     # compatibility before models: the latter's last route takes every path below /api/models.
     for module in (service, hardware, compatibility, models, peft, datasets, training, adapters, exports, openai):
         app.include_router(module.router)
+    app.include_router(pages.router)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

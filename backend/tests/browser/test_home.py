@@ -1,0 +1,54 @@
+"""The home page: the machine live, what runs and waits, and what needs a person."""
+
+from collections.abc import Callable
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Tab
+from tests.support.server import StudioServer
+from tests.support.tiny_model import TINY_ID
+
+ROWS = '{"prompt": "a <b>bold</b> question", "completion": "an answer"}\n' * 8
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def test_the_page_shows_a_job_that_begins_and_ends_without_being_reloaded(tab: Tab) -> None:
+    page, server = tab.open("/"), tab.server
+    expect(page.get_by_role("heading", name="This machine")).to_be_visible()
+    expect(page.get_by_text("Nothing has run here yet.")).to_be_visible()
+    dataset = server.upload(ROWS, name="rows")
+    job = server.submit(
+        model_id=TINY_ID,
+        dataset_id=dataset["id"],
+        name=HOSTILE,
+        overrides={"max_steps": 2, "batch_size": 1, "max_seq_length": 64},
+    )
+    server.wait_for_state(job["id"], "succeeded")
+    expect(page.get_by_role("region", name="Ended").get_by_text(HOSTILE)).to_be_visible()
+    expect(page.locator("img[src=x]")).to_have_count(0)
+    tab.accessible()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_accessible_in_both_themes_and_on_a_narrow_screen(
+    open_tab: Callable[..., Tab], server: StudioServer, scheme: str
+) -> None:
+    tab = open_tab(server, color_scheme=scheme, viewport={"width": 360, "height": 720})
+    page = tab.open("/")
+    expect(page.get_by_role("heading", name="This machine")).to_be_visible()
+    tab.accessible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_keyboard_leads_to_every_page(tab: Tab) -> None:
+    page = tab.open("/")
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_the_document_of_the_api_works_without_a_network(tab: Tab) -> None:
+    page = tab.open("/docs")
+    expect(page.get_by_text("/api/training/jobs", exact=True).first).to_be_visible()

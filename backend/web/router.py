@@ -1,0 +1,9 @@
+"""All pages. One module each; a page that is new is named here, and in the menu if it has a place there."""
+
+from fastapi import APIRouter
+
+from web import docs_page, home, static_files
+
+router = APIRouter()
+for module in (static_files, docs_page, home):
+    router.include_router(module.router)
