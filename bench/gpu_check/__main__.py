@@ -5,12 +5,13 @@ Exits 1 where a method fails, and 2 where there is no GPU and `--cpu` was not gi
 
 import argparse
 import json
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,41 +23,75 @@ from domain.memory.activations import Batch
 from domain.memory.unsloth import UnslothHere
 from domain.memory.verdict import assess
 from domain.peft.algorithms import Algorithm
-from gpu_check import BACKEND, ROOT
+from gpu_check import ROOT
 from gpu_check.plan import DEFAULT_MODELS, Case, cases, task
 from gpu_check.report import document, keep_earlier
 from gpu_check.shapes import SHAPES, TINY, write_rows
 from gpu_check.verdicts import Row, compare, judge
+from gpu_check.workers import Workers
 from services.hardware.nvml_probe import GpuReading, NvmlProbe
 
-TASK_LIMIT_S = 3600.0
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth")
+# A card is often lent by the minute. The CPU's check is a test of the check, and takes the time that it takes.
+GPU_MINUTES, GPU_TASK_S, CPU_TASK_S = 8.0, 150.0, 3600.0
+
+
+@dataclass
+class Findings:
+    """What has been found so far."""
+
+    rows: list[Row] = field(default_factory=list)
+    peers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def compared(self) -> list[Row]:
+        """Return the rows with the checks that need another engine's curve or TRL's, as far as there are any yet."""
+        return [self._compared(row) for row in self.rows]
+
+    def _compared(self, row: Row) -> Row:
+        case = row.case
+        found = Row(case, dict(row.checks), list(row.problems), row.measured, row.predicted_bytes)
+        others = [
+            other.measured.get("losses")
+            for other in self.rows
+            if (other.case.model, other.case.algorithm) == (case.model, case.algorithm)
+            and other.case.engine != case.engine
+        ]
+        compare(found, "agrees with the other engine", others[0] if others else None)
+        # Only the first loss is compared: TRL draws its rows and the adapter's first values in its own order.
+        trl = self.peers.get(f"{case.model}-{case.algorithm.value}", {}).get("losses")
+        compare(found, "agrees with TRL", trl and trl[:1], steps=1)
+        return found
 
 
 def main() -> int:
     """Run the check."""
+    began = time.monotonic()
     arguments = _arguments()
     gpus = [gpu for gpu in NvmlProbe().gpus() if gpu.error is None]
     if not gpus and not arguments.cpu:
         print("No NVIDIA GPU answers. `--cpu` runs the steps that need none.", file=sys.stderr)
         return 2
-    models = [TINY] if arguments.cpu else arguments.models
-    algorithms = [Algorithm(name) for name in arguments.algorithms]
-    rows: list[Row] = []
-    peers: dict[str, dict[str, Any]] = {}
-    left_out: list[str] = []
+    found = Findings()
+
+    def report(*, over: bool) -> str:
+        text = document(
+            _machine(gpus, arguments), found.compared(), found.peers, found.left_out, on_cpu=arguments.cpu, over=over
+        )
+        if arguments.output is not None:
+            _write(arguments.output, text, gpus, on_cpu=arguments.cpu)
+        return text
+
     with tempfile.TemporaryDirectory(dir=arguments.scratch, prefix="gpu-check-") as name:
-        for model in models:
-            folder = Path(name) / model
-            checked = _check_model(model, algorithms, folder, arguments)
-            rows, peers, left_out = rows + checked[0], peers | checked[1], left_out + checked[2]
-            shutil.rmtree(folder)  # the next one's weights need the room
-    text = document(_machine(gpus, arguments), rows, peers, left_out, on_cpu=arguments.cpu)
-    print(text)
-    if arguments.output is not None:
-        _write(arguments.output, text, gpus, on_cpu=arguments.cpu)
-    failed = any(row.problems for row in rows) or any("error" in trl for trl in peers.values())
-    return 1 if failed or not rows else 0
+        deadline = None if arguments.minutes is None else began + 60 * arguments.minutes
+        with Workers(Path(name) / "logs", task_limit_s=arguments.task_limit_s, deadline=deadline) as workers:
+            for model in [TINY] if arguments.cpu else arguments.models:
+                folder = Path(name) / model
+                _check_model(model, folder, workers, found, arguments, report)
+                shutil.rmtree(folder)  # the next one's weights need the room
+    print(report(over=True))
+    failed = any(row.problems for row in found.compared()) or any("error" in trl for trl in found.peers.values())
+    return 1 if failed or not found.rows else 0
 
 
 def _write(output: Path, report: str, gpus: list[GpuReading], *, on_cpu: bool) -> None:
@@ -78,7 +113,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=None, help="the report; on a GPU docs/gpu.md, which keeps earlier ones"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="begin nothing after so many; 8, or no end on a CPU; 0: no end"
+    )
+    parser.add_argument("--task-limit-s", type=float, default=None, help="seconds for one run; 150, or 3,600 on a CPU")
     arguments = parser.parse_args()
+    if arguments.minutes is None and not arguments.cpu:
+        arguments.minutes = GPU_MINUTES
+    arguments.minutes = arguments.minutes or None
+    if arguments.task_limit_s is None:
+        arguments.task_limit_s = CPU_TASK_S if arguments.cpu else GPU_TASK_S
     if arguments.length is None:
         arguments.length = 64 if arguments.cpu else 2048
     if arguments.output is None and not arguments.cpu:
@@ -87,44 +131,73 @@ def _arguments() -> argparse.Namespace:
 
 
 def _check_model(
-    model: str, algorithms: list[Algorithm], folder: Path, arguments: argparse.Namespace
-) -> tuple[list[Row], dict[str, dict[str, Any]], list[str]]:
-    """Prove every case of one model."""
+    model: str,
+    folder: Path,
+    workers: Workers,
+    found: Findings,
+    arguments: argparse.Namespace,
+    report: Callable[..., str],
+) -> None:
+    """Prove every case of one model, and write the report after each."""
     length = arguments.length
     folder.mkdir(parents=True)
-    written = {"id": "write", "kind": "write", "model": model, "model_path": str(folder / "models" / model)}
-    if "error" in _run([written], folder, "write").get("write", {"error": "the process ended"}):
-        return [], {model: {"error": "the model could not be written"}}, []
+    if not arguments.cpu:
+        workers.start("unsloth")  # its import takes half a minute, which the writing of the model takes too
+    written = workers.do(
+        {"id": f"write:{model}", "kind": "write", "model": model, "model_path": str(_path(folder, model))}
+    )
+    if "left_out" in written:
+        found.left_out.append(f"{model}: {written['left_out']}")
+        return
+    if "error" in written:
+        found.peers[model] = {"error": f"the model could not be written: {written['error']}"}
+        return
     # Two rows a step and two tokens a number: as many numbers as fill a row to its last token.
     write_rows(folder / "rows.jsonl", rows=64, numbers=length)
     write_rows(folder / "held_out.jsonl", rows=4, numbers=length // 4)
 
     def config_of(name: str) -> dict[str, Any]:
-        return dict(json.loads((folder / "models" / name / "config.json").read_text(encoding="utf-8")))
+        return dict(json.loads((_path(folder, name) / "config.json").read_text(encoding="utf-8")))
 
     planned, left_out = cases(
-        [model], algorithms, on_cpu=arguments.cpu, length=length, everything=arguments.all, config_of=config_of
+        [model],
+        [Algorithm(name) for name in arguments.algorithms],
+        on_cpu=arguments.cpu,
+        length=length,
+        everything=arguments.all,
+        config_of=config_of,
     )
-    device = "cpu" if arguments.cpu else "cuda:0"
-    tasks = [
-        task(kind, case, folder, device)
-        for case in planned
-        for kind in ("prove", "merged", *(("peer",) if _has_peer(case) else ()))
-    ]
-    groups = [tasks] if arguments.cpu else [[item] for item in tasks]
-    answers: dict[str, dict[str, Any]] = {}
-    for number, group in enumerate(groups):
-        answers |= _run(group, folder, str(number))
-    rows = [judge(case, answers, on_cpu=arguments.cpu) for case in planned]
-    peers = {
-        f"{case.model}-{case.algorithm.value}": answers.get(f"peer:{case.id}", {"error": "the process ended"})
-        for case in planned
-        if _has_peer(case)
-    }
-    for row in rows:
-        _compare(row, rows, peers)
-        row.predicted_bytes = _predicted(row.case, config_of(model), on_gpu=not arguments.cpu)
-    return rows, peers, left_out
+    found.left_out += left_out
+    for case in planned:
+        row = _prove(case, folder, workers, found, on_cpu=arguments.cpu)
+        if row is not None:
+            row.predicted_bytes = _predicted(case, config_of(model), on_gpu=not arguments.cpu)
+            found.rows.append(row)
+            report(over=False)
+
+
+def _path(folder: Path, model: str) -> Path:
+    return folder / "models" / model
+
+
+def _prove(case: Case, folder: Path, workers: Workers, found: Findings, *, on_cpu: bool) -> Row | None:
+    """Prove a case, and let TRL do the same work; None where the time was over."""
+    device = "cpu" if on_cpu else "cuda:0"
+    proved = workers.do(task("prove", case, folder, device))
+    if "left_out" in proved:
+        found.left_out.append(f"{case.id}: {proved['left_out']}")
+        return None
+    answers = {f"prove:{case.id}": proved}
+    if "error" not in proved:
+        answers[f"merged:{case.id}"] = workers.do(task("merged", case, folder, device))
+    row = judge(case, answers, on_cpu=on_cpu)
+    if _has_peer(case):
+        trl = workers.do(task("peer", case, folder, device))
+        if "left_out" in trl:
+            found.left_out.append(f"TRL on {case.id}: {trl['left_out']}")
+        else:
+            found.peers[f"{case.model}-{case.algorithm.value}"] = trl
+    return row
 
 
 def _has_peer(case: Case) -> bool:
@@ -132,59 +205,11 @@ def _has_peer(case: Case) -> bool:
     return case.engine == "transformers" and case.algorithm in (Algorithm.LORA, Algorithm.QLORA)
 
 
-def _compare(row: Row, rows: list[Row], peers: dict[str, dict[str, Any]]) -> None:
-    case = row.case
-    others = [
-        other.measured.get("losses")
-        for other in rows
-        if (other.case.model, other.case.algorithm) == (case.model, case.algorithm) and other.case.engine != case.engine
-    ]
-    compare(row, "agrees with the other engine", others[0] if others else None)
-    # Only the first loss is compared: TRL draws its rows and the adapter's first values in its own order.
-    trl = peers.get(f"{case.model}-{case.algorithm.value}", {}).get("losses")
-    if trl is None or not row.measured:
-        row.checks["agrees with TRL"] = None
-        return
-    first = Row(case, measured={"losses": row.measured["losses"][:1]})
-    compare(first, "agrees with TRL", trl[:1])
-    row.checks |= first.checks
-    row.problems += first.problems
-
-
 def _predicted(case: Case, config: dict[str, Any], *, on_gpu: bool) -> int | None:
     batch = Batch(case.config.batch_size, case.config.max_seq_length, masked=True, even=True)  # rows fill the length
     unsloth = UnslothHere() if case.engine == "unsloth" else None
     estimate = assess(read_shape(config), case.config, None, on_gpu=on_gpu, batch=batch, unsloth=unsloth).estimate
     return estimate.total_bytes if estimate is not None else None
-
-
-def _run(tasks: list[dict[str, Any]], folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Run tasks in a process of their own. A task that ended without an answer is missing from the result."""
-    answers, spec, log = (folder / f"{name}-{what}" for what in ("answers.jsonl", "tasks.json", "log.txt"))
-    spec.write_text(json.dumps({"tasks": tasks, "answers": str(answers)}), encoding="utf-8")
-    print(f"{', '.join(item['id'] for item in tasks)} …", file=sys.stderr, flush=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "bench"), str(BACKEND)]),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "UNSLOTH_DISABLE_STATISTICS": "1",
-        "UNSLOTH_COMPILE_LOCATION": str(folder / "compiled"),
-    }
-    with log.open("wb") as output:
-        command = [sys.executable, "-m", "gpu_check.worker", str(spec)]
-        try:
-            code: int | None = subprocess.run(
-                command, cwd=folder, env=environment, stdout=output, stderr=output, timeout=TASK_LIMIT_S, check=False
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = None
-    lines = answers.read_text(encoding="utf-8").splitlines() if answers.is_file() else []
-    answered = {answer.pop("id"): answer for answer in map(json.loads, lines)}
-    if code != 0 or any("error" in answer for answer in answered.values()):
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
-        print(f"exit code {code}; the last lines:\n" + "\n".join(tail), file=sys.stderr, flush=True)
-    return answered
 
 
 def _machine(gpus: list[GpuReading], arguments: argparse.Namespace) -> list[str]:

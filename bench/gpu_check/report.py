@@ -74,9 +74,15 @@ def keep_earlier(earlier: str, title: str, report: str) -> str:
 
 
 def document(
-    machine: list[str], rows: list[Row], peers: dict[str, dict[str, Any]], left_out: list[str], *, on_cpu: bool
+    machine: list[str],
+    rows: list[Row],
+    peers: dict[str, dict[str, Any]],
+    left_out: list[str],
+    *,
+    on_cpu: bool,
+    over: bool = True,
 ) -> str:
-    """Return the whole report as Markdown."""
+    """Return the whole report as Markdown; of what there is so far, if the check is not over."""
     memory = "not measured on a CPU" if on_cpu else "the most that torch reserved on the GPU"
     problems = [f"- {row.case.id}: {problem}" for row in rows for problem in row.problems]
     problems += [f"- TRL on {name}: {trl['error']}" for name, trl in peers.items() if "error" in trl]
@@ -87,6 +93,7 @@ def document(
         f"model, no network. Memory is {memory}; tokens/s is the median step after two of warm-up.",
         "",
         *(f"- {line}" for line in machine),
+        *([] if over else ["- **This check was not over when this was written.**"]),
         "",
         "## Every method, on every engine that takes it",
         "",

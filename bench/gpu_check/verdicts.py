@@ -53,7 +53,9 @@ def judge(case: Case, answers: dict[str, dict[str, Any]], *, on_cpu: bool) -> Ro
     off = difference(losses[RESUME_AT:], proved["resumed_losses"])
     resumed = proved["resumed_from"] == RESUME_AT and off <= RESUME["cpu" if on_cpu else "gpu"]
     row.record("resumes", resumed, f"from step {proved['resumed_from']}, losses differ by {off:.2%}")
-    if merged is None or "error" in merged:
+    if merged is not None and "left_out" in merged:
+        row.record("merges", None, merged["left_out"])
+    elif merged is None or "error" in merged:
         row.record("merges", False, (merged or {}).get("error", "the process ended without an answer"))
     else:
         off = difference([proved["after"]], [merged["after"]])
@@ -62,10 +64,10 @@ def judge(case: Case, answers: dict[str, dict[str, Any]], *, on_cpu: bool) -> Ro
     return row
 
 
-def compare(row: Row, name: str, other: list[float] | None) -> None:
-    """Record whether two rows have the same loss curve."""
+def compare(row: Row, name: str, other: list[float] | None, steps: int | None = None) -> None:
+    """Record whether two rows have the same loss curve; with `steps`, its first so many."""
     if "losses" not in row.measured or other is None:
         row.checks[name] = None
         return
-    off = difference(row.measured["losses"], other)
+    off = difference(row.measured["losses"][:steps], other)
     row.record(name, off <= AGREE, f"losses differ by {off:.2%}, more than {AGREE:.0%}")

@@ -1,10 +1,11 @@
-"""Does tasks in a process of their own: `python -m gpu_check.worker TASKS.json` writes a line of JSON for each result.
+"""Does the tasks of one engine: `python -m gpu_check.worker ENGINE` reads tasks, a line of JSON each, and answers each.
 
-On a GPU each task has its own process. So a task that runs out of memory, or that Unsloth patches, affects no other.
+Unsloth patches transformers, so each engine has a process of its own. A task that fails is the last of its process.
 """
 
 import gc
 import json
+import os
 import statistics
 import sys
 import traceback
@@ -162,20 +163,33 @@ def write(task: dict[str, Any]) -> dict[str, Any]:
 TASKS = {"write": write, "prove": prove, "merged": merged, "peer": peer}
 
 
+def kept_bytes() -> int:
+    """Return the bytes of the GPU that tensors still hold once a task is over; 0 on a CPU."""
+    import torch
+
+    gc.collect()
+    return int(torch.cuda.memory_allocated()) if torch.cuda.is_available() else 0
+
+
 def main() -> int:
-    """Do the tasks. Each result, or the reason why there is none, is one line of the answers' file."""
-    hide_broken_torchvision()
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    if any(task["kind"] == "prove" and task["engine"] == "unsloth" for task in spec["tasks"]):
-        import unsloth  # noqa: F401 - before transformers, which it patches
-    with Path(spec["answers"]).open("a", encoding="utf-8") as answers:
-        for task in spec["tasks"]:
+    """Do tasks until there are no more. Each result, or the reason why there is none, is one line."""
+    # What libraries print goes to the log, and not between the answers.
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as answers:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        hide_broken_torchvision()
+        if sys.argv[1] == "unsloth":
+            import unsloth  # noqa: F401 - before transformers, which it patches
+        import engine.training  # noqa: F401 - before the first task comes
+
+        for line in sys.stdin:
+            task = json.loads(line)
             try:
                 result = TASKS[task["kind"]](task)
+                result["kept_bytes"] = kept_bytes()
             except Exception as error:  # noqa: BLE001 - whatever it is, it is what the check found
                 traceback.print_exc()
                 result = {"error": f"{type(error).__name__}: {error}"[:500]}
-            answers.write(json.dumps({"id": task["id"], **result}) + "\n")
+            answers.write(json.dumps(result) + "\n")
             answers.flush()
     return 0
 

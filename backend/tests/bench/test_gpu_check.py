@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from gpu_check.report import against_trl, document, keep_earlier
 from gpu_check.shapes import SHAPES
 from gpu_check.verdicts import Row, compare, judge
 from gpu_check.worker import speed
+from gpu_check.workers import OUT_OF_TIME, Workers
 
 from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
@@ -96,6 +98,41 @@ def test_what_gave_no_answer_fails() -> None:
     assert "OutOfMemoryError" in judge(CASE, lost, on_cpu=True).problems[0]
 
 
+def test_what_had_no_time_left_is_not_taken_for_a_failure() -> None:
+    answers = {f"prove:{CASE.id}": PROVED, f"merged:{CASE.id}": {"left_out": OUT_OF_TIME}}
+    row = judge(CASE, answers, on_cpu=True)
+    assert row.checks["merges"] is None and row.problems == []
+
+
+@pytest.mark.engine
+def test_one_task_that_hangs_dies_or_fails_costs_its_process_and_no_other_task(tmp_path: Path) -> None:
+    good = {"id": "write", "kind": "write", "model": "tiny", "model_path": str(tmp_path / "tiny")}
+    with Workers(tmp_path, task_limit_s=0.01, deadline=None) as hasty:
+        assert hasty.do(good)["error"] == "it took longer than 0.01 s"
+    with Workers(tmp_path, task_limit_s=250, deadline=None) as workers:
+        workers.start("transformers").end()
+        killed = workers.start("transformers")
+        killed._process.kill()
+        assert killed.do(good, 250) == {"error": "the process ended with exit code -9"}
+        failed = workers.do({"id": "x", "kind": "unheard of"})
+        assert failed["error"] == "KeyError: 'unheard of'" and not killed.alive
+        answer = workers.do(good)
+        assert "error" not in answer and (tmp_path / "tiny" / "config.json").is_file()
+
+
+def test_nothing_begins_when_the_time_is_over(tmp_path: Path) -> None:
+    with Workers(tmp_path / "never", task_limit_s=1.0, deadline=time.monotonic()) as workers:
+        assert workers.do({"id": "x", "kind": "write"}) == {"left_out": OUT_OF_TIME}
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_report_of_a_check_that_is_not_over_says_so() -> None:
+    def text(*, over: bool) -> str:
+        return document(["a machine"], [_judged({})], {}, [], on_cpu=False, over=over)
+
+    assert "was not over" in text(over=False) and "was not over" not in text(over=True)
+
+
 def test_engines_that_differ_are_told_apart() -> None:
     row = _judged({}, on_cpu=False)
     compare(row, "agrees with the other engine", [loss * 1.01 for loss in LOSSES])
@@ -119,6 +156,13 @@ def test_on_a_gpu_every_method_goes_to_both_engines() -> None:
         list(SHAPES), list(Algorithm), on_cpu=False, length=2048, everything=False, config_of=SHAPES.__getitem__
     )
     assert len(some) + 2 * len(rest) == len(found)  # what is left out is said
+    # What people run most comes first, on the engine that they get, and what starts slowest last.
+    order = [(case.algorithm, case.engine) for case in some if case.model == "Llama-3.2-1B"]
+    assert order[:4] == [
+        (Algorithm.QLORA, "unsloth"), (Algorithm.QLORA, "transformers"),
+        (Algorithm.LORA, "unsloth"), (Algorithm.LORA, "transformers"),
+    ]  # fmt: skip
+    assert {algorithm for algorithm, _ in order[-2:]} == {Algorithm.LOFTQ}
 
 
 def test_the_report_has_the_ratios_and_what_failed() -> None:
