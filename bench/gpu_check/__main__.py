@@ -26,7 +26,7 @@ from domain.peft.algorithms import Algorithm
 from gpu_check import ROOT
 from gpu_check.plan import DEFAULT_MODELS, Case, cases, task
 from gpu_check.report import document, keep_earlier
-from gpu_check.shapes import SHAPES, TINY, write_rows
+from gpu_check.shapes import OF_EACH_FAMILY, SHAPES, TINY, write_rows
 from gpu_check.verdicts import Row, compare, judge
 from gpu_check.workers import Workers
 from services.hardware.nvml_probe import GpuReading, NvmlProbe
@@ -107,6 +107,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="a tiny model, and the steps that need no GPU")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=DEFAULT_MODELS)
     parser.add_argument("--algorithms", nargs="+", choices=[a.value for a in Algorithm], default=list(Algorithm))
+    parser.add_argument(
+        "--families", action="store_true", help="a model of each family that Unsloth has fast layers for, with qlora"
+    )
     parser.add_argument("--all", action="store_true", help="every method on every model, not on the smallest alone")
     parser.add_argument("--length", type=int, default=None, help="tokens a row; 2,048, or 64 on a CPU")
     parser.add_argument("--scratch", type=Path, default=None, help="where weights are written; the system's by default")
@@ -118,6 +121,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--task-limit-s", type=float, default=None, help="seconds for one run; 150, or 3,600 on a CPU")
     arguments = parser.parse_args()
+    if arguments.families:
+        arguments.models, arguments.algorithms = list(OF_EACH_FAMILY), [Algorithm.QLORA]
     if arguments.minutes is None and not arguments.cpu:
         arguments.minutes = GPU_MINUTES
     arguments.minutes = arguments.minutes or None

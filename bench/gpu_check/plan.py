@@ -10,7 +10,7 @@ from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from domain.peft.unsloth_rules import loaded_length, obstacle
-from gpu_check.shapes import SHAPES, TINY
+from gpu_check.shapes import TINY
 
 STEPS, RESUME_AT = 8, 4
 # Every method runs on the smallest shape. On the others only the two that people run there do, without --all.
@@ -115,4 +115,4 @@ def task(kind: str, case: Case, folder: Path, device: str) -> dict[str, Any]:
     }
 
 
-DEFAULT_MODELS = list(SHAPES)
+DEFAULT_MODELS = ["Llama-3.2-1B", "Llama-3.2-3B", "Llama-3.1-8B", "Qwen2.5-7B"]

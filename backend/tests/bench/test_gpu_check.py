@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from gpu_check.plan import RESUME_AT, STEPS, Case, cases, settings
 from gpu_check.report import against_trl, document, keep_earlier
-from gpu_check.shapes import SHAPES
+from gpu_check.shapes import OF_EACH_FAMILY, SHAPES
 from gpu_check.verdicts import Row, compare, judge
 from gpu_check.worker import speed
 from gpu_check.workers import OUT_OF_TIME, Workers
 
 from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
+from domain.peft.unsloth_rules import FAST_FAMILIES
 from tests.support.server import BACKEND
 
 BENCH = BACKEND.parent / "bench"
@@ -143,17 +144,20 @@ def test_engines_that_differ_are_told_apart() -> None:
     assert row.checks["agrees with TRL"] is None
 
 
+TWO_MODELS = ["Llama-3.2-1B", "Qwen2.5-7B"]  # the smallest, on which every method runs, and another
+
+
 @pytest.mark.engine
 def test_on_a_gpu_every_method_goes_to_both_engines() -> None:
     found, left_out = cases(
-        list(SHAPES), list(Algorithm), on_cpu=False, length=2048, everything=True, config_of=SHAPES.__getitem__
+        TWO_MODELS, list(Algorithm), on_cpu=False, length=2048, everything=True, config_of=SHAPES.__getitem__
     )
-    expected = {(model, algorithm, engine) for model in SHAPES for algorithm in Algorithm for engine in
+    expected = {(model, algorithm, engine) for model in TWO_MODELS for algorithm in Algorithm for engine in
                 ("transformers", "unsloth")}  # fmt: skip
     assert {(case.model, case.algorithm, case.engine) for case in found} == expected
     assert left_out == []
     some, rest = cases(
-        list(SHAPES), list(Algorithm), on_cpu=False, length=2048, everything=False, config_of=SHAPES.__getitem__
+        TWO_MODELS, list(Algorithm), on_cpu=False, length=2048, everything=False, config_of=SHAPES.__getitem__
     )
     assert len(some) + 2 * len(rest) == len(found)  # what is left out is said
     # What people run most comes first, on the engine that they get, and what starts slowest last.
@@ -163,6 +167,11 @@ def test_on_a_gpu_every_method_goes_to_both_engines() -> None:
         (Algorithm.LORA, "unsloth"), (Algorithm.LORA, "transformers"),
     ]  # fmt: skip
     assert {algorithm for algorithm, _ in order[-2:]} == {Algorithm.LOFTQ}
+
+
+def test_the_families_mode_has_one_of_each_that_unsloth_is_fast_for() -> None:
+    families = [SHAPES[name]["model_type"] for name in OF_EACH_FAMILY]
+    assert sorted(families) == sorted(FAST_FAMILIES)
 
 
 def test_the_report_has_the_ratios_and_what_failed() -> None:
