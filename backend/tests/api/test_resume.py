@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -309,11 +310,21 @@ def test_a_full_disk_pauses_the_job_and_reads_live_on(small_disk: Path, model_di
         studio.wait_for_step(job_id, 20)
         ballast = fill(small_disk)
         wait_until(lambda: studio.http.get("/api/training/jobs").status_code == 200)
-        refused = studio.http.post("/api/datasets", files={"file": ("d.jsonl", messages_jsonl(400).encode())})
-        assert (refused.status_code, refused.json()["type"]) == (507, "/problems/storage-full")
+
+        def upload() -> httpx.Response:
+            fill(small_disk)  # what the job deletes where it cannot go on is room again
+            return studio.http.post("/api/datasets", files={"file": ("d.jsonl", messages_jsonl(400).encode())})
+
+        wait_until(lambda: upload().status_code == 507)
+        assert upload().json()["type"] == "/problems/storage-full"
         assert studio.http.get("/api/hardware/profile").status_code == 200
-        time.sleep(3)  # the job goes on until it has something to write
-        ballast.unlink()
+        while True:
+            time.sleep(3)  # the job goes on until it has something to write
+            ballast.unlink()
+            time.sleep(1)
+            if studio.job(job_id)["state"] != "running":
+                break
+            fill(small_disk)
         job = studio.wait_for_state(job_id, "paused")
         assert job["error"]["class"] == "disk_full" and job["error"]["suggestions"]
         assert not list(small_disk.rglob("*.tmp"))

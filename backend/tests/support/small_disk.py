@@ -22,9 +22,13 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(folder: Path) -> Path:
-    """Use up every byte that a disk has left; deleting the file that is returned gives them back."""
+    """Use up every byte that a disk has left, those too that were freed since the last call.
+
+    Returns:
+        The file whose deletion gives them back.
+    """
     ballast = folder / "ballast"
-    with ballast.open("wb", buffering=0) as file:
+    with ballast.open("ab", buffering=0) as file:
         for size in (2**20, 4096, 1):
             try:
                 while file.write(b"\0" * size):
