@@ -24,8 +24,8 @@ from packaging.utils import canonicalize_name
 REQUIREMENTS = ROOT / "backend/requirements.txt"  # the service, and what its tests need
 MACOS = "14.0"  # the first that torch has a wheel for
 PLATFORMS = {
-    "Linux x86_64": "x86_64-manylinux_2_28",
-    "Linux aarch64": "aarch64-manylinux_2_28",
+    "Linux x86_64": "x86_64-manylinux_2_31",
+    "Linux aarch64": "aarch64-manylinux_2_31",
     "Windows x86_64": "x86_64-pc-windows-msvc",
     f"macOS {MACOS} arm64": "aarch64-apple-darwin",
 }

@@ -11,6 +11,8 @@ from fastapi.sse import format_sse_event
 from starlette.types import Receive, Scope, Send
 
 from api import peft_schemas as schemas
+from api.answer_form import form_of
+from api.generation_schemas import GenerateRequest, GenerateResponse
 from api.hub_token import ASKS_THE_HUB
 from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
 from api.waiting import may_ask_the_hub, until_done, until_done_or_gone
@@ -116,12 +118,11 @@ def unload(loaded_model_id: str, peft: Peft) -> None:
     peft.unload(loaded_model_id)
 
 
-@router.post("/loaded-models/{loaded_model_id}/generate", response_model=schemas.GenerateResponse)
-async def generate(loaded_model_id: str, body: schemas.GenerateRequest, request: Request, generator: Generator) -> Any:
+@router.post("/loaded-models/{loaded_model_id}/generate", response_model=GenerateResponse)
+async def generate(loaded_model_id: str, body: GenerateRequest, request: Request, generator: Generator) -> Any:
     """Continue a conversation or a prompt, with an adapter or the bare base. A client that hangs up ends it."""
-    command = Generate(
-        **{name: getattr(body, name) for name in schemas.GenerateRequest.model_fields.keys() - {"stream"}}
-    )
+    sent = {name: getattr(body, name) for name in GenerateRequest.model_fields.keys() - {"stream", "response_format"}}
+    command = Generate(**sent, form=form_of(body.response_format, [], None, several=True))
     if body.stream:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
@@ -137,7 +138,7 @@ async def generate(loaded_model_id: str, body: schemas.GenerateRequest, request:
             return Response(status_code=_CLIENT_GONE)
     finally:
         generation.stop()
-    return schemas.GenerateResponse(**generation.result().model_dump(exclude=_NOT_TOLD), adapter_id=body.adapter_id)
+    return GenerateResponse(**generation.result().model_dump(exclude=_NOT_TOLD), adapter_id=body.adapter_id)
 
 
 class _Stream(StreamingResponse):

@@ -2,13 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from domain.models.load_states import LoadState
 from domain.peft.algorithms import Algorithm, AlgorithmName
 from domain.peft.config import PeftConfig, PeftOverrides
 from domain.peft.use_cases import UseCaseId
-from domain.protocol import ChatMessage
 
 ModelId = Annotated[
     str,
@@ -182,33 +181,3 @@ class LoadedModelResponse(Response):
 
 class LoadedModelList(Response):
     models: list[LoadedModelResponse]
-
-
-class GenerateRequest(Request):
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=1000)
-    prompt: str | None = Field(default=None, min_length=1, max_length=1_000_000)
-    adapter_id: str | None = Field(default=None, max_length=64, description="Answer with this adapter; null: the base.")
-    max_new_tokens: int = Field(default=256, ge=1, le=32768)
-    temperature: float = Field(default=0.7, ge=0, le=10, description="0 always takes the likeliest token.")
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=0, le=2**31 - 1)
-    stop: list[Annotated[str, StringConstraints(min_length=1, max_length=200)]] = Field(default=[], max_length=16)
-    stream: bool = Field(default=False, description="Answer with server-sent events: token…, then done or error.")
-
-    @model_validator(mode="after")
-    def _one_input(self) -> "GenerateRequest":
-        if (self.messages is None) == (self.prompt is None):
-            raise ValueError("send either messages or prompt")
-        return self
-
-
-class GenerateResponse(Response):
-    text: str
-    adapter_id: str | None
-    prompt_tokens: int
-    completion_tokens: int
-    finish_reason: Literal["stop", "length"]
-    elapsed_s: float
-    chat_template: Literal["model", "adapter", "none: a plain one is used"] | None = Field(
-        description="Whose chat template rendered the messages; null for a prompt."
-    )

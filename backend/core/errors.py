@@ -37,7 +37,7 @@ To add one:
     │   ├── FileRejected              services.fine_tuning_service
     │   ├── PurposeNotHere            api.openai.files
     │   ├── MethodNotHere             api.openai.fine_tuning
-    │   ├── OptionNotHere             api.openai.chat_schemas
+    │   ├── OptionNotHere             api.answer_form
     │   ├── IntegrationNotHere        api.openai.fine_tuning
     │   ├── UploadIncomplete          services.files.uploads
     │   ├── UploadMalformed           api.upload_form

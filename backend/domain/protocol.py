@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, Literal, Never, Self, TypeVar, cast,
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter
 
+from domain.answer_forms import AnswerForm
 from domain.exports import ExportCheck, GgufFile, MergedModel
 from domain.jobs.figures import TrainingFigures
 from domain.jobs.progress import PreferenceFigures, StepFigures
@@ -195,6 +196,7 @@ ErrorClass = Literal[
     "bad_data",
     "not_finite",
     "bad_setting",
+    "bad_form",
     "bad_model",
     "disk_full",
     "cannot_save",
@@ -301,7 +303,8 @@ class Generate(Command[Generated, Token]):
 
     `tools` go through the chat template. Without `max_new_tokens` the answer may fill the context, up to a bound.
     `logprobs` is how many of the likeliest tokens are told beside each token of the text; with `echo` the text begins
-    with the prompt. The penalties and `logit_bias` (token → what is added to its logit) are OpenAI's.
+    with the prompt. The penalties and `logit_bias` (token → what is added to its logit) are OpenAI's. An answer with a
+    `form` is held to it.
     """
 
     kind: Literal["generate"] = "generate"
@@ -320,6 +323,7 @@ class Generate(Command[Generated, Token]):
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = Field(default_factory=dict)
+    form: AnswerForm | None = None
 
 
 class AboutDataset(_Line):

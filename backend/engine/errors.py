@@ -3,6 +3,7 @@
 CommandError
 ├── BadData       the rows cannot be trained on
 ├── BadSetting    a setting cannot take effect on this model
+├── BadForm       an answer cannot be held to its form
 ├── BadModel      the model's files cannot be loaded
 ├── NotFinite     the loss became NaN or infinite
 ├── ExportDiffers an export is not what base and adapter make
@@ -37,6 +38,12 @@ class BadSetting(CommandError):
     """A setting cannot take effect on this model."""
 
     error_class = "bad_setting"
+
+
+class BadForm(CommandError):
+    """An answer cannot be held to its form."""
+
+    error_class = "bad_form"
 
 
 class BadModel(CommandError):

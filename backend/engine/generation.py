@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from domain.protocol import Generate, Token
 from domain.results import Generated, TokenChances
+from engine.answer_form import FormMask
 from engine.answer_text import AnswerText
 from engine.base import Base
 from engine.chances import Chances, Moved
@@ -73,13 +74,14 @@ class _Pieces(BaseStreamer):
 
 
 class _Ends(StoppingCriteria):
-    """Ends generation when the client asks, or when a stop text has been written."""
+    """Ends generation when the client asks, or when a stop text has been written, or the form is complete."""
 
-    def __init__(self, answer: AnswerText, channel: Channel, request_id: str) -> None:
-        self._answer, self._channel, self._request_id = answer, channel, request_id
+    def __init__(self, answer: AnswerText, form: FormMask | None, channel: Channel, request_id: str) -> None:
+        self._answer, self._form, self._channel, self._request_id = answer, form, channel, request_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         stop = self._channel.stop_requested(self._request_id) or self._answer.stopped
+        stop = stop or (self._form is not None and self._form.complete(input_ids))
         return torch.full((input_ids.shape[0],), stop, dtype=torch.bool, device=input_ids.device)
 
 
@@ -122,7 +124,10 @@ def generate(base: Base, command: Generate, channel: Channel) -> Generated:
     served = base.served(command.adapter_id)
     prompt_ids = _prompt_ids(base, served, command)
     most = _most_new(base, command, len(prompt_ids))
-    stop = [*command.stop, *(served.ends.texts if command.messages is not None else ())]
+    form = FormMask(command.form, served, len(prompt_ids)) if command.form is not None else None
+    # A form knows its own end, and may have the text that ends a turn within it.
+    ends = served.ends.texts if command.messages is not None and form is None else ()
+    stop = [*command.stop, *ends]
     answer = AnswerText(served.tokenizer, stop, served.ends.ids)
     chances = Chances(served.tokenizer, command.logprobs) if command.logprobs is not None else None
     pieces = _Pieces(answer, chances, channel, command.request_id)
@@ -134,12 +139,12 @@ def generate(base: Base, command: Generate, channel: Channel) -> Generated:
             before = command.prompt or str(served.tokenizer.decode(prompt_ids, skip_special_tokens=False))
             pieces.begin(before, _of_prompt(base, prompt_ids, chances))
         if most > 0:
-            completion = _continue(base, served, command, prompt_ids, most, answer, chances, pieces, channel)
+            completion = _continue(base, served, command, prompt_ids, most, answer, chances, form, pieces, channel)
     return Generated(
         text=before + answer.text,
         prompt_tokens=len(prompt_ids),
         completion_tokens=completion,
-        finish_reason="stop" if answer.ended or completion < most else "length",
+        finish_reason="stop" if answer.ended or completion < most or (form and form.ended) else "length",
         elapsed_s=time.monotonic() - started,
         chat_template=served.template_source if command.messages is not None else None,
         chances=pieces.chances,
@@ -160,6 +165,7 @@ def _continue(
     most: int,
     answer: AnswerText,
     chances: Chances | None,
+    form: FormMask | None,
     pieces: _Pieces,
     channel: Channel,
 ) -> int:
@@ -181,12 +187,14 @@ def _continue(
     if command.frequency_penalty or command.presence_penalty or command.logit_bias:
         penalties = (command.frequency_penalty, command.presence_penalty)
         processors.append(Moved(len(prompt_ids), *penalties, command.logit_bias))
+    if form is not None:
+        processors.append(form)
     output = base.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         streamer=pieces,
-        stopping_criteria=StoppingCriteriaList([_Ends(answer, channel, command.request_id)]),
+        stopping_criteria=StoppingCriteriaList([_Ends(answer, form, channel, command.request_id)]),
         logits_processor=processors,
     )
     return int(output.shape[1]) - len(prompt_ids)

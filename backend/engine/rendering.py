@@ -98,6 +98,21 @@ class ChatRenderer:
         except _TEMPLATE_ERRORS as error:
             raise BadSetting(f"the model's chat template refuses the conversation: {error}") from error
 
+    def answer(self, messages: Sequence[Turn], answer: Turn, tools: Any) -> str | None:
+        """Render what the template writes behind its prompt for an answer; None if it cannot be told apart.
+
+        Args:
+            messages: The turns before it.
+        """
+        turns = [*messages, answer]
+        try:
+            shape = self._shape(0, turns, tools)
+            prompt = _apply(self._tokenizer, _shaped(messages, shape), tools, prompt=True)
+            text = _apply(self._tokenizer, _shaped(turns, shape), tools)
+        except (BadData, *_TEMPLATE_ERRORS):
+            return None
+        return text.removeprefix(prompt) if text.startswith(prompt) else None
+
     def left_out(self, number: int, row: Mapping[str, Any]) -> set[str]:
         """Return the parts of a conversation that the template silently drops: `tools`, `reasoning`, or a turn's role.
 

@@ -5,11 +5,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
+
 from engine.batches import FALLBACK_TEMPLATE
 from engine.errors import BadModel, BadSetting
 from engine.rendering import ChatRenderer
 from engine.text_tokens import TextTokenizer
 from engine.tokenizer_folder import fingerprint, save_tokenizer, write_used_tokenizer
+from engine.tool_syntax import ToolSyntax, tool_syntax
 from engine.transformers_backend import load_tokenizer
 from engine.turn_ends import TurnEnds, turn_ends
 
@@ -64,6 +68,21 @@ class ServedTokenizer:
     def ends(self) -> TurnEnds:
         """The tokens and texts that end an answer."""
         return turn_ends(self.tokenizer, self.renderer, self._said_ends)
+
+    @cached_property
+    def tool_syntax(self) -> ToolSyntax | None:
+        """How calls of tools are written; None if that is not known."""
+        marks = self.tokenizer.convert_ids_to_tokens(list(self.ends.ids))
+        return tool_syntax(self.tokenizer, self.renderer, [*marks, *self.ends.texts])
+
+    @cached_property
+    def constrained(self) -> LLTokenizer:
+        """The tokenizer as grammars need it. It is made for the first answer that is held to a form.
+
+        Raises:
+            ValueError: Its kind is not known there.
+        """
+        return from_tokenizer(self.tokenizer, eos_token=list(self.ends.ids) or None)
 
 
 class ServedTokenizers:

@@ -35,7 +35,7 @@ class Generation:
     """A generation under way."""
 
     process: EngineProcess
-    request_id: str
+    command: protocol.Generate
     future: Future[Generated]
 
     def result(self) -> Generated:
@@ -48,6 +48,9 @@ class Generation:
         try:
             return self.future.result()
         except CommandFailed as error:
+            if error.extras["error_class"] == "bad_form" and self.command.form is not None:
+                told = {"location": [self.command.form.field], "message": error.detail}
+                raise GenerationRejected(error.detail, errors=[told]) from error
             if error.extras["error_class"] in ("bad_setting", "bad_model"):  # or a template that does not end
                 raise GenerationRejected(error.detail) from error
             raise
@@ -55,7 +58,7 @@ class Generation:
     def stop(self) -> None:
         """End the generation early, since nobody listens any more."""
         if not self.future.done():
-            self.process.stop(self.request_id)
+            self.process.stop(self.command.request_id)
 
 
 class GenerationService:
@@ -85,7 +88,7 @@ class GenerationService:
                 self.attach(model, command.adapter_id)
             future = process.request(command, on_token)
         future.add_done_callback(lambda _: model.base.touch())  # a long answer is no idle time
-        return Generation(process, command.request_id, future)
+        return Generation(process, command, future)
 
     def attach_when_ready(self, model: LoadedModel, adapter_id: str) -> None:
         """Put an adapter on a base now, or as soon as the base has loaded. It is then among the model's `adapters`.

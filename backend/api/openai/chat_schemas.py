@@ -1,12 +1,14 @@
 """Requests of /v1/chat/completions and /v1/completions. Each field takes effect or is refused with the reason."""
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from api.answer_form import Choice, ResponseFormat, Tool, form_of, refuse
 from api.openai.schemas import ModelName, Request
-from core.errors import Rejected
+from domain.answer_forms import AnswerForm
 from domain.protocol import ChatMessage, ChatTurn, Generate
 
 _MOST_TOKENS = 32_768
@@ -20,38 +22,17 @@ _NOT_HERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": ((None,), "it is the older form; send tools"),
     "functions": ((None, []), "it is the older form; send tools"),
     "moderation": ((None,), "nothing here judges texts"),
-    "parallel_tool_calls": ((None, True), "whether a model calls several tools at once is its own decision"),
     "prediction": ((None,), "answers are not predicted here"),
     "prompt_cache_options": ((None,), "prompts are not cached between requests"),
     "prompt_cache_retention": ((None,), "prompts are not cached between requests"),
     "reasoning_effort": ((None,), "how long a model reasons is its own decision"),
-    "response_format": (
-        (None, {"type": "text"}),
-        "the text is not constrained to a form here yet; ask for it in words",
-    ),
     "service_tier": ((None, "auto", "default"), "there is one machine, and no tiers"),
     "store": ((None, False), "answers are not kept"),
-    "tool_choice": (
-        (None, "auto", "none"),
-        "whether a model calls a tool is its own decision; there are auto and none",
-    ),
     "verbosity": ((None,), "ask for a shorter or longer answer in words"),
     "web_search_options": ((None,), "nothing here searches the web"),
     "best_of": ((None, 1), "answers are not ranked here; send n"),
     "suffix": ((None,), "the text between a beginning and an end is not written here"),
 }
-
-
-class OptionNotHere(Rejected):
-    """The option would have no effect here."""
-
-    slug, title = "option-not-here", "Option not here"
-
-
-def refuse(field: str, why: str) -> OptionNotHere:
-    """Return the refusal of a field."""
-    message = f"{field}: {why}."
-    return OptionNotHere(message, errors=[{"location": field.split("."), "message": message}])
 
 
 class StreamOptions(Request):
@@ -140,18 +121,6 @@ class Message(Request):
     function_call: None = None
 
 
-class Function(Request):
-    name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Request):
-    type: Literal["function"]
-    function: Function
-
-
 class ChatRequest(Sampling):
     messages: Annotated[list[Message], Field(min_length=1, max_length=1000)]
     max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
@@ -159,6 +128,9 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     metadata: dict[str, str] | None = Field(default=None, description="Labels; they change no answer.")
     safety_identifier: Label | None = Field(default=None, description="A label; it changes no answer.")
     prompt_cache_key: Label | None = Field(default=None, description="A label; it changes no answer.")
@@ -167,15 +139,12 @@ class ChatRequest(Sampling):
     function_call: Any = None
     functions: Any = None
     moderation: Any = None
-    parallel_tool_calls: Any = None
     prediction: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
-    response_format: Any = None
     service_tier: Any = None
     store: Any = None
-    tool_choice: Any = None
     verbosity: Any = None
     web_search_options: Any = None
 
@@ -190,9 +159,17 @@ class ChatRequest(Sampling):
             raise refuse("max_tokens", "max_completion_tokens says the same; send one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise refuse("top_logprobs", "it has no effect without logprobs=true")
-        for tool in self.tools or []:
-            if tool.function.strict:
-                raise refuse("tools", "the arguments of calls are not constrained to a schema here; send strict=false")
+        _ = self.form  # it refuses what no answer can be held to
+
+    @cached_property
+    def form(self) -> AnswerForm | None:
+        """Return what the answer is held to.
+
+        Raises:
+            OptionNotHere: It cannot be.
+        """
+        several = self.parallel_tool_calls is not False
+        return form_of(self.response_format, self.offered, self.tool_choice, several=several)
 
     @property
     def offered(self) -> list[Tool]:
@@ -211,6 +188,7 @@ class ChatRequest(Sampling):
                 adapter_id=adapter_id,
                 max_new_tokens=most,
                 tools=tools,
+                form=self.form,
                 logprobs=(self.top_logprobs or 0) if self.logprobs else None,
                 **self._sampled(choice),
             )

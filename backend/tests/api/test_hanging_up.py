@@ -46,7 +46,7 @@ class Generator:
 
     def start(self, _model_id: str, command: protocol.Generate, _on_text: Any = None) -> Generation:
         self._on_start()
-        return Generation(self._engine, command.request_id, self._engine.future)  # type: ignore[arg-type]
+        return Generation(self._engine, command, self._engine.future)  # type: ignore[arg-type]
 
 
 async def ask(engine: Engine, on_start: Callable[[], object], gone: asyncio.Event, *, stream: bool) -> list[Message]:

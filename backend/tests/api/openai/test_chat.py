@@ -212,8 +212,6 @@ def test_turns_of_tools_go_through_the_template(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tool_choice": "required", "tools": [NOW]}, "tool_choice"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"max_completion_tokens": 3}, "max_tokens"),
