@@ -102,6 +102,17 @@ class JobLedger:
         with self._database.begin() as connection:
             return Jobs(connection).events(job_id, after, limit, kind)
 
+    def figures(self, job_id: str, kind: str, names: tuple[str, ...]) -> list[list[float | None]]:
+        """Return figures of a job's events of one kind: a list for each name, in order of the events.
+
+        Args:
+            job_id: The job.
+            kind: The events' kind.
+            names: Fields of the events' data; those of a field's own fields with a dot.
+        """
+        with self._database.begin() as connection:
+            return Jobs(connection).figures(job_id, kind, names)
+
     def newest_event(self, job_id: str) -> int:
         """Return the sequence number of a job's newest event."""
         with self._database.begin() as connection:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 
 from tests.support.server import StudioServer, start_server
 
@@ -33,6 +33,7 @@ def browser() -> Iterator[Browser]:
     path = os.environ.get("PEFT_STUDIO_TEST_BROWSER") or next(filter(None, map(shutil.which, _NAMES)), None)
     if path is None:
         pytest.fail("no browser: install the package chromium, or name one in PEFT_STUDIO_TEST_BROWSER")
+    expect.set_options(timeout=_WAIT_MS)
     with sync_playwright() as driver:
         # As root Chromium has no sandbox. These pages are ours.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])

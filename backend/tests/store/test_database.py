@@ -22,7 +22,7 @@ from store.database import Database, newest_migration
 from store.repositories import Adapters, Datasets, Exports, Jobs
 from store.tables import metadata
 from tests.support.commit_cutter import CommitCutter, Cut
-from tests.support.job_records import DATASET, job_record
+from tests.support.job_records import DATASET, MOMENT, job_record
 from tests.support.postgres import Postgres, postgres
 from tests.support.small_disk import fill
 
@@ -83,6 +83,27 @@ def test_jobs_come_by_priority_then_order_and_change_state_once(database: Databa
         assert order == ["job_3", "job_1", "job_2"]
         first = jobs.get("job_1")
         assert first is not None and first.validation_fraction == 0.1
+
+
+def test_figures_are_those_of_the_events(database: Database) -> None:
+    with database.begin() as connection:
+        Datasets(connection).add(DATASET)
+        jobs = Jobs(connection)
+        jobs.add(job_record(1))
+        for step in range(1, 4):
+            preference = {"margin": step / 8} if step != 2 else None
+            data = {"step": step, "loss": 1 / step, "preference": preference, "memory_bytes": 3 * 2**40}
+            jobs.append_event("job_1", "metrics", data, MOMENT)
+            jobs.append_event("job_1", "evaluation", {"step": step, "eval_loss": 0.5}, MOMENT)
+        names = ("step", "loss", "memory_bytes", "preference.margin", "unknown")
+        assert jobs.figures("job_1", "metrics", names) == [
+            [1, 2, 3],
+            [1, 1 / 2, 1 / 3],
+            [3 * 2**40] * 3,
+            [1 / 8, None, 3 / 8],
+            [None] * 3,
+        ]
+        assert jobs.figures("job_1", "checkpoint", ("step",)) == [[]]
 
 
 def test_events_of_many_writers_are_numbered_without_gaps(database: Database) -> None:

@@ -66,6 +66,25 @@ export function confirmed(text, yes = "Go on") {
   });
 }
 
+/** Show HTML that this server has rendered, with everything in it escaped. */
+export function show(place, html) {
+  place.replaceChildren(...new DOMParser().parseFromString(html, "text/html").body.childNodes);
+  showTimes(place);
+  htmx.process(place);
+}
+
+/** Fetch a part of a page and show it; throws Refused. */
+export async function showPart(place, address, body, options = {}) {
+  const headers = { "HX-Request": "true" };
+  if (csrf) headers["X-CSRF-Token"] = csrf;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const method = body === undefined ? "GET" : "POST";
+  const answer = await fetch(address, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...options });
+  if (!answer.ok) throw new Refused(await problemOf(answer));
+  show(place, await answer.text());
+  return answer;
+}
+
 const relative = new Intl.RelativeTimeFormat(undefined, { numeric: "auto" });
 const absolute = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
 

@@ -1,5 +1,5 @@
 // The home page, live: each part comes as HTML when it has changed.
-import { follow, showTimes } from "./app.js";
+import { follow, show } from "./app.js";
 
 const parts = [...document.querySelectorAll("[data-part]")];
 follow(
@@ -10,8 +10,7 @@ follow(
       (html) => {
         // A part with the keyboard's focus in it is left alone until the focus has moved on.
         if (place.contains(document.activeElement)) return;
-        place.innerHTML = html;
-        showTimes(place);
+        show(place, html);
       },
     ]),
   ),
