@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from api.peft_schemas import ModelId, Request, Response, Revision
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
+from domain.vllm import VllmServing
 from services.adapters.intake import ImportSettings
 from store.records import AdapterRecord
 
@@ -64,6 +65,15 @@ class AdapterFile(Response):
     size_bytes: int
 
 
+class VllmView(Response):
+    """Exactly one of the two is there."""
+
+    command: str | None = Field(
+        description="Serves the folder as it is, for the same name as under /v1, on this machine or one that has both."
+    )
+    why_not: str | None = Field(description="Why vLLM cannot serve it as it is, and what to do.")
+
+
 class AdapterDetails(AdapterSummary):
     config: PeftConfig | None = Field(description="The complete configuration it was trained with, where it is known.")
     metrics: dict[str, Any]
@@ -72,6 +82,7 @@ class AdapterDetails(AdapterSummary):
     card: dict[str, Any] | None = Field(
         description="training.json: base and commit, dataset, outcome, packages and machine. `losses` are in the file."
     )
+    vllm: VllmView = Field(description="How to serve it where vLLM is installed, on a machine with a GPU.")
 
 
 class AdapterList(Response):
@@ -88,7 +99,9 @@ def _shown(record: AdapterRecord) -> dict[str, Any]:
     return record.__dict__ | {"source": source, "warnings": record.source.get("warnings", [])}
 
 
-def details_view(record: AdapterRecord, files: list[tuple[str, int]], card: dict[str, Any] | None) -> AdapterDetails:
+def details_view(
+    record: AdapterRecord, files: list[tuple[str, int]], card: dict[str, Any] | None, vllm: VllmServing
+) -> AdapterDetails:
     """Show an adapter."""
     listed = [{"name": name, "size_bytes": size} for name, size in files]
-    return AdapterDetails.model_validate(_shown(record) | {"files": listed, "card": card})
+    return AdapterDetails.model_validate(_shown(record) | {"files": listed, "card": card, "vllm": vars(vllm)})

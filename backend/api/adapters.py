@@ -18,10 +18,12 @@ from domain.exports import PushSettings
 from domain.jobs.export_states import ExportKind
 from services.adapter_service import AdapterService, get_adapter_service
 from services.adapters.intake import AdapterIntake, get_adapter_intake
+from services.served_model_service import ServedModelService, get_served_model_service
 from store.records import AdapterRecord
 
 router = APIRouter(prefix="/api/adapters", tags=["adapters"])
 Adapters = Annotated[AdapterService, Depends(get_adapter_service)]
+Models = Annotated[ServedModelService, Depends(get_served_model_service)]
 Intake = Annotated[AdapterIntake, Depends(get_adapter_intake)]
 
 
@@ -37,7 +39,7 @@ def _body() -> dict[str, Any]:
 
 
 @router.post("", status_code=201, openapi_extra=_body(), dependencies=ASKS_THE_HUB)
-async def add(request: Request, intake: Intake, adapters: Adapters) -> AdapterDetails:
+async def add(request: Request, intake: Intake, adapters: Adapters, models: Models) -> AdapterDetails:
     """Bring an adapter in: a folder on this machine, a repository of the Hub, or a zip.
 
     It is checked as a copy before anything loads it: safetensors only, no code, LoRA and its kin.
@@ -46,7 +48,7 @@ async def add(request: Request, intake: Intake, adapters: Adapters) -> AdapterDe
         record = await _receive(request, intake)
     else:
         record = await may_ask_the_hub(_bring, await request.body(), intake)
-    return await run_in_threadpool(_details, adapters, record)
+    return await run_in_threadpool(_details, adapters, models, record)
 
 
 def _bring(body: bytes, intake: AdapterIntake) -> AdapterRecord:
@@ -72,9 +74,9 @@ def list_adapters(adapters: Adapters) -> AdapterList:
 
 
 @router.get("/{adapter_id}")
-def get_adapter(adapter_id: str, adapters: Adapters) -> AdapterDetails:
-    """One adapter: its base, configuration, figures and files."""
-    return _details(adapters, adapters.get(adapter_id))
+def get_adapter(adapter_id: str, adapters: Adapters, models: Models) -> AdapterDetails:
+    """One adapter: its base, configuration, figures and files, and the command that serves it with vLLM."""
+    return _details(adapters, models, adapters.get(adapter_id))
 
 
 @router.get("/{adapter_id}/download", response_class=StreamingResponse)
@@ -108,5 +110,5 @@ def delete(adapter_id: str, adapters: Adapters) -> None:
     adapters.delete(adapter_id)
 
 
-def _details(adapters: AdapterService, record: AdapterRecord) -> AdapterDetails:
-    return details_view(record, adapters.files(record.id), adapters.card(record.id))
+def _details(adapters: AdapterService, models: ServedModelService, record: AdapterRecord) -> AdapterDetails:
+    return details_view(record, adapters.files(record.id), adapters.card(record.id), models.vllm(record))

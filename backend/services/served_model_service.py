@@ -1,7 +1,9 @@
 """The models of OpenAI's API: bases of this machine and fine-tuned ones, found by name and loaded when asked for."""
 
+import json
 from concurrent.futures import TimeoutError as NotDone
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.clock import SystemClock
 from core.errors import (
@@ -14,6 +16,7 @@ from core.errors import (
 )
 from core.settings import get_settings
 from core.singleton import singleton
+from domain.adapter_files import CONFIG
 from domain.openai.fine_tunes import as_seconds, name_of
 from domain.openai.names import (
     ORGANIZATION_ID,
@@ -25,6 +28,7 @@ from domain.openai.names import (
     suffix_in_name,
 )
 from domain.peft.algorithms import Algorithm
+from domain.vllm import VllmBase, VllmServing, serve_with_vllm
 from services.adapter_service import AdapterService, get_adapter_service
 from services.dataset_service import get_dataset_service
 from services.fine_tuning_service import facts_of
@@ -37,6 +41,7 @@ from store.records import AdapterRecord
 
 _LOAD_S = 540.0  # the SDK waits ten minutes for an answer
 _CHECKPOINT = "checkpoint"
+_TEMPLATE = "chat_template.jinja"
 
 
 class ModelNotDeletable(Conflict):
@@ -185,6 +190,28 @@ class ServedModelService:
         if model.adapter_id is None:
             raise ModelNotDeletable(f"{name} is a base model; only fine-tuned models can be deleted.")
         self._adapters.delete(model.adapter_id)
+
+    def vllm(self, record: AdapterRecord) -> VllmServing:
+        """Return how vLLM serves an adapter under the name that it has here."""
+        folder = Path(record.path)
+        try:
+            config = json.loads((folder / CONFIG).read_bytes())
+        except (OSError, ValueError):
+            config = None
+        template = folder / _TEMPLATE
+        return serve_with_vllm(
+            self._base_for_vllm(record),
+            self._fine_tuned(record).name,
+            str(folder),
+            config if isinstance(config, dict) else None,
+            str(template) if template.is_file() else None,
+        )
+
+    def _base_for_vllm(self, record: AdapterRecord) -> VllmBase:
+        local = self._registry.resolve_local(record.base_model_id, record.base_revision)
+        if local is not None and local.revision is None and local.path is not None:
+            return VllmBase(str(local.path), None)  # it did not come from the Hub
+        return VllmBase(record.base_model_id, record.base_revision)
 
     # Answering
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -72,6 +73,14 @@ def test_an_adapter_goes_out_and_comes_in_again_and_is_the_same(studio: StudioSe
     assert (again["name"], again["version"], again["job_id"]) == ("again", 1, None)
     assert again["source"] == {"kind": "upload", "filename": "mine.zip"}
     assert studio.adapter_weights(again["id"]) == studio.adapter_weights(trained["id"])
+    words = shlex.split(trained["vllm"]["command"])  # how vLLM serves it: as the name that /v1 has for it
+    assert (
+        words[:2] == ["vllm", "serve"]
+        and Path(words[2]).name == TINY_ID.partition("/")[2]
+        and trained["path"] in words[5]
+    )
+    assert words[5].split("=")[0] in [model["id"] for model in studio.http.get("/v1/models").json()["data"]]
+    assert Path(words[words.index("--chat-template") + 1]).is_file() and trained["vllm"]["why_not"] is None
 
     folder = bring(studio, path=trained["path"], name="again")
     assert folder.status_code == 201, folder.text
