@@ -18,6 +18,7 @@ from engine.base import Base
 from engine.decompositions import DECOMPOSITIONS, Decomposition, Factors
 from engine.errors import BadSetting
 from engine.frozen_weights import PublishedWeights, adapted_layer, freeze
+from engine.shared_weights import repeats, share_adapter
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,12 +55,14 @@ def create_adapter(
     """
     settings = methods.lora_config(config, base.model, base_model_id, revision)
     base.create(name, settings)
+    share_adapter(base.model, name)
     if settings.target_parameters:
         methods.put_dropout(base.model, name, config.dropout)
     decomposition = DECOMPOSITIONS.get(config.init_weights)
     if decomposition is None:
         return {}
-    paths = list(methods.targeted_layers(base.model, config))
+    again_held = repeats(base.model)  # a weight that several layers hold is decomposed once
+    paths = [path for path in methods.targeted_layers(base.model, config) if path not in again_held]
     published = PublishedWeights(base.path, base.model.get_base_model())
     taken: Tensors = {}
     with torch.no_grad():

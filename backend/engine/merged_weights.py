@@ -16,9 +16,12 @@ from torch import nn
 from engine.base import Base
 from engine.errors import BadSetting
 from engine.frozen_weights import hosts, plain_weight
+from engine.roles import output_head
+from engine.shared_weights import correct_alike, corrects
 from engine.stored_names import StoredNames
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_MOST_NAMED = 3
 _QUANTISED = {"Params4bit": "4-bit NF4", "Int8Params": "8-bit"}  # bitsandbytes' classes of weights
 
 
@@ -119,7 +122,7 @@ class MergedWeights:
             for attribute, value in _own_tensors(host):
                 name = f"{path}.{attribute}" if path else attribute
                 correcting = tuple(
-                    layer for layer in layers if self.adapter in layer.scaling and attribute == _corrects(layer)
+                    layer for layer in layers if self.adapter in layer.scaling and attribute == corrects(layer)
                 )
                 shape = _logical_shape(host, attribute, value)
                 tensor = MergedTensor(host, correcting, attribute, shape, self._dtype_of(value))
@@ -128,10 +131,21 @@ class MergedWeights:
             yield from self._saved(sharing)
 
     def _saved(self, sharing: list[tuple[str, MergedTensor]]) -> list[tuple[str, MergedTensor]]:
-        """Return which of the tensors that share memory are saved: one, unless the adapter changes some alone."""
+        """Return which of the tensors that share memory are saved: one, unless the adapter changes some alone.
+
+        Raises:
+            BadSetting: It changes them differently, and the model's class has one place for all of them.
+        """
         if len(sharing) == 1:
             return sharing
-        if any(tensor.corrections for _, tensor in sharing):
+        if not correct_alike([tensor.corrections for _, tensor in sharing], self.adapter):
+            ends = (self.model.get_input_embeddings(), output_head(self.model))
+            if any(all(tensor.host is not end for end in ends) for _, tensor in sharing):
+                names = ", ".join(name for name, _ in sharing[:_MOST_NAMED])
+                raise BadSetting(
+                    f"the model holds one weight as {names}, and the adapter corrects it differently there: a merged "
+                    "model has no place for several; the adapter itself is whole"
+                )
             self.untied = True
             return sharing
         derived = getattr(self.model, "all_tied_weights_keys", {})
@@ -227,11 +241,6 @@ def stored_dtypes(folder: Path) -> Mapping[str, torch.dtype]:
                 if dtype is not None:
                     dtypes[name] = dtype
     return dtypes
-
-
-def _corrects(layer: LoraLayer) -> str:
-    """Return the name of the parameter that a layer corrects."""
-    return layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from engine.errors import BadSetting
 from engine.frozen_weights import hosts, unwrapped
 from engine.outline import places
 from engine.roles import features, output_head
+from engine.shared_weights import repeats
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -124,9 +125,12 @@ def _within_layer(path: str) -> str:
 def trainable_parameters(model: nn.Module, config: PeftConfig) -> int:
     """Count what an adapter of this configuration trains.
 
-    It is r·(in + out) for each layer and each expert, and out magnitudes a layer for DoRA.
+    It is r·(in + out) for each layer and each expert, and out magnitudes a layer for DoRA. Layers that hold one weight
+    share an adapter.
     """
     layers, experts = targeted_layers(model, config), targeted_experts(model, config)
+    held = repeats(model)
+    layers = {held.get(path, path): shape for path, shape in layers.items()}
     in_layers = sum(
         config.rank * (fan_in + fan_out) + (fan_out if config.use_dora else 0) for fan_in, fan_out in layers.values()
     )
@@ -165,7 +169,11 @@ def put_dropout(model: nn.Module, adapter: str, dropout: float) -> None:
 
 def changed_layers(model: nn.Module, config: PeftConfig) -> list[str]:
     """Name the layers in which a run of this configuration freezes other weights than the base's."""
-    return list(targeted_layers(model, config)) if freezes_others(config) else []
+    return (
+        sorted({repeats(model).get(path, path) for path in targeted_layers(model, config)})
+        if freezes_others(config)
+        else []
+    )
 
 
 def adapter_state(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:

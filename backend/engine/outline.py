@@ -23,9 +23,11 @@ from engine.errors import BadModel
 from engine.layer_kinds import Layer, layers_of, window_of
 from engine.model_class import attention_of, longest_of, model_class, read_config
 from engine.roles import features, linear_modules, output_head, roles, stacked_experts, text_path
+from engine.shared_weights import shared_parameters
 from engine.without_data import HALF, Passed, WithoutData
 
 _MOST_LAYERS = 1000
+_IDLE: tuple[Role, ...] = ("bypassed", "unreached")
 # What a stranger's config.json may take: the largest models need some hundred MiB to be described.
 _MOST_MEMORY = 6 * 2**30
 
@@ -37,13 +39,17 @@ class Places:
     Attributes:
         roles: Of every linear module but the head, by its path.
         experts: The stacked experts that a gradient reaches, by the tensors' paths.
+        heads: The paths of the output head.
     """
 
     roles: Mapping[str, Role]
     experts: Mapping[str, Stacked]
+    heads: tuple[str, ...] = ()
 
 
 _places_of: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
+_MOST_KEPT = 8  # an engine holds one model
+_kept: dict[tuple[Any, str], Places] = {}
 
 
 def describe(values: dict[str, Any]) -> Described:
@@ -82,24 +88,55 @@ def places(model: Any) -> Places:
         model: As transformers loaded it, without adapters or with. It is neither changed nor computed with.
     """
     if model not in _places_of:
-        if "unsloth" in sys.modules:
-            _places_of[model] = _by_place_alone(model)
-        else:
-            config = copy.deepcopy(model.config)
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            _places_of[model] = _followed(build(type(model), config), config)
+        _places_of[model] = (
+            _by_place_alone(model) if "unsloth" in sys.modules else places_of_class(type(model), model.config)
+        )
     return _places_of[model]
+
+
+def places_of_class(chosen: Any, config: Any) -> Places:
+    """Say what the parts of a class do; the last answers are kept, since a load in four bits asks before and after it.
+
+    Args:
+        chosen: The class.
+        config: Its configuration. Types and quantisation in it change nothing.
+
+    Raises:
+        BadModel: It cannot be built.
+    """
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    key = chosen, json.dumps(_without_types(config.to_dict()), sort_keys=True, default=str)
+    if key not in _kept:
+        while len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[key] = _followed(build(chosen, config), config)
+    return _kept[key]
+
+
+def _without_types(values: Any) -> Any:
+    """Leave out of a configuration what a load writes into it: types, and where it came from."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        str(name): _without_types(value)
+        for name, value in values.items()
+        if name not in ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "architectures")
+    }
 
 
 def _followed(model: Any, config: Any) -> Places:
     """Say what the parts do; by their place alone where the class cannot be followed without data."""
+    head = output_head(model)
+    heads = tuple(path for path, module in model.named_modules() if module is head)
     try:
         outline = _Outline(model, config)
-        return Places(outline.roles(), {tensor.path: tensor for tensor in outline.experts() if tensor.reached})
+        reached = {tensor.path: tensor for tensor in outline.experts() if tensor.reached}
+        return Places(outline.roles(), reached, heads)
     except Exception:  # noqa: BLE001 - the class' own code; the engine's log has it
         traceback.print_exc()
-        return _by_place_alone(model)
+        return replace(_by_place_alone(model), heads=heads)
 
 
 def _by_place_alone(model: Any) -> Places:
@@ -118,10 +155,8 @@ def kept_in_full(chosen: Any, config: Any) -> list[str]:
     Raises:
         BadModel: It cannot be built.
     """
-    model = build(chosen, config)
-    head = output_head(model)
-    heads = [path for path, module in model.named_modules() if module is head]
-    return heads + [path for path, role in _followed(model, config).roles.items() if role == "bypassed"]
+    found = places_of_class(chosen, config)
+    return [*found.heads, *(path for path, role in found.roles.items() if role == "bypassed")]
 
 
 def build(chosen: Any, config: Any) -> Any:
@@ -175,6 +210,12 @@ class _Outline:
             alike = self._alike(path)
             if role not in ("tower", "special") and alike not in self._reached:
                 what[path] = "unreached" if alike in self._called else "bypassed"
+        for names in shared_parameters(self._model):
+            held = [path for name in names if (path := name.removesuffix(".weight")) in what]
+            # A layer that computes with a weight decides for all that hold it.
+            computing = next((what[path] for path in held if what[path] not in _IDLE), None)
+            if computing is not None:
+                what |= dict.fromkeys(held, computing)
         return what
 
     def shape(self, family: str) -> ModelShape:

@@ -1,6 +1,5 @@
 """Plain transformers + PEFT, which run everywhere, the CPU included."""
 
-import copy
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def load_transformers(path: Path, config: PeftConfig, device: str) -> tuple[Any,
     chosen, published = model_class(AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True))
     quantization = None
     if config.quantization != "none":
-        quantization = quantization_config(config, kept_in_full(chosen, copy.deepcopy(published)))
+        quantization = quantization_config(config, kept_in_full(chosen, published))
     model, about = chosen.from_pretrained(
         path,
         config=published,

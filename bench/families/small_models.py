@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from engine.model_class import attention_of, model_class
 
 _MOST_PARAMETERS = 40_000_000
+_VOCABULARY_STEP = 64
 # By part of a name: every whole number of a configuration whose name holds it becomes so large at most. The first that
 # fits counts.
 _AT_MOST: tuple[tuple[str, int], ...] = (
@@ -200,7 +201,9 @@ def make_small(family: str, folder: Path, tokenizer: Path) -> int:
     tokens = AutoTokenizer.from_pretrained(tokenizer)
     kind = CONFIG_MAPPING[family]
     ends = {"bos_token_id": 1, "eos_token_id": tokens.eos_token_id, "pad_token_id": tokens.pad_token_id}
-    small = _small(kind().to_dict(), _SPECIAL.get(family, {}), len(tokens), ends)
+    # As published ones are, filled up: a family's own tokenizer class may add tokens of its own.
+    vocabulary = -(-len(tokens) // _VOCABULARY_STEP) * _VOCABULARY_STEP
+    small = _small(kind().to_dict(), _SPECIAL.get(family, {}), vocabulary, ends)
     config = kind(**small, **_ADDED.get(family, {}))
     model_class(config)
     chosen = _published_class(config)

@@ -10,10 +10,10 @@ from families.trial import try_family
 from domain.peft.algorithms import Algorithm
 
 # Plain, fused, tied, capped; experts that stay and shared ones; eager attention with sinks; a router that is a linear
-# module; an indexer without a gradient; state spaces; towers.
+# module; an indexer without a gradient; state spaces; a block that several layers share; towers.
 KINDS = (
     *("gpt2", "phi3", "gemma4_text", "qwen2_moe", "deepseek_v32", "ernie4_5_moe", "minimax_m2", "gpt_oss", "llama4"),
-    *("nemotron_h", "mamba", "qwen3_5_moe", "bloom", "gemma3", "qwen2_5_vl"),
+    *("nemotron_h", "zamba2", "mamba", "qwen3_5_moe", "bloom", "gemma3", "qwen2_5_vl"),
 )
 pytestmark = [
     pytest.mark.engine,

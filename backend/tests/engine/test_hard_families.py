@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, XLNetConfig
 
 from domain.configure import MachineFacts, configure
 from domain.peft.algorithms import Algorithm
+from engine import outline
 from engine.base import Base
 from engine.errors import BadModel
 from engine.model_class import longest_of, model_class, read_config
@@ -18,6 +19,7 @@ from engine.outline import describe
 from engine.stored_names import names_for_peft
 
 pytestmark = pytest.mark.engine
+_CPU = MachineFacts(has_gpu=False, supports_bf16=False)
 
 
 def _describe(family: str, folder: Path, tokenizer: Path) -> Any:
@@ -79,3 +81,18 @@ def test_a_class_that_takes_no_text_alone_is_refused(family: str) -> None:
 
 def test_minus_one_position_is_no_limit() -> None:
     assert longest_of(XLNetConfig()) is None
+
+
+def test_a_load_in_four_bits_follows_the_class_once(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outline, "_kept", {})
+    followed: list[Any] = []
+    whole = outline._followed
+
+    def counted(model: Any, config: Any) -> outline.Places:
+        followed.append(model)
+        return whole(model, config)
+
+    monkeypatch.setattr(outline, "_followed", counted)
+    configured = configure(Algorithm.QLORA, use_case=None, overrides={}, machine=_CPU).config
+    base = Base(tiny_path, configured, "cpu", "transformers")
+    assert base.trainable_parameters > 0 and len(followed) == 1
