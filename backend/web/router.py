@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from web import docs_page, home, runs, static_files
+from web import docs_page, home, playground, runs, static_files
 
 router = APIRouter()
-for module in (static_files, docs_page, home, runs):
+for module in (static_files, docs_page, home, playground, runs):
     router.include_router(module.router)

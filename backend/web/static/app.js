@@ -23,13 +23,14 @@ export function notice(text, isError = false) {
 /** What the API refused: its problem document. */
 export class Refused extends Error {
   constructor(problem) {
-    super(problem.detail || problem.title || `status ${problem.status}`);
+    // /v1 answers in OpenAI's envelope.
+    super(problem.detail || problem.error?.message || problem.title || `status ${problem.status}`);
     this.problem = problem;
   }
 }
 
-/** Call the API. Returns the answer's JSON, or null where it has none; throws Refused. */
-export async function call(method, address, body, options = {}) {
+/** Ask the API. Returns the answer as fetch gives it; throws Refused. */
+export async function ask(method, address, body, options = {}) {
   const headers = {};
   if (body !== undefined && !(body instanceof FormData)) headers["Content-Type"] = "application/json";
   if (csrf) headers["X-CSRF-Token"] = csrf;
@@ -42,6 +43,12 @@ export async function call(method, address, body, options = {}) {
     throw new Refused({ title: "The server does not answer", detail: "The server does not answer.", status: 0 });
   }
   if (!answer.ok) throw new Refused(await problemOf(answer));
+  return answer;
+}
+
+/** Call the API. Returns the answer's JSON, or null where it has none; throws Refused. */
+export async function call(method, address, body, options = {}) {
+  const answer = await ask(method, address, body, options);
   return answer.headers.get("content-type")?.startsWith("application/json") ? answer.json() : null;
 }
 
