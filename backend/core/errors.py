@@ -70,6 +70,8 @@ To add one:
     │   ├── DownloadCorrupt           services.hub.file_transfer
     │   ├── EmbeddedModelUnavailable  services.models.embedded
     │   ├── EngineUnavailable
+    │   ├── TooManyAnswers            services.generation_service
+    │   ├── NoRoomToAnswer            services.generation_service
     │   └── DatabaseUnavailable
     ├── EngineFailed  502
     │   ├── EngineDied                services.engines.process

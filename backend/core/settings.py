@@ -122,6 +122,12 @@ class Settings(BaseSettings):
         ge=0,
         description="a model idle for so many seconds is unloaded where another needs its memory",
     )
+    answers_together: int = Field(
+        default=16, ge=1, description="most answers that are written at once on one base; more wait for a place"
+    )
+    answers_waiting: int = Field(
+        default=64, ge=0, description="most answers that wait on one base; more are refused with 503 and `Retry-After`"
+    )
     warm_engine_bytes: int | None = Field(
         default=None,
         ge=0,

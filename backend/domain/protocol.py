@@ -202,6 +202,7 @@ ErrorClass = Literal[
     "cannot_save",
     "export_differs",
     "worker_died",
+    "no_room",
     "cancelled",
     "paused",
     "engine",
@@ -304,7 +305,8 @@ class Generate(Command[Generated, Token]):
     `tools` go through the chat template. Without `max_new_tokens` the answer may fill the context, up to a bound.
     `logprobs` is how many of the likeliest tokens are told beside each token of the text; with `echo` the text begins
     with the prompt. The penalties and `logit_bias` (token → what is added to its logit) are OpenAI's. An answer with a
-    `form` is held to it.
+    `form` is held to it. `free_bytes` is what the device has free, where that is known; `most_together` is how many
+    answers the engine may write at once.
     """
 
     kind: Literal["generate"] = "generate"
@@ -324,6 +326,8 @@ class Generate(Command[Generated, Token]):
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = Field(default_factory=dict)
     form: AnswerForm | None = None
+    free_bytes: int | None = None
+    most_together: int = 16
 
 
 class AboutDataset(_Line):

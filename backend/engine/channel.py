@@ -4,6 +4,7 @@ import os
 import queue
 import threading
 import time
+from contextlib import suppress
 
 from pydantic import BaseModel, ValidationError
 
@@ -61,6 +62,14 @@ class Channel:
     def next_command(self) -> protocol.AnyCommand:
         """Wait for the next command."""
         return self._queue.get()
+
+    def waiting_commands(self) -> list[protocol.AnyCommand]:
+        """Take the commands that have come, if any have."""
+        found = []
+        with suppress(queue.Empty):
+            while True:
+                found.append(self._queue.get_nowait())
+        return found
 
     def rest(self) -> None:
         """Send no heartbeats until the next command. Every thread of the process then waits for the pipe."""

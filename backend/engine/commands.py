@@ -1,6 +1,9 @@
-"""The command loop: one command at a time, one final event each, whatever happens."""
+"""The command loop: one command at a time but for answers, one final event each, whatever happens."""
 
 import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from engine.base import Base
 from engine.channel import Channel, Stopped
 from engine.errors import BadSetting, CommandError, OutOfMemory
 from engine.heap import give_back
+from engine.row_check import NotTogether, RowFacts, row_facts
 
 # These come in quick succession and free little memory.
 _SHORT = (protocol.Generate, protocol.AttachAdapter, protocol.DetachAdapter)
@@ -25,6 +29,7 @@ class CommandLoop:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._base: Base | None = None
+        self._rows: RowFacts | NotTogether | None = None  # whether answers are written together; None: nobody has asked
         self.handlers = dict(
             [
                 protocol.WarmUp.carried_out_by(self._warm_up),
@@ -45,20 +50,50 @@ class CommandLoop:
 
     def run(self) -> None:
         """Serve commands until end-of-file on the command pipe ends the process."""
+        commands: deque[protocol.AnyCommand] = deque()
         while True:
-            command = self._channel.next_command()
-            self._serve(command)
-            if not isinstance(command, _SHORT):
-                give_back()  # here the memory is free after a failure too
-            if isinstance(command, protocol.WarmUp):
-                self._channel.rest()
+            if not commands:
+                commands.append(self._channel.next_command())
+            if isinstance(commands[0], protocol.Generate) and not self._only_alone():
+                self._answer(commands)
+            if commands:
+                self._serve(commands.popleft())
 
     def _serve(self, command: protocol.AnyCommand) -> None:
         request_id = command.request_id
-        try:
+        with self._told(request_id):
             self._channel.check_stop(request_id)
             result = self.handlers[type(command)](command)
             self._channel.emit(protocol.Done(request_id=request_id, result=result.model_dump(mode="json")))
+        if not isinstance(command, _SHORT):
+            give_back()  # here the memory is free after a failure too
+        if isinstance(command, protocol.WarmUp):
+            self._channel.rest()
+
+    def _only_alone(self) -> bool:
+        """Whether answers of the base are written one after the other. It is found out at the first one."""
+        if self._base is None:
+            return True
+        if self._rows is None:
+            try:
+                self._rows = row_facts(self._base)
+            except NotTogether as why:
+                print(f"answers are written one after the other: {why}", flush=True)  # noqa: T201 - the engine's log
+                self._rows = why
+        return isinstance(self._rows, Exception)
+
+    def _answer(self, commands: deque[protocol.AnyCommand]) -> None:
+        """Write answers together, from the first command on."""
+        from engine.answering import Answering
+
+        if self._base is not None and isinstance(self._rows, RowFacts):
+            Answering(self._base, self._channel, self._rows, self._serve, self._told).run(commands)
+
+    @contextmanager
+    def _told(self, request_id: str) -> Iterator[None]:
+        """Report the failure of a command, in the classes of the protocol, if what happens within raises."""
+        try:
+            yield
         except Stopped as stopped:
             self._fail(request_id, "paused" if stopped.mode == "pause" else "cancelled", "stopped on request", [])
         except CommandError as error:

@@ -9,6 +9,7 @@ CommandError
 ├── ExportDiffers an export is not what base and adapter make
 ├── CannotSave    what was trained, or would be, cannot be written as an adapter
 ├── OutOfMemory   the device has no memory left
+├── NoRoom        an answer does not fit beside what is in memory now
 └── WorkerDied    a process that computes gradients on another device ended
 """
 
@@ -80,3 +81,9 @@ class WorkerDied(CommandError):
     """A process that computes gradients on another device ended."""
 
     error_class = "worker_died"
+
+
+class NoRoom(CommandError):
+    """An answer does not fit beside what is in memory now; later it may."""
+
+    error_class = "no_room"

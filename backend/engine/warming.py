@@ -9,6 +9,7 @@ from domain.results import WarmedUp
 
 def warm_up() -> WarmedUp:
     """Import what loads, runs and answers need. Nothing is computed, and no random number is drawn."""
+    import engine.answering
     import engine.generation
     import engine.outline
     import engine.training  # noqa: F401

@@ -1,12 +1,15 @@
 """Text from a loaded base, with or without one of the adapters on it."""
 
+import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import Rejected, StudioError
+from core.errors import Rejected, StudioError, Unavailable
 from core.logging import get_logger
+from core.settings import get_settings
 from core.singleton import singleton
 from domain import protocol
 from domain.results import Generated
@@ -16,6 +19,8 @@ from services.peft_service import LoadedModel, PeftService, get_peft_service
 from store.records import AdapterRecord
 
 _log = get_logger(__name__)
+# A place is free as soon as one of the answers that are being written ends.
+_RETRY_AFTER_S = 5
 
 
 class AdapterOfAnotherBase(Rejected):
@@ -28,6 +33,18 @@ class GenerationRejected(Rejected):
     """The engine cannot generate what was asked for."""
 
     slug, title = "generation-rejected", "Generation rejected"
+
+
+class TooManyAnswers(Unavailable):
+    """As many answers as may wait already wait on the base."""
+
+    slug, title = "too-many-answers", "Too many answers"
+
+
+class NoRoomToAnswer(Unavailable):
+    """The answer does not fit into the memory that is free beside the model."""
+
+    slug, title = "no-room-to-answer", "No room to answer"
 
 
 @dataclass(frozen=True)
@@ -43,6 +60,7 @@ class Generation:
 
         Raises:
             GenerationRejected: The engine refused the request.
+            NoRoomToAnswer: It does not fit into memory now.
             EngineFailed: The engine failed or died.
         """
         try:
@@ -53,6 +71,8 @@ class Generation:
                 raise GenerationRejected(error.detail, errors=[told]) from error
             if error.extras["error_class"] in ("bad_setting", "bad_model"):  # or a template that does not end
                 raise GenerationRejected(error.detail) from error
+            if error.extras["error_class"] == "no_room":
+                raise NoRoomToAnswer(error.detail, retry_after_s=_RETRY_AFTER_S) from error
             raise
 
     def stop(self) -> None:
@@ -62,33 +82,65 @@ class Generation:
 
 
 class GenerationService:
-    """Starts generations. An adapter is put on the base when it is first asked for."""
+    """Starts generations. An adapter is put on the base when it is first asked for.
 
-    def __init__(self, peft: PeftService, adapters: AdapterService) -> None:
+    Args:
+        together: Most answers that are written at once on one base.
+        waiting: Most that wait there beside them.
+    """
+
+    def __init__(self, peft: PeftService, adapters: AdapterService, *, together: int = 16, waiting: int = 64) -> None:
         self._peft, self._adapters = peft, adapters
+        self._together, self._waiting = together, waiting
+        self._lock = threading.Lock()
+        self._under_way: Counter[str] = Counter()  # answers, by base
 
     def start(
         self, model_id: str, command: protocol.Generate, on_token: Callable[[protocol.Token], None] | None = None
     ) -> Generation:
-        """Start generating.
+        """Start generating, beside what is generated on the same base already.
 
         Args:
-            command: The prompt and the settings.
+            command: The prompt and the settings. How much room there is is filled in here.
             on_token: Called with each piece of the text, on the engine reader's thread.
 
         Raises:
             LoadedModelNotFound, AdapterNotFound: There is no such model or adapter.
             AdapterOfAnotherBase: They do not belong together.
             ModelNotReady, ModelBusy: The model cannot answer now.
+            TooManyAnswers: Too many wait for it already.
         """
         model = self._peft.get(model_id)
-        with model.base.awaited():  # between the commands, too, it is in use
-            process = model.base.engine(for_client=True)
-            if command.adapter_id is not None:
-                self.attach(model, command.adapter_id)
-            future = process.request(command, on_token)
-        future.add_done_callback(lambda _: model.base.touch())  # a long answer is no idle time
+        base = model.base
+        with base.awaited():  # between the commands, too, it is in use
+            process = base.engine(for_client=True)
+            self._enter(base.id)
+            try:
+                if command.adapter_id is not None:
+                    self.attach(model, command.adapter_id)
+                room = {"free_bytes": self._peft.free_beside(model), "most_together": self._together}
+                future = process.request(command.model_copy(update=room), on_token)
+            except BaseException:
+                self._leave(base.id)
+                raise
+        future.add_done_callback(lambda _: self._leave(base.id))
+        future.add_done_callback(lambda _: base.touch())  # a long answer is no idle time
         return Generation(process, command, future)
+
+    def _enter(self, base_id: str) -> None:
+        with self._lock:
+            if self._under_way[base_id] >= self._together + self._waiting:
+                raise TooManyAnswers(
+                    f"{self._together} answers are written on this model, and {self._waiting} wait: try again later.",
+                    retry_after_s=_RETRY_AFTER_S,
+                )
+            self._under_way[base_id] += 1
+
+    def _leave(self, base_id: str) -> None:
+        with self._lock:
+            self._under_way[base_id] -= 1
+            if not self._under_way[base_id]:
+                del self._under_way[base_id]
 
     def attach_when_ready(self, model: LoadedModel, adapter_id: str) -> None:
         """Put an adapter on a base now, or as soon as the base has loaded. It is then among the model's `adapters`.
@@ -125,4 +177,10 @@ class GenerationService:
 @singleton
 def get_generation_service() -> GenerationService:
     """Return the process's generation service."""
-    return GenerationService(get_peft_service(), get_adapter_service())
+    settings = get_settings()
+    return GenerationService(
+        get_peft_service(),
+        get_adapter_service(),
+        together=settings.answers_together,
+        waiting=settings.answers_waiting,
+    )

@@ -171,6 +171,10 @@ class PeftService:
         runs_on = loaded.base if loaded is not None else key
         self._pool.admit_run(f"Training {where.model_id}", judge, where.device, runs_on)
 
+    def free_beside(self, model: LoadedModel) -> int | None:
+        """Return the memory that is free on a loaded model's device, less what loads under way will take."""
+        return self._pool.free_on(self._machine.device(device_name(model.base.key.device))).available_bytes
+
     def gpus(self) -> int:
         """Return how many GPUs of this machine can train."""
         return sum(name != "cpu" for name in self._machine.training_devices())

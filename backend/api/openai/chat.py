@@ -167,7 +167,7 @@ async def _answer(
 async def _begin(
     under_way: _UnderWay, generator: GenerationService, loaded: LoadedModel, commands: list[Generate]
 ) -> None:
-    """Start an answer for each command. The engine takes them one after the other."""
+    """Start an answer for each command. The engine writes them together, as far as it has room."""
     loop = asyncio.get_running_loop()
 
     def put(index: int, token: Token | None) -> None:

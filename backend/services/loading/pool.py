@@ -99,6 +99,11 @@ class BasePool:
             return device
         return replace(device, available_bytes=device.available_bytes + self._engines.memory_bytes())
 
+    def free_on(self, device: Device) -> Device:
+        """Return a device with what is free of it now, though nothing gives way."""
+        with self.lock:
+            return with_room(device, self._bases.values())
+
     def _works_on_the_cpu(self) -> bool:
         """Whether a base loads or works that was admitted with the host's memory as it was then."""
         with self.lock:

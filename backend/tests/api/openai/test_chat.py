@@ -46,7 +46,12 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
     (models / ENDLESS_ID / "config.json").write_text(json.dumps(config))
     (models / ENDLESS_ID / "chat_template.jinja").write_text(TOOL_TEMPLATE)
     keep_shape(CACHE, config)
-    with start_server(tmp_path_factory.mktemp("home"), models, PEFT_STUDIO_MODEL_NAMES=f"gpt-4o={TINY_ID}") as server:
+    with start_server(
+        tmp_path_factory.mktemp("home"),
+        models,
+        PEFT_STUDIO_MODEL_NAMES=f"gpt-4o={TINY_ID}",
+        PEFT_STUDIO_ANSWERS_TOGETHER="2",
+    ) as server:
         yield server
 
 
@@ -246,13 +251,32 @@ def test_models_are_listed_and_found_by_names_with_a_slash(client: OpenAI) -> No
         client.models.delete(TINY_ID)
 
 
-def test_a_stream_that_is_left_ends_the_answer(client: OpenAI, studio: StudioServer) -> None:
-    endless = chat(client, model=ENDLESS_ID, max_tokens=MOST // 2, stream=True)
-    for _, _chunk in zip(range(4), endless, strict=False):
-        pass
-    endless.close()
-    # The engine takes one request after the other, so this one waits until the other has ended.
-    assert chat(client, model=ENDLESS_ID, max_tokens=2).choices[0].finish_reason == "length"
+def test_answers_on_one_base_run_together_and_one_that_is_left_gives_its_place(client: OpenAI) -> None:
+    endless = {"model": ENDLESS_ID, "max_tokens": MOST // 2, "stream": True}
+    with chat(client, **endless) as kept, chat(client, **endless) as left:
+        for stream in (kept, left, kept):
+            next(stream)
+        left.close()
+        # Two are written at once here, so this one needs the place of the one that was left.
+        assert chat(client, model=ENDLESS_ID, max_tokens=2).choices[0].finish_reason == "length"
+        next(kept)
+
+
+def test_streams_at_the_same_time_are_each_what_it_is_alone(client: OpenAI, studio: StudioServer) -> None:
+    asked: list[Any] = [
+        {"messages": [{"role": "user", "content": f"say {number} twice"}], "max_tokens": 4 + number}
+        for number in range(4)
+    ]
+
+    async def stream(mine: Any, more: Any) -> str:
+        chunks = await mine.chat.completions.create(model=TINY_ID, temperature=0, stream=True, **more)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+    async def at_once() -> list[str]:
+        async with async_client_of(studio) as mine:
+            return list(await asyncio.gather(*(stream(mine, more) for more in asked)))
+
+    assert asyncio.run(at_once()) == [chat(client, **more).choices[0].message.content for more in asked]
 
 
 def test_an_answer_that_nobody_waits_for_is_ended(client: OpenAI, studio: StudioServer) -> None:
