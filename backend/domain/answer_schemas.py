@@ -24,6 +24,10 @@ _MOST_DIVISOR = 10_000
 _OPTIONS = "x-guidance"
 # One space, or a line break with an indentation. Without a bound a model that is unsure writes spaces for ever.
 _WHITESPACE = r"\x20|\n[\x20\t]{0,24}"
+# Keywords that hold schemas.
+_MAPS = {"properties", "$defs", "definitions"}
+_LISTS = {"anyOf", "oneOf", "prefixItems"}
+_SINGLE = {"items", "additionalProperties"}
 _QUOTED = re.compile(r"\n(?=<|\s*\d+ \|)")  # the lines of the grammar with their numbers, and its marks
 _PLACE = re.compile(r"^at \d+\(\d+\): (?:failed to compile JSON schema: )?")
 _LONGEST_MESSAGE = 300
@@ -41,8 +45,40 @@ def limits() -> LLParserLimits:
 
 
 def json_rule(schema: Schema) -> str:
-    """Return a schema as a rule of llguidance's grammars."""
-    return "%json " + json.dumps(schema | {_OPTIONS: {"whitespace_pattern": _WHITESPACE}})
+    """Return a schema as a rule of llguidance's grammars.
+
+    Objects have the properties that they declare, unless the schema says what others may be. A model that is unsure
+    would write others for ever. Every answer meets the schema as it was sent, too.
+    """
+    held = schema if any(map(_joins, (node for node, _ in _nodes(schema)))) else _closed(schema)
+    return "%json " + json.dumps(held | {_OPTIONS: {"whitespace_pattern": _WHITESPACE}})
+
+
+def _joins(node: Any) -> bool:
+    """Tell whether a value may have properties of several objects at once; none of them can be closed alone."""
+    if not isinstance(node, dict):
+        return False
+    parts = node.keys() & {"properties", "anyOf", "oneOf", "$ref", "patternProperties"}
+    return "allOf" in node or len(parts) > 1
+
+
+def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have no other properties than those that they declare."""
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for name in closed.keys() & _MAPS:
+        if isinstance(closed[name], dict):
+            closed[name] = {key: _closed(value) for key, value in closed[name].items()}
+    for name in closed.keys() & _LISTS:
+        if isinstance(closed[name], list):
+            closed[name] = [_closed(value) for value in closed[name]]
+    for name in closed.keys() & _SINGLE:
+        closed[name] = _closed(closed[name])
+    named, required = closed.get("properties"), closed.get("required", [])
+    if isinstance(named, dict) and isinstance(required, list) and set(map(str, required)) <= named.keys():
+        closed.setdefault("additionalProperties", False)
+    return closed
 
 
 def check_schema(schema: Schema) -> None:

@@ -72,7 +72,7 @@ def _chat_choice(asked: Asked, index: int, result: Generated) -> dict[str, Any]:
         "index": index,
         "message": message,
         "logprobs": _chat_logprobs(asked, result.chances),
-        "finish_reason": "tool_calls" if calls else result.finish_reason,
+        "finish_reason": _reason(result, calls),
     }
 
 
@@ -90,6 +90,11 @@ def _said(asked: Asked, result: Generated) -> tuple[str | None, list[dict[str, A
         for call in calls
     ]
     return (text or None if calls else result.text), shown
+
+
+def _reason(result: Generated, calls: Sequence[Any]) -> str:
+    """Return why an answer ended: one that was cut short may have calls as well."""
+    return "tool_calls" if calls and result.finish_reason == "stop" else result.finish_reason
 
 
 def _chat_logprobs(asked: Asked, chances: Sequence[TokenChances]) -> dict[str, Any] | None:
@@ -119,7 +124,7 @@ def chat_last_chunks(asked: Asked, index: int, result: Generated) -> list[dict[s
         if calls:
             deltas = [{"index": place, **call} for place, call in enumerate(calls)]
             chunks.append(chat_chunk(asked, index, {"tool_calls": deltas}))
-            reason = "tool_calls"
+            reason = _reason(result, calls)
     last = chat_chunk(asked, index, {})
     last["choices"][0]["finish_reason"] = reason
     return [*chunks, last]

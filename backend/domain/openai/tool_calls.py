@@ -29,14 +29,22 @@ def read_tool_calls(text: str, names: Collection[str]) -> tuple[str, list[ToolCa
         names: The tools that there are. What names another tool is no call.
 
     Returns:
-        The text without the calls, and the calls.
+        The text without the calls, and the calls. A call that is cut short stays in the text.
     """
+    text, cut = _without_cut(text, names)
     tagged = _TAGGED.findall(text)
     if tagged:
         calls = [call for part in tagged for call in _calls(part, names)]
-        return (_TAGGED.sub("", text).strip(), calls) if len(calls) >= len(tagged) else (text, [])
+        return (_TAGGED.sub("", text).strip() + cut, calls) if len(calls) >= len(tagged) else (text + cut, [])
     calls = _calls(_BEFORE.sub("", text), names)
     return ("", calls) if calls else (text, [])
+
+
+def _without_cut(text: str, names: Collection[str]) -> tuple[str, str]:
+    """Return a text before a last call that was cut short behind others, and from there on."""
+    at = text.rfind("<tool_call>")
+    cut = text.find("<tool_call>") < at and "</tool_call>" not in text[at:]
+    return (text[:at], text[at:]) if cut and not _calls(_TAGGED.findall(text[at:])[0], names) else (text, "")
 
 
 def _calls(text: str, names: Collection[str]) -> list[ToolCall]:

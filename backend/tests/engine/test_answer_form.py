@@ -1,6 +1,7 @@
 """Answers that are held to a form: whatever a model would rather say, what it says is in the form."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -89,6 +90,39 @@ def test_what_is_said_is_json_of_the_schema(kind: str) -> None:
         value = json.loads(text)
         assert list(value) == ["colour", "count", "name", "tags"] and 0 <= value["count"] <= 99
         assert len(value["name"]) <= 6 and all(isinstance(tag, bool) for tag in value["tags"])
+
+
+OPEN: dict[str, dict[str, Any]] = {
+    "an object": {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]},
+    "no properties": {"type": "object", "properties": {}},
+    "objects within": {
+        "type": "object",
+        "properties": {"a": {"type": "array", "maxItems": 2, "items": {"$ref": "#/$defs/b"}}},
+    }
+    | {"$defs": {"b": {"type": "object", "properties": {"type": {"const": 1}}}}},
+    "one of two": {"anyOf": [{"type": "object", "properties": {"a": {"const": 1}}}, {"type": "null"}]},
+}
+
+
+@pytest.mark.parametrize("schema", OPEN.values(), ids=OPEN)
+def test_properties_that_nobody_declared_are_not_written(schema: dict[str, Any]) -> None:
+    tokenizer = served(byte_level())
+    for seed in range(6):
+        text, complete = said(tokenizer, AnswerForm(field="response_format", json_schema=schema), seed, most=300)
+        assert complete and set(re.findall(r'"(\w+)"\s*:', text)) <= {"a", "type"}, text
+
+
+def test_objects_that_are_joined_stay_open() -> None:
+    """Each part would forbid what the other asks for."""
+    parts = [{"type": "object", "properties": {name: {"const": 1}}, "required": [name]} for name in "ab"]
+    tokenizer = served(byte_level())
+    form = AnswerForm(field="response_format", json_schema={"allOf": parts, "maxProperties": 2})
+    text, complete = said(tokenizer, form, 0, most=300)
+    assert not complete or json.loads(text).keys() >= {"a", "b"}
+    known = AnswerForm(
+        field="f", json_schema={"type": "object", "properties": {}, "additionalProperties": {"const": 1}}
+    )
+    assert any(len(said(tokenizer, known, seed)[0]) > 9 for seed in range(9))
 
 
 @pytest.mark.parametrize("kind", KINDS.keys() - {"llama 2", "byte level"})

@@ -23,6 +23,8 @@ WRITTEN = json.dumps({"name": "now", "arguments": ARGUMENTS})
             [CALL, CALL],
         ),
         (f"<tool_call>{WRITTEN}", "", [CALL]),
+        (f"<tool_call>{WRITTEN}</tool_call>\n<tool_call>{WRITTEN[:9]}", f"<tool_call>{WRITTEN[:9]}", [CALL]),
+        (f"<tool_call>{WRITTEN[:9]}", None, []),
         (f"[TOOL_CALLS][{WRITTEN}, {WRITTEN}]", "", [CALL, CALL]),
         (f"[{WRITTEN}]", "", [CALL]),
         (json.dumps({"name": "now", "parameters": ARGUMENTS}), "", [CALL]),
