@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter
 
-from web import docs_page, home, playground, runs, static_files
+from web import datasets, docs_page, home, playground, runs, static_files
 
 router = APIRouter()
-for module in (static_files, docs_page, home, playground, runs):
+for module in (static_files, datasets, docs_page, home, playground, runs):
     router.include_router(module.router)

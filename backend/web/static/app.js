@@ -49,7 +49,8 @@ export async function ask(method, address, body, options = {}) {
 /** Call the API. Returns the answer's JSON, or null where it has none; throws Refused. */
 export async function call(method, address, body, options = {}) {
   const answer = await ask(method, address, body, options);
-  return answer.headers.get("content-type")?.startsWith("application/json") ? answer.json() : null;
+  const text = await answer.text(); // a 204 says application/json, too
+  return text && answer.headers.get("content-type")?.startsWith("application/json") ? JSON.parse(text) : null;
 }
 
 /** Read the problem document of a refusal. */
@@ -125,10 +126,11 @@ function goOn(then, answer) {
 }
 
 async function act(button) {
-  const { method, address, confirm, then = "stay", body } = button.dataset;
+  const { method, address, confirm, then = "stay", body, first = "[]" } = button.dataset;
   if (confirm && !(await confirmed(confirm, button.textContent.trim()))) return;
   button.disabled = true;
   try {
+    for (const dependent of JSON.parse(first)) await call("DELETE", dependent);
     const answer = await call(method, address, body === undefined ? undefined : JSON.parse(body));
     button.dispatchEvent(new CustomEvent("acted", { bubbles: true, detail: answer }));
     if (then === "stay") notice(`${button.textContent.trim()}: done.`);

@@ -1,0 +1,74 @@
+"""Datasets: a file with bad rows, the rows as they are learned, imports, and a deletion with its runs."""
+
+import json
+from collections.abc import Callable
+
+from playwright.sync_api import FilePayload, Route, expect
+
+from tests.browser.conftest import Tab
+from tests.support.server import StudioServer
+from tests.support.tiny_model import TINY_ID
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+GOOD = json.dumps({"prompt": HOSTILE, "completion": "an answer"})
+
+
+def test_a_file_is_refused_by_its_lines_and_taken_without_them(tab: Tab) -> None:
+    tab.refusals_are_meant = True
+    page = tab.open("/datasets")
+    tab.accessible()
+    content = f"{GOOD}\n{{}}\n{GOOD}\n".encode()
+    file = FilePayload(name=f"{HOSTILE}.jsonl", mimeType="application/jsonl", buffer=content)
+    page.get_by_label("Drop a file here, or choose one").set_input_files(file)
+    expect(page.get_by_role("listitem").filter(has_text="Line 2:")).to_be_visible()
+    tab.accessible()
+    page.get_by_role("button", name="Leave those rows out and keep 2").click()
+    expect(page.get_by_text("1 rows were left out: line 2")).to_be_visible()
+    rows = page.get_by_role("region", name="Rows")
+    expect(rows.locator("article")).to_have_count(2)
+    expect(rows.locator("article mark").first).to_have_text("an answer")
+    expect(page.locator("img[src=x]")).to_have_count(0)
+    tab.accessible()
+
+
+def test_an_import_from_the_hub_shows_its_refusal_and_can_be_cancelled(tab: Tab) -> None:
+    under_way = '<div class="card"><strong>owner/rows</strong><button type="button">Cancel</button></div>'
+    held: list[Route] = []
+    page = tab.open("/datasets")
+    page.route("**/datasets/imports", lambda route: route.fulfill(content_type="text/html", body=under_way))
+    page.route("**/api/datasets", lambda route: held.append(route))
+    page.get_by_label("Dataset", exact=True).fill("owner/rows")
+    page.get_by_role("button", name="Import").click()
+    expect(page.get_by_role("button", name="Cancel")).to_be_visible()
+    body = json.dumps({"title": "Import cancelled", "detail": "The import of owner/rows was cancelled.", "status": 409})
+    page.unroute("**/datasets/imports")
+    tab.refusals_are_meant = True
+    held[0].fulfill(status=409, content_type="application/problem+json", body=body)
+    expect(page.get_by_text("The import of owner/rows was cancelled.")).to_be_visible()
+    expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+
+
+def test_rows_are_leafed_through_and_a_dataset_goes_with_the_runs_that_learned_from_it(
+    open_tab: Callable[..., Tab], server: StudioServer
+) -> None:
+    dataset = server.upload(f"{GOOD}\n" * 12, name="twelve")
+    job = server.submit(model_id=TINY_ID, dataset_id=dataset["id"], name=HOSTILE, overrides={"max_steps": 1000})
+    server.http.post(f"/api/training/jobs/{job['id']}/cancel")
+    server.wait_for_state(job["id"], "cancelled")
+    tab = open_tab(server, color_scheme="dark", viewport={"width": 360, "height": 720})
+    page = tab.open(f"/datasets/{dataset['id']}")
+    page.get_by_role("link", name="Later").click()
+    expect(page.get_by_text("11 to 12 of 12")).to_be_visible()
+    page.go_back()
+    expect(page.get_by_text("1 to 10 of 12")).to_be_visible()
+    tab.accessible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("dialog")).to_contain_text(HOSTILE)
+    page.get_by_role("button", name="Keep").click()
+    assert server.http.get(f"/api/datasets/{dataset['id']}").status_code == 200
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    page.wait_for_url("**/datasets")
+    assert server.http.get(f"/api/datasets/{dataset['id']}").status_code == 404
+    assert server.http.get(f"/api/training/jobs/{job['id']}").status_code == 404
