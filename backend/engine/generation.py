@@ -40,12 +40,15 @@ def generate(base: Base, command: Generate, channel: Channel) -> Generated:
 def _continue(base: Base, answer: Answer) -> None:
     """Generate after the prompt."""
     ids = torch.tensor([answer.prompt_ids], device=base.device)
+    config = answer.config()
+    if not hasattr(base.model.config.get_text_config(decoder=True), "num_hidden_layers"):
+        config.use_cache = False  # transformers cannot make a cache for a class that does not say how many layers it has
     if answer.command.seed is not None:
         set_seed(answer.command.seed)
     base.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        generation_config=answer.config(),
+        generation_config=config,
         streamer=AnswerStreamer(answer),
         stopping_criteria=StoppingCriteriaList([_Ends(answer)]),
         logits_processor=LogitsProcessorList(answer.processors),

@@ -17,7 +17,7 @@ from engine import methods
 from engine.base import Base
 from engine.decompositions import DECOMPOSITIONS, Decomposition, Factors
 from engine.errors import BadSetting
-from engine.frozen_weights import PublishedWeights, adapted_layer, freeze
+from engine.frozen_weights import PublishedWeights, adapted_layer, freeze, hosts
 from engine.shared_weights import repeats, share_adapter
 
 Tensors = dict[str, torch.Tensor]
@@ -56,6 +56,8 @@ def create_adapter(
     settings = methods.lora_config(config, base.model, base_model_id, revision)
     base.create(name, settings)
     share_adapter(base.model, name)
+    if config.use_dora:
+        _require_norms(base, name)
     if settings.target_parameters:
         methods.put_dropout(base.model, name, config.dropout)
     decomposition = DECOMPOSITIONS.get(config.init_weights)
@@ -82,6 +84,22 @@ def create_adapter(
     if again is not None:
         return again
     return methods.adapter_state(base.model, name) | taken if methods.changed_layers(base.model, config) else {}
+
+
+def _require_norms(base: Base, name: str) -> None:
+    """Refuse DoRA on a weight that has rows of zeros: it divides by each row's norm.
+
+    Raises:
+        BadSetting: It names the first such layer.
+    """
+    for path, _, layers in hosts(base.model.get_base_model()):
+        for layer in layers:
+            empty = int((layer.lora_magnitude_vector[name].weight == 0).sum()) if name in layer.lora_A else 0
+            if empty:
+                raise BadSetting(
+                    f"DoRA divides by the norm of each row of a weight, and {path} has {empty} rows of zeros",
+                    ["algorithm lora", "target_modules without it"],
+                )
 
 
 # LoftQ keeps these factors beside its A and B: it subtracts their product from W before the last rounding, and then

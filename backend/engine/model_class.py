@@ -8,6 +8,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
@@ -49,6 +50,9 @@ def model_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
     kind = config.model_type
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise BadModel(f"{kind} is an encoder: it is made to fill in masked words, not to predict the next token")
+    if kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        raise BadModel(f"{kind} is made to sort pictures, not to predict the next token")
+    _keep_weights(config)
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         chosen = _get_model_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
         if chosen.config_class is config.sub_configs.get("text_config"):  # as AutoModelForCausalLM does
@@ -62,6 +66,18 @@ def model_class(config: PreTrainedConfig) -> tuple[Any, PreTrainedConfig]:
             raise BadModel(f"{chosen.__name__} fills in a canvas beside the text, and does not predict the next token")
         return chosen, config
     raise BadModel(f"transformers has no class that predicts the next token with a {kind}")
+
+
+def _keep_weights(config: Any) -> None:
+    """Let no class change its weights as it answers.
+
+    RWKV halves some of them after every `rescale_every` layers, against overflow in fp16, and doubles them to train: an
+    adapter on them would answer otherwise than it was trained, and a merge would write halved weights. Without it the
+    class gives the same logits.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "rescale_every"):
+            part.rescale_every = 0
 
 
 def attention_of(chosen: Any) -> str:

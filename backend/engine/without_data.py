@@ -378,7 +378,7 @@ class _Answers(TorchDispatchMode):
     """Answers what a model asks a tensor for its value, which a fake one does not have: no, or one.
 
     Asked which members of a row are not zero, it says all of them: every expert is chosen by some token. Asked that of
-    a table after it, by each of those, it says an even share.
+    a table after it, by each of those, it says an even share. What picks members of a row by yes and no picks all.
     """
 
     def __init__(self) -> None:
@@ -396,7 +396,15 @@ class _Answers(TorchDispatchMode):
                 self._shares = asked.numel()
             found = asked.numel() if asked.dim() == 1 else -(-asked.numel() // self._shares)
             return asked.new_empty((found, asked.dim()), dtype=torch.long)
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [_all_of(picked) for picked in args[1]])
         return func(*args, **(kwargs or {}))
+
+
+def _all_of(picked: torch.Tensor | None) -> torch.Tensor | None:
+    if picked is not None and picked.dtype == torch.bool and picked.dim() == 1:
+        return picked.new_empty(picked.shape, dtype=torch.long)
+    return picked
 
 
 class _EvenShares(TorchFunctionMode):

@@ -34,7 +34,7 @@ _AT_MOST: tuple[tuple[str, int], ...] = (
     *(("hidden_size_per_layer", 16), ("laurel", 16), ("hidden_size", 64), ("n_embd", 64), ("d_model", 64)),
     *(("embed_dim", 64), ("proj_dim", 64), ("image_size", 28), ("patch_size", 14), ("max_position", 512)),
     *(("n_positions", 512), ("n_ctx", 512), ("max_seq_len", 512), ("max_source", 512), ("max_target", 512)),
-    *(("sliding_window", 64), ("attention_chunk", 64), ("max_window", 2), ("num_channels", 3)),
+    *(("num_blocks", 2), ("sliding_window", 64), ("attention_chunk", 64), ("max_window", 2), ("num_channels", 3)),
 )
 # Lists that follow from the sizes; the class makes its own.
 _DERIVED = frozenset(
@@ -57,7 +57,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         name: {"num_key_value_heads": 4}
         for name in (
             *("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "minicpm3", "axk1"),
-            *("axk2", "youtu", "kimi_k25", "nemotron", "glm5_next"),
+            *("axk2", "youtu", "kimi_k25", "nemotron"),
         )
     },
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
@@ -167,6 +167,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         },
         **{"mamba_headdim": 16, "n_mamba_heads": 8, "kv_channels": 16, "num_query_groups": 4},
     },
+    "glm5_next": {"num_key_value_heads": 4, "layer_types": ["linear_attention", "deepseek_sparse_attention"]},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # its class rounds the width of keys up to 64
     "laguna": {"num_attention_heads_per_layer": [4, 4]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 8},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
@@ -213,6 +215,9 @@ def make_small(family: str, folder: Path, tokenizer: Path) -> int:
         raise ValueError(f"{parameters:,} parameters: one of its sizes is not made small")
     torch.manual_seed(0)
     model = chosen._from_config(config, attn_implementation=attention_of(chosen), dtype=torch.float32)
+    for parameter in model.parameters():  # what a class begins with zeros, training fills
+        if parameter.dim() == 2 and not bool(parameter.any()):
+            torch.nn.init.normal_(parameter, std=0.02)
     ids = torch.tensor([tokens("hello there").input_ids])
     model(input_ids=ids, use_cache=False).logits.square().mean().backward()
     model.save_pretrained(folder)
