@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter
 
-from web import datasets, docs_page, home, playground, runs, static_files
+from web import adapters, datasets, docs_page, home, models, new_run, playground, runs, static_files
 
 router = APIRouter()
-for module in (static_files, datasets, docs_page, home, playground, runs):
+for module in (static_files, docs_page, home, new_run, runs, playground, datasets, models, adapters):
     router.include_router(module.router)
+router.include_router(new_run.posted)

@@ -94,9 +94,9 @@ class Tab:
         assert said == [], json.dumps(said, indent=1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, model_dirs: Path) -> Iterator[StudioServer]:
-    """A server of the module's own with a tiny model."""
+    """One server with a tiny model for all tests that do not end it or need it empty."""
     with start_server(tmp_path_factory.mktemp("home"), model_dirs) as server:
         yield server
 
@@ -121,5 +121,5 @@ def open_tab(browser: Browser) -> Iterator[Callable[..., Tab]]:
 
 @pytest.fixture
 def tab(open_tab: Callable[..., Tab], server: StudioServer) -> Tab:
-    """A tab on the module's server."""
+    """A tab on the common server."""
     return open_tab(server)

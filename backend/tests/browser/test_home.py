@@ -1,20 +1,28 @@
 """The home page: the machine live, what runs and waits, and what needs a person."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import Tab
-from tests.support.server import StudioServer
+from tests.support.server import StudioServer, start_server
 from tests.support.tiny_model import TINY_ID
 
 ROWS = '{"prompt": "a <b>bold</b> question", "completion": "an answer"}\n' * 8
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
-def test_the_page_shows_a_job_that_begins_and_ends_without_being_reloaded(tab: Tab) -> None:
-    page, server = tab.open("/"), tab.server
+def test_the_page_shows_a_job_that_begins_and_ends_without_being_reloaded(
+    open_tab: Callable[..., Tab], tmp_path: Path, model_dirs: Path
+) -> None:
+    with start_server(tmp_path, model_dirs) as server:
+        _follow(open_tab(server), server)
+
+
+def _follow(tab: Tab, server: StudioServer) -> None:
+    page = tab.open("/")
     expect(page.get_by_role("heading", name="This machine")).to_be_visible()
     expect(page.get_by_text("Nothing has run here yet.")).to_be_visible()
     dataset = server.upload(ROWS, name="rows")
@@ -28,6 +36,7 @@ def test_the_page_shows_a_job_that_begins_and_ends_without_being_reloaded(tab: T
     expect(page.get_by_role("region", name="Ended").get_by_text(HOSTILE)).to_be_visible()
     expect(page.locator("img[src=x]")).to_have_count(0)
     tab.accessible()
+    page.goto("about:blank")  # no stream is open when the server ends
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
