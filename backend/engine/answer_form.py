@@ -15,7 +15,7 @@ from domain.answer_forms import AnswerForm, CallsForm, Schema
 from domain.answer_schemas import json_rule, limits, readable
 from engine.errors import BadForm
 from engine.served_tokenizer import ServedTokenizer
-from engine.tool_syntax import ToolSyntax, special_tokens, split_ids
+from engine.tool_syntax import ToolSyntax, split_ids
 
 _MOST_CALLS = 16  # a model that cannot stop would call until the context is full
 _ID = "/[a-zA-Z0-9]{9}/"  # Mistral's ids
@@ -35,12 +35,11 @@ class FormMask(LogitsProcessor):
     """
 
     def __init__(self, form: AnswerForm, served: ServedTokenizer, prompt_tokens: int) -> None:
-        grammar = _grammar(form, served)
         try:
             tokenizer: LLTokenizer = served.constrained
         except ValueError as error:
             raise BadForm(f"answers of this model's tokenizer cannot be held to a form: {error}") from error
-        self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
+        self._matcher = LLMatcher(tokenizer, _grammar(form, served), log_level=0, limits=limits())
         self._vocabulary, self._taken = tokenizer.vocab_size, prompt_tokens
         self._check()
 
@@ -94,16 +93,35 @@ def _grammar(form: AnswerForm, served: ServedTokenizer) -> str:
         if syntax is None:
             why = "the model's chat template writes calls of tools in a form that they cannot be held to"
             raise BadForm(f"{why}; leave tool_choice and strict out, or use a model that writes them as JSON")
-        rules |= _Calls(syntax, form.calls, special_tokens(served.tokenizer)).rules(with_text="answer" not in rules)
+        marks, shown = _marks(served)
+        rules |= _Calls(syntax, form.calls, marks, shown).rules(with_text="answer" not in rules)
     starts = " | ".join(name for name in ("answer", "calls", "text") if name in rules)
     return "\n".join(["%llguidance {}", f"start: {starts}", *(f"{name}: {body}" for name, body in rules.items())])
 
 
-class _Calls:
-    """The rules of calls in a template's syntax."""
+def _marks(served: ServedTokenizer) -> tuple[dict[str, int], list[int]]:
+    """Return the tokens that a grammar names instead of their text, content → id, and those that are text to a reader.
 
-    def __init__(self, syntax: ToolSyntax, form: CallsForm, special: dict[str, int]) -> None:
-        self._syntax, self._form, self._special = syntax, form, special
+    llguidance takes an added token of the form `<…>` for one, whether the tokenizer calls it special or not.
+    """
+    added = served.tokenizer.added_tokens_decoder
+    marks = {token.content: id_ for id_, token in added.items() if served.constrained.is_special_token(id_)}
+    return marks, [id_ for id_ in marks.values() if not added[id_].special and id_ not in served.ends.ids]
+
+
+class _Calls:
+    """The rules of calls in a template's syntax.
+
+    Args:
+        marks: The tokens that are named instead of their text.
+        shown: Those of them that may be in a text.
+    """
+
+    def __init__(self, syntax: ToolSyntax, form: CallsForm, marks: dict[str, int], shown: list[int]) -> None:
+        self._syntax, self._form, self._special = syntax, form, marks
+        begins = [id_ for content, id_ in marks.items() if content in syntax.before]
+        others = [f"<[{id_}]>" for id_ in shown if id_ not in begins]
+        self._text = " | ".join([_TEXT, *others])
 
     def rules(self, *, with_text: bool) -> dict[str, str]:
         """Return the rule `calls`, and `text` where a text may be answered instead."""
@@ -125,17 +143,17 @@ class _Calls:
         """Let a text come before the calls, or instead of them. It cannot begin as they do."""
         marks = [at for content in self._special if (at := before.find(content)) >= 0]
         if marks and min(marks) == 0:  # no text is written with it
-            return {"text": _TEXT, "calls": f"{_TEXT}? {self._literal(before)} {rest}"}
+            return {"text": f"({self._text})+", "calls": f"({self._text})* {self._literal(before)} {rest}"}
         trigger = re.split(r"[{\[]", before)[0].rstrip()
         if trigger and not marks:
             begun = f"/(.|\\n)*/ {json.dumps(trigger, ensure_ascii=False)}"
             return {
                 "BEGUN": begun,
                 "begun[lazy]": "BEGUN",
-                "text": _TEXT,
+                "text": f"({self._text})+",
                 "calls": f"begun {self._literal(before[len(trigger) :])} {rest}",
             }
-        first = re.escape(before[:1])
+        first = re.escape(before[:1]).replace("/", r"\/")
         return {"text": rf"/[^\s{first}](.|\n)*/", "calls": f"{self._literal(before)} {rest}"}
 
     def _literal(self, text: str) -> str:

@@ -55,8 +55,9 @@ def tool_syntax(tokenizer: Any, renderer: ChatRenderer, ends: Sequence[str]) -> 
         return None
     two = _around(renderer, _NAMES, ends)
     same = two is not None and (two[0], two[1], two[3], two[4]) == (one[0], one[1], one[1], one[-1])
-    syntax = ToolSyntax(one[0], one[1], two[2] if two is not None and same else None, one[-1])
-    return syntax if _is_read(syntax, tokenizer) else None
+    alone = ToolSyntax(one[0], one[1], None, one[-1])
+    several = ToolSyntax(one[0], one[1], two[2], one[-1]) if two is not None and same else alone
+    return next((syntax for syntax in (several, alone) if _is_read(syntax, tokenizer)), None)
 
 
 def _around(renderer: ChatRenderer, names: Sequence[str], ends: Sequence[str]) -> list[str] | None:
@@ -98,13 +99,10 @@ def _object_of(text: str, key: str) -> tuple[int, int] | None:
 
 def _is_read(syntax: ToolSyntax, tokenizer: Any) -> bool:
     """Tell whether calls in this syntax are recognised in an answer, whose special tokens are no part of its text."""
-    call = syntax.before + "f" + syntax.middle + '{"a": 1}' + syntax.after
-    for content in special_tokens(tokenizer):
-        call = call.replace(content, "")
-    text, calls = read_tool_calls(call, ["f"])
-    return not text and [(c.name, json.loads(c.arguments)) for c in calls] == [("f", {"a": 1})]
-
-
-def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the tokens that no text is written with: content → id."""
-    return {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    call = "f" + syntax.middle + '{"a": 1}'
+    written = syntax.before + call + (syntax.between + call if syntax.between is not None else "") + syntax.after
+    for token in tokenizer.added_tokens_decoder.values():
+        written = written.replace(token.content, "") if token.special else written
+    text, calls = read_tool_calls(written, ["f"])
+    told = [(read.name, json.loads(read.arguments)) for read in calls]
+    return not text and told == [("f", {"a": 1})] * (1 if syntax.between is None else 2)

@@ -10,6 +10,8 @@ import pytest
 pytestmark = pytest.mark.engine
 torch = pytest.importorskip("torch")
 
+from tokenizers import AddedToken  # noqa: E402
+
 from domain.answer_forms import ANY_OBJECT, AnswerForm, CallsForm, ToolForm  # noqa: E402
 from domain.openai.tool_calls import read_tool_calls  # noqa: E402
 from engine.answer_form import FormMask  # noqa: E402
@@ -168,6 +170,31 @@ def test_a_call_that_may_be_made_is_held_to_its_schema(name: str) -> None:
     text = tokenizer.tokenizer("the fox jumps", add_special_tokens=False, return_tensors="pt")["input_ids"]
     free = torch.isfinite(mask(text, torch.zeros(1, len(tokenizer.tokenizer)))[0])
     assert free[tokenizer.ends.ids[0]] and free.sum() > 200
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_marks_of_calls_that_are_tokens(special: bool) -> None:
+    """Qwen's are tokens of their own, and no special ones. Where marks are not shown, one call alone can be read."""
+    tokenizer = byte_level()
+    marks = ["<tool_call>", "</tool_call>", "<think>"]
+    tokenizer.add_tokens([AddedToken(mark, special=special, normalized=False) for mark in marks])
+    of_qwen = served(tokenizer, HERMES)
+    form = AnswerForm(field="tool_choice", calls=CallsForm(tools=TOOLS, required=True, several=True))
+    counts = set()
+    for seed in range(8):
+        text, complete = said(of_qwen, form, seed, most=1500)
+        rest, calls = read_tool_calls(text, [tool.name for tool in TOOLS])
+        assert complete and not rest and calls, text
+        counts.add(len(calls))
+    assert (max(counts) > 1) == (not special)
+    auto = AnswerForm(field="tools", calls=CallsForm(tools=TOOLS, required=False, several=True))
+    mask, ids = FormMask(auto, of_qwen, 0), tokenizer("well , <tool_call>", return_tensors="pt")["input_ids"]
+    for at in range(ids.shape[1]):
+        scores = mask(ids[:, :at], torch.zeros(1, len(tokenizer)))
+        assert torch.isfinite(scores[0, ids[0, at]])
+        assert at == 0 or torch.isfinite(scores[0, tokenizer.convert_tokens_to_ids("<think>")]) == (not special)
+    begun = torch.isfinite(mask(ids, torch.zeros(1, len(tokenizer)))[0]).nonzero().flatten().tolist()
+    assert tokenizer.decode(begun) == "\n"
 
 
 def test_a_template_whose_calls_are_no_json_is_refused() -> None:
