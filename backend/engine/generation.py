@@ -42,7 +42,9 @@ def _continue(base: Base, answer: Answer) -> None:
     ids = torch.tensor([answer.prompt_ids], device=base.device)
     config = answer.config()
     if not hasattr(base.model.config.get_text_config(decoder=True), "num_hidden_layers"):
-        config.use_cache = False  # transformers cannot make a cache for a class that does not say how many layers it has
+        config.use_cache = (
+            False  # transformers cannot make a cache for a class that does not say how many layers it has
+        )
     if answer.command.seed is not None:
         set_seed(answer.command.seed)
     base.model.generate(

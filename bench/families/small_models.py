@@ -189,13 +189,14 @@ def families() -> list[str]:
     return causal + [name for name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if name not in causal]
 
 
-def make_small(family: str, folder: Path, tokenizer: Path) -> int:
-    """Write a model into a folder and return its parameters.
+def make_small(family: str, folder: Path, tokenizer: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a model into a folder and return the folder.
 
     Args:
         family: A model type.
         folder: Is made.
         tokenizer: A folder whose tokenizer goes beside it.
+        dtype: Of its weights.
 
     Raises:
         Exception: Whatever the family's class says of sizes that do not go together.
@@ -214,7 +215,7 @@ def make_small(family: str, folder: Path, tokenizer: Path) -> int:
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"{parameters:,} parameters: one of its sizes is not made small")
     torch.manual_seed(0)
-    model = chosen._from_config(config, attn_implementation=attention_of(chosen), dtype=torch.float32)
+    model = chosen._from_config(config, attn_implementation=attention_of(chosen), dtype=dtype)
     for parameter in model.parameters():  # what a class begins with zeros, training fills
         if parameter.dim() == 2 and not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -222,7 +223,7 @@ def make_small(family: str, folder: Path, tokenizer: Path) -> int:
     model(input_ids=ids, use_cache=False).logits.square().mean().backward()
     model.save_pretrained(folder)
     tokens.save_pretrained(folder)
-    return parameters
+    return folder
 
 
 def _published_class(config: Any) -> Any:

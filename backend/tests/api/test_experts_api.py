@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families.small_models import make_small
 
 from tests.api.test_exports_api import export, finished
 from tests.support.rows import messages_jsonl
 from tests.support.server import StudioServer, start_server
-from tests.support.tiny_families import make_family
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300)]
 MIXTURE = "tests/mixtral"
@@ -22,7 +22,7 @@ SHORT = {"rank": 4, "max_seq_length": 64, "max_steps": 2, "batch_size": 2}
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Iterator[StudioServer]:
     folder = tmp_path_factory.mktemp("experts")
-    make_family("mixtral", folder / "models" / MIXTURE, tiny_path)
+    make_small("mixtral", folder / "models" / MIXTURE, tiny_path)
     with start_server(folder / "home", folder / "models") as server:
         yield server
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.small_models import make_small
 from peft import LoraConfig
 
 from domain.peft.algorithms import Algorithm
@@ -16,7 +17,7 @@ from engine.base import Base
 from engine.errors import CannotSave, ExportDiffers
 from engine.training import train
 from tests.engine.test_methods import config_for, load
-from tests.support.tiny_families import make_family, make_random_adapter
+from tests.support.stock_adapters import make_random_adapter
 from tests.support.training_command import TestChannel, command_for
 
 # PEFT warns of the patterns that it writes itself for parameters.
@@ -115,7 +116,7 @@ def test_a_fault_that_is_there_before_the_first_step_is_found_before_it(
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v32"])
 def test_stacked_experts_are_compared_by_their_own_ranks(tiny_path: Path, tmp_path: Path, family: str) -> None:
     """PEFT writes patterns for them, by the parameter's name; here the files of one adapter meet another's."""
-    source = make_family(family, tmp_path / "base", tiny_path)
+    source = make_small(family, tmp_path / "base", tiny_path)
     base = load(source, config_for(Algorithm.LORA))
     right = make_random_adapter(source, tmp_path / "right", target_modules="all-linear")
     base.attach("adp", right)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.small_models import make_small
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -17,7 +18,7 @@ from engine import methods
 from engine.base import Base
 from engine.errors import BadSetting
 from engine.training import train
-from tests.support.tiny_families import make_family, make_random_adapter, stock_logits
+from tests.support.stock_adapters import make_random_adapter, stock_logits
 from tests.support.training_command import TestChannel, command_for
 
 PROBE = torch.arange(4, 36).reshape(2, 16)
@@ -33,7 +34,7 @@ def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: Any) -> PeftConf
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
-    return make_family("mixtral", tmp_path_factory.mktemp("family") / "mixtral", tiny_path)
+    return make_small("mixtral", tmp_path_factory.mktemp("family") / "mixtral", tiny_path)
 
 
 def _base(path: Path, config: PeftConfig | None = None) -> Base:

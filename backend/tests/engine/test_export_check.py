@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.small_models import make_small
 from gguf import GGUFWriter
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
@@ -29,7 +30,7 @@ from tests.engine.test_gguf_export import make_base
 from tests.engine.test_gguf_export import run as run_gguf
 from tests.engine.test_merge import make_adapter, run
 from tests.engine.test_methods import config_for, load
-from tests.support.tiny_families import make_family, make_random_adapter
+from tests.support.stock_adapters import make_random_adapter
 from tests.support.training_command import TestChannel
 
 # PEFT warns of the patterns that it writes itself for parameters.
@@ -75,7 +76,7 @@ def _merge(family: str, tiny_path: Path, folder: Path, settings: dict[str, Any])
         AutoModelForCausalLM.from_pretrained(tiny_path, dtype=torch.bfloat16).save_pretrained(base)
         AutoTokenizer.from_pretrained(tiny_path).save_pretrained(base)
     else:
-        make_family(family, base, tiny_path, torch.bfloat16)
+        make_small(family, base, tiny_path, torch.bfloat16)
     make_random_adapter(base, folder / "adapter", **settings)
     run(load(base, LORA), folder, folder / "adapter")
     return folder

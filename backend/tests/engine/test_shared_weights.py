@@ -16,7 +16,7 @@ from engine.initialisation import create_adapter
 from engine.merge import merge
 from engine.shared_weights import repeats, shared_parameters
 from tests.support.channel_double import RecordingChannel
-from tests.support.tiny_families import make_random_adapter
+from tests.support.stock_adapters import make_random_adapter
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")]
 _BLOCK = "model.layers.{}.shared_transformer.feed_forward"
