@@ -1,16 +1,36 @@
-"""Datasets: a file with bad rows, the rows as they are learned, imports, and a deletion with its runs."""
+"""Datasets, adapters and models: brought in, looked at, and deleted with what depends on them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pytest
 from playwright.sync_api import FilePayload, Route, expect
 
 from tests.browser.conftest import Tab
-from tests.support.server import StudioServer
+from tests.support.adapter_double import adapter_files, zip_of
+from tests.support.hub_double import HubDouble
+from tests.support.server import StudioServer, start_server
 from tests.support.tiny_model import TINY_ID
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 GOOD = json.dumps({"prompt": HOSTILE, "completion": "an answer"})
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubDouble]:
+    """A Hub of the module's own."""
+    with HubDouble() as double:
+        yield double
+
+
+@pytest.fixture(scope="module")
+def server(hub: HubDouble, tmp_path_factory: pytest.TempPathFactory, model_dirs: Path) -> Iterator[StudioServer]:
+    """A server that asks that Hub."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_TOKEN": ""}
+    with start_server(home, model_dirs, **environment) as server:
+        yield server
 
 
 def test_a_file_is_refused_by_its_lines_and_taken_without_them(tab: Tab) -> None:
@@ -72,3 +92,45 @@ def test_rows_are_leafed_through_and_a_dataset_goes_with_the_runs_that_learned_f
     page.wait_for_url("**/datasets")
     assert server.http.get(f"/api/datasets/{dataset['id']}").status_code == 404
     assert server.http.get(f"/api/training/jobs/{job['id']}").status_code == 404
+
+
+def test_an_adapter_comes_in_by_a_zip_and_is_exported_cancelled_and_deleted(tab: Tab) -> None:
+    page, server = tab.open("/adapters"), tab.server
+    tab.accessible()
+    content = zip_of(adapter_files())
+    file = FilePayload(name=f"{HOSTILE}.zip", mimeType="application/zip", buffer=content)
+    page.get_by_label("Drop a zip of an adapter's folder here, or choose one").set_input_files(file)
+    page.wait_for_url("**/adapters/adp_*")
+    adapter_id = page.url.rpartition("/")[2]
+    expect(page.get_by_role("heading", level=1)).to_contain_text(HOSTILE)
+    expect(page.get_by_label("With the openai library, from this server")).to_contain_text('model="ft:tests/tiny-llama')
+    page.get_by_role("button", name="GGUF q8_0").click()
+    export = page.locator(".export")
+    export.get_by_role("button", name="Cancel").click()
+    expect(export.locator(".state-cancelled")).to_be_visible()
+    tab.accessible()
+    export.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(export).to_have_count(0)
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    page.wait_for_url("**/adapters")
+    assert server.http.get(f"/api/adapters/{adapter_id}").status_code == 404
+
+
+def test_an_adapter_of_the_hub_is_refused_in_its_form_or_comes_in(
+    open_tab: Callable[..., Tab], server: StudioServer, hub: HubDouble
+) -> None:
+    hub.add_model("someone/pickled", {"adapter_model.bin": b"x", "adapter_config.json": b"{}"})
+    hub.add_model("someone/mine", adapter_files())
+    tab = open_tab(server, color_scheme="dark", viewport={"width": 360, "height": 720})
+    tab.refusals_are_meant = True
+    page = tab.open("/adapters")
+    page.get_by_label("A repository of the Hub").fill("someone/pickled")
+    page.get_by_role("button", name="Import").click()
+    expect(page.locator(".refusal")).to_be_visible()
+    page.get_by_label("A repository of the Hub").fill("someone/mine")
+    page.get_by_role("button", name="Import").click()
+    expect(page.get_by_role("list").get_by_text("Brought in")).to_be_visible()
+    tab.accessible()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
