@@ -4,19 +4,26 @@ import hmac
 import re
 import time
 import uuid
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.problems import problem
+from api.sessions import Sessions
 from api.strict_json import MAX_JSON_BYTES
 from core import telemetry
 from core.logging import get_logger
 from core.settings import Settings, is_loopback
 
 _log = get_logger("api.requests")
-_OPEN_PATHS = frozenset({"/health"})
+_OPEN_PATHS = frozenset({"/health", "/login"})
+_OPEN_FOLDER = "/static/"  # scripts and styles, the same for everybody
+_SAFE = frozenset({"GET", "HEAD"})
+CSRF = "peft_studio.csrf"  # where a request's scope holds the token of its login
 # RFC 9110's host and optional port; urlsplit alone would read "[::1]evil" as ::1.
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
 
@@ -33,6 +40,7 @@ class Guard:
         self._settings = settings
         self._hosts = frozenset({settings.host.lower(), *(host.lower() for host in settings.allowed_hosts)})
         self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
+        self._sessions = Sessions(self._key, settings.port) if self._key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it as a problem document; each gets an id and a line in the log."""
@@ -82,18 +90,49 @@ class Guard:
                 status=403,
                 detail="Pages of this origin may not call the server; see PEFT_STUDIO_CORS_ORIGINS.",
             )
-        if self._key is not None and path not in _OPEN_PATHS and scope["method"] != "OPTIONS":
-            scheme, _, sent = headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(sent.strip().encode(), self._key):
-                return problem(
-                    path,
-                    slug="unauthorized",
-                    title="Unauthorized",
-                    status=401,
-                    detail="Send the API key as 'Authorization: Bearer <key>'.",
-                    headers={"WWW-Authenticate": "Bearer"},
-                )
-        return self._body_refusal(scope, headers)
+        return self._key_refusal(scope, headers) or self._body_refusal(scope, headers)
+
+    def _key_refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
+        path = scope["path"]
+        is_open = path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER) or scope["method"] == "OPTIONS"
+        if self._key is None or is_open:
+            return None
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and hmac.compare_digest(sent.strip().encode(), self._key):
+            return None
+        if "authorization" not in headers and (token := self._login(headers)) is not None:
+            scope[CSRF] = token
+            if scope["method"] in _SAFE or hmac.compare_digest(
+                headers.get("x-csrf-token", "").encode(), token.encode()
+            ):
+                return None
+            return problem(
+                path,
+                slug="no-csrf-token",
+                title="No CSRF token",
+                status=403,
+                detail="A request under a login of the pages needs their token as X-CSRF-Token; load the page again.",
+            )
+        if scope["method"] in _SAFE and "text/html" in headers.get("accept", ""):
+            return RedirectResponse(f"/login?next={quote(path)}", 303, headers={"Cache-Control": "no-store"})
+        return problem(
+            path,
+            slug="unauthorized",
+            title="Unauthorized",
+            status=401,
+            detail="Send the API key as 'Authorization: Bearer <key>'.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+
+    def _login(self, headers: Headers) -> str | None:
+        """Return the token of the login whose cookie came with a request, or None."""
+        if self._sessions is None:
+            return None
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(self._sessions.cookie_name)
+        except CookieError:
+            return None
+        return self._sessions.token_of(cookie.value) if cookie is not None else None
 
     def _body_refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
         path, length = scope["path"], headers.get("content-length", "0")

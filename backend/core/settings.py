@@ -88,7 +88,8 @@ class Settings(BaseSettings):
     )
     port: Port = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     api_key: ApiKey | None = Field(
-        default=None, description="if set, every route but `/health` wants `Authorization: Bearer <key>`"
+        default=None,
+        description="if set, every route but `/health` wants `Authorization: Bearer <key>`; the pages ask for it once",
     )
     database_url: DatabaseUrl | None = Field(
         default=None,

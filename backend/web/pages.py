@@ -11,6 +11,7 @@ from fastapi.routing import APIRoute
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from api.guard import CSRF
 from api.problems import status_of
 from core.errors import StudioError
 from core.singleton import singleton
@@ -73,7 +74,7 @@ def render(template: str, **values: Any) -> Markup:
 
 def page(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
     """Answer with a page, or with a part of one."""
-    text = render(template, path=request.url.path, **values)
+    text = render(template, path=request.url.path, csrf=request.scope.get(CSRF), **values)
     return HTMLResponse(text, status, headers=_HEADERS)
 
 

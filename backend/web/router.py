@@ -2,9 +2,10 @@
 
 from fastapi import APIRouter
 
-from web import adapters, datasets, docs_page, home, models, new_run, playground, runs, static_files
+from web import adapters, datasets, docs_page, home, login, models, new_run, playground, runs, static_files
 
 router = APIRouter()
-for module in (static_files, docs_page, home, new_run, runs, playground, datasets, models, adapters):
+for module in (static_files, docs_page, home, login, new_run, runs, playground, datasets, models, adapters):
     router.include_router(module.router)
 router.include_router(new_run.posted)
+router.include_router(login.posted)

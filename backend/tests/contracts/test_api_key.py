@@ -1,9 +1,37 @@
 """With a key set, only /health is open."""
 
 import re
+from http.cookies import SimpleCookie
 from pathlib import Path
 
-from tests.support.server import start_server
+from tests.support.server import StudioServer, start_server
+
+
+def _log_in(studio: StudioServer) -> None:
+    """A login is a cookie that scripts cannot read; with it alone nothing is changed."""
+    assert studio.http.post("/login", json={"key": "wrong"}).status_code == 401
+    begun = studio.http.post("/login", json={"key": "sesame-canary"})
+    (cookie,) = SimpleCookie(begun.headers["set-cookie"]).values()
+    assert cookie["httponly"] and cookie["samesite"] == "strict"
+    assert "sesame-canary" not in cookie.value
+    studio.http.cookies.clear()
+    session = {"Cookie": f"{cookie.key}={cookie.value}"}
+    page = studio.http.get("/runs", headers=session)
+    assert page.status_code == 200
+    found = re.search(r'<meta name="csrf" content="([0-9a-f]+)">', page.text)
+    assert found is not None
+    bad = {"Cookie": f"{cookie.key}={cookie.value[:-1]}x"}
+    assert studio.http.get("/api/training/jobs", headers=session).status_code == 200
+    assert studio.http.get("/api/training/jobs", headers=bad).status_code == 401
+    assert studio.http.get("/api/training/jobs", headers=session | {"Authorization": "Bearer wrong"}).status_code == 401
+    assert studio.http.delete("/api/models/cache", headers=session).status_code == 403
+    assert studio.http.delete("/api/models/cache", headers=session | {"X-CSRF-Token": "0" * 64}).status_code == 403
+    token = {"X-CSRF-Token": found.group(1)}
+    assert studio.http.delete("/api/models/cache", headers=token).status_code == 401
+    assert studio.http.delete("/api/models/cache", headers=session | token).status_code == 204
+    ended = studio.http.post("/logout", headers=session | token)
+    assert f'{cookie.key}=""' in ended.headers["set-cookie"]
+    studio.http.cookies.clear()
 
 
 def test_every_route_but_health_wants_the_key(tmp_path: Path, model_dirs: Path) -> None:
@@ -19,5 +47,9 @@ def test_every_route_but_health_wants_the_key(tmp_path: Path, model_dirs: Path) 
                 for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic sesame-canary"}):
                     assert studio.http.request(method, url, headers=headers).status_code == 401, (method, path)
         assert studio.http.get("/docs").status_code == 401
+        for page in ("/", "/runs", "/new", "/home/stream", "/docs"):
+            asked = studio.http.get(page, headers={"Accept": "text/html"})
+            assert (asked.status_code, asked.headers["location"]) == (303, f"/login?next={page}")
+        _log_in(studio)
         assert studio.http.get("/api/peft/use-cases", headers=key).status_code == 200
     assert "sesame-canary" not in studio.log_path.read_text()

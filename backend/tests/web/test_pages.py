@@ -41,7 +41,7 @@ def test_our_scripts_put_no_text_of_others_into_the_page_as_html() -> None:
 
 
 def test_every_value_is_escaped() -> None:
-    text = render("error.html", path="/", title=HOSTILE, detail=HOSTILE)
+    text = render("error.html", path="/", title=HOSTILE, detail=HOSTILE, csrf=None)
     assert "<script>alert" not in text
     assert "<img src=x" not in text
     assert "&lt;script&gt;alert(1)" in text

@@ -6,7 +6,7 @@ window.ui = SwaggerUIBundle({
   validatorUrl: null,
   // With a key set, a login of the pages is a cookie; requests that change something need its token.
   requestInterceptor: (request) => {
-    const token = sessionStorage.getItem("csrf");
+    const token = document.querySelector('meta[name="csrf"]')?.content;
     if (token) request.headers["X-CSRF-Token"] = token;
     return request;
   },

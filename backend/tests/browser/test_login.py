@@ -1,0 +1,31 @@
+"""With an API key set, the pages ask for it once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Tab
+from tests.support.server import start_server
+
+
+def test_a_person_logs_in_works_and_logs_out(open_tab: Callable[..., Tab], tmp_path: Path, model_dirs: Path) -> None:
+    with start_server(tmp_path, model_dirs, PEFT_STUDIO_API_KEY="sesame-canary") as server:
+        tab = open_tab(server)
+        tab.refusals_are_meant = True
+        page = tab.open("/datasets")
+        tab.accessible()
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Log in").click()
+        expect(page.get_by_role("alert")).to_have_text("This is not the API key.")
+        page.get_by_label("API key").fill("sesame-canary")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/datasets")
+        rows = b'{"prompt": "p", "completion": "c"}\n'
+        page.locator("#file").set_input_files({"name": "rows.jsonl", "mimeType": "text/plain", "buffer": rows})
+        page.wait_for_url("**/datasets/ds_*")
+        assert page.evaluate("document.cookie") == ""
+        page.get_by_role("button", name="Log out").click()
+        page.wait_for_url("**/login")
+        tab.open("/")
+        expect(page.get_by_label("API key")).to_be_visible()
