@@ -23,7 +23,7 @@ from engine.guards import hide_broken_torchvision
 from tests.support.server import CACHE, StudioServer
 
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TOKENS, ROUNDS, AT_ONCE = 64, 5, 4
+TOKENS, ROUNDS, AT_ONCE = 48, 3, 4
 TOPICS = ("a fox that builds a ship", "a lighthouse", "two rivers", "a clock that runs backwards")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _CREW = {
