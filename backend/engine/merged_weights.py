@@ -139,7 +139,7 @@ class MergedWeights:
         if len(sharing) == 1:
             return sharing
         if not correct_alike([tensor.corrections for _, tensor in sharing], self.adapter):
-            ends = (self.model.get_input_embeddings(), output_head(self.model))
+            ends = [_bare(end) for end in (self.model.get_input_embeddings(), output_head(self.model))]
             if any(all(tensor.host is not end for end in ends) for _, tensor in sharing):
                 names = ", ".join(name for name, _ in sharing[:_MOST_NAMED])
                 raise BadSetting(
@@ -241,6 +241,13 @@ def stored_dtypes(folder: Path) -> Mapping[str, torch.dtype]:
                 if dtype is not None:
                     dtypes[name] = dtype
     return dtypes
+
+
+def _bare(module: Any) -> Any:
+    """Return a module without the adapters around it."""
+    while isinstance(module, LoraLayer):
+        module = module.base_layer
+    return module
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
