@@ -16,6 +16,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from engine.base import Base
 from engine.frozen_weights import unwrapped
+from engine.one_token import OneTokenPasses
 from engine.row_cache import RowCache
 
 _PROMPTS = (9, 5)  # tokens
@@ -56,6 +57,7 @@ class RowPasses:
         if not {"input_ids", "attention_mask", "past_key_values"} <= set(taken):
             raise NotTogether("its class takes no cache of keys and values")
         self._takes_positions = "position_ids" in taken
+        self._one_token = OneTokenPasses(self._bare, device)
         self._for_prompt = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
 
     def prompt(self, ids: list[int], cache: DynamicCache) -> torch.Tensor:
@@ -77,14 +79,15 @@ class RowPasses:
 
     def step(self, rows: RowCache, tokens: list[int]) -> torch.Tensor:
         """Compute the next token of each row; return the logits behind them, R × V. The cache has room for them."""
-        output = self._bare(
-            input_ids=torch.tensor(tokens, device=self._device)[:, None],
-            attention_mask=rows.mask(self._device),
-            past_key_values=rows.cache,
-            use_cache=True,
-            return_dict=True,
-            **self._placed(rows.positions(self._device)),
-        )
+        with self._one_token():
+            output = self._bare(
+                input_ids=torch.tensor(tokens, device=self._device)[:, None],
+                attention_mask=rows.mask(self._device),
+                past_key_values=rows.cache,
+                use_cache=True,
+                return_dict=True,
+                **self._placed(rows.positions(self._device)),
+            )
         rows.wrote()
         logits: torch.Tensor = output.logits[:, -1]
         return logits
