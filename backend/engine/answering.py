@@ -7,8 +7,11 @@ from domain import protocol
 from engine.answer import Answer
 from engine.base import Base
 from engine.channel import Channel
+from engine.heap import give_back
 from engine.row_check import RowFacts
 from engine.together import Together, Told
+
+_WORTH_GIVING_BACK_BYTES = 64 * 2**20
 
 
 class Answering:
@@ -53,6 +56,8 @@ class Answering:
                     return
         finally:
             self._together.release()
+            if self._together.took_bytes > _WORTH_GIVING_BACK_BYTES:
+                give_back()  # the next answers are admitted by what the system has free
 
     def _take(self, commands: deque[protocol.AnyCommand]) -> bool:
         """Serve what can be served now; return whether a command waits for the base to be free."""
@@ -99,8 +104,9 @@ class Answering:
         """
         outcome: bool | None = True
         with self._told(command.request_id):
+            prepared = self._prepared.pop(command.request_id, None)
             self._channel.check_stop(command.request_id)
-            answer = self._prepared.pop(command.request_id, None) or Answer(self._base, command, self._channel)
+            answer = prepared or Answer(self._base, command, self._channel)
             if not self._together.suits(answer):
                 outcome = None
             elif self._together.has_room(answer):

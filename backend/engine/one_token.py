@@ -15,9 +15,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _NAME = "sdpa"
 # Measured on one core of an x86 CPU with AVX-512, beside `linear`, which is MKL's. Where the weight's rows are short,
-# the product of the weight with the rows takes 0.6 of the time with one row (doubled, since MKL has a slower way for one)
-# and 0.45 with two, and 0.7 with four if the weight has many rows. oneDNN takes 0.5-0.9 with one to 16 rows, and 50
-# microseconds more a call, which only a large weight is worth.
+# the product of the weight with the rows takes 0.6 of the time with one row (doubled, since MKL has a slower way for
+# one) and 0.45 with two, and 0.7 with four if the weight has many rows. oneDNN takes 0.5-0.9 with one to 16 rows, and
+# 50 microseconds more a call, which only a large weight is worth.
 _SHORT, _WIDE, _LARGE = 1024, 2, 2**22
 _FEW, _FEWEST = 4, 2
 

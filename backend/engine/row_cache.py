@@ -77,6 +77,11 @@ class RowCache:
         """What the model takes as `past_key_values`."""
         return Cache(layers=self._layers)
 
+    @property
+    def size_bytes(self) -> int:
+        """Memory of the block."""
+        return sum(kept.nbytes for layer in self._layers for kept in (layer.keys, layer.values))
+
     def add(self, states: Sequence[tuple[torch.Tensor, torch.Tensor]], most: int) -> None:
         """Add a row. If this fails, the cache is as it was.
 

@@ -73,6 +73,9 @@ class Together:
         facts: That its rows can be computed together.
         told: Reports the end of a request whose part fails.
         done: Reports the end of a request that is over.
+
+    Attributes:
+        took_bytes: The most that keys and values have taken.
     """
 
     def __init__(self, base: Base, facts: RowFacts, told: Told, done: Callable[[Answer], None]) -> None:
@@ -81,6 +84,7 @@ class Together:
         self._passes = RowPasses(base.model, base.device)
         self._filling: list[_Row] = []
         self._lanes: dict[str | None, _Lane] = {}
+        self.took_bytes = 0
         self._piece = _FIRST_PIECE
         self._mixable: dict[str, bool] = {}
         self._mixed: MixedAdapters | None = None
@@ -167,6 +171,7 @@ class Together:
         self._fill()
         for lane in list(self._lanes.values()):
             self._step(lane)
+        self.took_bytes = max(self.took_bytes, sum(lane.cache.size_bytes for lane in self._lanes.values()))
         self._lanes = {name: lane for name, lane in self._lanes.items() if lane.rows}
         if not self.busy:
             self.release()
