@@ -1,20 +1,49 @@
-"""/models: what is on this machine, what the Hub has, and what of it fits."""
+"""/models: what is on this machine, what the Hub has, what of it fits, and what is made of a model."""
 
 import asyncio
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 from fastapi.responses import HTMLResponse
 
+from api.compatibility import CompatibilityResponse
 from api.model_schemas import LocalModelsResponse, ModelDetailsResponse, SearchResponse
+from api.peft_views import loaded_model_view
 from api.waiting import may_ask_the_hub
 from core.errors import StudioError
 from domain.models.records import SearchQuery
+from domain.peft.algorithms import Algorithm
+from services.adapter_service import AdapterService, get_adapter_service
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
+from services.peft_service import PeftService, get_peft_service
+from services.training.compatibility import CompatibilityService, get_compatibility_service
+from services.training_service import TrainingService, get_training_service
 from web.pages import page, pages_router
 
 router = pages_router()
 Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
+
+
+@dataclass(frozen=True)
+class House:
+    """The services that a page of one model shows."""
+
+    registry: ModelRegistryService
+    compatibility: CompatibilityService
+    peft: PeftService
+    adapters: AdapterService
+    training: TrainingService
+
+
+def _house(
+    registry: Registry,
+    compatibility: Annotated[CompatibilityService, Depends(get_compatibility_service)],
+    peft: Annotated[PeftService, Depends(get_peft_service)],
+    adapters: Annotated[AdapterService, Depends(get_adapter_service)],
+    training: Annotated[TrainingService, Depends(get_training_service)],
+) -> House:
+    return House(registry, compatibility, peft, adapters, training)
 
 
 @router.get("/models")
@@ -39,10 +68,33 @@ async def models(
 
 
 @router.get("/models/{model_id:path}")
-async def model(request: Request, model_id: str, registry: Registry) -> HTMLResponse:
-    """Show one model: its files and dimensions, and which methods fit this machine."""
-    found = await may_ask_the_hub(lambda: ModelDetailsResponse.of(registry.details(model_id, None)))
-    return page(request, "model.html", model=found)
+async def model(request: Request, model_id: str, house: Annotated[House, Depends(_house)]) -> HTMLResponse:
+    """Show one model: whether it fits and what would, whether it is in memory, and what was made of it here.
+
+    Raises:
+        ModelNotFound, AccessDenied, HubUnavailable: As the Hub says, and the model is not here either.
+    """
+    shown = await may_ask_the_hub(_shown, house, model_id)
+    return page(request, "model.html", **shown)
+
+
+def _shown(house: House, model_id: str) -> dict[str, Any]:
+    found, local = house.registry.details(model_id, None), house.registry.resolve_local(model_id)
+    fit, note = None, None
+    try:
+        checked = house.compatibility.check(model_id, None, Algorithm.LORA, {}, "auto", None)
+        fit = CompatibilityResponse.model_validate(checked)
+    except StudioError as error:
+        note = error.detail
+    return {
+        "model": ModelDetailsResponse.of(found),
+        "folder": local.path if local is not None else None,
+        "fit_now": fit,
+        "note": note,
+        "loaded": [loaded_model_view(each) for each in house.peft.models() if each.model_id == model_id],
+        "adapters": [record for record in house.adapters.all() if record.base_model_id == model_id],
+        "runs": [job for job in house.training.ledger.all() if job.model_id == model_id],
+    }
 
 
 def _local(registry: ModelRegistryService) -> list[Any]:

@@ -134,3 +134,21 @@ def test_an_adapter_of_the_hub_is_refused_in_its_form_or_comes_in(
     expect(page.get_by_role("list").get_by_text("Brought in")).to_be_visible()
     tab.accessible()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_model_of_the_hub_is_found_judged_and_its_load_is_cancelled(
+    tab: Tab, hub: HubDouble, tiny_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_path.iterdir() if path.is_file()}
+    hub.add_model("someone/tiny", files, pipeline_tag="text-generation")
+    page = tab.open("/models")
+    page.get_by_label("Words of the model's name").fill("someone/tiny")
+    page.get_by_role("link", name="someone/tiny").click()
+    expect(page.locator(".fit-line").first).to_contain_text("fits")
+    tab.accessible()
+    page.get_by_role("button", name="Download and load").click()
+    expect(page.get_by_role("heading", name="Loading someone/tiny")).to_be_visible()
+    tab.accessible()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("button", name="Download and load")).to_be_visible()
+    assert tab.server.http.get("/api/peft/loaded-models").json()["models"] == []
