@@ -40,8 +40,8 @@ def test_the_default_says_what_of_the_experts_is_trained_and_why(studio: StudioS
     choice = said["parameters"]["target_experts"]
     assert (choice["value"], choice["source"], said["config"]["target_experts"]) == (True, "hardware", True)
     assert "dropout 0.05 is left out on stacked experts" in choice["reason"]
-    # Two layers of four experts: 64 to 192 features, and 96 to 64.
-    assert {"role": "expert", "modules": 4, "parameters": 2 * 4 * 4 * (64 + 192 + 96 + 64)} in said["trained"]
+    # Two layers of four experts: 64 to 256 features, and 128 to 64.
+    assert {"role": "expert", "modules": 4, "parameters": 2 * 4 * 4 * (64 + 256 + 128 + 64)} in said["trained"]
     left_out = _configured(studio, target_experts=False)
     assert "expert" not in {item["role"] for item in left_out["trained"]}
 
