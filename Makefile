@@ -5,13 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-browser test-pythons check check-requirements check-container lock bench families gpu-check clean
+.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-browser pictures test-pythons check check-requirements check-container lock bench families gpu-check clean
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
 	@echo "make serve       the server alone (HOST=, PORT=)"
 	@echo "make test        the tests; make test-fast: those without engines; make test-slow: long fault runs"
 	@echo "make test-browser  the pages in Chromium, which must be installed (Debian: apt-get install chromium)"
+	@echo "make pictures    the README's pictures, from a real run in Chromium"
 	@echo "make check       linters, types, import contracts"
 	@echo "make check-container  every step of the Dockerfile, without a container engine (Linux, as root)"
 	@echo "make bench       benchmarks, as ratios"
@@ -60,6 +61,9 @@ test-slow: setup-dev test-pythons
 # The pages in a real browser. Chromium is the distribution's; PEFT_STUDIO_TEST_BROWSER names another.
 test-browser: setup-dev
 	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/browser -m browser
+
+pictures: setup-dev
+	@$(PY) scripts/make_pictures.py
 
 # The fast tests with every other Python of this machine that the requirements name, each in an environment of its own.
 test-pythons: setup-dev

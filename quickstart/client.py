@@ -39,6 +39,11 @@ class Client:
         # trust_env=False: a proxy for the internet must not be used for this machine.
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
 
+    @property
+    def url(self) -> str:
+        """The server's address, without a slash at its end."""
+        return str(self._http.base_url).rstrip("/")
+
     def get(self, path: str) -> Any:
         """GET a JSON document."""
         return _checked(self._http.get(path))

@@ -110,6 +110,7 @@ def train(client: Client, loaded_id: str, dataset_id: str) -> Run:
     job_id: str | None = None
     try:
         job_id = client.post("/api/training/jobs", body)["id"]
+        console.print(f"Watch it in a browser: {client.url}/runs/{job_id}", soft_wrap=True)
         losses = follow(client, job_id)
     except (KeyboardInterrupt, SystemExit):
         if job_id is not None:

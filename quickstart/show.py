@@ -129,7 +129,7 @@ def show_way_on(server: Server, model_id: str, adapter: dict[str, Any], serve: s
         f"\nThe adapter is in {adapter['path']}",
         "\nGo on:",
         f"  {serve}   # in another terminal" if server.is_ours else "  the server that was there is still running",
-        f"  {url}/docs",
+        f"  {url}   # in a browser; the API's document is {url}/docs",
         "\nDownload the adapter:",
         f"  {curl} -o adapter.zip {url}/api/adapters/{adapter['id']}/download",
         "\nChat with it:",

@@ -37,6 +37,7 @@ def trained(server: StudioServer) -> dict[str, Any]:
     ("path", "shown"),
     [
         ("/runs", "Adapter"),
+        ("/new", "gradient accumulation"),
         ("/models", TINY_ID),
         (f"/models/{TINY_ID}", "LlamaForCausalLM"),
         ("/adapters", "Adapter"),

@@ -24,7 +24,14 @@ def test_the_page_shows_a_job_that_begins_and_ends_without_being_reloaded(
 def _follow(tab: Tab, server: StudioServer) -> None:
     page = tab.open("/")
     expect(page.get_by_role("heading", name="This machine")).to_be_visible()
-    expect(page.get_by_text("Nothing has run here yet.")).to_be_visible()
+    page.get_by_role("button", name="Run the quickstart's fine-tune").click()
+    page.wait_for_url("**/runs/job_*")
+    first = page.url.rsplit("/", 1)[1]
+    assert server.job(first)["config"]["epochs"] == 3
+    server.http.post(f"/api/training/jobs/{first}/cancel")
+    server.wait_for_state(first, "cancelled")
+    page = tab.open("/")
+    expect(page.get_by_text("Nothing is running.")).to_be_visible()
     dataset = server.upload(ROWS, name="rows")
     job = server.submit(
         model_id=TINY_ID,

@@ -1,5 +1,5 @@
 // The home page, live: each part comes as HTML when it has changed.
-import { follow, show } from "./app.js";
+import { call, follow, notice, show } from "./app.js";
 
 const parts = [...document.querySelectorAll("[data-part]")];
 follow(
@@ -16,22 +16,21 @@ follow(
   ),
 );
 
-const first = document.getElementById("first-run");
-if (first) {
-  const { call, notice, Refused } = await import("./app.js");
-  first.addEventListener("click", async () => {
-    first.disabled = true;
-    try {
-      const rows = await (await fetch(first.dataset.rows)).blob();
-      const form = new FormData();
-      form.append("file", rows, "pip_the_parrot.jsonl");
-      form.append("name", "Pip the parrot");
-      const dataset = await call("POST", "/api/datasets", form);
-      const job = await call("POST", "/api/training/jobs", { ...JSON.parse(first.dataset.job), dataset_id: dataset.id });
-      location.assign(`/runs/${job.id}`);
-    } catch (error) {
-      notice(error instanceof Refused ? error.message : String(error), true);
-      first.disabled = false;
-    }
-  });
-}
+// The button comes and goes with its part, so the page listens.
+document.addEventListener("click", async (event) => {
+  const first = event.target.closest("#first-run");
+  if (!first) return;
+  first.disabled = true;
+  try {
+    const rows = await (await fetch(first.dataset.rows)).blob();
+    const form = new FormData();
+    form.append("file", rows, "pip_the_parrot.jsonl");
+    form.append("name", "Pip the parrot");
+    const dataset = await call("POST", "/api/datasets", form);
+    const job = await call("POST", "/api/training/jobs", { ...JSON.parse(first.dataset.job), dataset_id: dataset.id });
+    location.assign(`/runs/${job.id}`);
+  } catch (error) {
+    notice(error.message, true);
+    first.disabled = false;
+  }
+});
