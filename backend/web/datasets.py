@@ -9,6 +9,7 @@ from api.dataset_schemas import DatasetResponse, ImportResponse, dataset_view, i
 from domain.datasets.formats import DatasetFormat
 from domain.jobs.states import FINAL_STATES
 from services.dataset_service import DatasetService, get_dataset_service
+from services.model_registry_service import ModelRegistryService, get_model_registry_service
 from services.training_service import TrainingService, get_training_service
 from store.records import JobRecord
 from web.pages import page, pages_router
@@ -16,6 +17,7 @@ from web.pages import page, pages_router
 router = pages_router()
 Datasets = Annotated[DatasetService, Depends(get_dataset_service)]
 Training = Annotated[TrainingService, Depends(get_training_service)]
+Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
 _ROWS = 10  # a page of the preview
 _NAMED = 10  # runs that a question names before something is lost
 
@@ -43,6 +45,7 @@ def dataset(
     dataset_id: str,
     datasets: Datasets,
     training: Training,
+    registry: Registry,
     offset: Annotated[int, Query(ge=0)] = 0,
 ) -> HTMLResponse:
     """Show one dataset: some of its rows, what was left out, and the runs that learn from it.
@@ -61,6 +64,7 @@ def dataset(
         "dataset.html",
         **shown,
         runs=runs,
+        models=[model.model_id for model in registry.local_models()],
         unfinished=[job for job in runs if job.state not in FINAL_STATES],
         dependents=[f"/api/training/jobs/{job.id}" for job in runs],
         lost=_lost(view, runs),

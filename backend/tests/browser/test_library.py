@@ -47,6 +47,10 @@ def test_a_file_is_refused_by_its_lines_and_taken_without_them(tab: Tab) -> None
     rows = page.get_by_role("region", name="Rows")
     expect(rows.locator("article")).to_have_count(2)
     expect(rows.locator("article mark").first).to_have_text("an answer")
+    page.get_by_label("Row to show").fill("2")
+    page.get_by_role("button", name="Look").click()
+    expect(page.get_by_role("heading", name="Row 2 as the model sees it")).to_be_visible()
+    expect(page.locator("#analysis mark")).to_contain_text("an answer")
     expect(page.locator("img[src=x]")).to_have_count(0)
     tab.accessible()
 
