@@ -121,14 +121,20 @@ class _Check:
             self._check_stop()
             expected = {name: stock.expected(name) for name in group}
             for name, tensor in written.placed(expected).items():
-                if name not in written.names:
-                    if any(_is_there(twin, stock, written) for one in group for twin in stock.twins(one)):
-                        continue  # one tensor under two names is written once
-                    raise ExportDiffers(f"the export has no tensor {name}, and base + adapter have one")
-                how = written.differs(name, tensor)
+                place: str | None = name
+                if name not in written.names:  # one tensor under two names is written once
+                    twins = [_places(twin, stock, written) for one in group for twin in stock.twins(one)]
+                    there = [names for names in twins if names]
+                    if not there:
+                        raise ExportDiffers(f"the export has no tensor {name}, and base + adapter have one")
+                    place = there[0][0] if len(group) == len(there[0]) == 1 else None
+                if place is None:
+                    continue
+                how = written.differs(place, tensor)
                 if how:
-                    raise ExportDiffers(f"the first tensor that differs from base + adapter is {name}: it {how}")
-                seen.add(name)
+                    under = "" if place == name else f", which it holds as {place}"
+                    raise ExportDiffers(f"the first tensor that differs from base + adapter is {name}{under}: it {how}")
+                seen.add(place)
             self._report(0.3 + 0.4 * (number + 1) / len(groups))
         if over := sorted(written.names - seen):
             raise ExportDiffers(f"the export has a tensor {over[0]}, and base + adapter have none")
@@ -254,9 +260,11 @@ def distance(found: list[torch.Tensor], reference: list[torch.Tensor]) -> float 
     return float(together.median()) if together.numel() else None
 
 
-def _is_there(twin: str, stock: StockModel, written: Written) -> bool:
+def _places(twin: str, stock: StockModel, written: Written) -> list[str]:
+    """Return the names that the export has a tensor under; none where it lacks one of them."""
     empty = ExpectedTensor(torch.empty(stock.tensors[twin], device="meta"), corrected=False, scale=0.0)
-    return all(name in written.names for name in written.placed({twin: empty}))
+    names = list(written.placed({twin: empty}))
+    return names if all(name in written.names for name in names) else []
 
 
 def _held_dtype(base: Path, command: CheckExport) -> torch.dtype:

@@ -8,10 +8,11 @@ from families import trial
 from families.small_models import make_small
 
 from domain.peft.algorithms import Algorithm
-from domain.protocol import AboutExport, Merge
+from domain.protocol import AboutExport, CheckExport, Merge
 from engine import methods
 from engine.base import Base
-from engine.errors import BadSetting
+from engine.errors import BadSetting, ExportDiffers
+from engine.export_check import check_export
 from engine.initialisation import create_adapter
 from engine.merge import merge
 from engine.shared_weights import repeats, shared_parameters
@@ -55,7 +56,9 @@ def test_a_decomposition_takes_its_product_off_a_shared_weight_once(repeating: P
     torch.testing.assert_close(layer.base_layer.weight + product, before, rtol=0, atol=1e-5)
 
 
-def test_an_adapter_that_corrects_one_weight_in_two_ways_is_not_merged(repeating: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_corrects_one_weight_in_two_ways_is_not_merged(
+    repeating: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_random_adapter(repeating, tmp_path / "adapter", target_modules=["down_proj"])
     base = Base(repeating, trial._config(Algorithm.LORA), "cpu", "transformers")
     about = AboutExport(
@@ -69,3 +72,11 @@ def test_an_adapter_that_corrects_one_weight_in_two_ways_is_not_merged(repeating
     with pytest.raises(BadSetting, match=r"holds one weight as .*layers\.1\..*layers\.3\..*corrects it differently"):
         merge(base, command, RecordingChannel())
     assert not (tmp_path / "merged").exists()
+    monkeypatch.setattr("engine.merged_weights.correct_alike", lambda *_: True)
+    merge(base, command, RecordingChannel())
+    check = CheckExport(
+        request_id="r", base_path=str(repeating), adapter_path=str(adapter), export_path=command.output_path,
+        gguf_file=None, precision="fp32", quantization="none", rounded_elsewhere=False,
+    )  # fmt: skip
+    with pytest.raises(ExportDiffers, match=r"layers\.3\..*which it holds as .*layers\.1\."):
+        check_export(check, RecordingChannel())
