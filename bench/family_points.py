@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT / "backend"), str(ROOT / "bench")]
 from judged import MIB
 from memory_points import Point, measure, use_allocator
 from model_shapes import read_shape
+from own_points import PLATFORMS, constants_of
 
 from domain.memory.activations import Batch
 from domain.memory.estimate import estimate
@@ -52,6 +53,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "a Mamba": ("mamba", {
         "vocab_size": 49152, "hidden_size": 768, "num_hidden_layers": 12, "state_size": 16, "bos_token_id": 1,
         "eos_token_id": 2, "pad_token_id": 2,
+    }),
+    # Smaller, since a step of the two above takes minutes.
+    "a small Mamba": ("mamba", {
+        "vocab_size": 49152, "hidden_size": 512, "num_hidden_layers": 4, "state_size": 16, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 2,
+    }),
+    "a small Qwen 3.5": ("qwen3_5_moe_text", {
+        **_COMMON, "num_hidden_layers": 4, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512,
+        "num_experts": 4, "num_experts_per_tok": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    }),
+    "a Mamba 2": ("mamba2", {
+        "vocab_size": 49152, "hidden_size": 512, "num_hidden_layers": 8, "num_heads": 16, "head_dim": 64,
+        "state_size": 64, "n_groups": 2, "chunk_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+        "tie_word_embeddings": True,
     }),
 }  # fmt: skip
 POINTS = tuple(
@@ -115,8 +131,9 @@ def line(row: Mapping[str, Any]) -> str:
     shape = read_shape(dict(row["model_config"]))
     if shape is None:
         raise ValueError(f"{point.model} has no shape")
-    batch = Batch(point.batch, point.length, point.batch > 1)
-    predicted = estimate(shape, point.config(), on_gpu=False, batch=batch).total_bytes
+    batch = Batch(point.batch, point.length, point.batch > 1, even=True)
+    with constants_of(PLATFORMS[row["allocator"]]):
+        predicted = estimate(shape, point.config(), on_gpu=False, batch=batch).total_bytes
     extra = ", checkpointing" if point.checkpointing else ""
     what = f"{point.model}, {point.algorithm}, {point.batch} x {point.length} tokens{extra}"
     error = predicted / row["peak_bytes"] - 1

@@ -97,7 +97,7 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> list[Judged]:
     for row in rows:
         point, shape = point_of(row), SHAPES[point_of(row).model]
         assert shape is not None
-        batch = Batch(point.batch, point.length, point.batch > 1)
+        batch = Batch(point.batch, point.length, point.batch > 1, even=not point.mixed)
         with constants_of(PLATFORMS[row["allocator"]]):
             estimated = estimate(shape, point.config(), on_gpu=False, batch=batch)
         sizes = estimated.total_bytes, estimated.low_bytes, estimated.high_bytes, row["peak_bytes"]
@@ -114,7 +114,7 @@ def fitted_constants(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         point, peak = point_of(row), row["peak_bytes"]
         if point not in FITTED or peak <= 1.02 * row["loaded_bytes"]:
             continue
-        config, batch = point.config(), Batch(point.batch, point.length, point.batch > 1)
+        config, batch = point.config(), Batch(point.batch, point.length, point.batch > 1, even=not point.mixed)
         estimated = estimate(shape, config, on_gpu=False, batch=batch)
         layers = kept_by_layers(shape, config, batch, on_gpu=False)
         plain, extras = layers.plain_bytes, layers.all_bytes - layers.plain_bytes

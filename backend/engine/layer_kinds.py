@@ -72,6 +72,12 @@ def _marks(container: str, layer: nn.Module, shared: set[int]) -> Hashable:
     return container, type(layer).__name__, parameters, switches
 
 
+def chunk_of(layer: nn.Module) -> int:
+    """Return how many tokens a layer that carries a state computes at a time, 1 where its modules say nothing."""
+    values = [value for module in layer.modules() if type(value := getattr(module, "chunk_size", None)) is int]
+    return max([1, *values])
+
+
 def window_of(layer: nn.Module) -> int | None:
     """Return how many tokens a layer's attention looks back, if not to the start."""
     for module in layer.modules():

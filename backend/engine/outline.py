@@ -20,7 +20,7 @@ from torch import nn
 from domain.models.shape import Block, Kept, Linear, ModelShape, Part, Passes, Role, Stacked
 from domain.results import Described
 from engine.errors import BadModel
-from engine.layer_kinds import Layer, layers_of, window_of
+from engine.layer_kinds import Layer, chunk_of, layers_of, window_of
 from engine.model_class import attention_of, longest_of, model_class, read_config
 from engine.roles import features, linear_modules, output_head, roles, stacked_experts, text_path
 from engine.shared_weights import shared_parameters
@@ -298,8 +298,11 @@ class _Outline:
             others=sum(parameters.values()) - Part(linears, stacked).parameters,
             inputs=unfused.seen(kind).inputs / unfused.tokens,
             window=window_of(module) if layer is not None else None,
+            chunk=chunk_of(module) if layer is not None else 1,
             kept=fused.kept(kind),
             unfused=unfused.kept(kind),
+            passing=fused.passing(kind),
+            passing_unfused=unfused.passing(kind),
         )
 
     def _experts_in(self, layer: Layer) -> Iterator[Stacked]:

@@ -19,16 +19,18 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 from transformers.integrations import moe
 
-from domain.models.shape import Kept, Passes
-from engine.layer_kinds import Layer
+from domain.models.shape import Kept, Passes, Passing, highest
+from engine.layer_kinds import Layer, chunk_of
+from engine.live_storages import LiveStorages
 from engine.logits import NotSplit, tail_without_data
 from engine.roles import linear_modules, stacked_experts
 
 ROWS = 2
 HALF, FULL = torch.bfloat16, torch.float32
-# Two lengths give what grows with T and what grows with T². Both are multiples of every chunk that layers work in; a
-# layer that computes token by token takes the short ones.
-_LENGTHS, _SHORT_LENGTHS = (256, 512), (32, 64)
+# Two lengths give what grows with T and what grows with T²: the shortest multiple of the layers' chunks that is no
+# shorter than this, and twice that. A layer that computes token by token takes the short ones.
+_LENGTH, _SHORT_LENGTHS = 256, (32, 64)
+_LONGEST_CHUNK = 4096
 _MODE = FakeTensorMode(allow_non_fake_inputs=True)
 # Where a configuration says that attention weights are dropped in training.
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
@@ -44,6 +46,9 @@ class Seen:
         read: Path of a linear module → the storage of its input.
         inputs: Elements of the layer's input.
         logits: Elements kept that have the logits' size; they are not in `size`.
+        forward: Bytes held after each operator of its forward pass, of its input and what it made.
+        backward: Bytes held after each operator of its backward pass, beside what was held before it but for the
+            gradient that came in.
     """
 
     size: int = 0
@@ -51,6 +56,13 @@ class Seen:
     read: dict[str, int] = field(default_factory=dict)
     inputs: int = 0
     logits: int = 0
+    forward: list[int] = field(default_factory=list)
+    backward: list[int] = field(default_factory=list)
+
+    @property
+    def passing(self) -> list[int]:
+        """Bytes that are there after each operator beside all that the layer keeps."""
+        return [held - self.size for held in self.forward] + self.backward
 
     def reads(self, path: str, prefix: str) -> str:
         """Say who else keeps a linear module's input, in the words of `domain.models.shape.Linear`."""
@@ -95,6 +107,23 @@ class Passed:
             for masked in (False, True)
         )
         return Passes(half, half_masked, full, full_masked)
+
+    def passing(self, kind: int | None) -> Passing:
+        """Return what layers of that kind compute with beside what is kept."""
+        half, full = (
+            self._moments(*(at.get(kind, Seen()).passing for at in self.shown[width, False])) for width in (HALF, FULL)
+        )
+        return Passing(half, full)
+
+    def _moments(self, short: list[int], long: list[int]) -> tuple[Kept, ...]:
+        """Return the operators after which the most is held, each at some length.
+
+        A layer that computes token by token, or chunk by chunk, has more operators at the greater length. There the
+        most of all of them stands for all.
+        """
+        if len(short) != len(long):
+            short, long = [max(short)], [max(long)]
+        return highest(self._grown(*pair) for pair in set(zip(short, long, strict=True)))
 
     def _grown(self, short: int, long: int) -> Kept:
         """Solve a·T + b·T² from the bytes at two lengths."""
@@ -155,10 +184,10 @@ class WithoutData:
         watch = _Watch(self._model, self._layers, int(self._text.vocab_size))
         changes = _Changes()
         try:
-            with watch.watching(), _as_real(masked=False), _MODE, _Answers():
+            with watch.watching(), _as_real(masked=False):
                 with changes:
                     logits = self._forward(_SHORT_LENGTHS[0], masked=False)
-                logits.float().sum().backward()
+                _backward(logits)
         finally:
             for handle in handles:
                 handle.remove()
@@ -192,22 +221,44 @@ class WithoutData:
                 for _, parameter in _expert_tensors(self._model):
                     parameter.requires_grad_(True)
             for masked in (False, True):
-                passed.shown[width, masked] = [self._pass(at, masked=masked, dropout=dropout) for at in lengths]
+                # What a mask adds to what passes is little beside T × T of what passes without one.
+                followed = not masked and not experts
+                passed.shown[width, masked] = [
+                    self._pass(at, masked=masked, dropout=dropout, followed=followed) for at in lengths
+                ]
         return passed
 
     def _suitable_lengths(self) -> tuple[int, int]:
         """Choose the lengths by whether more tensors are kept of more tokens, and not only larger ones."""
         _make_fake(self._model, FULL)
         short, long = (
-            sum(len(seen.storages) for seen in self._pass(length, masked=False, dropout=True).values())
+            sum(len(seen.storages) for seen in self._pass(length, masked=False, dropout=True, followed=False).values())
             for length in _SHORT_LENGTHS
         )
-        return _SHORT_LENGTHS if long - short > _SHORT_LENGTHS[0] // 2 else _LENGTHS
+        if long - short > _SHORT_LENGTHS[0] // 2:
+            return _SHORT_LENGTHS
+        chunk = max((chunk_of(layer.module) for layer in self._layers if layer.first), default=1)
+        length = -(-_LENGTH // chunk) * chunk if chunk <= _LONGEST_CHUNK else _LENGTH
+        return length, 2 * length
 
-    def _pass(self, length: int, *, masked: bool, dropout: bool) -> Shown:
+    def _pass(self, length: int, *, masked: bool, dropout: bool, followed: bool) -> Shown:
+        """Pass through it once.
+
+        Args:
+            length: Tokens a row.
+            masked: Whether a mask is passed.
+            dropout: Whether attention drops weights.
+            followed: Whether to go back as well, and to note what is held after each operator.
+        """
         watch = _Watch(self._model, self._layers, int(self._text.vocab_size))
-        with watch.watching(), _as_real(masked=masked), nullcontext() if dropout else _WithoutDropout():
-            self._forward(length, masked=masked)
+        with (
+            watch.watching(followed=followed),
+            _as_real(masked=masked),
+            nullcontext() if dropout else _WithoutDropout(),
+        ):
+            logits = self._forward(length, masked=masked)
+            if followed:
+                _backward(logits)
         return watch.shown
 
     def _forward(self, length: int, *, masked: bool) -> torch.Tensor:
@@ -219,6 +270,11 @@ class WithoutData:
                 input_ids=torch.zeros((ROWS, length), dtype=torch.long), **arguments
             ).logits
         return logits
+
+
+def _backward(logits: torch.Tensor) -> None:
+    with _MODE, _Answers():
+        logits.float().sum().backward()
 
 
 def _make_fake(model: nn.Module, compute: torch.dtype) -> None:
@@ -251,16 +307,17 @@ class _Watch:
 
     def __init__(self, model: nn.Module, layers: list[Layer], vocab: int) -> None:
         self._model, self._layers, self._vocab = model, layers, vocab
-        self._owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-        self._noted: dict[int, Any] = {}  # held, so that no other storage gets its place in memory
+        self._live = LiveStorages()
+        self._owned = {self._live.number(tensor) for tensor in (*model.parameters(), *model.buffers())}
         self._shared: set[int] = set()  # what layers are given beside their input: one for all of them
         self._within: list[int | None] = [None]
         self._outputs: dict[int, Any] = {}
+        self._begun: dict[int, tuple[int, int]] = {}  # operators before a layer's pass, and bytes held then
         self.shown: Shown = {None: Seen()}
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch what is computed within."""
+    def watching(self, *, followed: bool = False) -> Iterator[None]:
+        """Watch what is computed within; note what is held after each operator where it is `followed`."""
         embedding = self._model.get_input_embeddings()  # type: ignore[operator]
         # A copy, which keeps nothing: some classes scale what the embedding returns in place.
         handles = [embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True).clone())]
@@ -276,7 +333,8 @@ class _Watch:
             module.register_forward_pre_hook(self._reading(path)) for path, module in linear_modules(self._model)
         ]
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
+            live = self._live if followed else nullcontext()
+            with live, torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor):
                 yield
         finally:
             for handle in handles:
@@ -292,7 +350,13 @@ class _Watch:
             seen = self.shown.setdefault(kind, Seen())
             seen.inputs = hidden.numel() if isinstance(hidden, torch.Tensor) else 0
             others = [value for value in tree_leaves((arguments, named)) if isinstance(value, torch.Tensor)]
-            self._shared |= {value.untyped_storage()._cdata for value in others if value is not hidden}
+            self._shared |= {self._live.number(value) for value in others if value is not hidden}
+            self._begun[kind] = (
+                len(self._live.moments),
+                self._live.held - (hidden.nbytes if isinstance(hidden, torch.Tensor) else 0),
+            )
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda _gradient: self._went_back(kind))
 
         return enter
 
@@ -300,8 +364,23 @@ class _Watch:
         def leave(_module: Any, _arguments: Any, output: Any) -> None:
             self._outputs[kind] = output
             self._within.pop()
+            self.shown[kind].forward = self._since(kind)
+            hidden = output[0] if type(output) in (tuple, list) else output
+            if isinstance(hidden, torch.Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self._goes_back(kind, gradient))
 
         return leave
+
+    def _goes_back(self, kind: int, gradient: torch.Tensor) -> None:
+        self._begun[kind] = len(self._live.moments), self._live.held - gradient.nbytes
+
+    def _went_back(self, kind: int) -> None:
+        self.shown[kind].backward = self._since(kind)
+
+    def _since(self, kind: int) -> list[int]:
+        """Return the bytes held after each operator since a layer's pass began, without what was held before."""
+        operators, held = self._begun[kind]
+        return [moment - held for moment in self._live.moments[operators:]]
 
     def _handing_on(self, layer: Layer) -> Callable[..., Any]:
         """Return what stands in for a layer like one that has computed: it hands its input on in the same form."""
@@ -319,24 +398,21 @@ class _Watch:
     def _reading(self, path: str) -> Callable[[Any, Any], None]:
         def read(_module: Any, arguments: Any) -> None:
             if arguments and isinstance(arguments[0], torch.Tensor):
-                storage = arguments[0].untyped_storage()
-                self._noted.setdefault(storage._cdata, storage)
-                self.shown.setdefault(self._within[-1], Seen()).read[path] = storage._cdata
+                number = self._live.number(arguments[0])
+                self.shown.setdefault(self._within[-1], Seen()).read[path] = number
 
         return read
 
     def _note(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = self._live.number(tensor)
         if key in self._owned or any(key in seen.storages for seen in self.shown.values()):
             return tensor
-        self._noted[key] = storage
         seen = self.shown[None if key in self._shared else self._within[-1]]
         seen.storages.add(key)
         if tensor.dim() and tensor.shape[-1] == self._vocab and tensor.is_floating_point():
             seen.logits += tensor.numel()
         else:
-            seen.size += storage.nbytes()
+            seen.size += tensor.untyped_storage().nbytes()
         return tensor
 
 

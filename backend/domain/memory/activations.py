@@ -155,7 +155,10 @@ class Layers:
             al., arXiv 1604.06174, with a checkpoint a layer as transformers sets them), and one layer as it is
             computed again.
         loss_bytes: What is there while the loss is computed. With checkpointing no layer is computed again yet.
-        working_bytes: What a layer computes with beside what is kept, in the forward pass and in the backward pass.
+        working_bytes: What is there at most beside `peak_bytes` while a layer computes, forward or backward. In a layer
+            that is not the last one the layers behind it keep nothing yet, or no more.
+        passing_bytes: What the tensors that are there for a while take in a layer beyond all that it keeps, of all layers
+            together; 0 in most.
     """
 
     all_bytes: int
@@ -163,6 +166,7 @@ class Layers:
     peak_bytes: int
     loss_bytes: int
     working_bytes: int
+    passing_bytes: int = 0
 
 
 def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS, *, on_gpu: bool) -> Layers:
@@ -178,27 +182,64 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: S
     )
     outside = _kept_by_part(shape.outside, config, batch, stack, on_gpu=on_gpu)
     everything, plainly = (sum(count * size for count, size in sizes) + outside for sizes in (kept, kept_plainly))
-    sums = sum(block.count * _sums_of_stacks(block.part, config) for block in shape.blocks if block.passed)
-    most = max((working(block, config, batch) for block in shape.blocks if block.passed), default=0)
-    if not config.gradient_checkpointing:
-        return Layers(everything - sums, plainly - sums, everything, everything, most)
-    inputs = sum(block.count * block.part.inputs for block in shape.blocks if block.passed)
-    boundaries = round(inputs * batch.tokens * WIDTH_BYTES[config.precision])
-    largest = max((size for _, size in kept), default=0)
-    return Layers(everything - sums, plainly - sums, boundaries + outside + largest, boundaries + outside, most)
+    blocks = [block for block in shape.blocks if block.passed]
+    sums = sum(block.count * _sums_of_stacks(block.part, config) for block in blocks)
+    sizes = [size for _, size in kept]
+    held = sizes
+    if config.gradient_checkpointing:
+        held = [round(block.part.inputs * batch.tokens * WIDTH_BYTES[config.precision]) for block in blocks]
+    at_loss = outside + sum(block.count * size for block, size in zip(blocks, held, strict=True))
+    peak = at_loss + (max(sizes, default=0) if config.gradient_checkpointing else 0)
+    most, beyond = peak, 0
+    for block, size, (_, plain_size) in zip(blocks, sizes, kept_plainly, strict=True):
+        beyond += block.count * max(0, _passing(block, config, batch, on_gpu=on_gpu) - plain_size)
+        # A layer without checkpointing is among those that are held.
+        own = size if config.gradient_checkpointing else 0
+        here = outside + _held_at(block, blocks, held) + own + _working(block, config, batch, on_gpu=on_gpu)
+        most = max(most, here)
+    return Layers(everything - sums, plainly - sums, peak, at_loss, most - peak, beyond)
 
 
-def working(block: Block, config: PeftConfig, batch: Batch) -> int:
-    """Bytes that one layer of a block computes with: some tensors as wide as its widest linear module.
+def _held_at(block: Block, blocks: list[Block], held: list[int]) -> int:
+    """Bytes that the layers hold up to a block's last one, itself included.
+
+    Lists of layers are passed in the order in which they stand; layers of one list by their places.
+    """
+    containers = list(dict.fromkeys(other.container for other in blocks))
+    place, last = containers.index(block.container), max(block.indexes)
+    total = 0
+    for other, size in zip(blocks, held, strict=True):
+        if other.container == block.container:
+            total += size * sum(index <= last for index in other.indexes)
+        elif containers.index(other.container) < place:
+            total += size * other.count
+    return total
+
+
+def _working(block: Block, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
+    """Bytes that one layer of a block computes with: its own tensors, or an adapted module's where those are more.
 
     Where stacked experts are adapted, the gradient of the largest W + B·A is there as well.
+    """
+    gradient = max((tensor.weights for tensor in targeted_experts(block.part, config)), default=0)
+    own = max(_passing(block, config, batch, on_gpu=on_gpu), adapters_working(block, config, batch))
+    return own + gradient * WIDTH_BYTES[config.precision]
 
-    Source: the profiler's peaks beside what is kept, of layers of two proportions: 0.9 to 1.8 of them; with DoRA, whose
+
+def _passing(block: Block, config: PeftConfig, batch: Batch, *, on_gpu: bool) -> int:
+    """Bytes that one layer of a block computes with beside what it keeps, adapters left out."""
+    passing = block.part.passing if on_gpu else block.part.passing_unfused
+    return passing.bytes(WIDTH_BYTES[config.precision], batch.rows, block.part.padded(batch.length))
+
+
+def adapters_working(block: Block, config: PeftConfig, batch: Batch) -> int:
+    """Bytes that an adapted module computes with: some tensors as wide as the widest linear module.
+
+    Source: the profiler's peaks beside what is kept, of layers of two proportions: 0.9 to 2 of them; with DoRA, whose
     forward pass scales each output, 6 to 7.
     """
     widest = max((max(linear.fan_in, linear.fan_out) for linear in block.part.linears), default=0)
-    gradient = max((tensor.weights for tensor in targeted_experts(block.part, config)), default=0)
-    return ((7 if config.use_dora else 2) * widest * batch.tokens + gradient) * WIDTH_BYTES[config.precision]
+    return (7 if config.use_dora else 2) * widest * batch.tokens * WIDTH_BYTES[config.precision]
 
 
 def _kept_by_block(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
@@ -213,7 +254,7 @@ def _kept_by_part(part: Part, config: PeftConfig, batch: Batch, stack: Stack, *,
     windowed = part.window is not None and batch.length >= part.window
     masked = (batch.masked or windowed) and stack.makes_masks
     passes = part.kept if on_gpu else part.unfused
-    return passes.of(WIDTH_BYTES[config.precision], masked=masked).bytes(batch.rows, batch.length)
+    return passes.of(WIDTH_BYTES[config.precision], masked=masked).bytes(batch.rows, part.padded(batch.length))
 
 
 def _kept_by_adapters(block: Block, config: PeftConfig, batch: Batch, stack: Stack, *, on_gpu: bool) -> int:
@@ -278,11 +319,13 @@ def logits_bytes(
     """Bytes of logits and loss at their peak. Capped logits keep their tanh as well.
 
     By chunks there are the logits and the scores in fp32 of one chunk, which become its gradient (in 16 bits a copy of
-    it has the logits' type), and the hidden states of all trained tokens with their gradient.
+    it has the logits' type), and the hidden states of all trained tokens with their gradient. Tokens that are just too
+    many for one chunk come in two that are half as large. So a run of mixed lengths is taken to fill a chunk.
     """
     positions, width = batch.rows * max(1, round(batch.length * batch.trained)), WIDTH_BYTES[config.precision]
     if not (stack.chunks_loss and shape.chunked_loss):
         return round(positions * shape.vocab * (stack.loss_width + width * shape.logits_kept))
-    chunk = max(high - low for low, high in chunks(positions, most_tokens(shape.vocab, on_gpu=on_gpu)))
+    most = most_tokens(shape.vocab, on_gpu=on_gpu)
+    chunk = max(high - low for low, high in chunks(positions, most)) if batch.even else min(positions, most)
     per_logit = (8 if width == 4 else 4 + 2 * width) + 2 * width * shape.logits_kept
     return round(chunk * shape.vocab * per_logit) + 2 * positions * shape.hidden * width

@@ -46,6 +46,8 @@ class Platform:
             or DoRA allocates in the layers, checkpointed or not.
         slack_quantized: The same where each pass turns the weights back from 4 or 8 bits in between.
         slack_extras: The same as a part of what dropout and DoRA add to that.
+        slack_passing: The same as a part of what passing tensors take in each layer beyond all that it keeps, as in a
+            state space whose chunks plain torch computes.
         slack_adapters: The same as a part of adapters, gradients and optimizer.
         slack_pissa: The same as a part of the dense fp32 weights that PiSSA decomposes. OLoRA and LoftQ do alike; their
             decompositions have not been measured apart.
@@ -60,6 +62,7 @@ class Platform:
     slack_layers: float
     slack_quantized: float
     slack_extras: float
+    slack_passing: float
     slack_adapters: float
     slack_pissa: float
     low: float
@@ -75,6 +78,7 @@ TCMALLOC = Platform(
     slack_layers=0.08,
     slack_quantized=0.08,
     slack_extras=0.0,
+    slack_passing=0.0,
     slack_adapters=0.26,
     slack_pissa=0.1,
     low=0.95,
@@ -92,6 +96,7 @@ GLIBC = Platform(
     slack_layers=1.05,
     slack_quantized=1.25,
     slack_extras=0.3,
+    slack_passing=1.25,  # chosen by the points of Nemotron-H and Mamba 2 in docs/memory-families.md
     slack_adapters=0.35,
     slack_pissa=0.3,
     low=0.75,
@@ -107,6 +112,7 @@ GPU = Platform(
     slack_layers=0.03,
     slack_quantized=0.03,
     slack_extras=0.03,
+    slack_passing=0.0,
     slack_adapters=0.0,
     slack_pissa=0.0,
     low=0.9,
@@ -313,6 +319,7 @@ def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers: Layer
     slack = device.slack_layers if config.quantization == "none" else device.slack_quantized
     extras = layers.all_bytes - layers.plain_bytes
     lost = slack * layers.plain_bytes + device.slack_extras * extras + device.slack_adapters * trained_bytes
+    lost += device.slack_passing * layers.passing_bytes
     if config.init_weights in DECOMPOSED:
         lost += device.slack_pissa * dense_bytes(shape, config)
     return math.ceil(lost)

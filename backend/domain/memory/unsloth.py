@@ -12,9 +12,9 @@ from domain.memory.activations import (
     Batch,
     Layers,
     Stack,
+    adapters_working,
     kept_by_peft,
     targeted_in,
-    working,
 )
 from domain.models.shape import Block, Linear, ModelShape
 from domain.peft.config import PeftConfig
@@ -75,7 +75,7 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch) -> Layer
     # The last norm keeps its input (kernels/rms_layernorm.py, `Fast_RMS_Layernorm`).
     outside = _hidden_bytes(shape, config, batch)
     everything, plainly = (sum(count * size for count, size in sizes) + outside for sizes in (kept, kept_plainly))
-    most = max((working(block, config, batch) for block in blocks), default=0)
+    most = max((adapters_working(block, config, batch) for block in blocks), default=0)
     if not config.gradient_checkpointing:
         return Layers(everything, plainly, everything, everything, most)
     inputs = _inputs_on_gpu(shape, config, batch)

@@ -4,7 +4,7 @@ An engine reads it off transformers' own class (engine/outline.py); the memory e
 hidden size, T the tokens of a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,6 +117,43 @@ class Passes:
 
 
 @dataclass(frozen=True)
+class Passing:
+    """What a layer computes with beside all that it keeps, adapters left out.
+
+    Each is of the moments of the forward and of the backward pass at which the most is there, at one length or another.
+
+    Attributes:
+        half: In a compute type of two bytes.
+        full: In fp32.
+    """
+
+    half: tuple[Kept, ...] = ()
+    full: tuple[Kept, ...] = ()
+
+    def bytes(self, width: int, rows: int, length: int) -> int:
+        """Count the most bytes that are there at once, by the bytes of the compute type, of B rows of T tokens."""
+        return max((moment.bytes(rows, length) for moment in (self.half if width == 2 else self.full)), default=0)
+
+
+def highest(moments: Iterable[Kept]) -> tuple[Kept, ...]:
+    """Return those of some moments at which the most is there at some length, the shortest length's first."""
+    found: list[Kept] = []
+    for moment in sorted(moments, key=lambda moment: (moment.square, moment.token)):
+        # Bytes a token are token + T · square: lines in T, the flattest first, of which the upper hull counts.
+        while found and moment.token >= found[-1].token:
+            found.pop()
+        while len(found) > 1 and _meet(found[-2], moment) <= _meet(found[-2], found[-1]):
+            found.pop()
+        found.append(moment)
+    return tuple(found)
+
+
+def _meet(flatter: Kept, steeper: Kept) -> float:
+    """Return the length from which on the steeper one is larger."""
+    return (flatter.token - steeper.token) / (steeper.square - flatter.square)
+
+
+@dataclass(frozen=True)
 class Part:
     """A layer, or what belongs to none.
 
@@ -124,9 +161,12 @@ class Part:
         others: Parameters outside linear modules and stacked experts: norms, routers, convolutions.
         inputs: Elements a token of its input, which checkpointing keeps.
         window: Tokens that its attention looks back; a longer row needs a mask. None for all of them.
+        chunk: Tokens that it computes at a time. A row is padded to a multiple of it.
         kept: By attention as a GPU computes it.
         unfused: The same on a CPU, whose fused attention knows no dropout on the attention weights.
         by_experts: What is kept beside that where a gradient goes to stacked experts, their weights left out.
+        passing: What is there for a while only, with attention as a GPU computes it.
+        passing_unfused: The same on a CPU.
     """
 
     linears: tuple[Linear, ...] = ()
@@ -134,9 +174,16 @@ class Part:
     others: int = 0
     inputs: float = 0.0
     window: int | None = None
+    chunk: int = 1
     kept: Passes = Passes()
     unfused: Passes = Passes()
     by_experts: Passes = Passes()
+    passing: Passing = Passing()
+    passing_unfused: Passing = Passing()
+
+    def padded(self, length: int) -> int:
+        """Return the tokens of a row of that length as the layer computes it."""
+        return -(-length // self.chunk) * self.chunk
 
     @property
     def parameters(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from domain.models.shape import Block, Kept, Linear, ModelShape, Part, Passes, Role
+from domain.models.shape import Block, Kept, Linear, ModelShape, Part, Passes, Passing, Role
 from domain.models.storage import read_dtype, read_stored
 from domain.results import Described
 from services.hub.metadata_cache import Fetched
@@ -34,6 +34,8 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         inputs=hidden,
         kept=_layer_keeps(hidden, width, heads, queries, keys),
         unfused=_layer_keeps(hidden, width, heads, queries, keys),
+        passing=_layer_passes(hidden, width),
+        passing_unfused=_layer_passes(hidden, width),
     )
     # The last norm's input, and the angles of the positions, which all layers share.
     half, full = Kept(4 * (hidden + 1) + 2 * head), Kept(4 * (hidden + 1) + 4 * head)
@@ -92,3 +94,8 @@ def _layer_keeps(hidden: int, width: int, heads: int, queries: int, keys: int) -
         Kept(4 * (fp32 + plain)),
         Kept(4 * (fp32 + plain + repeated), 4.0),
     )
+
+
+def _layer_passes(hidden: int, width: int) -> Passing:
+    """The gradients of the layer's output and of the MLP's three products, while the products are still there."""
+    return Passing((Kept(2.0 * (hidden + 3 * width)),), (Kept(4.0 * (hidden + 3 * width)),))

@@ -22,7 +22,7 @@ from domain.memory.estimate import (
     platform,
 )
 from domain.memory.loss_chunks import most_tokens
-from domain.models.shape import ModelShape
+from domain.models.shape import Kept, ModelShape, Passing
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from services.models.embedded import CONFIG, PARAMETERS
@@ -156,3 +156,34 @@ def test_with_checkpointing_the_loss_and_the_layer_that_is_computed_again_do_not
     at_loss = layers.loss_bytes + logits_bytes(_shape(), config, batch, on_gpu=True)
     at_layer = layers.peak_bytes + layers.working_bytes
     assert found.activations_bytes + found.logits_bytes == max(at_loss, at_layer)
+
+
+def test_what_passes_in_a_layer_counts_beside_what_the_layers_up_to_it_keep() -> None:
+    """The first layer computes with a hundred times what it keeps; the others keep nothing while it does."""
+    shape, config, batch = _shape(), _config(), Batch(1, 256, masked=False)
+    (block,) = shape.blocks
+    much = (Kept(100 * block.part.unfused.full.token),)
+    wasteful = replace(block, indexes=(0,), part=replace(block.part, passing_unfused=Passing(much, much)))
+    rest = replace(block, indexes=block.indexes[1:])
+    before = replace(block, indexes=tuple(range(29)))
+    none, plain, first, last = (
+        kept_by_layers(replace(shape, blocks=blocks), config, batch, on_gpu=False)
+        for blocks in ((), (block,), (wasteful, rest), (replace(wasteful, indexes=(29,)), before))
+    )
+    assert first.peak_bytes == last.peak_bytes == plain.peak_bytes
+    a_layer = (plain.peak_bytes - none.peak_bytes) / 30
+    assert last.working_bytes - first.working_bytes == pytest.approx(29 * a_layer, rel=1e-4)
+    assert last.working_bytes == much[0].bytes(1, 256)
+    beyond = much[0].bytes(1, 256) - block.part.unfused.full.bytes(1, 256)
+    assert plain.passing_bytes == 0 and first.passing_bytes == pytest.approx(beyond, rel=0.01)
+
+
+def test_a_layer_that_computes_by_chunks_pads_its_rows() -> None:
+    shape, config = _shape(), _config()
+    (block,) = shape.blocks
+    chunked = replace(shape, blocks=(replace(block, part=replace(block.part, linears=(), chunk=64)),))
+    held = [
+        kept_by_layers(chunked, config, Batch(1, length, masked=False), on_gpu=False).working_bytes
+        for length in (64, 65, 100, 128)
+    ]
+    assert held[0] < held[1] == held[2] == held[3]
