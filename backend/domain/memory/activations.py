@@ -157,8 +157,8 @@ class Layers:
         loss_bytes: What is there while the loss is computed. With checkpointing no layer is computed again yet.
         working_bytes: What is there at most beside `peak_bytes` while a layer computes, forward or backward. In a layer
             that is not the last one the layers behind it keep nothing yet, or no more.
-        passing_bytes: What the tensors that are there for a while take in a layer beyond all that it keeps, of all layers
-            together; 0 in most.
+        passing_bytes: What the tensors that are there for a while take in a layer beyond all that it keeps, of all
+            layers together; 0 in most.
     """
 
     all_bytes: int
