@@ -114,7 +114,9 @@ class Guard:
                 detail="A request under a login of the pages needs their token as X-CSRF-Token; load the page again.",
             )
         if scope["method"] in _SAFE and "text/html" in headers.get("accept", ""):
-            return RedirectResponse(f"/login?next={quote(path)}", 303, headers={"Cache-Control": "no-store"})
+            query = scope.get("query_string", b"").decode("latin-1")
+            address = quote(f"{path}?{query}" if query else path)
+            return RedirectResponse(f"/login?next={address}", 303, headers={"Cache-Control": "no-store"})
         return problem(
             path,
             slug="unauthorized",

@@ -89,6 +89,7 @@ def _shown(house: House, model_id: str) -> dict[str, Any]:
     return {
         "model": ModelDetailsResponse.of(found),
         "folder": local.path if local is not None else None,
+        "cached": local is not None and local.revision is not None,  # only the Hub's cache knows commits
         "fit_now": fit,
         "note": note,
         "loaded": [loaded_model_view(each) for each in house.peft.models() if each.model_id == model_id],

@@ -50,6 +50,8 @@ def test_every_route_but_health_wants_the_key(tmp_path: Path, model_dirs: Path) 
         for page in ("/", "/runs", "/new", "/home/stream", "/docs"):
             asked = studio.http.get(page, headers={"Accept": "text/html"})
             assert (asked.status_code, asked.headers["location"]) == (303, f"/login?next={page}")
+        deep = studio.http.get("/playground?model=a/b&blind=1", headers={"Accept": "text/html"})
+        assert deep.headers["location"] == "/login?next=/playground%3Fmodel%3Da/b%26blind%3D1"
         _log_in(studio)
         assert studio.http.get("/api/peft/use-cases", headers=key).status_code == 200
     assert "sesame-canary" not in studio.log_path.read_text()

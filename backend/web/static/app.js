@@ -188,6 +188,11 @@ function nextTheme() {
 }
 showTheme();
 
+// On a narrow screen the menu is wider than the screen.
+const menu = document.querySelector(".top nav");
+const here = menu?.querySelector("[aria-current]");
+if (here && menu.scrollWidth > menu.clientWidth) menu.scrollLeft = here.offsetLeft - menu.offsetLeft - 16;
+
 let afterG = false;
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, textarea, select, dialog")) return;

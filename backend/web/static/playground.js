@@ -118,7 +118,8 @@ if (page) {
   function offerRequest(card) {
     const body = { model: card.one.served, ...card.asked };
     const quoted = JSON.stringify(body).replaceAll("'", "'\\''");
-    const line = `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json' -d '${quoted}'`;
+    const key = document.querySelector("meta[name=csrf]") ? ' -H "Authorization: Bearer $PEFT_STUDIO_API_KEY"' : "";
+    const line = `curl ${location.origin}/v1/chat/completions -H 'Content-Type: application/json'${key} -d '${quoted}'`;
     card.foot.append(make("button", { type: "button", class: "plain copy", "data-copy": line, title: "The same request for the shell" }, "Copy as curl"));
   }
 
