@@ -55,6 +55,7 @@ def test_a_model_that_does_not_fit_is_refused_with_figures_and_with_what_helps(t
     expect(page.get_by_role("button", name="Leave it")).to_be_focused()
     page.get_by_role("button", name="Leave it").click()
     expect(page.get_by_role("button", name="Ask", exact=True)).to_be_enabled()
+    expect(page.get_by_label("Question", exact=True)).to_have_value("the quick brown fox")
     assert [body["overrides"] for body in asked] == [{}, {"dropout": 0.0}]
 
 

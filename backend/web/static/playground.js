@@ -174,7 +174,7 @@ if (page) {
     boxes.find((box) => box.value === card.one.key).dataset.there = card.one.there = "1";
   }
 
-  /** Put the turns of a question to everybody. Returns whether all have answered. */
+  /** Put the turns of a question to everybody, once the base is loaded. Returns whether all have answered. */
   async function put(turns, reference = "") {
     const those = chosen();
     if (those.length === 0) {
@@ -188,6 +188,8 @@ if (page) {
       const wanted = { model_id: base, algorithm: first?.algorithm || "lora", revision: those.find((one) => one.revision)?.revision ?? null, overrides: {} };
       const loaded = await haveLoaded(at("loading"), wanted, running.signal);
       if (running.signal.aborted) return false;
+      at("status").textContent = "Answers come …";
+      if (!at("dataset").value && at("question").value.trim() === turns.at(-1).content) at("question").value = "";
       const { place, cards } = turnCard(turns, reference, conversation.those);
       await Promise.all(cards.map((card) => ask(card, loaded, turns)));
       remember(cards, turns);
@@ -224,7 +226,7 @@ if (page) {
     running = isBusy ? new AbortController() : null;
     at("send").disabled = isBusy;
     at("stop").hidden = !isBusy;
-    at("status").textContent = isBusy ? "Answers come …" : voting ? "Which is best? A key: its letter, or 0" : "Ctrl+Enter asks · Esc stops";
+    at("status").textContent = isBusy ? "The model is made ready …" : voting ? "Which is best? A key: its letter, or 0" : "Ctrl+Enter asks · Esc stops";
   }
 
   // Blind
@@ -287,10 +289,7 @@ if (page) {
     const text = at("question").value.trim();
     if (voting) notice("Say which answer is best first.");
     if (!text || running || voting) return false;
-    if (!at("dataset").value) {
-      at("question").value = "";
-      return put([{ role: "user", content: text }]);
-    }
+    if (!at("dataset").value) return put([{ role: "user", content: text }]);
     const row = await questions.get(at("dataset").value, at("row").value - 1);
     conversation = null; // each row begins anew
     const same = row.turns.at(-1)?.content.trim() === text;
