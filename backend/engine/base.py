@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError
 
@@ -36,7 +37,7 @@ class Base:
         try:
             with passing():
                 self.model, self.tokenizer = self.backend.load(path, config, device)
-        except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, KeyError, json.JSONDecodeError, StrictDataclassError) as error:
             raise BadModel(f"{path.name} cannot be loaded: {error}") from error
         self.path, self.loaded_with = path, config
         self.device = torch.device(device)

@@ -4,6 +4,7 @@ import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -16,8 +17,9 @@ from domain.exports import MergedModel
 from domain.protocol import Merge, Progress
 from engine.base import Base
 from engine.channel import Channel
-from engine.errors import BadSetting
+from engine.errors import BadModel, BadSetting
 from engine.merged_weights import MergedWeights, adapter_attached
+from engine.model_class import read_config
 from engine.served_tokenizer import ServedTokenizer
 from engine.turn_ends import TurnEnds
 
@@ -42,7 +44,7 @@ def merge(base: Base, command: Merge, channel: Channel) -> MergedModel:
         require_space(output.parent, merged.total_bytes)
         with whole_folder(output) as folder:
             served = base.tokenizers.written(Path(command.adapter_path), folder)
-            require_embeddings(served, base.embeddings)
+            require_embeddings(served, base.embeddings, base.tokenizer)
             result = MergedModel(
                 size_bytes=merged.total_bytes,
                 dtype=str(merged.dtype).removeprefix("torch."),
@@ -79,18 +81,20 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def require_embeddings(served: ServedTokenizer, embeddings: int) -> None:
-    """Refuse a tokenizer that has tokens for which the model has no embeddings.
+def require_embeddings(served: ServedTokenizer, embeddings: int, own: Any = None) -> None:
+    """Refuse a tokenizer that has tokens for which the model has no embeddings, beside those of the base's own.
 
     Args:
         served: The tokenizer of the export.
         embeddings: The number of embeddings that the model has.
+        own: The base's tokenizer, where its tokens may go beyond as well: some classes add one that the model lacks.
 
     Raises:
         BadSetting: At such a token the model would fail or read something else.
     """
     last = max(served.tokenizer.get_vocab().values(), default=-1)
-    if last >= embeddings:
+    most = embeddings - 1 if own is None else max(embeddings - 1, *own.get_vocab().values())
+    if last > most:
         raise BadSetting(
             f"the adapter's tokenizer has a token {last}, and the model {embeddings} embeddings: it has grown, and "
             "there are no weights for what it has grown by"
@@ -152,7 +156,9 @@ def _write_configs(merged: MergedWeights, source: Path, folder: Path, ends: Turn
     if merged.untied:
         config["tie_word_embeddings"] = False
     if new_ends and "eos_token_id" in config:
-        config["eos_token_id"] = list(ends.ids)
+        with_ends = config | {"eos_token_id": list(ends.ids)}
+        if _is_taken(with_ends):
+            config = with_ends
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation = source / "generation_config.json"
     if new_ends:
@@ -162,6 +168,15 @@ def _write_configs(merged: MergedWeights, source: Path, folder: Path, ends: Turn
         (folder / "generation_config.json").write_text(content, encoding="utf-8")
     elif generation.is_file():
         shutil.copyfile(generation, folder / "generation_config.json")
+
+
+def _is_taken(config: dict[str, Any]) -> bool:
+    """Tell whether the family's class takes a config.json. Some take no list of ends; generation_config.json does."""
+    try:
+        read_config(config)
+    except BadModel:
+        return False
+    return True
 
 
 def _card(command: Merge, merged: MergedWeights) -> str:

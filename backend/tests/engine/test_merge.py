@@ -2,7 +2,10 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -244,3 +247,20 @@ def test_an_adapter_that_is_not_finite_is_not_merged(tiny_path: Path, tmp_path: 
     with pytest.raises(BadSetting, match="not finite"):
         run(base, tmp_path, tmp_path / "adapter")
     assert not (tmp_path / "merged").exists() and base.adapters == []
+
+
+def test_a_class_that_takes_one_end_alone_keeps_its_own_in_config_json() -> None:
+    assert module._is_taken({"model_type": "llama", "eos_token_id": [0, 2]})
+    assert not module._is_taken({"model_type": "inkling_text", "eos_token_id": [0, 2]})
+
+
+@pytest.mark.parametrize(("tokens", "own", "refused"), [(8, 8, False), (9, 9, False), (9, 8, True), (10, 9, True)])
+def test_tokens_without_embeddings_are_refused_but_for_those_that_the_base_has(
+    tokens: int, own: int, *, refused: bool
+) -> None:
+    def tokenizer(count: int) -> Any:
+        return SimpleNamespace(get_vocab=lambda: {str(number): number for number in range(count)})
+
+    served: Any = SimpleNamespace(tokenizer=tokenizer(tokens))
+    with pytest.raises(BadSetting, match="it has grown") if refused else nullcontext():
+        module.require_embeddings(served, 8, tokenizer(own))
