@@ -38,7 +38,7 @@ and on it: the verdict of the memory estimate, parameters and trained parameters
 steps with each method, a run stopped and resumed that gives the same bytes, the adapter in stock PEFT and the merged
 model in stock transformers with the same logits (fp32, within 2e-4 of the largest), and an answer.
 
-{good} of {tried} families that could be made small pass everything; {made} of {known} could be made.
+{good} of {tried} families that could be made small pass everything; {made} of {known} could be made. {commits}
 
 | family | class's attention | {heads} |
 |---|---|{lines}|
@@ -63,11 +63,11 @@ def main() -> int:
 
     engine.warming.warm_up()
     names = chosen.family or families()
-    results = _kept(chosen.results)
+    results, commit = _kept(chosen.results), _commit()
     for number, name in enumerate(names, 1):
         if name not in results:
             started = time.monotonic()
-            results[name] = _try_split_off(name)
+            results[name] = _try_split_off(name) | {"commit": commit}
             if chosen.results is not None:
                 with chosen.results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(results[name]) + "\n")
@@ -77,6 +77,24 @@ def main() -> int:
     if not chosen.family:
         TABLE.write_text(_table([results[name] for name in names]), encoding="utf-8")
     return 0
+
+
+def _commit() -> str:
+    """Return the commit that is tried; nothing where git does not say."""
+    said = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return said.stdout.strip()
+
+
+def _by_commit(rows: list[dict[str, object]]) -> str:
+    """Say at which commits the rows were made: they are not all of one where an earlier run's are kept."""
+    named: dict[str, list[str]] = {}
+    for row in rows:
+        named.setdefault(str(row.get("commit") or "an unknown commit"), []).append(str(row["family"]))
+    most = max(named, key=lambda commit: len(named[commit]))
+    said = [f"Made at {most}"] + [f"at {commit}: {', '.join(of)}" for commit, of in named.items() if commit != most]
+    return "; ".join(said) + "."
 
 
 def _kept(path: Path | None) -> dict[str, dict[str, object]]:
@@ -174,7 +192,7 @@ def _table(rows: list[dict[str, object]]) -> str:
     good = [row for row in made if all(results_of(row).get(name) == "yes" for name in CHECKS)]
     head = _ABOUT.format(
         version=version("transformers"), good=len(good), tried=len(made), made=len(made), known=len(rows),
-        heads=" | ".join(CHECKS), lines="|".join("---" for _ in CHECKS),
+        commits=_by_commit(rows), heads=" | ".join(CHECKS), lines="|".join("---" for _ in CHECKS),
     )  # fmt: skip
     notes: list[str] = []
     lines = []
