@@ -55,7 +55,7 @@ def test_a_file_is_refused_by_its_lines_and_taken_without_them(tab: Tab) -> None
     tab.accessible()
 
 
-def test_an_import_from_the_hub_shows_its_refusal_and_can_be_cancelled(tab: Tab) -> None:
+def test_an_import_from_the_hub_can_be_cancelled_and_becomes_a_dataset(tab: Tab, hub: HubDouble) -> None:
     under_way = '<div class="card"><strong>owner/rows</strong><button type="button">Cancel</button></div>'
     held: list[Route] = []
     page = tab.open("/datasets")
@@ -70,6 +70,11 @@ def test_an_import_from_the_hub_shows_its_refusal_and_can_be_cancelled(tab: Tab)
     held[0].fulfill(status=409, content_type="application/problem+json", body=body)
     expect(page.get_by_text("The import of owner/rows was cancelled.")).to_be_visible()
     expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+    hub.add_dataset("someone/rows", {"train.jsonl": f"{GOOD}\n".encode()})
+    page.unroute("**/api/datasets")
+    page.get_by_label("Dataset", exact=True).fill("someone/rows")
+    page.get_by_role("button", name="Import").click()
+    expect(page.get_by_role("region", name="Rows").locator("article mark")).to_have_text("an answer")
 
 
 def test_rows_are_leafed_through_and_a_dataset_goes_with_the_runs_that_learned_from_it(
@@ -155,4 +160,5 @@ def test_a_model_of_the_hub_is_found_judged_and_its_load_is_cancelled(
     tab.accessible()
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("button", name="Download and load")).to_be_visible()
-    assert tab.server.http.get("/api/peft/loaded-models").json()["models"] == []
+    loaded = tab.server.http.get("/api/peft/loaded-models").json()["models"]
+    assert "someone/tiny" not in [model["model_id"] for model in loaded]
