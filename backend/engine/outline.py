@@ -299,6 +299,7 @@ class _Outline:
             inputs=unfused.seen(kind).inputs / unfused.tokens,
             window=window_of(module) if layer is not None else None,
             chunk=chunk_of(module) if layer is not None else 1,
+            by_token=unfused.by_token(kind),
             kept=fused.kept(kind),
             unfused=unfused.kept(kind),
             passing=fused.passing(kind),

@@ -94,6 +94,11 @@ class Passed:
         """Tell whether text passes through layers of that kind."""
         return kind in self.shown[FULL, False][0]
 
+    def by_token(self, kind: int | None) -> bool:
+        """Tell whether layers of that kind keep more tensors of more tokens, and not only larger ones."""
+        short, long = (len(at.get(kind, Seen()).storages) for at in self.shown[FULL, False])
+        return long - short > (self.lengths[1] - self.lengths[0]) // 2
+
     @property
     def tokens(self) -> int:
         """Tokens of that pass."""

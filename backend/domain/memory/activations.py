@@ -158,7 +158,8 @@ class Layers:
         working_bytes: What is there at most beside `peak_bytes` while a layer computes, forward or backward. In a layer
             that is not the last one the layers behind it keep nothing yet, or no more.
         passing_bytes: What the tensors that are there for a while take in a layer beyond all that it keeps, of all
-            layers together; 0 in most.
+            layers together but those that compute token by token; 0 in most.
+        steps_bytes: What of `plain_bytes` is in layers that compute token by token.
     """
 
     all_bytes: int
@@ -167,6 +168,7 @@ class Layers:
     loss_bytes: int
     working_bytes: int
     passing_bytes: int = 0
+    steps_bytes: int = 0
 
 
 def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: Stack = OURS, *, on_gpu: bool) -> Layers:
@@ -190,14 +192,17 @@ def kept_by_layers(shape: ModelShape, config: PeftConfig, batch: Batch, stack: S
         held = [round(block.part.inputs * batch.tokens * WIDTH_BYTES[config.precision]) for block in blocks]
     at_loss = outside + sum(block.count * size for block, size in zip(blocks, held, strict=True))
     peak = at_loss + (max(sizes, default=0) if config.gradient_checkpointing else 0)
-    most, beyond = peak, 0
+    most, beyond, steps = peak, 0, 0
     for block, size, (_, plain_size) in zip(blocks, sizes, kept_plainly, strict=True):
-        beyond += block.count * max(0, _passing(block, config, batch, on_gpu=on_gpu) - plain_size)
+        if block.part.by_token:
+            steps += block.count * plain_size
+        else:
+            beyond += block.count * max(0, _passing(block, config, batch, on_gpu=on_gpu) - plain_size)
         # A layer without checkpointing is among those that are held.
         own = size if config.gradient_checkpointing else 0
         here = outside + _held_at(block, blocks, held) + own + _working(block, config, batch, on_gpu=on_gpu)
         most = max(most, here)
-    return Layers(everything - sums, plainly - sums, peak, at_loss, most - peak, beyond)
+    return Layers(everything - sums, plainly - sums, peak, at_loss, most - peak, beyond, steps)
 
 
 def _held_at(block: Block, blocks: list[Block], held: list[int]) -> int:

@@ -48,6 +48,8 @@ class Platform:
         slack_extras: The same as a part of what dropout and DoRA add to that.
         slack_passing: The same as a part of what passing tensors take in each layer beyond all that it keeps, as in a
             state space whose chunks plain torch computes.
+        slack_steps: What part of `slack_layers` holds for layers that compute token by token: their many small tensors
+            leave places that are used again.
         slack_adapters: The same as a part of adapters, gradients and optimizer.
         slack_pissa: The same as a part of the dense fp32 weights that PiSSA decomposes. OLoRA and LoftQ do alike; their
             decompositions have not been measured apart.
@@ -63,6 +65,7 @@ class Platform:
     slack_quantized: float
     slack_extras: float
     slack_passing: float
+    slack_steps: float
     slack_adapters: float
     slack_pissa: float
     low: float
@@ -79,6 +82,7 @@ TCMALLOC = Platform(
     slack_quantized=0.08,
     slack_extras=0.0,
     slack_passing=0.0,
+    slack_steps=1.0,
     slack_adapters=0.26,
     slack_pissa=0.1,
     low=0.95,
@@ -97,6 +101,7 @@ GLIBC = Platform(
     slack_quantized=1.25,
     slack_extras=0.3,
     slack_passing=1.25,  # chosen by the points of Nemotron-H and Mamba 2 in docs/memory-families.md
+    slack_steps=0.3,  # chosen by the one point of a Mamba there
     slack_adapters=0.35,
     slack_pissa=0.3,
     low=0.75,
@@ -113,6 +118,7 @@ GPU = Platform(
     slack_quantized=0.03,
     slack_extras=0.03,
     slack_passing=0.0,
+    slack_steps=1.0,
     slack_adapters=0.0,
     slack_pissa=0.0,
     low=0.9,
@@ -318,7 +324,8 @@ def _lost(shape: ModelShape, config: PeftConfig, device: Platform, layers: Layer
     """Bytes that the allocator holds and cannot reuse."""
     slack = device.slack_layers if config.quantization == "none" else device.slack_quantized
     extras = layers.all_bytes - layers.plain_bytes
-    lost = slack * layers.plain_bytes + device.slack_extras * extras + device.slack_adapters * trained_bytes
+    plain = layers.plain_bytes - (1 - device.slack_steps) * layers.steps_bytes
+    lost = slack * plain + device.slack_extras * extras + device.slack_adapters * trained_bytes
     lost += device.slack_passing * layers.passing_bytes
     if config.init_weights in DECOMPOSED:
         lost += device.slack_pissa * dense_bytes(shape, config)

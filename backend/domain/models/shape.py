@@ -162,6 +162,7 @@ class Part:
         inputs: Elements a token of its input, which checkpointing keeps.
         window: Tokens that its attention looks back; a longer row needs a mask. None for all of them.
         chunk: Tokens that it computes at a time. A row is padded to a multiple of it.
+        by_token: Whether it computes token by token and keeps tensors of each.
         kept: By attention as a GPU computes it.
         unfused: The same on a CPU, whose fused attention knows no dropout on the attention weights.
         by_experts: What is kept beside that where a gradient goes to stacked experts, their weights left out.
@@ -175,6 +176,7 @@ class Part:
     inputs: float = 0.0
     window: int | None = None
     chunk: int = 1
+    by_token: bool = False
     kept: Passes = Passes()
     unfused: Passes = Passes()
     by_experts: Passes = Passes()

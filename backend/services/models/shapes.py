@@ -30,7 +30,7 @@ from services.models.embedded import CONFIG as EMBEDDED_CONFIG
 from services.models.embedded import MODEL_ID
 from services.models.embedded_shape import EMBEDDED_SHAPE
 
-_FORMAT = 4  # of a shape; one that was kept with another number is made again
+_FORMAT = 5  # of a shape; one that was kept with another number is made again
 _LIMIT_S = 60.0  # for one description; the largest model takes a few seconds
 _IDLE_S = 120.0  # an engine that describes nothing for so long is ended
 _MAX_WAITING = 200  # in the background

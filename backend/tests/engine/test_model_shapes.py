@@ -120,6 +120,7 @@ def test_the_attention_is_the_fused_one_where_the_class_has_it(family: str, atte
     assert shape.attention == attention
     squares = any(block.part.kept.full.square > 1 for block in shape.blocks)
     assert squares == (attention == "eager" and family != "mamba")
+    assert any(block.part.by_token for block in shape.blocks) == (family == "mamba")
 
 
 def test_the_shape_that_comes_with_the_embedded_model_is_what_an_engine_says() -> None:

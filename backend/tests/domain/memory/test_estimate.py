@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from core import allocator
 from domain.configure import MachineFacts, configure
+from domain.memory import estimate as estimate_module
 from domain.memory.activations import Batch, Stack, kept_by_layers, logits_bytes, targeted
 from domain.memory.estimate import (
     GLIBC,
@@ -176,6 +177,18 @@ def test_what_passes_in_a_layer_counts_beside_what_the_layers_up_to_it_keep() ->
     assert last.working_bytes == much[0].bytes(1, 256)
     beyond = much[0].bytes(1, 256) - block.part.unfused.full.bytes(1, 256)
     assert plain.passing_bytes == 0 and first.passing_bytes == pytest.approx(beyond, rel=0.01)
+
+
+def test_glibc_loses_less_of_layers_that_compute_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "platform", lambda *, on_gpu: GLIBC)
+    shape, config, batch = _shape(), _config(), Batch(4, 512, masked=False)
+    (block,) = shape.blocks
+    stepping = replace(shape, blocks=(replace(block, part=replace(block.part, by_token=True)),))
+    layers = kept_by_layers(stepping, config, batch, on_gpu=False)
+    outside = kept_by_layers(replace(shape, blocks=()), config, batch, on_gpu=False).plain_bytes
+    assert layers.steps_bytes == layers.plain_bytes - outside > 0
+    lost = [estimate(each, config, on_gpu=False, batch=batch).overhead_bytes for each in (shape, stepping)]
+    assert lost[0] - lost[1] == pytest.approx(0.7 * 1.05 * layers.steps_bytes, abs=2)
 
 
 def test_a_layer_that_computes_by_chunks_pads_its_rows() -> None:
