@@ -114,11 +114,12 @@ def main() -> None:
                 ),
                 "newcomer's first text, s": lambda: newcomer_s(studio, many_id, options.tokens),
             }
-            for case in cases.values():
-                case()  # libraries, adapters and the check of the model
+            at_once(queued, alone_id, [None], 2)  # libraries, adapters and the check of the model
+            at_once(studio, many_id, [*names, None], 2)
             for _ in range(options.rounds):
                 for name, case in cases.items():
                     found.setdefault(name, []).append(case())
+                    print(f"{name}: {found[name][-1]:.2f}", flush=True)
     report(found)
 
 

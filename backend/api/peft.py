@@ -120,7 +120,11 @@ def unload(loaded_model_id: str, peft: Peft) -> None:
 
 @router.post("/loaded-models/{loaded_model_id}/generate", response_model=GenerateResponse)
 async def generate(loaded_model_id: str, body: GenerateRequest, request: Request, generator: Generator) -> Any:
-    """Continue a conversation or a prompt, with an adapter or the bare base. A client that hangs up ends it."""
+    """Continue a conversation or a prompt, with an adapter or the bare base. A client that hangs up ends it.
+
+    Answers on one base are written together, each as it is alone. 503 with `Retry-After`: too many wait, or this one's
+    tokens do not fit into the memory that is free.
+    """
     sent = {name: getattr(body, name) for name in GenerateRequest.model_fields.keys() - {"stream", "response_format"}}
     command = Generate(**sent, form=form_of(body.response_format, [], None, several=True))
     if body.stream:
