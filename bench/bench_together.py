@@ -35,10 +35,9 @@ QUESTION = "Write a long story about a lighthouse keeper and the sea, with every
 def ask(studio: StudioServer, loaded_id: str, adapter_id: str | None, tokens: int, number: int) -> tuple[int, float]:
     """Stream one answer; return its tokens, and the seconds to the first piece of text."""
     body = {
-        "prompt": f"{number}. {QUESTION}",
+        "messages": [{"role": "user", "content": f"{number}. {QUESTION}"}],
         "max_new_tokens": tokens,
-        "temperature": 1.0,
-        "seed": number,
+        "temperature": 0,
         "adapter_id": adapter_id,
         "stream": True,
     }
