@@ -124,15 +124,16 @@ def row_facts(base: Base) -> RowFacts:
     for module in bare.modules():
         if type(module).__name__ == "Linear8bitLt":
             raise NotTogether("8-bit layers choose what they compute in 16 bits by all rows of a pass")
-    _require_sampling(bare)
     try:
+        _require_sampling(bare)
         with base.using(None):
             token_bytes = _require_the_same(bare, base.device)
+        longest = _longest(bare)
     except NotTogether:
         raise
     except Exception as error:  # the class' own code, called as it does not expect
         raise NotTogether(f"its class fails with rows together: {error!r}"[:300]) from error
-    return RowFacts(token_bytes, _longest(bare))
+    return RowFacts(token_bytes, longest)
 
 
 def _require_sampling(bare: Any) -> None:
