@@ -1,9 +1,9 @@
-"""The estimate against measured peaks for families whose layers are not Llama's. Nothing is fitted on them.
+"""The estimate against measured peaks for families whose layers are not Llama's.
 
     python ../bench/family_points.py --save points.json      (from backend/)
 
 It makes a model of random weights of each family and measures training it, each point in a fresh engine. The table goes
-into docs/memory-estimate.md (`memory_estimate.py`). It takes ten minutes on two idle cores.
+into docs/memory-families.md, which says what was fitted on it. It takes half an hour on two idle cores.
 """
 
 import argparse
