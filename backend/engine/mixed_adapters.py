@@ -8,7 +8,7 @@ searches through lists for each adapter and layer.
 Numbers are those of PEFT's layer to rounding: it scales behind B, and here the scale is before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -71,12 +71,17 @@ class MixedAdapters:
         self._rows: tuple[str | None, ...] = ()
         self._on = False
 
-    def use(self, rows: Sequence[str | None]) -> None:
-        """Compute with an adapter for each row from now on; None is the base. PEFT's own adapters must be disabled."""
+    def use(self, rows: Sequence[str | None], coming: Set[str] = frozenset()) -> None:
+        """Compute with an adapter for each row from now on. PEFT's own adapters must be disabled.
+
+        Args:
+            rows: None is the base. One is that of all rows.
+            coming: Adapters that will be used soon.
+        """
         named = {name for name in rows if name is not None}
         if not named <= set(self._stacked):
             self.stop()
-            self._stack(tuple(sorted(named)))
+            self._stack(tuple(sorted(named | coming)))
         if tuple(rows) != self._rows:
             self._rows, self._masks = tuple(rows), {}
         if not self._on:

@@ -89,6 +89,7 @@ class Together:
         self._mixable: dict[str, bool] = {}
         self._mixed: MixedAdapters | None = None
         self._active: tuple[str | None, ...] | None = None
+        self._held: tuple[str | None] | None = None  # the adapter that PEFT computes with
         self._context = ExitStack()
 
     @property
@@ -180,7 +181,7 @@ class Together:
         """Let go of the base: another command may use it or put adapters on it, and `advance` goes on afterwards."""
         if self._mixed is not None:
             self._mixed.stop()
-        self._mixed, self._active, self._mixable = None, None, {}
+        self._mixed, self._active, self._held, self._mixable = None, None, None, {}
         self._context.close()
 
     def _compute_with(self, adapters: tuple[str | None, ...]) -> None:
@@ -192,13 +193,18 @@ class Together:
         self._active = None
         if self._mixed is None:
             self._mixed = MixedAdapters(self._base.model)
-        self._mixed.stop()
-        self._context.close()
-        if len(adapters) == 1:
-            self._context.enter_context(self._base.using(adapters[0]))
+        lane = self._lane_of(adapters[0])
+        if self._held != (lane,):
+            self._mixed.stop()
+            self._held = None
+            self._context.close()
+            self._context.enter_context(self._base.using(lane))
+            self._held = (lane,)
+        if lane is None and any(adapters):
+            coming = {row.answer.command.adapter_id for row in self._rows() if row.lane is None}
+            self._mixed.use(adapters, {name for name in coming if name is not None})
         else:
-            self._context.enter_context(self._base.using(None))
-            self._mixed.use(adapters)
+            self._mixed.stop()
         self._active = adapters
 
     def _end_the_stopped(self) -> None:
