@@ -68,7 +68,7 @@ def take_all(page: Page, url: str) -> None:
         page.get_by_label(name, exact=True).fill(value)
         page.get_by_label(name, exact=True).blur()
         page.locator("tr.source-override", has_text=name).wait_for()
-    page.locator("#analysis mark").first.wait_for()
+    page.locator("#analysis:not([aria-busy]) mark").first.wait_for()
     page.evaluate("scrollTo(0, 0)")
     page.set_viewport_size({"width": 1280, "height": 1400})
     _take(page, "new-fine-tune")
@@ -79,10 +79,11 @@ def take_all(page: Page, url: str) -> None:
     address = page.url
     page.locator("#run[data-state=running]").wait_for(state="attached")
     page.locator("#chart-loss").wait_for()
-    page.wait_for_timeout(15_000)
     page.goto(url)
-    page.locator("article.run .spark").wait_for()
+    page.locator("article.run dd", has_text=re.compile(r"^(1\d|8|9) of")).wait_for()  # a curve of some steps
+    page.set_viewport_size({"width": 1280, "height": 560})
     _take(page, "home")
+    page.set_viewport_size({"width": 1280, "height": 860})
     page.goto(address)
     page.locator("#run[data-state=succeeded]").wait_for(state="attached")
     page.reload()

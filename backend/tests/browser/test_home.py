@@ -63,6 +63,14 @@ def test_the_keyboard_leads_to_every_page(tab: Tab) -> None:
     expect(page.get_by_role("dialog")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
+    for key, path in (("r", "/runs"), ("n", "/new"), ("m", "/models"), ("h", "/")):
+        page.keyboard.press("g")
+        page.keyboard.press(key)
+        page.wait_for_url(f"http://127.0.0.1:{tab.server.port}{path}")
+    page.go_back()
+    page.wait_for_url("**/models")
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
 
 
 def test_the_document_of_the_api_works_without_a_network(tab: Tab) -> None:

@@ -1,6 +1,7 @@
 """A new fine-tune: from dropping a file to the start, with each refusal at its field."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_a_file_becomes_a_running_fine_tune(tab: Tab, tmp_path: Path) -> None:
     steps.fill("3")
     steps.blur()
     expect(page.locator("tr.source-override", has_text="max steps")).to_be_visible()
+    expect(page.locator("#analysis:not([aria-busy]) dd").first).to_have_text("3")
     page.get_by_label("Name", exact=True).fill(HOSTILE)
     page.get_by_text("The same from a terminal or a script").click()
     said = page.locator("#as-curl").text_content() or ""
@@ -64,7 +66,7 @@ def test_a_file_becomes_a_running_fine_tune(tab: Tab, tmp_path: Path) -> None:
     page.get_by_label("Question", exact=True).fill(HOSTILE)
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.locator(".answer[aria-busy=false]")).to_have_count(2)
-    expect(page.get_by_text("4 tokens ·")).to_have_count(2)
+    expect(page.get_by_text(re.compile(r"^[1-4] tokens? ·"))).to_have_count(2)
     expect(page.locator("img[src=x]")).to_have_count(0)
 
 

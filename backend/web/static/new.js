@@ -81,8 +81,13 @@ async function refresh() {
   asked?.abort();
   asked = new AbortController();
   const { signal } = asked;
+  // What is shown is of the choice before, until the answer comes.
+  for (const part of [fit, analysis]) part.setAttribute("aria-busy", "true");
   await showSettings(signal);
-  if (!signal.aborted) await showAnalysis(signal);
+  if (signal.aborted) return;
+  fit.removeAttribute("aria-busy");
+  await showAnalysis(signal);
+  if (!signal.aborted) analysis.removeAttribute("aria-busy");
 }
 
 async function showSettings(signal) {
