@@ -58,7 +58,7 @@ test-fast: setup-dev
 test-slow: setup-dev test-pythons
 	cd backend && ../$(PY) -m pytest tests/ -m slow
 
-# The pages in a real browser. Chromium is the distribution's; PEFT_STUDIO_TEST_BROWSER names another.
+# The pages in a real browser. Chromium is the distribution's; TEST_BROWSER names another.
 test-browser: setup-dev
 	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/browser -m browser
 

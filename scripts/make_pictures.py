@@ -101,7 +101,7 @@ def take_all(page: Page, url: str) -> None:
 def main() -> int:
     """Make the pictures; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--browser", default=os.environ.get("PEFT_STUDIO_TEST_BROWSER") or shutil.which("chromium"))
+    parser.add_argument("--browser", default=os.environ.get("TEST_BROWSER") or shutil.which("chromium"))
     browser = parser.parse_args().browser
     if browser is None:
         print("No browser: install the package chromium, or name one with --browser.", file=sys.stderr)

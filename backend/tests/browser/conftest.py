@@ -29,10 +29,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """The distribution's Chromium; PEFT_STUDIO_TEST_BROWSER names another."""
-    path = os.environ.get("PEFT_STUDIO_TEST_BROWSER") or next(filter(None, map(shutil.which, _NAMES)), None)
+    """The distribution's Chromium; TEST_BROWSER names another."""
+    path = os.environ.get("TEST_BROWSER") or next(filter(None, map(shutil.which, _NAMES)), None)
     if path is None:
-        pytest.fail("no browser: install the package chromium, or name one in PEFT_STUDIO_TEST_BROWSER")
+        pytest.fail("no browser: install the package chromium, or name one in TEST_BROWSER")
     expect.set_options(timeout=_WAIT_MS)
     with sync_playwright() as driver:
         # As root Chromium has no sandbox. These pages are ours.
