@@ -1,6 +1,7 @@
 """Shapes against transformers' own classes: modules, sizes and ties, what a layer does, what is refused."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +50,17 @@ def _paths(shape: ModelShape) -> dict[str, tuple[int, int]]:
     return paths | {linear.path: (linear.fan_in, linear.fan_out) for linear in shape.outside.linears}
 
 
-def _default(family: str) -> dict[str, Any]:
-    values: dict[str, Any] = CONFIG_MAPPING[family]().to_dict()
-    return values
+@cache
+def _default(family: str) -> ModelShape:
+    """Return the shape of a family's default configuration."""
+    return _shape(CONFIG_MAPPING[family]().to_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_module_and_parameter_of_the_class_is_counted_once(family: str) -> None:
-    values = _default(family)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family]())
-    shape = _shape(values)
+    shape = _default(family)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
     ours, layers = _paths(shape), linear_layers(model)
     weights = {path: id(model.get_submodule(path).weight) for path in layers}
@@ -72,7 +73,7 @@ def test_every_module_and_parameter_of_the_class_is_counted_once(family: str) ->
 def test_a_target_module_is_missed_exactly_where_the_engine_misses_it(family: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family]())
-    shape = _shape(_default(family))
+    shape = _default(family)
     names = {".".join(path.split(".")[at:]) for path, _ in model.named_modules() for at in range(path.count(".") + 1)}
     names |= {f"{name}x" for name in names} | {name[1:] for name in names} - {""}
     layers = linear_layers(model)
@@ -94,20 +95,20 @@ def test_a_target_module_is_missed_exactly_where_the_engine_misses_it(family: st
     ],
 )
 def test_what_is_left_out_of_all_linear_modules(family: str, role: Role, ends: set[str]) -> None:
-    shape = _shape(_default(family))
+    shape = _default(family)
     found = {linear.path for linear, _ in shape.linears() if linear.role == role}
     assert found and all(any(path == end or path.endswith(f".{end}") for end in ends) for path in found)
     assert all(any(path == end or path.endswith(f".{end}") for path in found) for end in ends)
 
 
 def test_experts_are_known_by_what_they_are() -> None:
-    shape = _shape(_default("mixtral"))
+    shape = _default("mixtral")
     (block,) = shape.blocks
     assert [(tensor.path, tensor.experts, tensor.fan_in, tensor.fan_out) for tensor in block.part.stacked] == [
         ("mlp.experts.gate_up_proj", 8, 4096, 2 * 14336),
         ("mlp.experts.down_proj", 8, 14336, 4096),
     ]
-    turned = _shape(_default("gpt_oss")).blocks[0].part.stacked  # gpt-oss stores them the other way round
+    turned = _default("gpt_oss").blocks[0].part.stacked  # gpt-oss stores them the other way round
     assert {(tensor.fan_in, tensor.fan_out) for tensor in turned} == {(2880, 5760), (2880, 2880)}
 
 
@@ -116,7 +117,7 @@ def test_experts_are_known_by_what_they_are() -> None:
     [("llama", "sdpa"), ("gpt_oss", "eager"), ("bloom", "eager"), ("mamba", "eager"), ("gemma3", "sdpa")],
 )
 def test_the_attention_is_the_fused_one_where_the_class_has_it(family: str, attention: str) -> None:
-    shape = _shape(_default(family))
+    shape = _default(family)
     assert shape.attention == attention
     squares = any(block.part.kept.full.square > 1 for block in shape.blocks)
     assert squares == (attention == "eager" and family != "mamba")
@@ -195,6 +196,7 @@ def test_a_hostile_config_has_a_shape_or_a_reason(family: str, values: dict[str,
     assert said.shape is None or said.shape.parameters > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CONFIGS, reason="recorded configs are not here")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.name)
 def test_published_configs_have_a_shape_or_need_code_of_their_own(path: Path) -> None:

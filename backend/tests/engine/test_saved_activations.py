@@ -1,5 +1,6 @@
 """The formulas of domain.memory.activations against what autograd really holds, family by family."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from domain.configure import MachineFacts, configure
 from domain.memory.activations import Batch, kept_by_layers
+from domain.models.shape import ModelShape
 from domain.peft.algorithms import Algorithm
 from domain.peft.config import PeftConfig
 from engine import methods
@@ -53,14 +55,23 @@ def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: Any) -> PeftConf
     return configure(algorithm, use_case=None, overrides=overrides, machine=CPU).config
 
 
-def _both(model_type: str, config: PeftConfig, *, masked: bool = True) -> tuple[int, int]:
-    """Return what autograd holds after a forward pass, and what the formulas say, in bytes."""
+def _values(model_type: str) -> dict[str, Any]:
     values = {**SMALL, **OWN.get(model_type, {})}
     if model_type in WITHOUT_HEAD_DIM:
         del values["head_dim"]
-    parsed = CONFIG_MAPPING[model_type](**values)
-    shape = describe(parsed.to_dict()).shape
+    return values
+
+
+@cache
+def _shape(model_type: str) -> ModelShape:
+    shape = describe(CONFIG_MAPPING[model_type](**_values(model_type)).to_dict()).shape
     assert shape is not None
+    return shape
+
+
+def _both(model_type: str, config: PeftConfig, *, masked: bool = True) -> tuple[int, int]:
+    """Return what autograd holds after a forward pass, and what the formulas say, in bytes."""
+    parsed, shape = CONFIG_MAPPING[model_type](**_values(model_type)), _shape(model_type)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(parsed, attn_implementation=shape.attention).to(DTYPES[config.precision])
     base.requires_grad_(False)
