@@ -115,7 +115,8 @@ def row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: f
     size = _BLOCK_BYTES.get(a.device.type, _GPU_BLOCK_BYTES)
     rows = max(1, size // (4 * weight.shape[1]))
     norms = torch.empty(weight.shape[0], dtype=torch.float32, device=a.device)
-    with torch.autocast(a.device.type, enabled=False):  # bf16 would round the norm to three digits
+    autocast_device = "cpu" if a.is_meta else a.device.type  # tensors without data have no autocast of their own
+    with torch.autocast(autocast_device, enabled=False):  # bf16 would round the norm to three digits
         for start in range(0, weight.shape[0], rows):
             block = weight[start : start + rows].to(a.device, torch.float32)
             total = torch.addmm(block, b[start : start + rows], a, alpha=scaling)

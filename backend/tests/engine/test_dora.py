@@ -85,6 +85,11 @@ def _with_dora(kind: type, *, dropout: float, rslora: bool) -> Any:
     return model
 
 
+def test_norms_without_data_have_their_size() -> None:
+    weight, a, b = (torch.empty(size, device="meta") for size in ((9, 5), (2, 5), (9, 2)))
+    assert row_norms(weight, a, b, 2.0).shape == (9,)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_outputs_gradients_and_merged_weights_are_pefts(dropout: float, rslora: bool) -> None:
