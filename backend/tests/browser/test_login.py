@@ -20,7 +20,7 @@ def test_a_person_logs_in_works_and_logs_out(open_tab: Callable[..., Tab], tmp_p
         expect(page.get_by_role("alert")).to_have_text("This is not the API key.")
         page.get_by_label("API key").fill("sesame-canary")
         page.keyboard.press("Enter")
-        page.wait_for_url("**/datasets")
+        page.wait_for_url(f"http://127.0.0.1:{server.port}/datasets")
         rows = b'{"prompt": "p", "completion": "c"}\n'
         page.locator("#file").set_input_files({"name": "rows.jsonl", "mimeType": "text/plain", "buffer": rows})
         page.wait_for_url("**/datasets/ds_*")

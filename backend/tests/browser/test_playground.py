@@ -11,7 +11,7 @@ from tests.browser.conftest import Tab
 from tests.support.server import StudioServer
 from tests.support.tiny_model import TINY_ID
 
-HOSTILE = "<img src=x onerror=alert(1)>"
+HOSTILE = "<img src=x onerror=alert(1)> in the playground"
 QUESTIONS = [f"{HOSTILE} question {number}" for number in range(3)]
 ROWS = "".join(json.dumps({"prompt": question, "completion": "the answer"}) + "\n" for question in QUESTIONS)
 
@@ -23,6 +23,13 @@ def trained(server: StudioServer) -> dict[str, Any]:
     settings = {"max_steps": 4, "batch_size": 1, "max_seq_length": 64, "checkpoint_every_steps": 2}
     job = server.submit(model_id=TINY_ID, dataset_id=dataset["id"], name=HOSTILE, overrides=settings)
     return server.wait_for_state(job["id"], "succeeded")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(server: StudioServer) -> None:
+    """Unload what other tests of the common server have left: a loaded model is not loaded again."""
+    for model in server.http.get("/api/peft/loaded-models").json()["models"]:
+        assert server.http.delete(f"/api/peft/loaded-models/{model['id']}").status_code == 204
 
 
 def test_a_model_that_does_not_fit_is_refused_with_figures_and_with_what_helps(tab: Tab) -> None:
@@ -61,7 +68,7 @@ def test_a_model_that_does_not_fit_is_refused_with_figures_and_with_what_helps(t
 
 def test_base_adapter_and_checkpoint_answer_side_by_side_with_one_seed(tab: Tab, trained: dict[str, Any]) -> None:
     page = tab.open(f"/playground?adapter={trained['adapter_id']}")
-    checkpoint = page.locator("input[data-kind=checkpoint]").last
+    checkpoint = page.locator(f"input[data-kind=checkpoint][value^='{trained['id']}/'][value$='2']")
     checkpoint.check()
     page.get_by_label("At most (tokens)").fill("12")
     question = page.get_by_label("Question", exact=True)

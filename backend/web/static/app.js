@@ -82,14 +82,16 @@ export function show(place, html) {
 }
 
 /** Fetch a part of a page and show it; throws Refused. */
-export async function showPart(place, address, body, options = {}) {
+export async function showPart(place, address, body, { unless, ...options } = {}) {
   const headers = { "HX-Request": "true" };
   if (csrf) headers["X-CSRF-Token"] = csrf;
   if (body !== undefined) headers["Content-Type"] = "application/json";
   const method = body === undefined ? "GET" : "POST";
   const answer = await fetch(address, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...options });
   if (!answer.ok) throw new Refused(await problemOf(answer));
-  show(place, await answer.text());
+  const text = await answer.text();
+  options.signal?.throwIfAborted();
+  if (!unless?.()) show(place, text);
   return answer;
 }
 

@@ -7,6 +7,7 @@ const fit = document.getElementById("fit");
 const analysis = document.getElementById("analysis");
 let overrides = JSON.parse(form.dataset.overrides);
 let asked = null; // aborts what was asked for an earlier choice
+let postponed = false; // whether the settings come anew once the field that is being written in is left
 
 const checked = (name) => form.querySelector(`[name=${name}]:checked`);
 
@@ -90,16 +91,29 @@ async function refresh() {
   if (!signal.aborted) analysis.removeAttribute("aria-busy");
 }
 
+/** Whether a person is in a setting's field and has written something that has not been taken yet. */
+function isTyping() {
+  const field = document.activeElement;
+  if (!field?.dataset?.setting || field.tagName !== "INPUT" || field.value === field.defaultValue) return false;
+  const name = field.dataset.setting;
+  return !(name in overrides && JSON.stringify(overrides[name]) === JSON.stringify(read(field)));
+}
+
 async function showSettings(signal) {
   const model = checked("model_id")?.value;
   const open = document.getElementById("all-settings")?.open;
   const focused = document.activeElement?.dataset?.setting;
   try {
-    await showPart(settings, "/new/settings", { ...method(), ...(model ? { model_id: model } : {}) }, { signal });
+    const choice = { ...method(), ...(model ? { model_id: model } : {}) };
+    await showPart(settings, "/new/settings", choice, { signal, unless: isTyping });
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof Refused)) throw error;
     showProblem(error.problem, model ? "model_id" : "");
+    return;
+  }
+  if (isTyping()) {
+    postponed = true; // what is being written is not taken away
     return;
   }
   if (open) document.getElementById("all-settings").open = true;
@@ -185,6 +199,11 @@ form.addEventListener("change", (event) => {
   if (field.dataset.setting) overrides = { ...overrides, [field.dataset.setting]: read(field) };
   if (field.name === "dataset_id") reloadDatasets(field.value);
   if (field.name === "algorithm") overrides = {};
+  refresh();
+});
+settings.addEventListener("focusout", () => {
+  if (!postponed) return;
+  postponed = false;
   refresh();
 });
 form.addEventListener("input", (event) => {
