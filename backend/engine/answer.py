@@ -82,6 +82,11 @@ class Answer:
         )
 
     @property
+    def longest(self) -> int:
+        """How many tokens it may come to have with its prompt."""
+        return len(self.prompt_ids) + self.most
+
+    @property
     def _ended(self) -> bool:
         return self._text.ended or self.count < self.most or (self._form is not None and self._form.ended)
 

@@ -8,7 +8,6 @@ engine/answer.py). Why it is built like this is in docs/decisions/0021-answers-t
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -44,11 +43,6 @@ class _Row:
     def id(self) -> str:
         return self.answer.command.request_id
 
-    @property
-    def most(self) -> int:
-        """How many tokens it may come to have in the cache."""
-        return len(self.answer.prompt_ids) + self.answer.most
-
 
 class _Lane:
     """Rows that go through the model in one pass."""
@@ -59,7 +53,7 @@ class _Lane:
 
     @property
     def most(self) -> int:
-        return max(row.most for row in self.rows)
+        return max(row.answer.longest for row in self.rows)
 
 
 class Together:
@@ -109,7 +103,7 @@ class Together:
     def suits(self, answer: Answer) -> bool:
         """Tell whether an answer can be computed beside others: one that is too long for the model's window cannot."""
         longest = self._facts.longest
-        return longest is None or len(answer.prompt_ids) + answer.most <= longest
+        return longest is None or answer.longest <= longest
 
     def has_room(self, answer: Answer) -> bool:
         """Tell whether an answer can join now.
@@ -117,7 +111,7 @@ class Together:
         Raises:
             NoRoom: Its keys and values will not fit into the memory that is free, even with no answer beside it.
         """
-        rows, most = self._rows(), len(answer.prompt_ids) + answer.most
+        rows, most = self._rows(), answer.longest
         free = answer.command.free_bytes
         if free is not None:
             of_token = self._facts.token_bytes
@@ -128,17 +122,17 @@ class Together:
                     f"{most} tokens take up to {of_token * most} bytes beside the model, and {room} can be had now",
                     ["ask for fewer tokens", "unload another model"],
                 )
-            if rows and self._planned([*rows, answer]) + held > room:  # what is held is there twice while it is moved
+            if (
+                rows and self._planned([*(row.answer for row in rows), answer]) + held > room
+            ):  # what is held is there twice while it is moved
                 return False
         return len(rows) < answer.command.most_together
 
-    def _planned(self, rows: list[Any]) -> int:
-        """Return what rows will take at most: in each lane a power of two rows, all as long as its longest."""
+    def _planned(self, answers: list[Answer]) -> int:
+        """Return what answers will take at most: in each lane a power of two rows, all as long as its longest."""
         lanes: dict[str | None, list[int]] = {}
-        for row in rows:
-            answer = row.answer if isinstance(row, _Row) else row
-            length = len(answer.prompt_ids) + answer.most
-            lanes.setdefault(self._lane_of(answer.command.adapter_id), []).append(length)
+        for answer in answers:
+            lanes.setdefault(self._lane_of(answer.command.adapter_id), []).append(answer.longest)
         return sum(
             self._facts.token_bytes * max(lengths) * 2 ** (len(lengths) - 1).bit_length() for lengths in lanes.values()
         )

@@ -18,7 +18,7 @@ from main import create_app
 from services.generation_service import Generation, get_generation_service
 from tests.support.rows import messages_jsonl
 from tests.support.server import CACHE, StudioServer, start_server, wait_until
-from tests.support.shapes import keep_shape
+from tests.support.shapes import give_positions
 from tests.support.tiny_model import TINY_ID, copy_tiny_model
 
 MOST = 32768
@@ -112,9 +112,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
     change(models / TINY_ID / "tokenizer_config.json", "eos_token", "pad_token")
     for name in ("config.json", "generation_config.json"):
         change(models / TINY_ID / name, "eos_token_id", "pad_token_id")
-    config = json.loads((models / TINY_ID / "config.json").read_text()) | {"max_position_embeddings": 2 * MOST}
-    (models / TINY_ID / "config.json").write_text(json.dumps(config))
-    keep_shape(CACHE, config)
+    give_positions(models / TINY_ID, 2 * MOST, CACHE)
     (models / TINY_ID / "chat_template.jinja").write_text(
         "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"

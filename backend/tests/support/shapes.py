@@ -1,5 +1,6 @@
 """Llama's shape by hand, for tests that start no engine. tests/engine/test_outline.py holds it to the class."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,14 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
         stored=read_stored(config),
         dtype=read_dtype(config),
     )
+
+
+def give_positions(folder: Path, positions: int, cache_dir: Path) -> None:
+    """Let a tiny model in a folder take so many tokens, and keep its new shape where servers look for it."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": positions}
+    path.write_text(json.dumps(config))
+    keep_shape(cache_dir, config)
 
 
 def keep_shape(cache_dir: Path, config: Mapping[str, Any]) -> None:

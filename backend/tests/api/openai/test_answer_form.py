@@ -10,9 +10,9 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel, Field
 
-from tests.support.openai_clients import async_client_of, client_of
+from tests.support.openai_clients import async_client_of
 from tests.support.server import CACHE, StudioServer, start_server
-from tests.support.shapes import keep_shape
+from tests.support.shapes import give_positions
 from tests.support.tiny_model import copy_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -64,17 +64,9 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
     models = tmp_path_factory.mktemp("models")
     copy_tiny_model(models / MODEL_ID)
     (models / MODEL_ID / "chat_template.jinja").write_text(_HEAD + _TURN + _CALLS + _TAIL)
-    config = json.loads((models / MODEL_ID / "config.json").read_text()) | {"max_position_embeddings": 2048}
-    (models / MODEL_ID / "config.json").write_text(json.dumps(config))
-    keep_shape(CACHE, config)
+    give_positions(models / MODEL_ID, 2048, CACHE)
     with start_server(tmp_path_factory.mktemp("home"), models) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(studio: StudioServer) -> Iterator[OpenAI]:
-    with client_of(studio) as made:
-        yield made
 
 
 def chat(client: OpenAI, **more: Any) -> Any:
@@ -191,6 +183,8 @@ def test_a_strict_tool_is_parsed(client: OpenAI) -> None:
         tools=[openai.pydantic_function_tool(Now)],
         tool_choice="required",
         max_tokens=200,
+        seed=3,
+        parallel_tool_calls=False,
     ).choices[0]
     assert said.message.tool_calls and isinstance(said.message.tool_calls[0].function.parsed_arguments, Now)
     free = chat(client, tools=[tool("f", strict=True)], temperature=0, max_tokens=8).choices[0]

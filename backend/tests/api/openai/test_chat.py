@@ -1,7 +1,6 @@
 """Chats and completions through the unmodified `openai` package: what each field does, streams, and hanging up."""
 
 import asyncio
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +10,10 @@ import pytest
 from openai import OpenAI
 
 from tests.api.test_hanging_up import MOST, change
-from tests.support.openai_clients import async_client_of, client_of
+from tests.support.openai_clients import async_client_of
 from tests.support.rows import messages_jsonl
 from tests.support.server import CACHE, StudioServer, start_server, wait_until
-from tests.support.shapes import keep_shape
+from tests.support.shapes import give_positions
 from tests.support.tiny_model import TINY_ID, copy_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -42,10 +41,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
     change(models / ENDLESS_ID / "tokenizer_config.json", "eos_token", "pad_token")
     for name in ("config.json", "generation_config.json"):
         change(models / ENDLESS_ID / name, "eos_token_id", "pad_token_id")
-    config = json.loads((models / ENDLESS_ID / "config.json").read_text()) | {"max_position_embeddings": 2 * MOST}
-    (models / ENDLESS_ID / "config.json").write_text(json.dumps(config))
     (models / ENDLESS_ID / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    keep_shape(CACHE, config)
+    give_positions(models / ENDLESS_ID, 2 * MOST, CACHE)
     with start_server(
         tmp_path_factory.mktemp("home"),
         models,
@@ -53,12 +50,6 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
         PEFT_STUDIO_ANSWERS_TOGETHER="2",
     ) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(studio: StudioServer) -> Iterator[OpenAI]:
-    with client_of(studio) as made:
-        yield made
 
 
 def chat(client: OpenAI, **more: Any) -> Any:

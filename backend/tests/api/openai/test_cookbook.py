@@ -18,9 +18,9 @@ import openai
 import pytest
 from openai import OpenAI
 
-from tests.support.openai_clients import client_of, jsonl
+from tests.support.openai_clients import jsonl
 from tests.support.server import BACKEND, CACHE, StudioServer, start_server, wait_until
-from tests.support.shapes import keep_shape
+from tests.support.shapes import give_positions
 from tests.support.tiny_model import copy_tiny_model
 
 pytestmark = pytest.mark.engine
@@ -54,18 +54,10 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
     models = tmp_path_factory.mktemp("models")
     copy_tiny_model(models / MODEL_ID)
     (models / MODEL_ID / "chat_template.jinja").write_text(TEMPLATE)
-    config = json.loads((models / MODEL_ID / "config.json").read_text()) | {"max_position_embeddings": 2048}
-    (models / MODEL_ID / "config.json").write_text(json.dumps(config))
-    keep_shape(CACHE, config)
+    give_positions(models / MODEL_ID, 2048, CACHE)
     names = f"gpt-3.5-turbo*={MODEL_ID},gpt-4*={MODEL_ID}"
     with start_server(tmp_path_factory.mktemp("home"), models, PEFT_STUDIO_MODEL_NAMES=names) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def client(studio: StudioServer) -> Iterator[OpenAI]:
-    with client_of(studio) as made:
-        yield made
 
 
 def recipe(number: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "non_preferred_output": [{"role": "assistant", "content": "no"}],
     },
 }
-
-
-@pytest.fixture(scope="module")
-def client(studio: StudioServer) -> Iterator[OpenAI]:
-    with client_of(studio) as made:
-        yield made
 
 
 def ready(client: OpenAI, file_id: str) -> Any:

@@ -35,12 +35,6 @@ def studio(tmp_path_factory: pytest.TempPathFactory, model_dirs: Path) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def client(studio: StudioServer) -> Iterator[OpenAI]:
-    with client_of(studio) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def file_id(client: OpenAI) -> str:
     file = client.files.create(file=("train.jsonl", messages_jsonl().encode()), purpose="fine-tune")
     return client.files.wait_for_processing(file.id, poll_interval=0.05).id
