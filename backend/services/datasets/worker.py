@@ -11,8 +11,10 @@ from pathlib import Path
 from selectors import EVENT_READ, DefaultSelector
 from typing import IO, Any
 
+from core import oom_order
 from core.errors import DatasetRejected, StorageFull
 from core.logging import get_logger
+from core.oom_order import EndedBefore
 from services.datasets.intake import IntakeRequest, IntakeResult
 
 _BACKEND = Path(__file__).resolve().parents[2]
@@ -48,6 +50,7 @@ def read_in_process(request: IntakeRequest, report: Report) -> IntakeResult:
         StorageFull: There is no space for the rows.
     """
     with tempfile.TemporaryFile() as log, _start(log) as process:
+        oom_order.mark(process.pid, EndedBefore.SERVER)
         final: dict[str, Any] | None = None
         if process.stdin is None or process.stdout is None:
             raise RuntimeError("the reader has no pipes")

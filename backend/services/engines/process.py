@@ -14,9 +14,10 @@ from typing import Any, Generic
 import psutil
 from pydantic import ValidationError
 
-from core import telemetry
+from core import oom_order, telemetry
 from core.errors import EngineFailed, EngineUnavailable, StudioError
 from core.logging import get_logger
+from core.oom_order import EndedBefore
 from core.settings import get_settings
 from domain import protocol
 from domain.protocol import E, R
@@ -80,7 +81,7 @@ class EngineProcess:
         backend: The back end that will load its base, or `none` where it will hold none. Unsloth must be imported
             before the packages that it patches.
         in_background: Whether it gives way to everything else on the machine until `take_over`, where the system lets
-            its priority be raised again.
+            its priority be raised again. The kernel ends it first where memory runs out.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class EngineProcess:
             )
         except OSError as error:
             raise EngineUnavailable(f"No engine process could be started: {error}") from error
+        oom_order.mark(self.pid, EndedBefore.EVERYTHING if in_background else EndedBefore.SERVER)
         telemetry.engine_starts.inc()
         self._log_thread = threading.Thread(
             target=self._log.copy, args=(self._process.stdout,), name="engine-log", daemon=True
@@ -144,6 +146,7 @@ class EngineProcess:
             self._log.move(log_path)
         except OSError as error:
             _log.warning("engine.log_not_moved", pid=self.pid, reason=str(error))
+        oom_order.mark(self.pid, EndedBefore.SERVER)
         if self._in_background:
             priority.raise_to(self.pid, self._nice)
         return True

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from core import oom_order
 from core.environment import without_secrets
+from core.oom_order import EndedBefore
 
 _BACKEND = Path(__file__).resolve().parents[2]
 _LIMIT_S = 180.0  # importing Unsloth alone takes 10 s, and a first CUDA context several
@@ -59,6 +61,7 @@ def run_cuda_checks(
             return [_failed(f"The checks do not start: {error}.", "Free memory, or raise the process limit.")]
         finally:
             os.close(write)
+        oom_order.mark(process.pid, EndedBefore.SERVER)
         with os.fdopen(read, "rb", buffering=0) as results:
             document = _read_line(results.fileno(), deadline_s)
         code = _wait(process, deadline_s)

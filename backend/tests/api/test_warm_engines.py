@@ -79,6 +79,14 @@ def test_what_they_hold_is_told_and_is_none_of_the_gpus(warm: StudioServer) -> N
     assert float(shown.split()[1]) > 50 * 2**20
 
 
+def test_when_memory_runs_out_the_kernel_ends_ready_ones_first_and_the_server_last(warm: StudioServer) -> None:
+    loaded = warm.load(TINY_ID, overrides=OVERRIDES | {"target_modules": ["k_proj"]})
+    ready = _ready(warm, "transformers")["transformers"]
+    # What the kernel compares when it looks for the process to end: the highest goes first.
+    verdicts = [int(Path(f"/proc/{pid}/oom_score").read_text()) for pid in (ready, loaded["engine_pid"], warm.pid)]
+    assert verdicts == sorted(set(verdicts), reverse=True), verdicts
+
+
 def test_one_that_is_ready_does_nothing_at_all(warm: StudioServer) -> None:
     pid = _ready(warm, "transformers")["transformers"]
 

@@ -21,6 +21,16 @@ class MemoryCgroup:
         """Move a process into it. What it uses so far stays charged to where it was."""
         (self._folder / "cgroup.procs").write_text(str(pid))
 
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """Put this process into it for the length of the block: what is started there belongs to it from the start."""
+        own = os.getpid()
+        self.take(own)
+        try:
+            yield
+        finally:
+            (self._folder.parent / "cgroup.procs").write_text(str(own))
+
     def limit(self, size_bytes: int) -> None:
         """Let its processes take so much, with no swap besides; beyond, the kernel kills the largest of them."""
         names = ("memory.max",) if self._unified else ("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")

@@ -98,7 +98,7 @@ class StudioServer:
         return self.process.wait(timeout=60)
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self.process is not None else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -183,9 +183,12 @@ def test_an_engine_that_is_taken_over_writes_and_ends_for_its_new_owner(tmp_path
         (tmp_path / "after.log").write_text("from another\n")
         with pytest.raises(CommandFailed):
             engine.request(_load(Path("nothing"))).result(240)
+        adjustment = Path(f"/proc/{engine.pid}/oom_score_adj")
+        assert int(adjustment.read_text()) == 1000  # the first that the kernel ends where memory runs out
         assert engine.take_over(tmp_path / "after.log", lambda: ended.append("after"), 60.0)
         assert not (tmp_path / "before.log").exists()
         assert (tmp_path / "after.log").read_text().startswith("from another\n")
+        assert int(adjustment.read_text()) == 300 + int(Path("/proc/self/oom_score_adj").read_text())
         usual = min(19, psutil.Process().nice() + get_settings().engine_nice)
         assert {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(engine.pid).threads()} == {
             usual
