@@ -55,13 +55,14 @@ def test_imports_draw_no_random_numbers() -> None:
 
 IMPORTED_LATER = """
 import sys
-from engine.guards import hide_broken_torchvision
-hide_broken_torchvision()
+from engine.guards import before_transformers
+before_transformers()
 import engine.commands
 from engine.warming import warm_up
 warm_up()
 before = set(sys.modules)
 import engine.generation, engine.training, engine.outline, engine.transformers_backend
+print("torch._inductor.codecache" in sys.modules)
 print(sorted(set(sys.modules) - before))
 """
 
@@ -71,4 +72,28 @@ def test_what_loads_and_runs_need_is_not_imported_again() -> None:
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED_LATER], cwd=BACKEND, capture_output=True, text=True, timeout=240
     )
-    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    assert done.stdout.splitlines()[-2:] == ["False", "[]"], done.stderr  # nor is torch's compiler
+
+
+def test_what_bitsandbytes_has_compiled_is_compiled_when_it_is_called() -> None:
+    """In a process of its own, since this one may have imported it."""
+    program = """
+import torch
+from engine.guards import import_bitsandbytes
+asked = []
+def compile(function, **options):
+    asked.append((function.__name__, options))
+    return function
+torch.compile = compile
+import_bitsandbytes()
+assert torch.compile is compile and not asked, asked
+from bitsandbytes.backends.default import ops
+values = torch.tensor([0, 255], dtype=torch.uint8)
+for _ in range(2):
+    read = ops._dequantize_blockwise_compute(values, torch.ones(1), torch.arange(256.0), 2, torch.float32)
+print(read.tolist(), asked)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=BACKEND, capture_output=True, text=True, timeout=240)
+    assert done.stdout.splitlines()[-1:] == ["[0.0, 255.0] [('_dequantize_blockwise_compute', {'dynamic': False})]"], (
+        done.stderr
+    )
