@@ -22,18 +22,16 @@ def curves(training: TrainingService, job_id: str, metrics: tuple[str, ...] = ME
     """Return the figures of all steps and evaluations of a job.
 
     Returns:
-        `sequence`: of an event with which a stream goes on, with no step lost (one may come twice); `steps`: `step` and
-        the metrics, a list each, null where a step has no such figure; `evaluations`: the same, with `eval_loss`.
+        `steps`: `step` and the metrics, a list each, null where a step has no such figure; `evaluations`: the same,
+        with `eval_loss`.
 
     Raises:
         JobNotFound: There is no such job.
     """
     training.ledger.get(job_id)
-    sequence = training.ledger.newest_event(job_id)  # before the figures: what comes meanwhile is sent again
     names = ("step", *metrics)
     evaluated = ("step", *_EVALUATED)
     return {
-        "sequence": sequence,
         "steps": dict(zip(names, training.ledger.figures(job_id, "metrics", names), strict=True)),
         "evaluations": dict(zip(evaluated, training.ledger.figures(job_id, "evaluation", evaluated), strict=True)),
     }

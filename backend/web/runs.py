@@ -80,12 +80,14 @@ def differences(jobs: list[JobResponse]) -> list[tuple[str, list[Any]]]:
 @router.get("/runs/{job_id}")
 def run(request: Request, job_id: str, training: Training, datasets: Datasets) -> HTMLResponse:
     """Show one run."""
+    sequence = training.ledger.newest_event(job_id)  # before what is shown: the stream sends what comes meanwhile
     job = job_view(training.ledger.get(job_id), training.place_of(training.ledger.get(job_id)))
     events = list(reversed(training.ledger.newest_events(job_id, None, _EVENTS, _KINDS)))
     return page(
         request,
         "run.html",
         job=job,
+        sequence=sequence,
         events=events,
         dataset=datasets.get(job.dataset_id),
         checkpoints=_checkpoints(training, job_id),
@@ -108,7 +110,7 @@ def checkpoints(request: Request, job_id: str, training: Training) -> HTMLRespon
 
 @router.get("/runs/{job_id}/curves")
 def run_curves(job_id: str, training: Training) -> JSONResponse:
-    """Return every point of a run, and the event with which its stream goes on."""
+    """Return every point of a run."""
     return JSONResponse(curves(training, job_id))
 
 

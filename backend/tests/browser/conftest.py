@@ -15,7 +15,8 @@ from tests.support.server import StudioServer, start_server
 
 AXE = Path(__file__).parent / "vendor/axe-core-4.14.1/axe.min.js"
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
-_WAIT_MS = 60_000  # a loaded machine is slow
+_WAIT_MS = 240_000  # a loaded machine is slow; where all goes well nothing waits so long
+_LIMIT_S = 900  # of a test, with several such waits
 # What a page may say after the server was ended on purpose.
 _OF_A_LOST_SERVER = ("ERR_CONNECTION_REFUSED", "ERR_CONNECTION_RESET", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_EMPTY")
 
@@ -25,6 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser)
+            item.add_marker(pytest.mark.timeout(_LIMIT_S))
 
 
 @pytest.fixture(scope="session")

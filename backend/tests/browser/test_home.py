@@ -46,6 +46,24 @@ def _follow(tab: Tab, server: StudioServer) -> None:
     page.goto("about:blank")  # no stream is open when the server ends
 
 
+def test_what_comes_while_a_part_has_the_focus_is_shown_when_it_has_moved_on(tab: Tab) -> None:
+    server = tab.server
+    loaded = server.load(TINY_ID)
+    page = tab.open("/")
+    button = page.get_by_title(f"DELETE /api/peft/loaded-models/{loaded['id']}")
+    button.focus()
+    assert server.http.delete(f"/api/peft/loaded-models/{loaded['id']}").status_code == 204
+    dataset = server.upload(ROWS, name="rows")
+    job = server.submit(
+        model_id=TINY_ID, dataset_id=dataset["id"], name="the later news", overrides={"max_steps": 5000}
+    )
+    server.http.post(f"/api/training/jobs/{job['id']}/cancel")
+    expect(page.get_by_role("region", name="Ended").get_by_text("the later news")).to_be_visible()
+    expect(button).to_be_focused()
+    page.locator("#theme").focus()
+    expect(button).to_have_count(0)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_is_accessible_in_both_themes_and_on_a_narrow_screen(
     open_tab: Callable[..., Tab], server: StudioServer, scheme: str

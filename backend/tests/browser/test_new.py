@@ -61,6 +61,7 @@ def test_a_file_becomes_a_running_fine_tune(tab: Tab, tmp_path: Path) -> None:
     again = tab.server.http.post("/api/training/jobs", json=body)
     assert again.status_code == 202, "what the page shows for curl is what it sends"
     expect(page.locator("#run[data-state=succeeded]")).to_be_attached()
+    tab.server.wait_for_state(again.json()["id"], "succeeded")  # a base that trains does not answer
     page.get_by_role("link", name="Try it").click()
     page.get_by_label("At most (tokens)").fill("4")
     page.get_by_label("Question", exact=True).fill(HOSTILE)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from sqlalchemy import insert
 
 from core.errors import EngineFailed
@@ -39,7 +39,7 @@ def _points(page: Page) -> list[int]:
 
 def _wait_for_points(page: Page, count: int) -> None:
     expect(page.locator("#run[data-ready]")).to_be_attached()
-    wait_until(lambda: len(_points(page)) >= count, limit_s=60)
+    wait_until(lambda: len(_points(page)) >= count, limit_s=240)
 
 
 def test_a_run_is_followed_to_its_end_and_is_whole_after_a_reload(tab: Tab) -> None:
@@ -56,6 +56,72 @@ def test_a_run_is_followed_to_its_end_and_is_whole_after_a_reload(tab: Tab) -> N
         page.reload()
         expect(page.locator("#run[data-ready]")).to_be_attached()
     tab.accessible()
+
+
+def _held(page: Page, address: str) -> list[Route]:
+    """Hold every answer from an address; the list gets them."""
+    held: list[Route] = []
+    page.route(address, lambda route: held.append(route))
+    return held
+
+
+def _await_one(page: Page, held: list[Route]) -> Route:
+    while not held:
+        page.wait_for_timeout(20)  # lets the driver hear of requests
+    return held.pop()
+
+
+def test_what_happens_while_the_page_is_still_loading_is_shown(tab: Tab) -> None:
+    job_id = _begin(tab.server, 5000)
+    held = _held(tab.page, "**/curves")
+    page = tab.open(f"/runs/{job_id}")
+    curves = _await_one(page, held)
+    tab.server.http.post(f"/api/training/jobs/{job_id}/cancel")
+    tab.server.wait_for_state(job_id, "cancelled")
+    curves.continue_()
+    expect(page.locator("#run[data-state=cancelled]")).to_be_attached()
+    expect(page.locator("h1")).to_contain_text("cancelled")
+    expect(page.locator("#events").get_by_text("cancelled")).to_be_visible()
+    sequences = page.locator("#events li").evaluate_all("lines => lines.map((line) => Number(line.dataset.sequence))")
+    assert sequences == sorted(set(sequences)), "each event is there once"
+
+
+def test_an_answer_that_comes_late_does_not_replace_a_newer_one(tab: Tab) -> None:
+    job_id = _begin(tab.server, 5000)
+    page = tab.open(f"/runs/{job_id}")
+    expect(page.locator("#run[data-state=running]")).to_be_attached()
+    expect(page.locator("h1")).to_contain_text("running")
+    held = _held(page, "**/head")
+    tab.server.http.post(f"/api/training/jobs/{job_id}/pause")
+    late = _await_one(page, held)
+    older = late.fetch()
+    tab.server.wait_for_state(job_id, "paused")
+    expect(page.locator("#run[data-state=paused]")).to_be_attached()
+    for newer in held:
+        newer.continue_()
+    late.fulfill(response=older)
+    _await_one(page, held).continue_()
+    expect(page.get_by_role("button", name="Resume")).to_be_visible()
+    expect(page.locator("h1")).to_contain_text("paused")
+    page.unroute("**/head")
+    page.get_by_role("button", name="Cancel…").click()
+    tab.server.http.post(f"/api/training/jobs/{job_id}/cancel")
+    expect(page.locator("#run[data-state=cancelled]")).to_be_attached()
+    page.get_by_role("button", name="Let it run").click()
+    expect(page.locator("h1")).to_contain_text("cancelled")  # an open dialog is left alone until it is closed
+
+
+def test_a_run_that_was_deleted_is_said_once(tab: Tab) -> None:
+    tab.refusals_are_meant = True
+    job_id = _begin(tab.server, 5000)
+    held = _held(tab.page, "**/curves")
+    page = tab.open(f"/runs/{job_id}")
+    curves = _await_one(page, held)
+    tab.server.http.post(f"/api/training/jobs/{job_id}/cancel")
+    tab.server.wait_for_state(job_id, "cancelled")
+    assert tab.server.http.delete(f"/api/training/jobs/{job_id}").status_code == 204
+    curves.fulfill(json={"steps": {"step": []}, "evaluations": {"step": []}})
+    expect(page.get_by_text(f"No training job has the id {job_id}")).to_be_visible()
 
 
 def test_a_zoom_of_one_curve_is_a_zoom_of_all(tab: Tab) -> None:

@@ -1,5 +1,6 @@
 // What every page does: times as the reader has them, buttons that call the API, copying, keys, the theme.
 
+const LOOK_AGAIN_MS = 1000; // for a server that is away
 const csrf = document.querySelector('meta[name="csrf"]')?.content;
 if (csrf) sessionStorage.setItem("csrf", csrf);
 
@@ -31,13 +32,13 @@ export class Refused extends Error {
 
 /** Ask the API. Returns the answer as fetch gives it; throws Refused. */
 export async function ask(method, address, body, options = {}) {
-  const headers = {};
+  const headers = { ...options.headers };
   if (body !== undefined && !(body instanceof FormData)) headers["Content-Type"] = "application/json";
   if (csrf) headers["X-CSRF-Token"] = csrf;
   const sent = body === undefined || body instanceof FormData ? body : JSON.stringify(body);
   let answer;
   try {
-    answer = await fetch(address, { method, headers, body: sent, ...options });
+    answer = await fetch(address, { ...options, method, headers, body: sent });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused({ title: "The server does not answer", detail: "The server does not answer.", status: 0 });
@@ -81,18 +82,63 @@ export function show(place, html) {
   htmx.process(place);
 }
 
-/** Fetch a part of a page and show it; throws Refused. */
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+// What the pointer is held down on: a click is lost if its element is replaced before the button is up.
+let pressed = null;
+addEventListener("pointerdown", (event) => (pressed = event.target), true);
+for (const kind of ["pointerup", "pointercancel"]) addEventListener(kind, () => setTimeout(() => (pressed = null)), true);
+
+/** Wait until nobody holds a button of a part down. */
+export async function released(place) {
+  while (pressed && place.contains(pressed)) await pause(50);
+}
+
+/** Fetch a part of a page and show it, unless `unless` says that it is in use; throws Refused. */
 export async function showPart(place, address, body, { unless, ...options } = {}) {
-  const headers = { "HX-Request": "true" };
-  if (csrf) headers["X-CSRF-Token"] = csrf;
-  if (body !== undefined) headers["Content-Type"] = "application/json";
   const method = body === undefined ? "GET" : "POST";
-  const answer = await fetch(address, { method, headers, body: body === undefined ? undefined : JSON.stringify(body), ...options });
-  if (!answer.ok) throw new Refused(await problemOf(answer));
+  const answer = await ask(method, address, body, { headers: { "HX-Request": "true" }, ...options });
   const text = await answer.text();
+  await released(place);
   options.signal?.throwIfAborted();
   if (!unless?.()) show(place, text);
   return answer;
+}
+
+/**
+ * Return a function that shows a part of a page as it is now. One request is under way at a time, so that what is
+ * older never replaces what is newer. A server that is away is asked again until it is there.
+ *
+ * @param unless Says whether the part is in use: it is left alone then, and the function called again later.
+ */
+export function refresher(place, address, unless = () => false) {
+  let wanted = false;
+  let underWay = false;
+  let isGone = false;
+  return async () => {
+    wanted = true;
+    if (underWay || isGone) return;
+    underWay = true;
+    try {
+      while (wanted && !unless()) {
+        wanted = false;
+        await showPart(place, address, undefined, { unless }).catch(refused);
+      }
+    } finally {
+      underWay = false;
+    }
+  };
+
+  async function refused(error) {
+    if (!(error instanceof Refused)) throw error;
+    if (error.problem.status === 0 || error.problem.status >= 500) {
+      await pause(LOOK_AGAIN_MS);
+      wanted = true;
+    } else {
+      isGone = true;
+      notice(error.message, true);
+    }
+  }
 }
 
 const relative = new Intl.RelativeTimeFormat(undefined, { numeric: "auto" });
@@ -223,9 +269,23 @@ export function connection(isThere) {
   place.classList.toggle("lost", !isThere);
 }
 
+/** Return the problem document with which an address is refused, or null. */
+async function whyNoStream(address) {
+  const stop = new AbortController();
+  try {
+    await ask("GET", address, undefined, { cache: "no-store", signal: stop.signal });
+    return null;
+  } catch (error) {
+    if (error instanceof Refused) return error.problem;
+    throw error;
+  } finally {
+    stop.abort(); // it may be a stream
+  }
+}
+
 /**
  * Follow a stream of events while the page is seen. A tab in the background gives its connection back: a browser
- * has six for a server. A stream that breaks off is opened again until it is there.
+ * has six for a server. A stream that breaks off is opened again until it is there; one that the server refuses is not.
  *
  * @param address A function that returns the stream's address; it is asked at each opening.
  * @param handlers Kind of event to a function that takes the event's data as text, and its id. A handler that
@@ -246,16 +306,20 @@ export function follow(address, handlers) {
     source.addEventListener("open", () => connection(true));
     source.addEventListener("error", () => {
       if (ended) return;
+      const isRefused = source.readyState === EventSource.CLOSED;
       close();
       timer = setTimeout(async () => {
         // The browser's own retry gives up at the first refusal, and says nothing of why.
-        try {
-          connection((await fetch("/health", { cache: "no-store" })).ok);
-        } catch {
-          connection(false);
+        const refusal = await whyNoStream(isRefused ? address() : "/health");
+        const isFinal = refusal !== null && refusal.status >= 400 && refusal.status < 500;
+        connection(refusal === null || isFinal);
+        if (isFinal) {
+          ended = true;
+          if (refusal.status === 401) location.reload(); // the login has ended
+          else notice(refusal.detail ?? refusal.title, true);
         }
         open();
-      }, 1000);
+      }, LOOK_AGAIN_MS);
     });
     for (const [kind, handle] of Object.entries(handlers)) {
       source.addEventListener(kind, (event) => {

@@ -1,14 +1,15 @@
 // Imports under way, looked at while there is one.
-import { showPart } from "./app.js";
+import { refresher } from "./app.js";
 
 const LOOK_AGAIN_MS = 1000;
 const place = document.getElementById("imports");
 let sending = false;
+const refresh = refresher(place, "/datasets/imports", () => document.hidden || place.contains(document.activeElement));
 
 async function look() {
   const before = place.childElementCount;
-  if (document.hidden || place.contains(document.activeElement) || !(sending || before)) return;
-  await showPart(place, "/datasets/imports").catch(() => null); // the next look may find the server again
+  if (!(sending || before)) return;
+  await refresh();
   if (before && !place.childElementCount) htmx.ajax("GET", location.href, "#datasets");
 }
 

@@ -1,16 +1,28 @@
 // The home page, live: each part comes as HTML when it has changed.
-import { call, follow, notice, show } from "./app.js";
+import { call, follow, notice, released, show } from "./app.js";
 
 const parts = [...document.querySelectorAll("[data-part]")];
+const newest = new Map(); // what has come of a part and is not shown yet
+
+/** Show what has come of a part. One with the keyboard's focus in it is left alone until the focus has moved on. */
+async function settle(place) {
+  await released(place);
+  if (!newest.has(place) || place.contains(document.activeElement)) return;
+  const html = newest.get(place);
+  newest.delete(place);
+  show(place, html);
+}
+
+for (const place of parts) place.addEventListener("focusout", () => setTimeout(() => settle(place)));
+document.addEventListener("acted", (event) => event.target.blur()); // what it has done is to be seen
 follow(
   () => "/home/stream",
   Object.fromEntries(
     parts.map((place) => [
       place.dataset.part,
       (html) => {
-        // A part with the keyboard's focus in it is left alone until the focus has moved on.
-        if (place.contains(document.activeElement)) return;
-        show(place, html);
+        newest.set(place, html);
+        settle(place);
       },
     ]),
   ),

@@ -1,5 +1,5 @@
 // A run, live: every point there is, then the stream from there on.
-import { call, follow, notice, showPart, showTimes } from "./app.js";
+import { call, connection, follow, notice, refresher, showTimes } from "./app.js";
 import { bytes, Charts, colour, figure, smoothed } from "./charts.js";
 
 const root = document.getElementById("run");
@@ -25,7 +25,9 @@ const field = (data, name) => name.split(".").reduce((found, part) => found?.[pa
 // Step to its figures. A step that comes again, after a run was cut off, is the same step.
 const steps = new Map();
 const evaluations = new Map();
-let sequence = 0;
+// The last event that the page, as the server rendered it, knows of: the stream goes on from there. What is taken of
+// the curves, which come later, may be sent once more.
+let sequence = Number(root.dataset.sequence);
 let waiting = null;
 
 const charts = new Charts((range) => (unzoom.disabled = range === null));
@@ -105,11 +107,10 @@ function take(columns, into) {
   });
 }
 
-async function refreshHead() {
-  const head = document.getElementById("head");
-  if (head.querySelector("dialog[open]")) return;
-  await showPart(head, `/runs/${id}/head`).catch(() => {});  // a server that is away: its return says so again
-}
+const head = document.getElementById("head");
+const refreshHead = refresher(head, `/runs/${id}/head`, () => head.querySelector("dialog[open]") !== null);
+head.addEventListener("close", refreshHead, true); // of the dialog, which does not bubble
+const refreshCheckpoints = refresher(document.getElementById("checkpoints"), `/runs/${id}/checkpoints`);
 
 function put(name, text) {
   const found = document.getElementById(name);
@@ -181,9 +182,22 @@ document.addEventListener("acted", (event) => {
   refreshHead();
 });
 
+/** Read every point there is; a server that is away is asked again until it is there. */
+async function readCurves() {
+  for (;;) {
+    try {
+      return await call("GET", `/runs/${id}/curves`);
+    } catch (error) {
+      if (error.problem?.status !== 0) throw error;
+      connection(false);
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+  }
+}
+
 try {
-  const first = await call("GET", `/runs/${id}/curves`);
-  sequence = first.sequence;
+  const first = await readCurves();
+  connection(true);
   take(first.steps, steps);
   take(first.evaluations, evaluations);
   draw();
@@ -222,10 +236,6 @@ const heard = (kind) => (text, number) => {
   }
   return undefined;
 };
-
-function refreshCheckpoints() {
-  showPart(document.getElementById("checkpoints"), `/runs/${id}/checkpoints`).catch(() => {});
-}
 
 if (!ENDED.includes(root.dataset.state)) {
   follow(
