@@ -1,6 +1,8 @@
 # PEFT Studio backend. `make quickstart` is the front door; `make help` lists the rest.
 HOST ?= $(or $(PEFT_STUDIO_HOST),127.0.0.1)
 PORT ?= $(or $(PEFT_STUDIO_PORT),8000)
+# The file of the API key that `make serve KEY=1` makes.
+KEY_FILE ?= $(or $(PEFT_STUDIO_API_KEY_FILE),$(or $(PEFT_STUDIO_HOME),$(HOME)/.local/share/peft-studio)/api-key)
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -9,7 +11,7 @@ PY := $(VENV)/bin/python
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
-	@echo "make serve       the server alone (HOST=, PORT=)"
+	@echo "make serve       the server alone (HOST=, PORT=); KEY=1: with an API key, which is made and shown the first time"
 	@echo "make test        the tests; make test-fast: those without engines; make test-slow: long fault runs"
 	@echo "make test-browser  the pages in Chromium, which must be installed (Debian: apt-get install chromium)"
 	@echo "make pictures    the README's pictures, from a real run in Chromium"
@@ -44,7 +46,8 @@ quickstart: setup
 	@$(PY) quickstart/run.py --host $(HOST) --port $(PORT)
 
 serve: setup
-	@cd backend && PEFT_STUDIO_HOST=$(HOST) PEFT_STUDIO_PORT=$(PORT) exec ../$(PY) main.py
+	@cd backend && $(if $(KEY),../$(PY) -m core.api_key_file "$(KEY_FILE)" && PEFT_STUDIO_API_KEY_FILE="$(KEY_FILE)") \
+		PEFT_STUDIO_HOST=$(HOST) PEFT_STUDIO_PORT=$(PORT) exec ../$(PY) main.py
 
 # Two at a time, a file each, with one thread for each engine: two engines of two threads on two cores wait for each
 # other most of the time.

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware.cors import CORSMiddleware
 
 from api import adapters, compatibility, datasets, exports, hardware, models, peft, problems, service, training
+from api.connection import Connection
 from api.guard import Guard
 from api.openai import routes as openai
 from api.strict_json import StrictJson
@@ -164,6 +165,8 @@ def main() -> int:
             log_config=None,
             timeout_graceful_shutdown=_GRACE_S,
             server_header=False,
+            http=Connection,
+            ws="none",  # no route speaks it
         )
     return 0
 

@@ -30,10 +30,12 @@ class Event:
 
 
 class Client:
-    """Sends requests to the server, with PEFT_STUDIO_API_KEY if it is set."""
+    """Sends requests to the server, with the key in PEFT_STUDIO_API_KEY or PEFT_STUDIO_API_KEY_FILE if one is set."""
 
     def __init__(self, url: str) -> None:
-        key = os.environ.get("PEFT_STUDIO_API_KEY")
+        key, file = os.environ.get("PEFT_STUDIO_API_KEY"), os.environ.get("PEFT_STUDIO_API_KEY_FILE")
+        if not key and file:
+            key = Path(file).expanduser().read_text(encoding="ascii").rstrip("\r\n")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         timeout = httpx.Timeout(120, connect=10)
         # trust_env=False: a proxy for the internet must not be used for this machine.

@@ -120,7 +120,7 @@ def show_way_on(server: Server, model_id: str, adapter: dict[str, Any], serve: s
     """
     url = server.url
     curl = "curl -fsS"
-    if os.environ.get("PEFT_STUDIO_API_KEY") or serve is not None:
+    if serve is not None or any(map(os.environ.get, ("PEFT_STUDIO_API_KEY", "PEFT_STUDIO_API_KEY_FILE"))):
         curl += ' -H "Authorization: Bearer $PEFT_STUDIO_API_KEY"'
     post = f"{curl} -H 'Content-Type: application/json'"
     host, _, port = url.removeprefix("http://").rpartition(":")

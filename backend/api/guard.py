@@ -4,6 +4,7 @@ import hmac
 import re
 import time
 import uuid
+from collections import Counter
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import quote
 
@@ -23,6 +24,13 @@ _log = get_logger("api.requests")
 _OPEN_PATHS = frozenset({"/health", "/login"})
 _OPEN_FOLDER = "/static/"  # scripts and styles, the same for everybody
 _SAFE = frozenset({"GET", "HEAD"})
+_RETRY_AFTER_S = 1  # a request that is no stream takes less, and a stream's place is free once it ends
+# What a browser may make of an answer that does not say so itself: nothing but what its type says, in no page but ours.
+_FOR_BROWSERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
 CSRF = "peft_studio.csrf"  # where a request's scope holds the token of its login
 # RFC 9110's host and optional port; urlsplit alone would read "[::1]evil" as ::1.
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?")
@@ -40,13 +48,16 @@ class Guard:
         self._settings = settings
         self._hosts = frozenset({settings.host.lower(), *(host.lower() for host in settings.allowed_hosts)})
         self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
+        self._under_way: Counter[str] = Counter()  # requests of each client's address
         self._sessions = Sessions(self._key, settings.port) if self._key is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it as a problem document; each gets an id and a line in the log."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
+        if scope["type"] != "http":
+            raise RuntimeError(f"The server speaks HTTP alone, and was asked for {scope['type']}.")
         request_id = uuid.uuid4().hex[:16]
         started = time.monotonic()
         status = 0
@@ -58,12 +69,22 @@ class Guard:
                 elapsed_s = time.monotonic() - started
                 route = getattr(scope.get("route"), "path", "unmatched")
                 telemetry.http_request_seconds.labels(scope["method"], route, status).observe(elapsed_s)
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+                sent = {name.lower() for name, _ in message["headers"]}
+                added = [header for header in _FOR_BROWSERS if header[0] not in sent]
+                added.append((b"x-request-id", request_id.encode()))
+                message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
-            refusal = self._refusal(scope)
-            await (refusal or self._app)(scope, receive, send_with_id)
+            client = (scope.get("client") or ("", 0))[0]
+            self._under_way[client] += 1
+            try:
+                refusal = self._refusal(scope) or self._crowd_refusal(scope, client)
+                await (refusal or self._app)(scope, receive, send_with_id)
+            finally:
+                self._under_way[client] -= 1
+                if not self._under_way[client]:
+                    del self._under_way[client]
             _log.info(
                 "request",
                 method=scope["method"],
@@ -91,6 +112,19 @@ class Guard:
                 detail="Pages of this origin may not call the server; see PEFT_STUDIO_CORS_ORIGINS.",
             )
         return self._key_refusal(scope, headers) or self._body_refusal(scope, headers)
+
+    def _crowd_refusal(self, scope: Scope, client: str) -> ASGIApp | None:
+        limit = self._settings.max_requests_per_client
+        if self._under_way[client] <= limit or scope["path"] == "/health":
+            return None
+        return problem(
+            scope["path"],
+            slug="too-many-requests",
+            title="Too many requests",
+            status=429,
+            detail=f"{limit} requests of this address are under way; see PEFT_STUDIO_MAX_REQUESTS_PER_CLIENT.",
+            headers={"Retry-After": str(_RETRY_AFTER_S)},
+        )
 
     def _key_refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
         path = scope["path"]

@@ -6,11 +6,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from sqlalchemy.engine import URL
 
+from core.api_key_file import KeyFileUnusable, read_key_file
 from core.environment import Environment, nearest_name, variable
 from core.setting_types import (
     ApiKey,
@@ -26,6 +27,7 @@ from core.setting_types import (
 )
 from core.singleton import singleton
 
+_API_KEY: TypeAdapter[SecretStr] = TypeAdapter(ApiKey)
 _SECRETS = frozenset({"PEFT_STUDIO_API_KEY", "PEFT_STUDIO_DATABASE_URL"})  # the second may hold a password
 
 
@@ -91,6 +93,10 @@ class Settings(BaseSettings):
         default=None,
         description="if set, every route but `/health` wants `Authorization: Bearer <key>`; the pages ask for it once",
     )
+    api_key_file: FullPath | None = Field(
+        default=None,
+        description="file with the key instead, which its owner alone may read; `make serve KEY=1` makes one",
+    )
     database_url: DatabaseUrl | None = Field(
         default=None,
         description="`postgresql://…` (PostgreSQL 13 or newer) or `sqlite:////…`; one server a database",
@@ -113,6 +119,14 @@ class Settings(BaseSettings):
     )
     allowed_hosts: HostNames = Field(default=(), description="host names beside loopback's, separated by commas")
     cors_origins: Origins = Field(default=(), description="origins of browser front ends, separated by commas")
+    max_requests_per_client: int = Field(
+        default=512,
+        ge=1,
+        description="most requests of one client address at once; more get 429 and `Retry-After`",
+    )
+    slow_request_s: float = Field(
+        default=8.0, gt=0, description="a client that is silent for so many seconds within a request is cut off"
+    )
     executor: Executor = Field(default="local", description="where engines run; `local` is the one executor there is")
     engine_nice: int = Field(
         default=10, ge=0, le=19, description="how far engines give way to the server and other programs (`nice`)"
@@ -153,10 +167,20 @@ class Settings(BaseSettings):
     )
 
     @model_validator(mode="after")
+    def _read_key(self) -> Self:
+        if self.api_key_file is not None:
+            if self.api_key is not None:
+                raise ValueError("PEFT_STUDIO_API_KEY and PEFT_STUDIO_API_KEY_FILE are both set; set one of them")
+            # The settings are frozen for everybody else.
+            object.__setattr__(self, "api_key", _key_in(self.api_key_file))
+        return self
+
+    @model_validator(mode="after")
     def _key_beyond_loopback(self) -> Self:
         if not is_loopback(self.host) and self.api_key is None:
             raise ValueError(
-                f"PEFT_STUDIO_HOST={self.host} can be reached from other machines: set PEFT_STUDIO_API_KEY too"
+                f"PEFT_STUDIO_HOST={self.host} can be reached from other machines: set PEFT_STUDIO_API_KEY or "
+                "PEFT_STUDIO_API_KEY_FILE too"
             )
         return self
 
@@ -187,6 +211,16 @@ class Settings(BaseSettings):
     def resolved_cache_dir(self) -> Path:
         """The folder of prepared models: the one that is set, or one in `home`."""
         return self.cache_dir or self.home / "cache"
+
+
+def _key_in(path: Path) -> SecretStr:
+    try:
+        return _API_KEY.validate_python(read_key_file(path))
+    except KeyFileUnusable as error:
+        raise ValueError(f"PEFT_STUDIO_API_KEY_FILE={path}: {error}") from error
+    except ValidationError as error:
+        reason = error.errors(include_url=False, include_input=False)[0]["ctx"]["error"]
+        raise ValueError(f"PEFT_STUDIO_API_KEY_FILE={path}: {reason}") from None  # its own words would show the key
 
 
 def is_loopback(host: str) -> bool:

@@ -2,7 +2,9 @@
 
 import gc
 import os
+import sys
 
+from core.confinement import confine
 from domain import protocol
 from engine.lifeline import die_with_parent
 
@@ -12,6 +14,8 @@ def main() -> None:
     die_with_parent(int(os.environ["PEFT_STUDIO_PARENT_PID"]))
     # Training gives way to the server's answers: a process at nice 19 gets the processor time that is left over.
     os.nice(int(os.environ["PEFT_STUDIO_ENGINE_NICE"]))
+    if refused := confine():
+        print(f"This engine keeps its access to the network: {refused}", file=sys.stderr)  # noqa: T201 - its log
     command_fd = int(os.environ[protocol.COMMAND_FD_VARIABLE])
     event_fd = int(os.environ[protocol.EVENT_FD_VARIABLE])
     for descriptor in (command_fd, event_fd):

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from core.confinement import confine
 from core.errors import DatasetRejected, StorageFull
 from core.files import storage_errors
 from domain.datasets.detection import NotRecognised, settle
@@ -277,6 +278,7 @@ def main() -> int:
     os.nice(_NICE)
     if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (_MAX_MEMORY_BYTES, _MAX_MEMORY_BYTES))
+    confine()
     told = json.loads(sys.stdin.readline())
     request = IntakeRequest(**told | {"files": [tuple(file) for file in told["files"]]})
     try:

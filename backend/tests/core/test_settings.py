@@ -10,6 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from sqlalchemy.engine import make_url
 
+from core import api_key_file
 from core.environment import OWN_VARIABLES, variable
 from core.settings import Settings, SettingsRejected, get_settings
 from core.start_checks import unreadable_model_dirs
@@ -297,3 +298,63 @@ def test_origins_are_what_browsers_send() -> None:
 def test_a_line_break_in_a_value_forges_no_second_line() -> None:
     (problem,) = refusal_of(PEFT_STUDIO_HOST="x\npeft-studio: all is well")
     assert "\n" not in problem
+
+
+def _key_file(folder: Path, content: str = "sesame-canary\n", mode: int = 0o600) -> str:
+    file = folder / "api-key"
+    file.write_text(content)
+    file.chmod(mode)
+    return str(file)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400])
+def test_the_key_is_read_from_a_file_that_its_owner_alone_may_read(tmp_path: Path, mode: int) -> None:
+    settings = settings_of(PEFT_STUDIO_API_KEY_FILE=_key_file(tmp_path, mode=mode), PEFT_STUDIO_HOST="0.0.0.0")
+    assert settings.api_key is not None and settings.api_key.get_secret_value() == "sesame-canary"
+    assert "sesame" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("content", "mode", "words"),
+    [
+        ("sesame-canary", 0o644, "mode 0644"),
+        ("sesame-canary", 0o660, "chmod 600"),
+        ("", 0o600, "no client can send it"),
+        ("sesame-canary\n\nmore", 0o600, "no client can send it"),
+        ("sésame-canary", 0o600, "ASCII"),
+        (None, 0, "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_safe_key_is_refused_and_not_shown(
+    tmp_path: Path, content: str | None, mode: int, words: str
+) -> None:
+    path = str(tmp_path / "none") if content is None else _key_file(tmp_path, content, mode)
+    (problem,) = refusal_of(PEFT_STUDIO_API_KEY_FILE=path)
+    assert problem.startswith("PEFT_STUDIO_API_KEY_FILE=") and words in problem and "canary" not in problem
+
+
+def test_a_key_comes_from_one_place(tmp_path: Path) -> None:
+    (problem,) = refusal_of(PEFT_STUDIO_API_KEY_FILE=_key_file(tmp_path), PEFT_STUDIO_API_KEY="canary")
+    assert "both set" in problem and "canary" not in problem
+
+
+def test_a_key_file_is_made_and_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "new" / "api-key"
+    assert api_key_file.main([str(file)]) == 0
+    key = file.read_text().strip()
+    assert key in capsys.readouterr().out and len(key) >= 43
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert api_key_file.main([str(file)]) == 0
+    said = capsys.readouterr().out
+    assert key not in said and str(file) in said and file.read_text().strip() == key
+    settings = settings_of(PEFT_STUDIO_API_KEY_FILE=str(file))
+    assert settings.api_key is not None and settings.api_key.get_secret_value() == key
+
+
+def test_a_key_file_is_not_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "api-key").symlink_to(tmp_path / "elsewhere")
+    assert api_key_file.main([str(tmp_path / "api-key")]) == 0
+    assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "plain").touch()
+    assert api_key_file.main([str(tmp_path / "plain" / "api-key")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

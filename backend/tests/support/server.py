@@ -193,9 +193,9 @@ def start_server(home: Path, model_dirs: Path, **environment: str) -> StudioServ
     )
 
 
-def wait_until(condition: Any, limit_s: float = 30.0) -> None:
-    """Poll a condition that another process makes true."""
+def wait_until(condition: Any, limit_s: float = 30.0, instead: Any = None) -> None:
+    """Poll a condition that another process makes true; `instead` says, if it does not, what is the case."""
     deadline = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
+        assert time.monotonic() < deadline, instead() if instead else "the condition did not come true in time"
         time.sleep(0.05)
