@@ -101,7 +101,7 @@ class Tail:
             made: torch.Tensor = self._bare(input_ids=places, use_cache=False).logits
         if made.dim() != 3 or made.shape[:2] != places.shape:
             raise NotSplit(f"it makes logits of shape {tuple(made.shape)} of {hidden.shape[0]} tokens")
-        return made[0]
+        return made.squeeze(0)  # a view; the gradient of `made[0]` would be another tensor as large as the logits
 
     def _taken(self, output: Any) -> torch.Tensor:
         """Take the hidden states out of the trunk's output, and note how such an output is made."""

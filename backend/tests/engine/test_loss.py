@@ -1,5 +1,6 @@
 """The loss by chunks against the plain one: cross-entropy of the model's own logits, all at once."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,12 +10,13 @@ import torch
 from peft import LoraConfig, PeftModelForCausalLM
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from engine.batches import Batch, pack, pad
 from engine.logits import NotSplit, tail_of
-from engine.loss import SummedLoss, TokenLosses
+from engine.loss import SummedLoss, TokenLosses, _of_chunk
 from engine.model_class import attention_of, model_class
 from engine.neftune import add_noise
 from engine.rows import IGNORED, Row
@@ -164,6 +166,36 @@ def test_the_head_runs_once_over_trained_tokens_alone() -> None:
     seen = _seen_by_head(model, lambda: loss(batch).sum().backward())
     assert sum(seen) == batch.trained_tokens < batch.tokens
     assert max(seen) <= CHUNK
+
+
+class _OfSize(TorchDispatchMode):
+    """Counts the storages of a size that operators made and that were there at once at most."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__()
+        self._size_bytes, self._there = size_bytes, weakref.WeakSet[Any]()
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() == self._size_bytes:
+                self._there.add(tensor.untyped_storage())
+        self.most = max(self.most, len(self._there))
+        return made
+
+
+@pytest.mark.parametrize(("family", "tensors"), [("llama", 2), ("gpt_oss", 2), ("mamba", 2), ("qwen3_5_text", 2)])
+def test_a_chunk_holds_two_tensors_of_the_logits_size_and_no_more(family: str, tensors: int) -> None:
+    model, batch = make(family), padded()
+    tail = tail_of(model)
+    with torch.no_grad():
+        tail.hidden(lambda: model(input_ids=batch.input_ids, use_cache=False))
+    # 61 tokens: no other tensor has this size.
+    hidden, wanted = torch.randn(61, SMALL["hidden_size"]), torch.arange(61)
+    with _OfSize(hidden.element_size() * 61 * SMALL["vocab_size"]) as seen:
+        _of_chunk(tail, hidden, wanted, torch.empty_like(hidden))
+    assert seen.most == tensors
 
 
 def test_the_whole_step_goes_by_chunks_of_the_vocabularys_own_size() -> None:
