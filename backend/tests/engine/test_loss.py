@@ -168,7 +168,7 @@ def test_the_head_runs_once_over_trained_tokens_alone() -> None:
     assert max(seen) <= CHUNK
 
 
-class _OfSize(TorchDispatchMode):
+class _OfSize(TorchDispatchMode):  # type: ignore[misc]  # torch is not typed here
     """Counts the storages of a size that operators made and that were there at once at most."""
 
     def __init__(self, size_bytes: int) -> None:
