@@ -8,6 +8,7 @@ from api.hub_token import ASKS_THE_HUB
 from api.model_schemas import LocalModelsResponse, ModelDetailsResponse, SearchRequest, SearchResponse
 from api.waiting import may_ask_the_hub
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
+from services.model_removal_service import ModelRemovalService, get_model_removal_service
 
 router = APIRouter(prefix="/api/models", tags=["models"])
 Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
@@ -41,8 +42,21 @@ def clear_cache(registry: Registry) -> None:
     registry.clear_cache()
 
 
-# This route is the last, because it takes every path below the prefix. An id may hold one slash. The registry refuses
-# more.
+# These routes are the last, because they take every path below the prefix. An id may hold one slash; more are refused.
+@router.delete("/{model_id:path}", status_code=204)
+def delete(
+    model_id: str,
+    removal: Annotated[ModelRemovalService, Depends(get_model_removal_service)],
+    force: Annotated[bool, Query(description="Also a model that adapters have as their base.")] = False,
+) -> None:
+    """Delete a model's files from this machine: what came from the Hub, or was prepared here.
+
+    A model that is loaded, or that a job or an export needs, is a 409 that names them. So is the base of adapters,
+    unless forced: what uses them downloads it again. A folder of the operator's (PEFT_STUDIO_MODEL_DIRS) is a 403.
+    """
+    removal.delete(model_id, force=force)
+
+
 @router.get("/{model_id:path}", dependencies=ASKS_THE_HUB)
 async def details(
     model_id: str,

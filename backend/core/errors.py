@@ -50,6 +50,7 @@ To add one:
     │   ├── TransitionNotPermitted
     │   ├── IdempotencyKeyReused      services.training.ledger
     │   ├── DatasetInUse
+    │   ├── ModelInUse                services.model_removal_service
     │   ├── ModelNotDeletable         services.served_model_service
     │   ├── FileInUse                 services.file_service
     │   ├── UploadEnded               services.files.uploads

@@ -14,15 +14,17 @@ from api.waiting import may_ask_the_hub
 from core.errors import StudioError
 from domain.models.records import SearchQuery
 from domain.peft.algorithms import Algorithm
-from services.adapter_service import AdapterService, get_adapter_service
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
+from services.model_removal_service import ModelRemovalService, ModelUse, get_model_removal_service
 from services.peft_service import PeftService, get_peft_service
 from services.training.compatibility import CompatibilityService, get_compatibility_service
 from services.training_service import TrainingService, get_training_service
 from web.pages import page, pages_router
+from web.shown import size
 
 router = pages_router()
 Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
+_NAMED = 10  # adapters that a question names before something is lost
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,18 @@ class House:
     registry: ModelRegistryService
     compatibility: CompatibilityService
     peft: PeftService
-    adapters: AdapterService
     training: TrainingService
+    removal: ModelRemovalService
 
 
 def _house(
     registry: Registry,
     compatibility: Annotated[CompatibilityService, Depends(get_compatibility_service)],
     peft: Annotated[PeftService, Depends(get_peft_service)],
-    adapters: Annotated[AdapterService, Depends(get_adapter_service)],
     training: Annotated[TrainingService, Depends(get_training_service)],
+    removal: Annotated[ModelRemovalService, Depends(get_model_removal_service)],
 ) -> House:
-    return House(registry, compatibility, peft, adapters, training)
+    return House(registry, compatibility, peft, training, removal)
 
 
 @router.get("/models")
@@ -78,9 +80,21 @@ async def model(request: Request, model_id: str, house: Annotated[House, Depends
     return page(request, "model.html", **shown)
 
 
+def _lost(model_id: str, use: ModelUse) -> str:
+    """Say what a deletion takes with it."""
+    text = f"The files of {model_id} are deleted from this machine: {size(use.size_bytes)}."
+    if use.cached is not None:
+        text += " They lie in the Hub's cache, which other programs use, too."
+    if use.adapters:
+        names = ", ".join(f"“{record.name}”" for record in use.adapters[:_NAMED])
+        names += " and more" if len(use.adapters) > _NAMED else ""
+        text += f" Adapters stay, and cannot be used without it until it is downloaded again: {names}."
+    return text
+
+
 def _shown(house: House, model_id: str) -> dict[str, Any]:
     found, local = house.registry.details(model_id, None), house.registry.resolve_local(model_id)
-    fit, note = None, None
+    use, fit, note = house.removal.use_of(model_id), None, None
     try:
         checked = house.compatibility.check(model_id, None, Algorithm.LORA, {}, "auto", None)
         fit = CompatibilityResponse.model_validate(checked)
@@ -89,11 +103,11 @@ def _shown(house: House, model_id: str) -> dict[str, Any]:
     return {
         "model": ModelDetailsResponse.of(found),
         "folder": local.path if local is not None else None,
-        "cached": local is not None and local.revision is not None,  # only the Hub's cache knows commits
+        "use": use,
+        "lost": _lost(model_id, use) if use.is_deletable else "",
         "fit_now": fit,
         "note": note,
         "loaded": [loaded_model_view(each) for each in house.peft.models() if each.model_id == model_id],
-        "adapters": [record for record in house.adapters.all() if record.base_model_id == model_id],
         "runs": [job for job in house.training.ledger.all() if job.model_id == model_id],
     }
 

@@ -45,6 +45,10 @@ def test_models_behind_links_are_served_and_what_is_passed_over_is_said(tmp_path
                 assert (answer.status_code, answer.json()["type"]) == (404, "/problems/model-not-found"), answer.text
                 assert words in answer.json()["detail"] and "HF_HUB_OFFLINE" not in answer.json()["detail"]
 
+        refused = studio.http.delete("/api/models/linked", params={"force": True})
+        assert (refused.status_code, refused.json()["type"]) == (403, "/problems/path-not-allowed")
+        assert (disk / TINY_ID / "config.json").is_file()
+
         wait_until(lambda: studio.log_path.read_text().count("model_folder.left_out") == 2)
         said = [line for line in studio.log_path.read_text().splitlines() if "model_folder.left_out" in line]
         assert f"{root}/loop" in said[0] and "in which it lies" in said[0]

@@ -162,3 +162,24 @@ def test_a_model_of_the_hub_is_found_judged_and_its_load_is_cancelled(
     expect(page.get_by_role("button", name="Download and load")).to_be_visible()
     loaded = tab.server.http.get("/api/peft/loaded-models").json()["models"]
     assert "someone/tiny" not in [model["model_id"] for model in loaded]
+
+
+def test_a_downloaded_model_is_deleted_once_it_is_not_in_memory(tab: Tab, hub: HubDouble, tiny_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in tiny_path.iterdir() if path.is_file()}
+    hub.add_model("someone/else", files, pipeline_tag="text-generation")
+    server = tab.server
+    loaded = server.load("someone/else")
+    refused = server.http.delete("/api/models/someone/else", params={"force": True})
+    assert (refused.status_code, refused.json()["loaded_models"]) == (409, [loaded["id"]])
+    page = tab.open("/models/someone/else")
+    expect(page.get_by_text("it is in memory")).to_be_visible()
+    expect(page.get_by_role("button", name="Delete")).to_have_count(0)
+    page.get_by_role("button", name="Unload").click()
+    page.get_by_role("button", name="Delete").click()
+    expect(page.get_by_role("dialog")).to_contain_text("which other programs use, too")
+    tab.accessible()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    page.wait_for_url("**/models")
+    expect(page.get_by_role("link", name="someone/else")).to_have_count(0)
+    assert server.http.delete("/api/models/someone/else").status_code == 404
+    assert not (server.home / "hf" / "hub" / "models--someone--else").exists()
