@@ -117,7 +117,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             expose_headers=["Location", "X-Request-ID"],
         )
     app.add_middleware(StrictJson)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, is_page=pages.is_page)
     return app
 
 

@@ -5,6 +5,7 @@ import re
 import time
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import quote
 
@@ -40,11 +41,15 @@ class Guard:
     """ASGI middleware that answers only those who may ask.
 
     A web page the user visits must not be able to drive a server on loopback, so the Host must be ours and a foreign
-    Origin is refused, whatever the method.
+    Origin is refused, whatever the method. A link of another site may lead to a page for people, and to nothing else.
+
+    Args:
+        app: Answers those who may ask.
+        is_page: Tells whether a path is a page's.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, settings: Settings, is_page: Callable[[str], bool] = lambda _: False) -> None:
+        self._app, self._is_page = app, is_page
         self._settings = settings
         self._hosts = frozenset({settings.host.lower(), *(host.lower() for host in settings.allowed_hosts)})
         self._key = settings.api_key.get_secret_value().encode() if settings.api_key is not None else None
@@ -102,7 +107,7 @@ class Guard:
             )
         origin = headers.get("origin")
         if (origin is not None and not self._may_call(origin, headers["host"])) or (
-            origin is None and headers.get("sec-fetch-site") == "cross-site"
+            origin is None and headers.get("sec-fetch-site") == "cross-site" and not self._is_visit(scope, headers)
         ):
             return problem(
                 path,
@@ -199,6 +204,15 @@ class Guard:
                 detail="Send application/json (or multipart/form-data to upload a dataset).",
             )
         return None
+
+    def _is_visit(self, scope: Scope, headers: Headers) -> bool:
+        """Tell whether a person follows a link to a page, which then fills the tab: the other site reads none of it."""
+        return (
+            scope["method"] in _SAFE
+            and headers.get("sec-fetch-mode") == "navigate"
+            and headers.get("sec-fetch-dest") == "document"
+            and self._is_page(scope["path"])
+        )
 
     def _is_ours(self, host: str) -> bool:
         matched = _HOST.fullmatch(host)

@@ -84,7 +84,7 @@ async def stream(house: Services) -> AsyncIterator[ServerSentEvent]:
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-@router.get("/home/pip_the_parrot.jsonl")
+@router.get("/home/pip_the_parrot.jsonl", response_class=FileResponse)
 def sample() -> FileResponse:
     """Send the rows of the quickstart.
 

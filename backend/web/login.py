@@ -1,9 +1,10 @@
 """/login: where an API key is set, the pages ask for it once and keep a login in a cookie that no script can read."""
 
+import re
 from functools import lru_cache
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from web.pages import page, pages_router
 
 router = pages_router()
 posted = APIRouter(include_in_schema=False)
+_LOCAL = re.compile(r"/(?![/\\])")  # a path of this server: "//host" would lead elsewhere
 _Settings = Annotated[Settings, Depends(get_settings)]
 
 
@@ -34,11 +36,23 @@ def _sessions_of(settings: Settings) -> Sessions | None:
 
 
 @router.get("/login")
-def login(request: Request, settings: _Settings) -> Response:
-    """Ask for the key; without one there is nothing to ask for."""
-    if settings.api_key is None:
-        return RedirectResponse("/")
-    answer: HTMLResponse = page(request, "login.html")
+def login(
+    request: Request,
+    settings: _Settings,
+    next: Annotated[str, Query(max_length=4000)] = "/",
+    again: bool = False,
+) -> Response:
+    """Ask for the key; who is logged in, or needs no key, goes on.
+
+    A browser that follows a link of another site sends no SameSite cookie. The page then leads to itself once: that is
+    a request of this site, with the cookie if there is one.
+    """
+    to = next if _LOCAL.match(next) else "/"
+    sessions = _sessions_of(settings)
+    if sessions is None or sessions.token_of(request.cookies.get(sessions.cookie_name, "")) is not None:
+        return RedirectResponse(to, 303, headers={"Cache-Control": "no-store"})
+    is_led_here = request.headers.get("sec-fetch-site") == "cross-site" and not again
+    answer: HTMLResponse = page(request, "login_again.html" if is_led_here else "login.html", next=to)
     return answer
 
 

@@ -57,7 +57,7 @@ def compare(request: Request, training: Training, ids: Ids) -> Response:
     return page(request, "compare.html", jobs=jobs, differences=differences(jobs), metrics=["eval_loss", *METRICS])
 
 
-@router.get("/runs/compare/curves")
+@router.get("/runs/compare/curves", response_class=JSONResponse)
 def compared_curves(
     training: Training, ids: Ids, metric: Annotated[str, Query(pattern=r"^[a-z_.]{1,40}$")] = "loss"
 ) -> JSONResponse:
@@ -108,7 +108,7 @@ def checkpoints(request: Request, job_id: str, training: Training) -> HTMLRespon
     return page(request, "run_checkpoints.html", checkpoints=_checkpoints(training, job_id), job_id=job_id)
 
 
-@router.get("/runs/{job_id}/curves")
+@router.get("/runs/{job_id}/curves", response_class=JSONResponse)
 def run_curves(job_id: str, training: Training) -> JSONResponse:
     """Return every point of a run."""
     return JSONResponse(curves(training, job_id))

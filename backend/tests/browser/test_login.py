@@ -25,6 +25,10 @@ def test_a_person_logs_in_works_and_logs_out(open_tab: Callable[..., Tab], tmp_p
         page.locator("#file").set_input_files({"name": "rows.jsonl", "mimeType": "text/plain", "buffer": rows})
         page.wait_for_url("**/datasets/ds_*")
         assert page.evaluate("document.cookie") == ""
+        page.goto(f"data:text/html,<a href='http://127.0.0.1:{server.port}/runs?q=x'>A link of another site</a>")
+        page.get_by_text("A link of another site").click()
+        page.wait_for_url(f"http://127.0.0.1:{server.port}/runs?q=x")  # the login holds, although its cookie is strict
+        expect(page.get_by_role("heading", name="Runs")).to_be_visible()
         page.get_by_role("button", name="Log out").click()
         page.wait_for_url("**/login")
         tab.open("/")

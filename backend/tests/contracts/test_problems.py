@@ -148,6 +148,36 @@ def test_a_web_page_cannot_drive_the_server(studio: StudioServer, headers: dict[
     assert "access-control-allow-origin" not in response.headers
 
 
+_VISIT = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+
+@pytest.mark.parametrize("path", ["/", "/runs", "/models/tests/tiny-llama", "/docs", "/login"])
+def test_a_link_of_another_site_leads_to_a_page_and_nothing_else(studio: StudioServer, path: str) -> None:
+    assert studio.http.get(path, headers=_VISIT).is_success or path == "/login"
+    embedded = (
+        {"Sec-Fetch-Dest": "iframe"},
+        {"Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"},
+        {"Sec-Fetch-Dest": "script"},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+    )
+    for changed in embedded:
+        assert studio.http.get(path, headers=_VISIT | changed).status_code == 403, changed
+    for method in ("POST", "DELETE", "PUT", "OPTIONS"):
+        assert studio.http.request(method, path, headers=_VISIT).status_code == 403, method
+
+
+def test_a_link_of_another_site_leads_to_no_route_of_the_api(studio: StudioServer) -> None:
+    paths = studio.http.get("/openapi.json").json()["paths"]
+    assert len(paths) > 50
+    curves = ["/runs/compare/curves?id=x", "/runs/x/curves"]
+    others = ["/home/stream", "/home/pip_the_parrot.jsonl", "/openapi.json", "/static/x/app.js", "/nothing"]
+    for path in [*paths, *curves, *others]:
+        for url in (path, re.sub(r"\{[a-z_]+\}", "x", path)):
+            assert studio.http.get(url, headers=_VISIT).status_code == 403, url
+
+
 def test_only_json_is_taken_on_json_routes(studio: StudioServer) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         response = studio.http.post("/api/peft/configure", content=b"{}", headers={"Content-Type": kind})
