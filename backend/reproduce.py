@@ -81,6 +81,7 @@ class RunCard(TypedDict):
     base_commit: Plain | None
     resumed_from: Plain | None
     dataset: DatasetCard
+    initial_adapter_id: NotRequired[Plain | None]
     validation_dataset: DatasetCard | None
     rows_sha256: Sha256
     validation_rows_sha256: Sha256 | None
@@ -137,6 +138,10 @@ def _read(card: IO[bytes], weights: IO[bytes]) -> Adapter:
     if values["resumed_from"] is not None:
         raise CannotReproduce(
             f"The run began with the checkpoint {values['resumed_from']} of another job, which is not in the card."
+        )
+    if values.get("initial_adapter_id") is not None:
+        raise CannotReproduce(
+            f"The run began with the weights of the adapter {values['initial_adapter_id']}, which is not in the card."
         )
     if values["outcome"].get("stopped_on_request"):
         raise CannotReproduce(

@@ -12,23 +12,25 @@ from starlette.types import Receive, Scope, Send
 
 from api import peft_schemas as schemas
 from api.answer_form import form_of
+from api.configuring import configured
 from api.generation_schemas import GenerateRequest, GenerateResponse
 from api.hub_token import ASKS_THE_HUB
-from api.peft_views import algorithm_view, configuration_view, loaded_model_view, use_case_view
+from api.peft_views import algorithm_view, loaded_model_view, use_case_view
 from api.waiting import may_ask_the_hub, until_done, until_done_or_gone
 from core.errors import StudioError
-from domain.configure import Configuration
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.use_cases import USE_CASES
 from domain.protocol import Generate
 from services.adapter_service import AdapterService, get_adapter_service
 from services.generation_service import Generation, GenerationService, get_generation_service
 from services.peft_service import LoadedModel, LoadRequest, PeftService, get_peft_service
+from services.training.initial_adapters import InitialAdapters, get_initial_adapters
 
 router = APIRouter(prefix="/api/peft", tags=["peft"])
 Peft = Annotated[PeftService, Depends(get_peft_service)]
 Generator = Annotated[GenerationService, Depends(get_generation_service)]
 Adapters = Annotated[AdapterService, Depends(get_adapter_service)]
+Initial = Annotated[InitialAdapters, Depends(get_initial_adapters)]
 _NOT_TOLD = {"chances"}  # under /v1 alone
 _CLIENT_GONE = 499  # in the log alone: nginx's status for a request whose client hung up
 
@@ -46,14 +48,9 @@ def use_cases() -> schemas.UseCaseList:
 
 
 @router.post("/configure", dependencies=ASKS_THE_HUB)
-async def configure(body: schemas.ConfigureRequest, peft: Peft) -> schemas.ConfigureResponse:
+async def configure(body: schemas.ConfigureRequest, peft: Peft, initial_adapters: Initial) -> schemas.ConfigureResponse:
     """A complete configuration, every parameter with its source and reason. Nothing is loaded."""
-    return configuration_view(body, await may_ask_the_hub(_configure, body, peft))
-
-
-def _configure(body: schemas.ConfigureRequest, peft: PeftService) -> Configuration:
-    where = peft.on_device(body.model_id, body.revision) if body.model_id is not None else None
-    return peft.configure(body.algorithm, body.use_case, body.overrides.sent(), where)
+    return await may_ask_the_hub(configured, body, peft, initial_adapters)
 
 
 @router.post(

@@ -79,11 +79,17 @@ class ConfigureRequest(Request):
     model_id: ModelId | None = None
     revision: Revision | None = None
     overrides: Overrides = Field(default_factory=PeftOverrides)
+    initial_adapter_id: str | None = Field(
+        default=None,
+        max_length=64,
+        description="The adapter that the run is to continue: it decides what follows from its weights, and names the "
+        "model and the algorithm where the request does not.",
+    )
 
 
 class ChosenParameter(Response):
     value: Any
-    source: Literal["default", "use_case", "algorithm", "hardware", "override"]
+    source: Literal["default", "use_case", "algorithm", "hardware", "adapter", "override"]
     reason: str
 
 

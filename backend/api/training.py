@@ -44,6 +44,8 @@ _OF_EVENTS: dict[int | str, dict[str, Any]] = {
 async def create(body: schemas.CreateJobRequest, response: Response, training: Training) -> schemas.JobResponse:
     """Queue a fine-tune. With an idempotency key, the same request again returns the same job."""
     values = {name: getattr(body, name) for name in schemas.CreateJobRequest.model_fields}
+    if body.initial_adapter_id is not None and "algorithm" not in body.model_fields_set:
+        values["algorithm"] = None  # that of the adapter
     request = JobRequest(**values | {"overrides": body.overrides.sent()})
     job = await may_ask_the_hub(lambda: _view(training, training.create(request)))
     response.headers["Location"] = f"/api/training/jobs/{job.id}"

@@ -41,6 +41,12 @@ class CreateJobRequest(Request):
         description="Begin with a checkpoint of another job: `job_…` for its newest, or `job_…/step-…`. The same "
         "model, data and settings, except how long to train and when to evaluate, stop and write checkpoints.",
     )
+    initial_adapter_id: Id | None = Field(
+        default=None,
+        description="Continue this adapter: begin with its weights, on its base. Its rank, scaling, layers and method "
+        "are kept; a setting that contradicts them is refused. DPO and KTO compare with it as it is now. Without a "
+        "model_id and an algorithm, those of the adapter are taken.",
+    )
     idempotency_key: Text | None = None
     gpus: int = Field(
         default=1,
@@ -106,6 +112,7 @@ class JobResponse(Response):
     metrics: JobMetrics
     attempts: int = Field(description="How often it was started.")
     resumed_from: str | None = Field(description="The checkpoint of another job that it began with.")
+    initial_adapter_id: str | None = Field(description="The adapter that it continues.")
     engine: JobEngine | None = Field(description="What trains or trained it; null before it has a base.")
     queue: JobQueue | None = Field(description="Its place while it is queued.")
     adapter_id: str | None

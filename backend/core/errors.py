@@ -28,6 +28,7 @@ To add one:
     │   ├── DatasetNotTrainable
     │   ├── ModelRejected
     │   ├── CheckpointUnusable
+    │   ├── AdapterNotContinuable
     │   ├── AdapterRejected
     │   ├── AdapterOfAnotherBase      services.generation_service
     │   ├── GenerationRejected        services.generation_service
@@ -200,6 +201,12 @@ class CheckpointUnusable(Rejected):
     slug, title = "checkpoint-unusable", "Checkpoint unusable"
 
 
+class AdapterNotContinuable(Rejected):
+    """No run can begin with the adapter's weights."""
+
+    slug, title = "adapter-not-continuable", "Adapter not continuable"
+
+
 class AdapterRejected(Rejected):
     """The files are not an adapter that this service can serve safely."""
 
@@ -255,7 +262,7 @@ class DatasetInUse(Conflict):
 
 
 class AdapterInUse(Conflict):
-    """An export that has not ended uses the adapter."""
+    """An export or a training job that has not ended uses the adapter."""
 
     slug, title = "adapter-in-use", "Adapter in use"
 

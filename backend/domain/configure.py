@@ -19,13 +19,14 @@ from domain.models.records import Verdict
 from domain.models.shape import ModelShape, Role
 from domain.peft.algorithms import SPECS, Algorithm, AlgorithmSpec
 from domain.peft.config import DECOMPOSED, PARAMETER_NAMES, PeftConfig
+from domain.peft.initial_adapter import InitialAdapter
 from domain.peft.learning_rate import default_learning_rate
 from domain.peft.objectives import SPECS as OBJECTIVE_SPECS
 from domain.peft.objectives import Objective
 from domain.peft.targets import why_refused
 from domain.peft.use_cases import USE_CASES, UseCaseId
 
-Source = Literal["default", "use_case", "algorithm", "hardware", "override"]
+Source = Literal["default", "use_case", "algorithm", "hardware", "adapter", "override"]
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,12 @@ def configure(
     machine: MachineFacts,
     shape: ModelShape | None = None,
     available_bytes: int | None = None,
+    initial: InitialAdapter | None = None,
 ) -> Configuration:
     """Make a complete configuration.
 
-    Precedence, lowest first: default, use case, algorithm, hardware, override. What defines the algorithm
-    cannot be overridden.
+    Precedence, lowest first: default, use case, algorithm, hardware, initial adapter, override. What defines the
+    algorithm or follows from the initial adapter cannot be overridden.
 
     Args:
         algorithm: The method.
@@ -166,10 +168,11 @@ def configure(
         machine: The device that will train.
         shape: The model, if one is named and its layers are known.
         available_bytes: What the machine has free for it, if known: the batch is chosen to fit.
+        initial: The adapter whose weights the run begins with, if it continues one.
 
     Raises:
-        SettingRejected: An override contradicts the algorithm, the machine or another setting; `errors`
-            lists every one of them with its location.
+        SettingRejected: An override contradicts the algorithm, the machine, the initial adapter or another setting;
+            `errors` lists every one of them with its location.
     """
     choices = {name: Choice(value, "default", why) for name, (value, why) in _DEFAULTS.items()}
     if use_case is not None:
@@ -181,8 +184,10 @@ def configure(
         choices |= _model_choices(shape, choices)
     choices |= _follow_overrides(algorithm, overrides)
     choices |= _objective_choices(overrides.get("objective", "sft"))
+    choices |= _initial_choices(initial)
     asked = {name: Choice(value, "override", "asked for") for name, value in overrides.items()}
     choices |= {"learning_rate": _learning_rate(shape, algorithm, use_case, choices | asked)} | asked
+    _refuse(initial.refusals(algorithm, overrides) if initial is not None else _refused_start(overrides))
     config = _validated(algorithm, choices, overrides, machine, shape)
     if shape is not None:
         choices["target_experts"] = _experts(shape, config, available_bytes, choices, overrides, machine)
@@ -364,6 +369,27 @@ def _objective_refusals(values: Mapping[str, Any], overrides: Mapping[str, Any])
     if objective == "kto" and values["batch_size"] == 1:
         refusals.append(("batch_size", "KTO compares each answer with the others of its pass: at least 2"))
     return refusals
+
+
+def _initial_choices(initial: InitialAdapter | None) -> dict[str, Choice]:
+    """Return what the adapter that a run continues decides or prefers."""
+    if initial is None:
+        return {}
+    choices = {
+        name: Choice(value, "adapter", f"{initial.id}, which the run continues, has it")
+        for name, value in initial.decided.items()
+    }
+    choices["init_weights"] = Choice("adapter", "adapter", f"A and B are those of {initial.id}")
+    return choices | {
+        name: Choice(value, "adapter", f"{initial.id}, which the run continues, was trained with it")
+        for name, value in initial.preferred.items()
+    }
+
+
+def _refused_start(overrides: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if overrides.get("init_weights") != "adapter":
+        return []
+    return [("init_weights", "'adapter' needs an initial_adapter_id, the adapter that the run continues")]
 
 
 def _follow_overrides(algorithm: Algorithm, overrides: Mapping[str, Any]) -> dict[str, Choice]:

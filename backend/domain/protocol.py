@@ -347,6 +347,7 @@ class AboutRun(_Line):
     job_id: str
     algorithm: str
     resumed_from: str | None
+    initial_adapter_id: str | None = None
     dataset_sha256: str
     dataset: AboutDataset
     validation_dataset: AboutDataset | None
@@ -359,7 +360,8 @@ class Train(Command[TrainingFigures, RunEvent]):
     `recorded_step`, whose metrics were lost, only if there is no other; without one, it starts from the base.
     `about` is what the adapter's card says of the run beside what the engine knows itself. With `hands_out` nothing is
     trained: the adapter of the checkpoint is written, as a stop with `keep` would have. `workers` names the devices
-    beside the engine's own that take a share of every step: a GPU by its uuid, or `cpu`.
+    beside the engine's own that take a share of every step: a GPU by its uuid, or `cpu`. `initial_adapter_path` is the
+    folder of the adapter that the run continues, where the configuration's `init_weights` is `adapter`.
     """
 
     kind: Literal["train"] = "train"
@@ -377,6 +379,7 @@ class Train(Command[TrainingFigures, RunEvent]):
     about: AboutRun | None
     hands_out: bool = False
     workers: list[str] = Field(default_factory=list)
+    initial_adapter_path: str | None = None
 
 
 class Analyze(Command[DatasetFigures, Progress]):

@@ -51,7 +51,7 @@ def check_folder(folder: Path, base: Base, adapter: str, initial: Tensors) -> No
     for path, layer in base.model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.scaling:
             continue
-        scaling, own = _scaling(config, path, layer), layer.scaling[adapter]
+        scaling, own = scaling_of(config, path, layer), layer.scaling[adapter]
         if not initial and not math.isclose(scaling, own, rel_tol=1e-6):
             raise ExportDiffers(f"the adapter's config scales {path} by {scaling:g}, and it was trained with {own:g}")
         if initial:
@@ -62,7 +62,7 @@ def check_folder(folder: Path, base: Base, adapter: str, initial: Tensors) -> No
             raise ExportDiffers(f"the first tensor of the adapter's file that differs from what was trained is {name}")
 
 
-def _scaling(config: PeftConfig, path: str, layer: Any) -> float:
+def scaling_of(config: PeftConfig, path: str, layer: Any) -> float:
     """Return what PEFT scales a layer by when it reads this config.
 
     Source: PEFT 0.21, `LoraModel._create_and_replace` and `LoraLayer.update_layer`.

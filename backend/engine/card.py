@@ -123,9 +123,9 @@ def readme(card: dict[str, Any]) -> str:
 
 def _again(card: dict[str, Any]) -> str:
     """Say how to train the adapter again, or why that cannot be done."""
-    if card.get("resumed_from") or card["outcome"]["stopped_on_request"]:
+    if card.get("resumed_from") or card.get("initial_adapter_id") or card["outcome"]["stopped_on_request"]:
         return (
-            "`training.json` has all of the above for a program. The run began with another job's checkpoint, or a "
+            "`training.json` has all of the above for a program. The run began with what another had trained, or a "
             "client ended it early: these settings alone do not give the same adapter again."
         )
     return (
@@ -155,6 +155,7 @@ def _origin(card: dict[str, Any]) -> str:
         f"as rows sha256 `{card['rows_sha256']}`",
         f"Held out: {held_out}",
         *([f"Begun with: the checkpoint {card['resumed_from']} of another job"] if card.get("resumed_from") else []),
+        *([f"Continues: the adapter {card['initial_adapter_id']}"] if card.get("initial_adapter_id") else []),
         f"Packages: {versions}",
         f"Machine: {machine['device']} ({machine['architecture']}, {machine['cpu_capability']}), {machine['engine']}, "
         f"{machine['threads']} threads, Python {machine['python']}",

@@ -59,7 +59,15 @@ class _Replica:
         config = order.config
         set_seed(config.seed)
         again = load(order.initial) if order.initial is not None else None
-        create_adapter(base, order.adapter_id, config, order.base_model_id, order.base_revision, again)
+        create_adapter(
+            base,
+            order.adapter_id,
+            config,
+            order.base_model_id,
+            order.base_revision,
+            again,
+            continues=order.continues,
+        )
         base.backend.begin_training(base.model, config)
         if config.neftune_noise_alpha > 0:
             add_noise(base.model.get_input_embeddings(), config.neftune_noise_alpha)

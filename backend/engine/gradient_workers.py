@@ -22,6 +22,7 @@ from domain.protocol import Train
 from engine.base import Base
 from engine.batches import Batch
 from engine.checkpoints import Tensors
+from engine.continuing import initial_folder
 from engine.errors import BadSetting, CommandError, WorkerDied
 from engine.gradient_worker_loop import seed_generators
 from engine.objectives import Figures, Objective, Size, add
@@ -107,6 +108,7 @@ class GradientWorkers:
                     command.base_model_id,
                     command.base_revision,
                     kept,
+                    initial_folder(command),
                     self._parameters_file,
                     worker.gradients_file,
                 )

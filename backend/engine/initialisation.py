@@ -5,6 +5,7 @@ time, and decomposed in fp32. F is rounded as the base's own weights were (QPiSS
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -15,6 +16,7 @@ from torch import nn
 from domain.peft.config import PeftConfig
 from engine import methods
 from engine.base import Base
+from engine.continuing import take_weights
 from engine.decompositions import DECOMPOSITIONS, Decomposition, Factors
 from engine.errors import BadSetting
 from engine.frozen_weights import PublishedWeights, adapted_layer, freeze, hosts
@@ -31,6 +33,7 @@ def create_adapter(
     revision: str | None,
     again: Tensors | None = None,
     *,
+    continues: Path | None = None,
     before_layer: Callable[[float], None] = lambda _done: None,
 ) -> Tensors:
     """Put a new adapter on the base, in the state that the method trains from.
@@ -45,13 +48,14 @@ def create_adapter(
         revision: For the adapter's config.
         again: The result of an earlier call for the same run. A and B are taken from it, since a second decomposition
             of the same weights may give other bits, and takes minutes on a large model.
+        continues: The folder of the adapter whose weights it begins with, if it begins with any.
         before_layer: Called with the fraction that is done before each decomposition. It may raise to end the run.
 
     Returns:
         A and B as initialised, if the adapter is trained on other weights than the base's; else nothing.
 
     Raises:
-        BadSetting: The method cannot start on this model.
+        BadSetting: The method cannot start on this model, or not with these weights.
     """
     settings = methods.lora_config(config, base.model, base_model_id, revision)
     base.create(name, settings)
@@ -60,6 +64,8 @@ def create_adapter(
         _require_norms(base, name)
     if settings.target_parameters:
         methods.put_dropout(base.model, name, config.dropout)
+    if continues is not None:
+        take_weights(base, name, continues)
     decomposition = DECOMPOSITIONS.get(config.init_weights)
     if decomposition is None:
         return {}

@@ -4,7 +4,7 @@ Shapes: N trained tokens, R rows, P pairs.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from domain.jobs.progress import PreferenceFigures
 from domain.peft.config import PeftConfig
 from engine.base import Base
 from engine.batches import Batch
+from engine.continuing import InitialWeights
 from engine.loss import BatchLoss
 from engine.rows import IGNORED
 
@@ -50,6 +51,8 @@ class PassLoss:
 
 
 Objective = Callable[[Batch, Size], PassLoss]
+# Has the model compute, in its block, as what a preference is compared with.
+Reference = Callable[[], AbstractContextManager[None]]
 
 
 def add(figures: Iterable[Figures]) -> dict[str, float]:
@@ -68,18 +71,24 @@ def preference_figures(figures: Figures) -> PreferenceFigures | None:
 
 
 def objective_of(base: Base, config: PeftConfig) -> Objective:
-    """Return what a run on a base minimises, with the adapter that is active."""
+    """Return what a run on a base minimises, with the adapter that is active.
+
+    Preferences are compared with the base with the adapter switched off. In a run that continues an adapter they are
+    compared with that adapter, which is the active one as it is now: no step may have been taken yet.
+    """
     if config.objective == "sft":
         return Supervised(base.backend.loss(base.model, base.device))
     losses = base.backend.token_losses(base.model, base.device)
     beta = config.preference_beta
     if beta is None:
         raise ValueError("the configuration has no weight for its preferences")
-    if config.objective == "dpo":
-        return Dpo(losses, base.model, beta)
     if config.objective == "orpo":
         return Orpo(losses, beta)
-    return Kto(losses, base.model, beta)
+    kind = Dpo if config.objective == "dpo" else Kto
+    reference: Reference = base.model.disable_adapter
+    if config.init_weights == "adapter":
+        reference = InitialWeights(base.trained.values()).computing
+    return kind(losses, base.model, beta, reference)
 
 
 class Supervised:
@@ -102,16 +111,16 @@ class Supervised:
 class Dpo:
     """Direct preference optimisation: −log σ(β·(Δ of the better answer − Δ of the worse one)), a mean over the pairs.
 
-    Δ is the log-probability of an answer less that under the base with the adapter switched off.
+    Δ is the log-probability of an answer less that under the reference.
     Source: arXiv 2305.18290, equation 7.
     """
 
-    def __init__(self, losses: TokenLosses, model: Any, beta: float) -> None:
-        self._losses, self._model, self._beta = losses, model, beta
+    def __init__(self, losses: TokenLosses, model: Any, beta: float, reference: Reference) -> None:
+        self._losses, self._model, self._beta, self._reference = losses, model, beta, reference
 
     def __call__(self, batch: Batch, size: Size) -> PassLoss:
         """Return what the batch adds to the mean."""
-        before = _under_the_base(self._losses, self._model, batch)
+        before = _under(self._reference, self._losses, self._model, batch)
         rewards = self._beta * (_log_probabilities(self._losses(batch), batch) - before)
         chosen, rejected = rewards[0::2], rewards[1::2]
         loss = -functional.logsigmoid(chosen - rejected).sum() / size.examples
@@ -143,12 +152,12 @@ class Orpo:
 class Kto:
     """Kahneman-Tversky optimisation: 1 − σ(±β·(Δ − z)), a mean over the judged answers.
 
-    The sign is that of the judgement. z is how far the model has moved from the base on prompts with answers of other
-    rows, a mean over the pass, at least 0 and without a gradient. Source: arXiv 2402.01306, equation 8.
+    The sign is that of the judgement. z is how far the model has moved from the reference on prompts with answers of
+    other rows, a mean over the pass, at least 0 and without a gradient. Source: arXiv 2402.01306, equation 8.
     """
 
-    def __init__(self, losses: TokenLosses, model: Any, beta: float) -> None:
-        self._losses, self._model, self._beta = losses, model, beta
+    def __init__(self, losses: TokenLosses, model: Any, beta: float, reference: Reference) -> None:
+        self._losses, self._model, self._beta, self._reference = losses, model, beta, reference
 
     def __call__(self, batch: Batch, size: Size) -> PassLoss:
         """Return what the batch adds to the mean."""
@@ -168,14 +177,14 @@ class Kto:
         return PassLoss((1 - torch.sigmoid(self._beta * signed)).sum() / size.examples, figures)
 
     def _change(self, batch: Batch) -> torch.Tensor:
-        """Return, for each row, its log-probability less that under the base."""
-        before = _under_the_base(self._losses, self._model, batch)
+        """Return, for each row, its log-probability less that under the reference."""
+        before = _under(self._reference, self._losses, self._model, batch)
         return _log_probabilities(self._losses(batch), batch) - before
 
 
-def _under_the_base(losses: TokenLosses, model: Any, batch: Batch) -> torch.Tensor:
-    """Return each row's log-probability under the base, R, without a gradient and without dropout."""
-    with torch.no_grad(), _evaluating(model), model.disable_adapter():
+def _under(reference: Reference, losses: TokenLosses, model: Any, batch: Batch) -> torch.Tensor:
+    """Return each row's log-probability under a reference, R, without a gradient and without dropout."""
+    with torch.no_grad(), _evaluating(model), reference():
         return _log_probabilities(losses(batch), batch)
 
 

@@ -99,7 +99,7 @@ class Trainer:
         self._scheduler = make_scheduler(self._optimizer, config, self.total_steps)
         # fp16 gradients underflow without scaling; the other types need none.
         self._scaler = torch.amp.GradScaler(base.device.type, enabled=config.precision == "fp16")
-        self._objective = objective_of(base, config)
+        self._objective = objective_of(base, config)  # before a checkpoint's weights take the place of the first ones
         self._passes: Passes = OwnPasses(self._objective, control.check_stop)
         self._devices = 1
         self.progress = RunProgress(evaluation_due=bool(validation))

@@ -21,6 +21,7 @@ from engine.batches import read_rows
 from engine.card import LossRecorder, packages
 from engine.channel import Channel
 from engine.checkpoints import Checkpoint, CheckpointFolder, Tensors
+from engine.continuing import initial_folder
 from engine.errors import BadData, ExportDiffers
 from engine.examples import ExampleTokenizer, teaches
 from engine.frozen_weights import original_weights_kept
@@ -168,6 +169,7 @@ def _create_adapter(base: Base, command: Train, resume: Checkpoint | None, chann
         command.base_model_id,
         command.base_revision,
         again,
+        continues=initial_folder(command),
         before_layer=before_layer,
     )
 

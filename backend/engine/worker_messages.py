@@ -51,6 +51,7 @@ class Prepare:
         config: Of the run.
         initial: A and B as initialised, as the bytes of a safetensors file; None where the adapter starts on the
             base's own weights.
+        continues: The folder of the adapter that the run continues; None where it continues none.
         parameters_file: Descriptor of the memory that holds the parameters.
         gradients_file: Descriptor of the memory that this worker writes its gradients to.
     """
@@ -60,6 +61,7 @@ class Prepare:
     base_model_id: str
     base_revision: str | None
     initial: bytes | None
+    continues: Path | None
     parameters_file: int
     gradients_file: int
 

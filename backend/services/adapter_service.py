@@ -16,10 +16,12 @@ from core.singleton import singleton
 from core.zip_stream import zip_files
 from domain.adapter_files import CARD, ORIGINALS
 from domain.jobs.export_states import FINAL_STATES, ExportState
+from domain.jobs.states import FINAL_STATES as FINAL_JOB_STATES
+from domain.jobs.states import JobState
 from services.peft_service import PeftService, get_peft_service
 from store.database import Database, get_database
 from store.records import AdapterRecord
-from store.repositories import Adapters, Exports
+from store.repositories import Adapters, Exports, Jobs
 
 
 class AdapterService:
@@ -107,7 +109,7 @@ class AdapterService:
 
         Raises:
             AdapterNotFound: There is none of that id.
-            AdapterInUse: An export of it has not ended.
+            AdapterInUse: An export of it, or a job that continues it, has not ended.
             ModelBusy: A model that has it is training.
         """
         record = self.get(adapter_id)
@@ -124,6 +126,9 @@ def _refuse_in_use(connection: Connection, adapter_id: str) -> None:
     unfinished = Exports(connection).all(adapter_id, frozenset(ExportState) - FINAL_STATES)
     if unfinished:
         raise AdapterInUse(f"The export {unfinished[0].id} has not ended; cancel it first.")
+    continuing = Jobs(connection).continuing(adapter_id, frozenset(JobState) - FINAL_JOB_STATES)
+    if continuing:
+        raise AdapterInUse(f"The job {continuing[0]} begins with it and has not ended; cancel it first.")
 
 
 @singleton

@@ -15,19 +15,22 @@ from core.errors import Conflict, JobNotFound, ModelNotFound, Rejected, SettingR
 from core.settings import get_settings
 from core.singleton import singleton
 from domain.jobs.openai_request import OpenAIRequest
-from domain.jobs.states import FINAL_STATES, JobState
+from domain.jobs.states import JobState
 from domain.openai import fine_tunes, history
 from domain.openai.files import FINE_TUNE, RESULTS, dataset_of_file, job_of_results, results_of_job
-from domain.openai.fine_tunes import FineTuneWish, JobFacts
+from domain.openai.fine_tunes import FineTuneWish
 from domain.openai.names import is_fine_tuned, stands_for
 from domain.peft.algorithms import Algorithm
-from domain.peft.config import recorded
+from domain.peft.initial_adapter import InitialAdapter
 from domain.peft.objectives import usual_settings
 from domain.peft.use_cases import UseCaseId
 from services.dataset_service import DatasetService, get_dataset_service
 from services.file_service import FileNotFound, FileService, get_file_service
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
 from services.peft_service import PeftService, get_peft_service
+from services.served_model_service import ServedModelService, get_served_model_service
+from services.training.fine_tune_facts import facts_of
+from services.training.initial_adapters import InitialAdapters, get_initial_adapters
 from services.training.job_intake import JobRequest
 from services.training_service import TrainingService, get_training_service
 from store.records import FileRecord, JobRecord
@@ -65,11 +68,14 @@ class FineTuningService:
         datasets: DatasetService,
         peft: PeftService,
         registry: ModelRegistryService,
+        served: ServedModelService,
+        initial_adapters: InitialAdapters,
         names: tuple[tuple[str, str], ...],
         clock: Clock,
     ) -> None:
         self._training, self._files, self._datasets = training, files, datasets
         self._peft, self._registry, self._names, self._clock = peft, registry, names, clock
+        self._served, self._initial_adapters = served, initial_adapters
         self._result_bytes: dict[str, int] = {}  # of the jobs that have succeeded, whose metrics change no more
         self._creating: set[str] = set()
         self._created = threading.Condition()
@@ -86,7 +92,7 @@ class FineTuningService:
             FileNotFound: There is no such file.
             FileRejected: Its rows cannot be trained on, line by line.
             ModelNotFound: The name stands for no model here; the message says how to set it.
-            StudioError: As TrainingService.create says.
+            StudioError: As TrainingService.create says, and as ServedModelService.adapter_of says of a checkpoint.
         """
         beginning = f"openai-{_digest(wish)}-"
         with self._one_at_a_time(beginning):
@@ -120,22 +126,28 @@ class FineTuningService:
         if refused:
             errors = [{"location": [name], "message": why} for name, why in refused]
             raise SettingRejected("; ".join(f"{name}: {why}" for name, why in refused), errors=errors)
-        model_id = self.base_of(wish.model)
+        initial = self._initial(wish)
+        if initial is None:
+            model_id, revision = self.base_of(wish.model), wish.own.revision
+        else:
+            named = self.base_of(wish.model) if not is_fine_tuned(wish.model) else None
+            model_id, revision = initial.base_for(named, wish.own.revision)
         dataset_id = self._dataset(wish.training_file, "training_file")
         validation_id = self._dataset(wish.validation_file, "validation_file") if wish.validation_file else None
         own = wish.own
-        algorithm = Algorithm(own.algorithm) if own.algorithm is not None else Algorithm.LORA
+        usual = initial.algorithm if initial is not None else Algorithm.LORA
+        algorithm = Algorithm(own.algorithm) if own.algorithm is not None else usual
         use_case = UseCaseId(own.use_case) if own.use_case is not None else None
         rows = self._datasets.get(dataset_id).rows
         overrides = fine_tunes.first_overrides(wish, rows)
         overrides = usual_settings(self._datasets.get(dataset_id).format) | overrides
         loaded = self._peft.get(own.loaded_model_id) if own.loaded_model_id is not None else None
-        where = self._peft.on_device(model_id, own.revision, loaded=loaded)
-        config = self._peft.configure(algorithm, use_case, overrides, where).config
+        where = self._peft.on_device(model_id, revision, loaded=loaded)
+        config = self._peft.configure(algorithm, use_case, overrides, where, initial).config
         return JobRequest(
             model_id=model_id if loaded is None else None,
             loaded_model_id=own.loaded_model_id,
-            revision=own.revision,
+            revision=revision,
             dataset_id=dataset_id,
             validation_dataset_id=validation_id,
             validation_fraction=own.validation_fraction,
@@ -145,6 +157,7 @@ class FineTuningService:
             name=own.name or wish.suffix,
             priority=own.priority,
             resume_from=own.resume_from,
+            initial_adapter_id=initial.id if initial is not None else None,
             idempotency_key=key,
             gpus=own.gpus,
             force=own.force,
@@ -156,17 +169,29 @@ class FineTuningService:
             ),
         )
 
+    def _initial(self, wish: FineTuneWish) -> InitialAdapter | None:
+        """Return the adapter that a fine-tune continues: of a fine-tuned model, or one that is named beside a base.
+
+        Raises:
+            ModelNotFound, AdapterNotFound: There is none of that name.
+            SettingRejected: Both are named.
+        """
+        adapter_id = wish.own.initial_adapter_id
+        if is_fine_tuned(wish.model):
+            if adapter_id is not None:
+                message = "peft.initial_adapter_id: the model is a fine-tuned one already; send one of them"
+                raise SettingRejected(
+                    message, errors=[{"location": ["peft", "initial_adapter_id"], "message": message}]
+                )
+            adapter_id = self._served.adapter_of(self._served.find(wish.model))
+        return self._initial_adapters.get(adapter_id) if adapter_id is not None else None
+
     def base_of(self, name: str) -> str:
         """Return the model that a base's name stands for: by the settings, or the model of that id.
 
         Raises:
             ModelNotFound: It stands for none; the message says how to set it.
         """
-        if is_fine_tuned(name):
-            raise ModelNotFound(
-                f"{name} is a fine-tuned model; name its base. To go on from a job's checkpoint, send "
-                "peft={'resume_from': 'job_…'} with the model and the data of that job."
-            )
         base = stands_for(name, self._names)
         if base is None and "/" not in name and self._registry.resolve_local(name) is None:
             raise ModelNotFound(
@@ -346,28 +371,6 @@ def _digest(wish: FineTuneWish) -> str:
     return hashlib.sha256(json.dumps(asdict(wish), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def facts_of(record: JobRecord) -> JobFacts:
-    """Read what OpenAI's API shows of a job from its record, whichever way it came."""
-    asked, validation = record.openai_request, record.validation_dataset_id
-    return JobFacts(
-        id=record.id,
-        state=record.state,
-        asked_model=asked.model if asked is not None else record.model_id,
-        suffix=asked.suffix if asked is not None else None,
-        learning_rate_multiplier=asked.learning_rate_multiplier if asked is not None else None,
-        metadata=asked.metadata if asked is not None else None,
-        config=recorded(record.config),
-        training_file=fine_tunes.training_file_of(record.dataset_id),
-        validation_file=fine_tunes.training_file_of(validation) if validation is not None else None,
-        created_at=record.created_at,
-        finished_at=record.finished_at if record.state in FINAL_STATES else None,
-        eta_s=record.progress.eta_s,
-        tokens=record.result.tokens if record.result is not None else None,
-        error=(record.error.error_class, record.error.message) if record.error is not None else None,
-        has_model=record.adapter_id is not None,
-    )
-
-
 @singleton
 def get_fine_tuning_service() -> FineTuningService:
     """Return the process's fine-tuning service."""
@@ -377,6 +380,8 @@ def get_fine_tuning_service() -> FineTuningService:
         get_dataset_service(),
         get_peft_service(),
         get_model_registry_service(),
+        get_served_model_service(),
+        get_initial_adapters(),
         get_settings().model_names,
         SystemClock(),
     )

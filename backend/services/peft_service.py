@@ -15,6 +15,7 @@ from domain.memory.unsloth import UnslothHere
 from domain.memory.verdict import Assessment, assess, assess_loading, savings
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig
+from domain.peft.initial_adapter import InitialAdapter
 from domain.peft.use_cases import UseCaseId
 from services.engine_service import get_engines
 from services.engines.warm import Engines
@@ -98,19 +99,24 @@ class PeftService:
         use_case: UseCaseId | None,
         overrides: dict[str, Any],
         where: ModelOnDevice | None = None,
+        initial: InitialAdapter | None = None,
     ) -> Configuration:
         """Make a complete configuration for a model on a device, or without a model for this machine.
+
+        Args:
+            initial: The adapter that the run continues, if it continues one.
 
         Raises:
             SettingRejected: An override cannot take effect.
         """
         if where is None:
             machine = self._machine.device("auto").facts
-            return configure(algorithm, use_case=use_case, overrides=overrides, machine=machine)
+            return configure(algorithm, use_case=use_case, overrides=overrides, machine=machine, initial=initial)
         # The memory of a base that serves this configuration counts as free. Otherwise a base that fits would be loaded
         # a second time in fewer bits.
         with self._pool.lock:
-            own = where.loaded.base if where.loaded is not None else self._base_for(where, algorithm, overrides)
+            kept = overrides if initial is None else initial.settings | overrides
+            own = where.loaded.base if where.loaded is not None else self._base_for(where, algorithm, kept)
             device = self._pool.room_on(where.device, own)
         return configure(
             algorithm,
@@ -119,6 +125,7 @@ class PeftService:
             machine=device.facts,
             shape=where.shape,
             available_bytes=device.available_bytes,
+            initial=initial,
         )
 
     def _base_for(self, where: ModelOnDevice, algorithm: Algorithm, overrides: dict[str, Any]) -> LoadedBase | None:

@@ -31,10 +31,10 @@ from domain.peft.algorithms import Algorithm
 from domain.vllm import VllmBase, VllmServing, serve_with_vllm
 from services.adapter_service import AdapterService, get_adapter_service
 from services.dataset_service import get_dataset_service
-from services.fine_tuning_service import facts_of
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
 from services.peft_service import LoadedModel, LoadRequest, PeftService, get_peft_service
 from services.training.checkpoint_adapters import CheckpointAdapters, checkpoint_adapter_id
+from services.training.fine_tune_facts import facts_of
 from services.training.ledger import JobLedger
 from services.training_service import get_training_service
 from store.records import AdapterRecord
@@ -213,6 +213,18 @@ class ServedModelService:
             return VllmBase(str(local.path), None)  # it did not come from the Hub
         return VllmBase(record.base_model_id, record.base_revision)
 
+    def adapter_of(self, model: ServedModel) -> str | None:
+        """Return the adapter of a fine-tuned model, which is made if the model is a checkpoint; None for a base.
+
+        Raises:
+            CheckpointNotFound, CheckpointUnusable: Its job has no such checkpoint, or it is damaged.
+            ModelBusy: The base did not come free in time to write the adapter.
+            StudioError: As loading the base says, or the engine.
+        """
+        if model.job_id is None or model.step is None:
+            return model.adapter_id
+        return self._checkpoints.adapter_of(self._ledger.get(model.job_id), model.step).id
+
     # Answering
 
     def ready(self, model: ServedModel) -> tuple[LoadedModel, str | None]:
@@ -227,9 +239,7 @@ class ServedModelService:
             ModelBusy: A job holds the base.
             StudioError: As the load says, or the engine.
         """
-        adapter_id = model.adapter_id
-        if model.job_id is not None and model.step is not None:
-            adapter_id = self._checkpoints.adapter_of(self._ledger.get(model.job_id), model.step).id
+        adapter_id = self.adapter_of(model)
         loaded = self._in_memory(model) or self._peft.load(
             LoadRequest(
                 model_id=model.base_id,

@@ -15,6 +15,7 @@ from services.hardware_service import get_machine
 from services.peft_service import get_peft_service
 from services.training.checkpoint_store import CheckpointStore
 from services.training.dataset_analysis import get_dataset_analysis_service
+from services.training.initial_adapters import get_initial_adapters
 from services.training.job_intake import JobIntake, JobRequest, digest_of
 from services.training.ledger import JobLedger
 from services.training.queue import QueuePlace, TrainingQueue
@@ -201,5 +202,5 @@ def get_training_service() -> TrainingService:
         get_host_probe().oom_kills,
     )
     queue = TrainingQueue(ledger, work, checkpoints, contexts, clock, get_machine().training_devices)
-    intake = JobIntake(datasets, peft, analyses, checkpoints)
+    intake = JobIntake(datasets, peft, analyses, checkpoints, get_initial_adapters())
     return TrainingService(ledger, queue, intake, checkpoints, contexts, clock)

@@ -47,6 +47,7 @@ class JobRecord:
         attempts: How often it was started.
         stalls: Deaths of its engine or of the server since its last checkpoint.
         resumed_from: The checkpoint of another job that it began with, as `job/step-…`.
+        initial_adapter_id: The adapter whose weights it begins with, if it continues one.
         cancel_request: What to keep of a running job that a client has cancelled; None if nobody has. It is stored
             so that it survives the end of the server.
         openai_request: What OpenAI's API shows of the request that made it; None where it came another way.
@@ -74,6 +75,7 @@ class JobRecord:
     attempts: int = 0
     stalls: int = 0
     resumed_from: str | None = None
+    initial_adapter_id: str | None = None
     cancel_request: str | None = None
     adapter_id: str | None = None
     error: Failure | None = None

@@ -161,6 +161,11 @@ class Jobs:
         query = select(func.count()).select_from(jobs).where((jobs.c.state == JobState.QUEUED) & ahead)
         return int(self._connection.execute(query).scalar_one())
 
+    def continuing(self, adapter_id: str, states: frozenset[JobState]) -> list[str]:
+        """Return the ids of the jobs in some states that begin with an adapter's weights."""
+        query = select(jobs.c.id).where((jobs.c.initial_adapter_id == adapter_id) & jobs.c.state.in_(sorted(states)))
+        return [str(job_id) for (job_id,) in self._connection.execute(query)]
+
     def count_by_state(self) -> dict[str, int]:
         """Return how many jobs are in each state that any job is in."""
         query = select(jobs.c.state, func.count()).group_by(jobs.c.state)

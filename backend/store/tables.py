@@ -64,6 +64,7 @@ jobs = Table(
     Column("stalls", Integer, nullable=False, server_default="0"),
     Column("gpus", Integer, nullable=False, server_default="1"),
     Column("resumed_from", String(100)),
+    Column("initial_adapter_id", String(40)),
     # Databases of earlier versions have this name; the key is the name in Python.
     Column("cancel_wish", String(20), key="cancel_request"),
     Column("adapter_id", String(40)),

@@ -117,10 +117,19 @@ def _lineage(house: House, record: AdapterRecord) -> dict[str, Any]:
     return {
         "job": job,
         "earlier": earlier,
+        "initial": _initial(house, record.source.get("initial_adapter_id")),
         "dataset": _dataset(house, record),
         "step": record.source.get("step"),
         "source": {name: value for name, value in record.source.items() if isinstance(value, str)},
     }
+
+
+def _initial(house: House, adapter_id: str | None) -> dict[str, str | None] | None:
+    """Return the adapter that another one continues: its name is None where it is no longer here."""
+    if adapter_id is None:
+        return None
+    names = {record.id: record.name for record in house.adapters.all()}
+    return {"id": adapter_id, "name": names.get(adapter_id)}
 
 
 def _job(house: House, job_id: str | None) -> JobRecord | None:

@@ -7,11 +7,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from api.compatibility import CompatibilityResponse
+from api.configuring import configured
 from api.dataset_analysis_schemas import AnalyzeRequest, analysis_view
 from api.dataset_schemas import dataset_view
 from api.model_schemas import LocalModelsResponse, SearchResponse
 from api.peft_schemas import ConfigureRequest, ConfigureResponse
-from api.peft_views import algorithm_view, configuration_view
+from api.peft_views import algorithm_view
 from api.training_schemas import job_view
 from api.waiting import may_ask_the_hub, until_done
 from core.errors import StudioError
@@ -25,6 +26,7 @@ from services.model_registry_service import ModelRegistryService, get_model_regi
 from services.peft_service import PeftService, get_peft_service
 from services.training.compatibility import CompatibilityService, get_compatibility_service
 from services.training.dataset_analysis import AnalysisRequest, DatasetAnalysisService, get_dataset_analysis_service
+from services.training.initial_adapters import InitialAdapters, get_initial_adapters
 from services.training_service import TrainingService, get_training_service
 from web.pages import page, pages_router
 
@@ -35,6 +37,7 @@ Datasets = Annotated[DatasetService, Depends(get_dataset_service)]
 Peft = Annotated[PeftService, Depends(get_peft_service)]
 Registry = Annotated[ModelRegistryService, Depends(get_model_registry_service)]
 Training = Annotated[TrainingService, Depends(get_training_service)]
+Initial = Annotated[InitialAdapters, Depends(get_initial_adapters)]
 Compatibility = Annotated[CompatibilityService, Depends(get_compatibility_service)]
 Analyses = Annotated[DatasetAnalysisService, Depends(get_dataset_analysis_service)]
 
@@ -68,8 +71,11 @@ def new(
     start: dict[str, Any] = {"model_id": model_id, "dataset_id": dataset_id, "algorithm": "lora", "use_case": "chatbot"}
     if like is not None:
         job = job_view(training.ledger.get(like), None)
-        names = ("model_id", "dataset_id", "algorithm", "validation_fraction")
-        start |= {name: getattr(job, name) for name in names} | {"use_case": "", "overrides": job.config.model_dump()}
+        names = ("model_id", "dataset_id", "algorithm", "validation_fraction", "initial_adapter_id")
+        overrides = job.config.model_dump()
+        if job.initial_adapter_id is not None:
+            del overrides["init_weights"]  # it follows from the adapter
+        start |= {name: getattr(job, name) for name in names} | {"use_case": "", "overrides": overrides}
     return page(
         request,
         "new.html",
@@ -123,10 +129,12 @@ def offered_datasets(
 
 
 @posted.post("/new/settings")
-async def settings(request: Request, body: ConfigureRequest, peft: Peft, compatibility: Compatibility) -> HTMLResponse:
+async def settings(
+    request: Request, body: ConfigureRequest, peft: Peft, compatibility: Compatibility, initial: Initial
+) -> HTMLResponse:
     """Return every setting with its source and reason, and the estimate of memory."""
-    shown, fit = await may_ask_the_hub(_settle, body, peft, compatibility)
-    parameters = {each.name: each for each in algorithm_view(SPECS[body.algorithm], peft).parameters}
+    shown, fit = await may_ask_the_hub(_settle, body, peft, compatibility, initial)
+    parameters = {each.name: each for each in algorithm_view(SPECS[shown.algorithm], peft).parameters}
     others = sorted(name for name in shown.parameters if name not in _FIRST)
     return page(
         request,
@@ -159,14 +167,13 @@ async def analysis(request: Request, body: AnalyzeRequest, datasets: Datasets, a
 
 
 def _settle(
-    body: ConfigureRequest, peft: PeftService, compatibility: CompatibilityService
+    body: ConfigureRequest, peft: PeftService, compatibility: CompatibilityService, initial: InitialAdapters
 ) -> tuple[ConfigureResponse, CompatibilityResponse | None]:
-    where = peft.on_device(body.model_id, body.revision) if body.model_id is not None else None
-    shown = configuration_view(body, peft.configure(body.algorithm, body.use_case, body.overrides.sent(), where))
-    if body.model_id is None:
+    shown = configured(body, peft, initial)
+    if shown.model_id is None:
         return shown, None
     chosen = {name: getattr(shown.config, name) for name in _OF_MEMORY}
-    found = compatibility.check(body.model_id, body.revision, body.algorithm, chosen, "auto", None)
+    found = compatibility.check(shown.model_id, body.revision, shown.algorithm, chosen, "auto", None)
     return shown, CompatibilityResponse.model_validate(found)
 
 

@@ -9,11 +9,11 @@ from fastapi.responses import HTMLResponse
 from domain.openai.fine_tunes import name_of
 from services.adapter_service import AdapterService, get_adapter_service
 from services.dataset_service import DatasetService, get_dataset_service
-from services.fine_tuning_service import facts_of
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
 from services.peft_service import PeftService, get_peft_service
 from services.served_model_service import ServedModelService, get_served_model_service
 from services.training.checkpoint_adapters import checkpoint_adapter_id
+from services.training.fine_tune_facts import facts_of
 from services.training_service import TrainingService, get_training_service
 from store.records import AdapterRecord
 from web.pages import page, pages_router

@@ -168,6 +168,7 @@ class PeftOptions(PeftOverrides):
     name: Text | None = None
     priority: int = Field(default=0, ge=-100, le=100)
     resume_from: ResumeFrom | None = None
+    initial_adapter_id: Id | None = None
     gpus: int = Field(default=1, ge=1, le=64)
     force: bool = False
 

@@ -24,6 +24,7 @@ from domain.memory.activations import (
 from domain.memory.unsloth import UnslothHere
 from domain.models.shape import ModelShape, Role
 from domain.peft.config import DECOMPOSED, PeftConfig
+from domain.peft.objectives import SPECS as OBJECTIVES
 
 # NF4 with double quantisation, bytes a parameter: 4 bits, one 8-bit scale a 64 block, one fp32 a 256 scales
 # (QLoRA, arXiv 2305.14314, section 3).
@@ -138,6 +139,7 @@ class Estimate:
     """Bytes by component; the components add up to the total.
 
     Attributes:
+        adapter_bytes: The adapter, and beside it the one that the run continues where preferences are compared with it.
         activations_bytes: What layers and adapters keep for the backward pass.
         overhead_bytes: Interpreter, libraries, context, and what the allocator cannot reuse.
         low_bytes: The range that held for the points in docs/memory-estimate.md.
@@ -283,6 +285,7 @@ def estimate(
     optimizer = trained * 2 * (1 if config.optimizer == "adamw_8bit" else stack.adapter_width)
     # Gradients take the place of activations as these are freed, unless several passes add up to one step.
     gradients = adapter if config.gradient_accumulation > 1 else max(0, adapter - activations - logits)
+    adapter += reference_bytes(config, adapter)
     training = weights + adapter + gradients + optimizer + activations + logits
     if fast:
         # It turns expandable segments on (unsloth_zoo/__init__.py), which leave nothing that cannot be used again.
@@ -307,6 +310,11 @@ def estimate(
         engine="unsloth" if fast else "transformers",
         host_bytes=by_unsloth.host_bytes(shape, config, batch) if fast else 0,
     )
+
+
+def reference_bytes(config: PeftConfig, adapter_bytes: int) -> int:
+    """Bytes of what an objective compares with: nothing for the base alone, a copy of an adapter that is continued."""
+    return adapter_bytes if config.init_weights == "adapter" and OBJECTIVES[config.objective].refers else 0
 
 
 def _at_once(layers: Layers, logits: int, stack: Stack) -> tuple[int, int]:

@@ -58,6 +58,7 @@ class OwnOptions:
     resume_from: str | None = None
     gpus: int = 1
     force: bool = False
+    initial_adapter_id: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -163,7 +164,8 @@ class JobFacts:
     """What a job is, as far as OpenAI's API shows it. The store's record is read into this.
 
     Attributes:
-        asked_model: The base's name as it was sent.
+        asked_model: The model's name as it was sent: of a base, or of the fine-tuned model that the job continues.
+        base_name: The base's name.
         eta_s: Seconds to the end; None where that is not known.
         tokens: Trained on, once it has succeeded.
         error: (code, message) of a job that failed.
@@ -172,6 +174,7 @@ class JobFacts:
     id: str
     state: JobState
     asked_model: str
+    base_name: str
     suffix: str | None
     learning_rate_multiplier: float | None
     metadata: dict[str, str] | None
@@ -188,7 +191,7 @@ class JobFacts:
 
 def name_of(facts: JobFacts) -> FineTunedName:
     """Return the name of the model that a job trains."""
-    return FineTunedName(facts.asked_model, suffix_in_name(facts.suffix), id_in_name(facts.id))
+    return FineTunedName(facts.base_name, suffix_in_name(facts.suffix), id_in_name(facts.id))
 
 
 def as_seconds(moment: str) -> int:

@@ -34,7 +34,9 @@ class PeftConfig(BaseModel):
     bias: Literal["none"] = Field(description="Which biases are trained. Only 'none': see the constraints.")
     use_rslora: bool = Field(description="Scale by alpha / √r (rsLoRA).")
     use_dora: bool = Field(description="Train magnitudes beside directions (DoRA).")
-    init_weights: Literal["default", "gaussian", Decomposed] = Field(description="How A and B start.")
+    init_weights: Literal["default", "gaussian", "adapter", Decomposed] = Field(
+        description="How A and B start; 'adapter': as those of the job's initial_adapter_id."
+    )
     objective: Objective = Field(
         description="What is learned: 'sft' the answers themselves, 'dpo' and 'orpo' which of two answers is better, "
         "'kto' which answers are good."

@@ -13,6 +13,7 @@ from services.dataset_service import DatasetService
 from services.loading.borrowing import Wait, borrow
 from services.peft_service import ConfiguredLoad, PeftService
 from services.training.checkpoint_store import CheckpointStore
+from services.training.lineage import lineage_of
 from services.training.run_card import about_run
 from store.records import AdapterRecord, JobRecord, to_text
 
@@ -111,7 +112,7 @@ class CheckpointAdapters:
                 path=command.output_path,
                 created_at=to_text(self._clock.now()),
                 version=0,  # given when it is stored
-                source={"kind": "checkpoint", "job_id": job.id, "step": step},
+                source={"kind": "checkpoint", "job_id": job.id, "step": step, **lineage_of(job)},
             )
         )
 

@@ -12,6 +12,7 @@ from domain.memory.activations import Batch
 from domain.memory.hardware_fit import FITTED
 from domain.peft.algorithms import SPECS, Algorithm
 from domain.peft.config import PeftConfig, recorded
+from domain.peft.initial_adapter import InitialAdapter
 from domain.peft.objectives import SPECS as OBJECTIVES
 from domain.peft.objectives import usual_settings
 from domain.peft.use_cases import UseCaseId
@@ -19,12 +20,18 @@ from services.dataset_service import DatasetService
 from services.peft_service import LoadedModel, ModelOnDevice, PeftService
 from services.training.checkpoint_store import CheckpointStore
 from services.training.dataset_analysis import DatasetAnalysisService
+from services.training.initial_adapters import InitialAdapters
 from store.records import DatasetRecord, JobRecord
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """A client's request for a training."""
+    """A client's request for a training.
+
+    Attributes:
+        algorithm: None for that of the initial adapter.
+        initial_adapter_id: The adapter whose weights it begins with.
+    """
 
     model_id: str | None
     loaded_model_id: str | None
@@ -33,7 +40,7 @@ class JobRequest:
     validation_dataset_id: str | None
     validation_fraction: float
     use_case: UseCaseId | None
-    algorithm: Algorithm
+    algorithm: Algorithm | None
     overrides: dict[str, Any]
     name: str | None
     priority: int
@@ -42,9 +49,13 @@ class JobRequest:
     force: bool
     gpus: int = 1
     openai_request: OpenAIRequest | None = None
+    initial_adapter_id: str | None = None
 
 
-_MUST_MATCH = ("model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction")
+_MUST_MATCH = (
+    "model_id", "revision", "algorithm", "dataset_id", "validation_dataset_id", "validation_fraction",
+    "initial_adapter_id",
+)  # fmt: skip
 # The settings that may differ between a run and the one whose checkpoint it begins with.
 _MAY_DIFFER = frozenset({
     "epochs", "max_steps", "eval_every_steps", "early_stopping_patience",
@@ -61,8 +72,10 @@ class JobIntake:
         peft: PeftService,
         analyses: DatasetAnalysisService,
         checkpoints: CheckpointStore,
+        initial_adapters: InitialAdapters,
     ) -> None:
         self.datasets, self.peft, self.analyses, self.checkpoints = datasets, peft, analyses, checkpoints
+        self.initial_adapters = initial_adapters
 
     def record(self, request: JobRequest, job_id: str, source: JobRecord | None, now: str) -> JobRecord:
         """Return the job that a request asks for; its sequence number is given when it is stored.
@@ -75,24 +88,29 @@ class JobIntake:
 
         Raises:
             SettingRejected: A setting cannot take effect.
-            DatasetNotFound, ModelNotFound, LoadedModelNotFound, CheckpointNotFound: What it names does not exist.
+            DatasetNotFound, ModelNotFound, LoadedModelNotFound, CheckpointNotFound, AdapterNotFound: What it names does
+                not exist.
             CheckpointUnusable: The checkpoint is damaged or belongs to another kind of run.
+            AdapterDamaged, AdapterNotContinuable: No run can begin with the adapter.
             DoesNotFit: It needs more memory than there is, and `force` is not set.
         """
         loaded = self.peft.get(request.loaded_model_id) if request.loaded_model_id is not None else None
-        model_id, revision = _model_of(request, loaded)
-        overrides = _overrides(request, loaded, source)
+        continues = request.initial_adapter_id
+        initial = self.initial_adapters.get(continues) if continues is not None else None
+        algorithm = request.algorithm or (initial.algorithm if initial is not None else Algorithm.LORA)
+        model_id, revision = _model_of(request, loaded, initial)
+        overrides = _overrides(request, algorithm, loaded, source, initial)
         dataset = self.datasets.get(request.dataset_id)
         overrides = usual_settings(dataset.format) | overrides
         where = self.peft.on_device(model_id, revision, loaded=loaded)
-        config = self.peft.configure(request.algorithm, request.use_case, overrides, where).config
+        config = self.peft.configure(algorithm, request.use_case, overrides, where, initial).config
         self._check_gpus(request, config)
         self._check_data(request, config)
         for dataset_id in filter(None, (request.dataset_id, request.validation_dataset_id)):
             self.analyses.check_learnable(dataset_id, model_id, revision, config)
         record = JobRecord(
             id=job_id,
-            name=request.name or f"{request.algorithm.value} on {model_id.rsplit('/', 1)[-1]}",
+            name=request.name or f"{algorithm.value} on {model_id.rsplit('/', 1)[-1]}",
             priority=request.priority,
             idempotency_key=request.idempotency_key,
             request_sha256=digest_of(request),
@@ -100,7 +118,7 @@ class JobIntake:
             revision=revision,
             loaded_model_id=request.loaded_model_id,
             load_options=loaded.base.wanted.options if loaded is not None else None,
-            algorithm=request.algorithm.value,
+            algorithm=algorithm.value,
             config=config.model_dump(mode="json"),
             dataset_id=request.dataset_id,
             validation_dataset_id=request.validation_dataset_id,
@@ -108,6 +126,7 @@ class JobIntake:
             gpus=request.gpus,
             progress=JobProgress(forced=True) if request.force else JobProgress(),
             openai_request=request.openai_request,
+            initial_adapter_id=request.initial_adapter_id,
             created_at=now,
         )
         checkpoint = self._checkpoint_for(record, source, request.resume_from)
@@ -177,32 +196,47 @@ class JobIntake:
         return replace(record, progress=record.progress.begun_with(step), resumed_from=f"{source_id}/{checkpoint_id}")
 
 
-def _model_of(request: JobRequest, loaded: LoadedModel | None) -> tuple[str, str | None]:
+def _model_of(
+    request: JobRequest, loaded: LoadedModel | None, initial: InitialAdapter | None
+) -> tuple[str, str | None]:
     if loaded is None:
+        if initial is not None:
+            return initial.base_for(request.model_id, request.revision)
         if request.model_id is None:
             raise _rejected("model_id", "name a model_id or a loaded_model_id")
         return request.model_id, request.revision
     if request.model_id is not None and request.model_id != loaded.model_id:
         raise _rejected("model_id", f"the loaded model is {loaded.model_id}; leave model_id out")
+    if initial is not None and (loaded.model_id, loaded.revision) != (initial.base_model_id, initial.base_revision):
+        raise _rejected("loaded_model_id", f"{initial.id} belongs to {initial.base}, and this is another model")
     return loaded.model_id, loaded.revision
 
 
-def _overrides(request: JobRequest, loaded: LoadedModel | None, source: JobRecord | None) -> dict[str, Any]:
+def _overrides(
+    request: JobRequest,
+    algorithm: Algorithm,
+    loaded: LoadedModel | None,
+    source: JobRecord | None,
+    initial: InitialAdapter | None,
+) -> dict[str, Any]:
     """Return the settings of a job that are not left to the defaults.
 
     They come from its client, from the loaded model that it names, and from the job whose checkpoint it begins with:
 
     - Quantization and precision are those of the loaded model. A request for others is refused.
-    - The settings that the client chose when it loaded the model hold for jobs of the same algorithm.
+    - The settings that the client chose when it loaded the model hold for jobs of the same algorithm, but for those
+      that follow from the adapter that the job continues.
     - The settings that were fitted to the memory for the earlier job stay as they are.
     """
     overrides = dict(request.overrides)
     if loaded is not None:
-        if loaded.algorithm == request.algorithm:
-            overrides = _asked_of(loaded, overrides) | overrides
+        if loaded.algorithm == algorithm:
+            asked = _asked_of(loaded, overrides)
+            decided = initial.decided if initial is not None else {}
+            overrides = {name: value for name, value in asked.items() if name not in decided} | overrides
         for name in ("quantization", "precision"):
             have = getattr(loaded.base.key, name)
-            wanted = overrides.get(name, SPECS[request.algorithm].fixed.get(name, have))
+            wanted = overrides.get(name, SPECS[algorithm].fixed.get(name, have))
             if wanted != have:
                 raise _rejected(name, f"the loaded model has {name}={have!r}, the job needs {wanted!r}; load another")
             overrides[name] = have
@@ -223,6 +257,8 @@ def digest_of(request: JobRequest) -> str:
     del values["openai_request"]  # what it says is in the others, or changes nothing
     if request.gpus == 1:
         del values["gpus"]  # requests that are stored already have no such field
+    if request.initial_adapter_id is None:
+        del values["initial_adapter_id"]
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 

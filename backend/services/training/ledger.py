@@ -7,7 +7,7 @@ from typing import Any
 
 from core.broadcast import Broadcast
 from core.clock import Clock
-from core.errors import Conflict, JobNotFound, TransitionNotPermitted
+from core.errors import AdapterNotFound, Conflict, JobNotFound, TransitionNotPermitted
 from core.logging import get_logger
 from domain.jobs.progress import JobProgress
 from domain.jobs.states import FINAL_STATES, JobState, may_change
@@ -128,12 +128,16 @@ class JobLedger:
 
         Raises:
             IdempotencyKeyReused: The key belongs to another request.
+            AdapterNotFound: The adapter that it continues is not there any more.
         """
         with self._database.begin() as connection:
             jobs = Jobs(connection)
             earlier = _earlier(jobs, record.idempotency_key, record.request_sha256)
             if earlier is not None:
                 return earlier
+            initial = record.initial_adapter_id
+            if initial is not None and Adapters(connection).get(initial) is None:
+                raise AdapterNotFound(f"The adapter {initial} was deleted meanwhile.")
             record = replace(record, sequence=jobs.next_sequence())
             jobs.add(record)
             jobs.append_event(record.id, "state", {"state": record.state.value}, record.created_at)

@@ -15,6 +15,7 @@ from domain.jobs.states import JobState
 from services.engines.process import CommandFailed, EngineDied, death_class
 from services.training.checkpoint_store import CheckpointStore
 from services.training.ledger import JobLedger
+from services.training.lineage import lineage_of
 from services.training.run_control import ENDINGS, Ending, RunControl, RunStopped
 from services.training.run_journal import RunJournal
 from services.training.running_job import RunningJob
@@ -133,7 +134,7 @@ class TrainingRun:
             path=trained.path,
             created_at=now,
             version=0,  # given when it is stored
-            source={"kind": "training", "job_id": record.id},
+            source={"kind": "training", "job_id": record.id, **lineage_of(record)},
         )
         kept = JobResult(**dict(figures), log_tail=trained.log_tail)
         state = JobState.CANCELLED if figures.stopped_on_request else JobState.SUCCEEDED

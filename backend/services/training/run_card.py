@@ -13,6 +13,7 @@ def about_run(datasets: DatasetService, job: JobRecord) -> AboutRun:
         job_id=job.id,
         algorithm=job.algorithm,
         resumed_from=job.resumed_from,
+        initial_adapter_id=job.initial_adapter_id,
         dataset_sha256=datasets.get(job.dataset_id).sha256,
         dataset=datasets.describe(job.dataset_id),
         validation_dataset=datasets.describe(validation) if validation is not None else None,

@@ -167,6 +167,7 @@ class TrainingWork:
         rows = job.patiently(lambda: str(self._datasets.rows_path(record.dataset_id)))
         held_out = job.patiently(lambda: str(self._datasets.rows_path(validation))) if validation else None
         about = job.patiently(lambda: about_run(self._datasets, record))
+        initial = job.patiently(lambda: self._folder_of(record.initial_adapter_id))
 
         command = protocol.Train(
             adapter_id=adapter_id,
@@ -183,12 +184,17 @@ class TrainingWork:
             about=about,
             hands_out=journal.progress.hands_out,
             workers=workers,
+            initial_adapter_path=initial,
         )
         engine = EngineUsed(name=model.base.key.engine, reason=model.base.wanted.engine_reason, computation=None)
         journal.progress = journal.progress.on_engine(engine)  # written with the next event
         figures = control.request(process, command, on_event).result()
         model.base.attached(adapter_id, figures.memory_bytes)
         return Trained(model, adapter_id, command.output_path, about.dataset_sha256, figures, process.log_tail())
+
+    def _folder_of(self, adapter_id: str | None) -> str | None:
+        """Return the folder of the adapter that a job continues, after a check of its files."""
+        return self._adapters.verified(adapter_id).path if adapter_id is not None else None
 
     def savings(self, job: JobRecord, device: str) -> list[str]:
         """Name settings that would need less memory, and how much less; none where the model's layers are not known."""

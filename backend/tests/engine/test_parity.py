@@ -10,6 +10,7 @@ from engine.rows import RowStore
 from tests.engine.test_methods import config_for
 from tests.engine.test_trainer import make_rows
 from tests.support import preferences_in_trl
+from tests.support.random_adapter import make_random_adapter
 from tests.support.three_ways import WARMUP_STEPS, engine_losses, losses_by_hand, losses_in_trl
 
 # Relative. Of fp32: the engine's head runs only where there is a loss, so that sums are made in another order; one or
@@ -65,4 +66,17 @@ def test_preferences_are_learned_with_the_loss_curve_of_trl(tiny_path: Path, tmp
     rows = preferences_in_trl.rows_for(tiny_path, config)
     ours = engine_losses(tiny_path, config, rows)
     assert ours == pytest.approx(preferences_in_trl.losses_in_trl(tiny_path, config, rows, tmp_path), rel=1e-5)
+    assert ours[-1] < ours[0]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_preferences_after_answers_have_the_loss_curve_of_trl(tiny_path: Path, tmp_path: Path, objective: str) -> None:
+    """The adapter that is continued is also what both compare with."""
+    first = preferences_in_trl.config_for(objective, learning_rate=5e-3)
+    before = tmp_path / "before"
+    make_random_adapter(tiny_path, before, "tests/tiny", first.rank, 3, size=0.1, lora_alpha=first.alpha)
+    config = first.model_copy(update={"init_weights": "adapter"})
+    rows = preferences_in_trl.rows_for(tiny_path, config)
+    ours = engine_losses(tiny_path, config, rows, before)
+    assert ours == pytest.approx(preferences_in_trl.losses_in_trl(tiny_path, config, rows, tmp_path, before), rel=1e-5)
     assert ours[-1] < ours[0]

@@ -121,4 +121,6 @@ def _allowed(algorithm: Algorithm, name: str, value: Any) -> bool:
         return bool(value == spec.fixed[name])
     if name == "loftq_iterations" and spec.fixed.get("init_weights") != "loftq":
         return value is None  # refused: tests/api/test_settings_refused.py
+    if (name, value) == ("init_weights", "adapter"):
+        return False  # it needs an adapter to continue: tests/engine/test_continuing.py
     return not any(value == refused for refused in spec.refused.get(name, {}))

@@ -83,8 +83,14 @@ def _trl_rows(config: PeftConfig, rows: RowStore) -> list[dict[str, Any]]:
     ]
 
 
-def losses_in_trl(path: Path, config: PeftConfig, rows: RowStore, scratch: Path) -> list[float]:
-    """Train with TRL's trainer of the objective."""
+def losses_in_trl(
+    path: Path, config: PeftConfig, rows: RowStore, scratch: Path, continues: Path | None = None
+) -> list[float]:
+    """Train with TRL's trainer of the objective.
+
+    Args:
+        continues: The folder of the adapter that is continued, if one is. TRL compares with a copy of it then.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
@@ -112,6 +118,9 @@ def losses_in_trl(path: Path, config: PeftConfig, rows: RowStore, scratch: Path)
     )
     data = Dataset.from_list(_trl_rows(config, rows))
     Recording(
-        model=adapted(path, config), args=arguments, train_dataset=data, processing_class=load_tokenizer(path)
+        model=adapted(path, config, continues),
+        args=arguments,
+        train_dataset=data,
+        processing_class=load_tokenizer(path),
     ).train()
     return found

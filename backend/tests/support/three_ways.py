@@ -55,11 +55,15 @@ def epochs(config: PeftConfig, rows: RowStore, pad_id: int) -> list[Batches]:
     ]
 
 
-def engine_losses(path: Path, config: PeftConfig, rows: RowStore) -> list[float]:
-    """Train as the service does; return the loss of each step."""
+def engine_losses(path: Path, config: PeftConfig, rows: RowStore, continues: Path | None = None) -> list[float]:
+    """Train as the service does; return the loss of each step.
+
+    Args:
+        continues: The folder of the adapter that is continued, if one is.
+    """
     base = Base(path, config, "cpu", "transformers")
     set_seed(config.seed)
-    initial = create_adapter(base, "adp", config, "tests/tiny", None)
+    initial = create_adapter(base, "adp", config, "tests/tiny", None, continues=continues)
     events: list[Any] = []
     Trainer(
         base, config, rows, RowStore(), request_id="r", emit=events.append, control=_GoOn(), initial=initial
@@ -67,8 +71,8 @@ def engine_losses(path: Path, config: PeftConfig, rows: RowStore) -> list[float]
     return [event.loss for event in events if isinstance(event, StepMetrics)]
 
 
-def adapted(path: Path, config: PeftConfig) -> PeftModel:
-    """Load with stock transformers and PEFT, as a script would."""
+def adapted(path: Path, config: PeftConfig, continues: Path | None = None) -> PeftModel:
+    """Load with stock transformers and PEFT, as a script would: with a new adapter, or with one to train on."""
     quantization = None
     if config.quantization == "nf4":
         quantization = BitsAndBytesConfig(
@@ -80,6 +84,8 @@ def adapted(path: Path, config: PeftConfig) -> PeftModel:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=quantization)
     model.requires_grad_(False)
     set_seed(config.seed)
+    if continues is not None:
+        return PeftModelForCausalLM.from_pretrained(model, continues, is_trainable=True)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,

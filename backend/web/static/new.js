@@ -15,6 +15,7 @@ const checked = (name) => form.querySelector(`[name=${name}]:checked`);
 function method() {
   const body = { algorithm: form.algorithm.value };
   if (form.use_case.value) body.use_case = form.use_case.value;
+  if (form.dataset.initial) body.initial_adapter_id = form.dataset.initial;
   if (Object.keys(overrides).length) body.overrides = overrides;
   return body;
 }
@@ -145,7 +146,8 @@ async function showAnalysis(signal) {
 async function fetchAnalysis(model, dataset, signal) {
   const address = `/new/analysis?dataset_id=${encodeURIComponent(dataset)}`;
   const holder = document.createElement("div");
-  const answer = await showPartUnlessWaiting(holder, address, { ...method(), model_id: model }, signal);
+  const { initial_adapter_id: _, ...told } = method(); // what is learned from the rows does not depend on it
+  const answer = await showPartUnlessWaiting(holder, address, { ...told, model_id: model }, signal);
   if (answer.status !== 202) analysis.replaceChildren(...holder.childNodes);
   return answer;
 }
@@ -174,7 +176,7 @@ function showCalls() {
   document.getElementById("as-curl").textContent =
     `curl ${location.origin}/api/training/jobs \\\n  -H 'Content-Type: application/json' \\\n  -d ${quoted(JSON.stringify(sent, null, 1))}`;
   const file = checked("dataset_id")?.dataset.file ?? "file-…";
-  const own = { algorithm: sent.algorithm, ...(sent.use_case ? { use_case: sent.use_case } : {}), ...(sent.validation_fraction ? { validation_fraction: sent.validation_fraction } : {}), ...overrides };
+  const own = { algorithm: sent.algorithm, ...(sent.initial_adapter_id ? { initial_adapter_id: sent.initial_adapter_id } : {}), ...(sent.use_case ? { use_case: sent.use_case } : {}), ...(sent.validation_fraction ? { validation_fraction: sent.validation_fraction } : {}), ...overrides };
   document.getElementById("as-openai").textContent =
     `from openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}/v1", api_key="not-needed")\n` +
     `job = client.fine_tuning.jobs.create(\n    model=${python(sent.model_id ?? "…")},\n    training_file=${python(file)},\n` +

@@ -261,6 +261,26 @@ def test_direct_preference_optimisation(client: OpenAI) -> None:
     ]
     assert all(choice.message.content is not None for choice in both)
     step("base and fine-tuned model answer the test prompts by chat")
+    answers = [{"messages": [*pair["input"]["messages"], *pair["preferred_output"]]} for pair in train]
+    file = client.files.create(file=("sft.jsonl", jsonl(*answers)), purpose="fine-tune")
+    first = client.fine_tuning.jobs.create(
+        model=base_model,
+        training_file=file.id,
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
+    )
+    taught = ended(client, first.id).fine_tuned_model
+    assert taught is not None
+    then = client.fine_tuning.jobs.create(
+        model=taught,
+        training_file=files[0],
+        validation_file=files[1],
+        method={"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 1, "beta": 0.1}}},
+    )
+    both_ways = ended(client, then.id)
+    assert both_ways.model == taught and both_ways.fine_tuned_model not in (None, taught)
+    first_loss = result_rows(client.files.content(both_ways.result_files[0]).read().decode())[0]["train_loss"]
+    assert float(first_loss) == pytest.approx(0.6931, abs=1e-3)  # compared with the first fine-tune, not with the base
+    step("jobs.create with method dpo on a model that was fine-tuned on answers first")
     with pytest.raises(openai.NotFoundError):
         client.responses.create(model=base_model, input="when is it")
     with pytest.raises(openai.NotFoundError):

@@ -253,13 +253,87 @@ def test_a_job_of_the_other_door_is_shown(client: OpenAI, studio: StudioServer, 
     assert found.fine_tuned_model == f"ft:{TINY_ID}:local::{job['id'].removeprefix('job_')}"
 
 
-def test_preferences_are_learned_by_dpo(client: OpenAI, studio: StudioServer) -> None:
-    def row(number: int) -> dict[str, Any]:
-        better, worse = ({"role": "assistant", "content": f"{number} {word}"} for word in ("twice", "never"))
-        asked = {"messages": [{"role": "user", "content": f"say {number}"}], "tools": [], "parallel_tool_calls": True}
-        return {"input": asked, "preferred_output": [better], "non_preferred_output": [worse]}
+def pair(number: int) -> dict[str, Any]:
+    better, worse = ({"role": "assistant", "content": f"{number} {word}"} for word in ("twice", "never"))
+    asked = {"messages": [{"role": "user", "content": f"say {number}"}], "tools": [], "parallel_tool_calls": True}
+    return {"input": asked, "preferred_output": [better], "non_preferred_output": [worse]}
 
-    file = client.files.create(file=("pairs.jsonl", jsonl(*map(row, range(12)))), purpose="fine-tune")
+
+def adapters_of(studio: StudioServer) -> dict[str, Any]:
+    return {adapter["id"]: adapter for adapter in studio.http.get("/api/adapters").json()["adapters"]}
+
+
+def test_a_fine_tuned_model_and_a_checkpoint_are_fine_tuned_on(
+    client: OpenAI, studio: StudioServer, done: Any, file_id: str
+) -> None:
+    """First answers, then preferences, with the first adapter as the reference; and answers after a checkpoint."""
+    pairs = client.files.create(file=("after.jsonl", jsonl(*map(pair, range(8)))), purpose="fine-tune")
+    by_dpo: Any = {"type": "dpo", "dpo": {"hyperparameters": {"n_epochs": 4, "batch_size": 8}}}
+    first = done.fine_tuned_model
+    preferring = client.fine_tuning.jobs.create(
+        model=first, training_file=pairs.id, method=by_dpo, suffix="then", extra_body={"peft": {"learning_rate": 0.01}}
+    )
+    short: dict[str, Any] = {"peft": {"max_steps": 1, "max_seq_length": 64}}
+    checkpoint = f"{first}:ckpt-step-4"
+    on = client.fine_tuning.jobs.create(model=checkpoint, training_file=file_id, extra_body=short)
+    begins_with = {}
+    for job, model in ((preferring, first), (on, checkpoint)):
+        result = ended(client, job.id)
+        assert result.status == "succeeded" and result.model == model, result.error
+        own, suffix = job.id.removeprefix("ftjob-"), "then" if job is preferring else ""
+        assert result.fine_tuned_model == f"ft:gpt-4o-mini-2024-07-18:local:{suffix}:{own}"
+        assert answer_of(client, result.fine_tuned_model).choices
+        shown = studio.job(inner(job.id))
+        begins_with[shown["adapter_id"]] = shown["initial_adapter_id"]
+        assert (shown["config"]["rank"], shown["config"]["init_weights"]) == (4, "adapter")
+    begun = f"adp_{done.id.removeprefix('ftjob-')}"
+    assert list(begins_with.values()) == [begun, f"{begun}s4"]
+    listed = adapters_of(studio)
+    assert {name: listed[name]["source"]["initial_adapter_id"] for name in begins_with} == begins_with
+    losses = studio.metrics(inner(preferring.id))
+    assert losses[1] == pytest.approx(0.6931, abs=1e-3) and losses[4] < losses[1]
+    assert studio.metrics(inner(on.id))[1] < studio.metrics(inner(done.id))[1]
+    for more, param in (({"rank": 8}, "rank"), ({"algorithm": "dora"}, "algorithm"), ({"revision": "x"}, "revision")):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.fine_tuning.jobs.create(model=first, training_file=file_id, extra_body={"peft": more})
+        assert refused.value.param == param
+    with pytest.raises(openai.NotFoundError, match="no-such"):
+        client.fine_tuning.jobs.create(model=f"{first}:no-such", training_file=file_id)
+
+
+def test_an_adapter_is_continued_under_api_and_stays_as_long_as_a_job_needs_it(
+    client: OpenAI, studio: StudioServer, file_id: str
+) -> None:
+    asked: dict[str, Any] = {"model": TINY_ID, "training_file": file_id, "suffix": "short"}
+    job = client.fine_tuning.jobs.create(**asked, extra_body={"peft": QUICK | {"max_steps": 1, "algorithm": "rslora"}})
+    assert ended(client, job.id).status == "succeeded"
+    adapter = f"adp_{job.id.removeprefix('ftjob-')}"
+    configured = studio.http.post("/api/peft/configure", json={"initial_adapter_id": adapter}).json()
+    assert (configured["algorithm"], configured["model_id"]) == ("rslora", TINY_ID)
+    rank = configured["parameters"]["rank"]
+    assert rank == {"value": 4, "source": "adapter", "reason": f"{adapter}, which the run continues, has it"}
+    assert configured["parameters"]["target_modules"]["value"] == ["q_proj"]
+    body = {"dataset_id": "ds_" + file_id.removeprefix("file-"), "initial_adapter_id": adapter}
+    refused = studio.http.post("/api/training/jobs", json=body | {"overrides": {"alpha": 5}})
+    assert refused.status_code == 422 and refused.json()["errors"][0]["location"] == ["alpha"]
+    missing = studio.http.post("/api/training/jobs", json=body | {"initial_adapter_id": "adp_none"})
+    assert missing.status_code == 404
+    long = {"max_seq_length": 64, "max_steps": 100_000}
+    running = studio.submit(**body, overrides=long)
+    assert (running["algorithm"], running["config"]["use_rslora"]) == ("rslora", True)
+    kept = studio.http.delete(f"/api/adapters/{adapter}")
+    assert kept.status_code == 409 and running["id"] in kept.json()["detail"]
+    studio.wait_for_step(running["id"], 1)
+    studio.http.post(f"/api/training/jobs/{running['id']}/pause")
+    studio.wait_for_state(running["id"], "paused")
+    assert studio.http.delete(f"/api/adapters/{adapter}").status_code == 409
+    studio.http.post(f"/api/training/jobs/{running['id']}/cancel")
+    studio.wait_for_state(running["id"], "cancelled")
+    assert studio.http.delete(f"/api/adapters/{adapter}").status_code == 204
+
+
+def test_preferences_are_learned_by_dpo(client: OpenAI, studio: StudioServer) -> None:
+    file = client.files.create(file=("pairs.jsonl", jsonl(*map(pair, range(12)))), purpose="fine-tune")
     asked: dict[str, Any] = {"model": TINY_ID, "training_file": file.id, "validation_file": file.id}
     with pytest.raises(openai.BadRequestError, match="dpo"):
         client.fine_tuning.jobs.create(**asked)
@@ -371,5 +445,5 @@ def test_bad_files_and_unknown_names_are_refused_with_what_to_do(client: OpenAI)
     )
     with pytest.raises(openai.NotFoundError, match="PEFT_STUDIO_MODEL_NAMES=davinci-002="):
         client.fine_tuning.jobs.create(model="davinci-002", training_file=good.id)
-    with pytest.raises(openai.NotFoundError, match="resume_from"):
+    with pytest.raises(openai.NotFoundError, match="GET /v1/models lists them"):
         client.fine_tuning.jobs.create(model="ft:a:local::1", training_file=good.id)

@@ -49,6 +49,21 @@ def test_adapter_parameters_are_those_that_peft_counts() -> None:
     assert adapter_parameters(_shape(), _config(Algorithm.DORA)) == 5_040_000
 
 
+def test_preferences_after_answers_keep_a_copy_of_the_adapter_that_is_continued() -> None:
+    """Those of a new adapter are compared with the base, which is there anyway."""
+    continued = {"init_weights": "adapter", "gradient_accumulation": 2}
+    for objective, copies in (("dpo", 1), ("kto", 1), ("orpo", 0)):
+        new = _config(objective=objective, rank=64, gradient_accumulation=2)
+        before, after = (estimate(_shape(), config, on_gpu=True) for config in (new, new.model_copy(update=continued)))
+        copy = copies * 4 * adapter_parameters(_shape(), new)
+        assert after.adapter_bytes - before.adapter_bytes == after.total_bytes - before.total_bytes == copy
+        assert (after.optimizer_bytes, after.gradients_bytes) == (before.optimizer_bytes, before.gradients_bytes)
+    answers = _config(rank=64)
+    assert estimate(_shape(), answers, on_gpu=True) == estimate(
+        _shape(), answers.model_copy(update={"init_weights": "adapter"}), on_gpu=True
+    )
+
+
 @given(st.sampled_from(Algorithm), st.integers(1, 16), st.integers(8, 4096), st.integers(1, 64), st.booleans())
 def test_the_components_are_the_total_and_lie_in_the_range(
     algorithm: Algorithm, batch: int, length: int, rank: int, checkpointing: bool
