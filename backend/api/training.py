@@ -13,10 +13,12 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from api import training_schemas as schemas
+from api.dataset_schemas import preview_row
 from api.hub_token import ASKS_THE_HUB
 from api.training_schemas import checkpoint_view, job_view
 from api.waiting import may_ask_the_hub
 from domain.jobs.states import FINAL_STATES, JobState
+from services.dataset_service import DatasetService, get_dataset_service
 from services.training.job_intake import JobRequest
 from services.training_service import TrainingService, get_training_service
 from store.records import JobRecord
@@ -145,6 +147,30 @@ def metrics(job_id: str, training: Training) -> schemas.JobMetricsList:
         ],
         initial_eval_loss=evaluations.get(0),
     )
+
+
+@router.get("/jobs/{job_id}/validation")
+def validation(
+    job_id: str,
+    training: Training,
+    datasets: Annotated[DatasetService, Depends(get_dataset_service)],
+    offset: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+) -> schemas.ValidationRows:
+    """Some rows that the job is evaluated on and learns nothing from: those held out, or its validation dataset's."""
+    job = training.ledger.get(job_id)
+    if job.validation_dataset_id is not None:
+        dataset_id, total = job.validation_dataset_id, datasets.get(job.validation_dataset_id).rows
+        rows = datasets.preview(dataset_id, offset, limit)
+        positions = tuple(range(offset, offset + len(rows)))
+    else:
+        dataset_id, seed = job.dataset_id, job.config["seed"]
+        positions, total, rows = datasets.validation_rows(dataset_id, job.validation_fraction, seed, offset, limit)
+    shown = [
+        schemas.ValidationRow(row=position, **dict(preview_row(row)))
+        for position, row in zip(positions, rows, strict=True)
+    ]
+    return schemas.ValidationRows(dataset_id=dataset_id, total=total, offset=offset, rows=shown)
 
 
 @router.get("/jobs/{job_id}/log")

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
+from api.dataset_schemas import PreviewRow
 from api.job_error import JobError, error_view
 from api.peft_schemas import ModelId, Overrides, Request, Response, Revision
 from domain.jobs.states import JobState
@@ -181,6 +182,17 @@ class CheckpointList(Response):
 
 class JobLog(Response):
     lines: list[str]
+
+
+class ValidationRow(PreviewRow):
+    row: int = Field(description="Its position in the dataset, from 0.")
+
+
+class ValidationRows(Response):
+    dataset_id: str = Field(description="The dataset that the rows are of.")
+    total: int = Field(description="Rows that the job is evaluated on.")
+    offset: int
+    rows: list[ValidationRow]
 
 
 def job_view(record: JobRecord, place: QueuePlace | None) -> JobResponse:

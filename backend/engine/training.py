@@ -1,6 +1,5 @@
 """The `train` command: reads the data, makes the adapter, goes on from a checkpoint, trains, and writes the adapter."""
 
-import json
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from domain.datasets.split import NothingToHoldOut, held_out
+from domain.datasets.split import NothingToHoldOut, held_out, row_content
 from domain.experts import what_is_left_out
 from domain.jobs.figures import TrainingFigures
 from domain.peft.objectives import SPECS as OBJECTIVES
@@ -224,7 +223,7 @@ def _held_out(path: Path, fraction: float, seed: int) -> frozenset[int]:
     if fraction == 0:
         return frozenset()
     try:
-        return held_out((json.dumps(row, sort_keys=True).encode() for row in read_rows(path)), fraction, seed)
+        return held_out((row_content(row) for row in read_rows(path)), fraction, seed)
     except NothingToHoldOut as error:
         raise BadData(str(error), ["more rows", "a validation_dataset_id"]) from error
 

@@ -21,6 +21,7 @@ from domain.peft.objectives import Objective
 from domain.protocol import AboutDataset
 from services.datasets.draft import Draft
 from services.datasets.files import DatasetFiles, Manifest
+from services.datasets.held_out import held_out_rows, rows_at
 from services.datasets.hub_files import HubDatasets
 from services.datasets.imports import Import, Imports
 from services.datasets.intake import IntakeRequest, IntakeResult
@@ -214,6 +215,22 @@ class DatasetService:
         """Return some normal rows."""
         with self.rows_path(dataset_id).open(encoding="utf-8") as file:
             return [json.loads(line) for line in islice(file, offset, offset + limit)]
+
+    def validation_rows(
+        self, dataset_id: str, fraction: float, seed: int, offset: int, limit: int
+    ) -> tuple[tuple[int, ...], int, list[dict[str, Any]]]:
+        """Return some of the rows that a job with this fraction and seed holds out.
+
+        Returns:
+            The positions of those rows in the dataset, how many rows are held out in all, and the normal rows.
+
+        Raises:
+            DatasetNotFound: There is no such dataset.
+        """
+        path = self.rows_path(dataset_id)
+        held = held_out_rows(path, fraction, seed) if fraction > 0 else ()
+        positions = held[offset : offset + limit]
+        return positions, len(held), rows_at(path, positions)
 
     def download(self, dataset_id: str, form: Form) -> Download:
         """Return a dataset as it was, several files as a zip, or its normal rows.

@@ -15,7 +15,7 @@ from services.served_model_service import ServedModelService, get_served_model_s
 from services.training.checkpoint_adapters import checkpoint_adapter_id
 from services.training.fine_tune_facts import facts_of
 from services.training_service import TrainingService, get_training_service
-from store.records import AdapterRecord
+from store.records import AdapterRecord, DatasetRecord, JobRecord
 from web.pages import page, pages_router
 
 router = pages_router()
@@ -84,7 +84,7 @@ def playground(
     dataset: Annotated[str | None, Query(max_length=64)] = None,
     row: Annotated[int, Query(ge=0)] = 0,
 ) -> HTMLResponse:
-    """Show the page for a base, with what is to answer chosen already.
+    """Show the page for a base, with what is to answer chosen already; `dataset` may be a run that holds rows out.
 
     Raises:
         AdapterNotFound: There is no adapter of that id.
@@ -95,6 +95,7 @@ def playground(
     base = model or _base_of(house, asked, checkpoint) or next(iter(models), None)
     choices = _choices(house, base) if base is not None else []
     chosen = {"base", *adapter, *checkpoint}
+    datasets = [record for record in house.datasets.all() if record.format in _WITH_QUESTIONS]
     return page(
         request,
         "playground.html",
@@ -103,7 +104,8 @@ def playground(
         choices=choices,
         chosen=[choice.key for choice in choices if {choice.key, choice.adapter_id} & chosen][: MOST + 1],
         elsewhere=[record.name for record in asked if record.base_model_id != base],
-        datasets=[record for record in house.datasets.all() if record.format in _WITH_QUESTIONS],
+        datasets=datasets,
+        held_out=_held_out(house, base, dataset, datasets),
         dataset=dataset,
         row=row,
         most=MOST,
@@ -114,6 +116,17 @@ def _base_of(house: House, asked: list[AdapterRecord], checkpoints: list[str]) -
     bases = [record.base_model_id for record in asked]
     bases += [house.training.ledger.get(each.partition("/")[0]).model_id for each in checkpoints]
     return next(iter(bases), None)
+
+
+def _held_out(
+    house: House, base: str | None, asked: str | None, datasets: list[DatasetRecord]
+) -> list[tuple[JobRecord, str]]:
+    """Return the newest runs of a base that hold rows out, and the one asked for, with the names of their datasets."""
+    names = {record.id: record.name for record in datasets}
+    jobs = [job for job in house.training.ledger.all() if job.validation_fraction > 0 and job.dataset_id in names]
+    newest = [job for job in jobs if job.model_id == base][:_JOBS]
+    newest += [job for job in jobs if job.id == asked and job not in newest]
+    return [(job, names[job.dataset_id]) for job in newest]
 
 
 def _models(house: House) -> list[str]:

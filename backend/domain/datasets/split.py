@@ -1,11 +1,18 @@
 """Which rows are held out for validation."""
 
 import hashlib
+import json
 from collections.abc import Iterable
+from typing import Any
 
 
 class NothingToHoldOut(ValueError):
     """All rows are the same, or there is only one."""
+
+
+def row_content(row: dict[str, Any]) -> bytes:
+    """Return what makes a normal row equal to another one."""
+    return json.dumps(row, sort_keys=True).encode()
 
 
 def held_out(rows: Iterable[bytes], fraction: float, seed: int) -> frozenset[int]:

@@ -47,12 +47,40 @@ def test_a_job_that_would_learn_nothing_ends_before_its_base_is_loaded_and_names
     assert (job["state"], started["rows"], started["skipped_rows"]) == ("succeeded", 1, 3), job
 
 
+def _validation(studio: StudioServer, job_id: str, **query: int) -> dict[str, Any]:
+    answer = studio.http.get(f"/api/training/jobs/{job_id}/validation", params=query)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def test_what_a_job_is_evaluated_on_is_its_validation_dataset_or_nothing(studio: StudioServer) -> None:
+    dataset, other = studio.upload(messages_jsonl(3)), studio.upload(messages_jsonl(5))
+    body = {"model_id": TINY_ID, "dataset_id": dataset["id"], "overrides": SHORT}
+    with_dataset = studio.submit(**body, validation_dataset_id=other["id"])["id"]
+    without = studio.submit(**body)["id"]
+    found = _validation(studio, with_dataset, offset=3)
+    assert (found["dataset_id"], found["total"], [row["row"] for row in found["rows"]]) == (other["id"], 5, [3, 4])
+    assert (_validation(studio, without)["total"], _validation(studio, without)["rows"]) == (0, [])
+    for job_id in (with_dataset, without):
+        studio.http.post(f"/api/training/jobs/{job_id}/cancel")
+        studio.wait_for_state(job_id, "cancelled", "succeeded")
+    assert studio.http.get("/api/training/jobs/job_none/validation").status_code == 404
+
+
 def test_repeated_rows_are_not_validated_on_after_being_trained_on(studio: StudioServer) -> None:
     lines = messages_jsonl(12).splitlines()
     dataset = studio.upload("\n".join(lines * 4))
     job, started = run(studio, dataset, validation_fraction=0.25)
     assert job["state"] == "succeeded"
     assert (started["rows"], started["validation_rows"]) == (36, 12)
+    held = _validation(studio, job["id"], limit=100)
+    positions = [row["row"] for row in held["rows"]]
+    assert (held["dataset_id"], held["total"], len(positions)) == (dataset["id"], 12, 12)
+    assert sorted(position + 12 * turn for position in positions[:3] for turn in range(4)) == positions
+    said = [[{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]] for row in held["rows"]]
+    assert said == [json.loads(lines[position % 12])["messages"] for position in positions]
+    page = _validation(studio, job["id"], offset=5, limit=2)
+    assert page["rows"] == held["rows"][5:7]
     same = studio.upload("\n".join(lines[:1] * 8))
     body = {"model_id": TINY_ID, "dataset_id": same["id"], "overrides": SHORT, "validation_fraction": 0.25}
     refused = studio.http.post("/api/training/jobs", json=body)

@@ -21,7 +21,9 @@ def trained(server: StudioServer) -> dict[str, Any]:
     """A run on the tiny model, with two checkpoints and an adapter."""
     dataset = server.upload(ROWS, name=HOSTILE)
     settings = {"max_steps": 4, "batch_size": 1, "max_seq_length": 64, "checkpoint_every_steps": 2}
-    job = server.submit(model_id=TINY_ID, dataset_id=dataset["id"], name=HOSTILE, overrides=settings)
+    job = server.submit(
+        model_id=TINY_ID, dataset_id=dataset["id"], name=HOSTILE, overrides=settings, validation_fraction=0.34
+    )
     return server.wait_for_state(job["id"], "succeeded")
 
 
@@ -106,6 +108,22 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(tab: Tab, trained: di
     page.get_by_label("Question", exact=True).fill("and again")
     page.get_by_role("button", name="Ask", exact=True).click()
     expect(page.locator(".answer[aria-busy=false]")).to_have_count(2)
+
+
+def test_what_a_run_has_held_out_is_asked_by_itself(tab: Tab, trained: dict[str, Any]) -> None:
+    held = tab.server.http.get(f"/api/training/jobs/{trained['id']}/validation").json()
+    (row,) = held["rows"]
+    page = tab.open(f"/runs/{trained['id']}")
+    page.get_by_role("link", name="Ask what was held out").click()
+    expect(page.get_by_text(f"Held-out row 1 of 1: row {row['row'] + 1} of the dataset")).to_be_visible()
+    expect(page.get_by_label("Question", exact=True)).to_have_value(QUESTIONS[row["row"]])
+    expect(page.get_by_role("button", name="Next prompt")).to_be_disabled()
+    page.get_by_label("At most (tokens)").fill("2")
+    page.get_by_role("button", name="Ask all that follow").click()
+    expect(page.locator(".answer[aria-busy=false]")).to_have_count(2)
+    tab.accessible()
+    page.get_by_label("Questions of a dataset").select_option(trained["dataset_id"])
+    expect(page.get_by_text(f"Row 1 of {len(QUESTIONS)}")).to_be_visible()
 
 
 def test_blind_the_questions_of_a_dataset_are_judged_and_counted(

@@ -5,20 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Page, Route, expect
-from sqlalchemy import insert
 
-from core.errors import EngineFailed
-from domain.jobs.failures import failure
-from domain.jobs.states import JobState
-from store.database import Database
-from store.repositories import Datasets, Jobs
-from store.tables import job_events
 from tests.browser.conftest import Tab
-from tests.support.job_records import DATASET, MOMENT, job_record
+from tests.support.long_runs import add_long_runs
 from tests.support.server import StudioServer, start_server, wait_until
 from tests.support.tiny_model import TINY_ID
 
-ERROR = failure("out_of_host_memory", EngineFailed("No memory for <b>this</b>."))
 ROWS = "".join(f'{{"prompt": "question {number}", "completion": "an answer"}}\n' for number in range(8))
 SETTINGS = {"batch_size": 1, "gradient_accumulation": 1, "max_seq_length": 64}
 
@@ -185,28 +177,7 @@ def test_a_run_is_paused_resumed_and_cancelled_with_its_adapter_kept(tab: Tab) -
 def test_twenty_runs_of_5000_points_are_drawn_over_one_another(
     open_tab: Callable[..., Tab], tmp_path: Path, model_dirs: Path
 ) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'studio.db'}")
-    database.migrate()
-    with database.begin() as connection:
-        Datasets(connection).add(DATASET)
-        for number in range(1, 21):
-            config = job_record(number).config | {"rank": number}
-            Jobs(connection).add(job_record(number, name=f"rank {number}", config=config))
-            Jobs(connection).change_state(
-                f"job_{number}", JobState.QUEUED, JobState.FAILED, error=ERROR, finished_at=MOMENT
-            )
-            rows = [
-                {
-                    "job_id": f"job_{number}",
-                    "sequence": step,
-                    "kind": "metrics",
-                    "data": {"step": step, "loss": 3 / (1 + step / (40 * number))},
-                    "created_at": MOMENT,
-                }
-                for step in range(1, 5001)
-            ]
-            connection.execute(insert(job_events), rows)
-    database.close()
+    add_long_runs(tmp_path, 20, 5000)
     with start_server(tmp_path, model_dirs) as server:
         tab = open_tab(server)
         page = tab.open("/runs")

@@ -264,14 +264,20 @@ if (page) {
     const there = Boolean(at("dataset").value);
     at("row-bar").hidden = at("row-field").hidden = !there;
     if (!there) return;
-    const rows = Number(at("dataset").selectedOptions[0].dataset.rows);
-    at("row").max = rows;
-    at("row").value = Math.min(Math.max(1, Math.round(at("row").value) || 1), rows);
-    at("row-words").textContent = `Row ${at("row").value} of ${rows}`;
-    at("row-back").disabled = at("row").value <= 1;
-    at("row-next").disabled = at("row").value >= rows;
+    const source = at("dataset").value;
+    const option = at("dataset").selectedOptions[0];
+    const isHeldOut = option.dataset.heldOut !== undefined;
     try {
-      const { turns } = await questions.get(at("dataset").value, at("row").value - 1);
+      option.dataset.rows ??= (await questions.get(source, 0)).of; // how many a run holds out, it says itself
+      const rows = Number(option.dataset.rows);
+      const row = Math.min(Math.max(1, Math.round(at("row").value) || 1), rows);
+      at("row").max = rows;
+      at("row").value = row;
+      at("row-back").disabled = row <= 1;
+      at("row-next").disabled = row >= rows;
+      const { turns, place } = await questions.get(source, row - 1);
+      if (at("dataset").value !== source || Number(at("row").value) !== row) return; // another was chosen meanwhile
+      at("row-words").textContent = isHeldOut ? `Held-out row ${row} of ${rows}: row ${place + 1} of the dataset` : `Row ${row} of ${rows}`;
       at("question").value = turns.at(-1)?.content ?? "";
     } catch (error) {
       notice(error.message, true);

@@ -1,4 +1,4 @@
-// The questions of a dataset's rows, and what the dataset answers.
+// The questions of a dataset's rows, or of those that a run is evaluated on, and what the dataset answers.
 import { call } from "./app.js";
 
 export class Questions {
@@ -6,12 +6,18 @@ export class Questions {
     this.kept = new Map();
   }
 
-  /** Return the turns of a row up to its last answer, and that answer. A row has at least one turn. */
-  async get(datasetId, row) {
-    const key = `${datasetId}/${row}`;
+  /**
+   * Return the turns of a row up to its last answer, and that answer. A row has at least one turn.
+   *
+   * @param source A dataset, or a run: then `row` counts the rows that it is evaluated on, `of` says how many those
+   *   are, and `place` which row of the dataset it is.
+   */
+  async get(source, row) {
+    const key = `${source}/${row}`;
     if (!this.kept.has(key)) {
-      const { rows } = await call("GET", `/api/datasets/${datasetId}/preview?offset=${row}&limit=1`);
-      this.kept.set(key, question(rows[0]));
+      const address = source.startsWith("job_") ? `/api/training/jobs/${source}/validation` : `/api/datasets/${source}/preview`;
+      const { rows, total } = await call("GET", `${address}?offset=${row}&limit=1`);
+      this.kept.set(key, { ...question(rows[0]), of: total, place: rows[0]?.row });
     }
     return this.kept.get(key);
   }

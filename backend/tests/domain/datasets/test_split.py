@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.datasets.split import NothingToHoldOut, held_out
+from domain.datasets.split import NothingToHoldOut, held_out, row_content
 
 rows_with_repeats = st.lists(st.integers(0, 12).map(lambda n: b"%d" % n), min_size=2, max_size=60)
 
@@ -31,6 +31,10 @@ def test_the_share_is_as_asked_where_no_row_repeats(count: int, fraction: float,
     assert {rows[position] for position in held} == {
         rows[::-1][position] for position in held_out(rows[::-1], fraction, seed)
     }
+
+
+def test_a_row_is_the_same_in_any_order_of_its_fields() -> None:
+    assert row_content({"a": 1, "b": "ü"}) == row_content({"b": "ü", "a": 1}) != row_content({"a": 1, "b": "u"})
 
 
 def test_another_seed_holds_other_rows_out() -> None:
