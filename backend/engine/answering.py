@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
+from enum import Enum, auto
 
 from domain import protocol
 from engine.answer import Answer
@@ -12,6 +13,14 @@ from engine.row_check import RowFacts
 from engine.together import Together, Told
 
 _WORTH_GIVING_BACK_BYTES = 64 * 2**20
+
+
+class _Turn(Enum):
+    """What has become of a command that is looked at."""
+
+    SERVED = auto()
+    WAITS = auto()  # what does not touch it may pass
+    ALONE = auto()  # for the base to be free: nothing may pass
 
 
 class Answering:
@@ -61,61 +70,70 @@ class Answering:
 
     def _take(self, commands: deque[protocol.AnyCommand]) -> bool:
         """Serve what can be served now; return whether a command waits for the base to be free."""
-        kept: list[protocol.AnyCommand] = []
-        leaving: set[str] = set()  # adapters that wait to be taken off
-        full, alone = False, False
-        for command in list(commands):
-            served = False
-            if alone:
-                pass
-            elif isinstance(command, protocol.Generate):
-                if command.adapter_id not in leaving and not (full and not self._stopped(command)):
-                    joined = self._join(command)
-                    served, full, alone = joined is not None and joined, full or joined is False, joined is None
-            elif isinstance(command, protocol.AttachAdapter):
-                served = command.adapter_id not in leaving
-            elif isinstance(command, protocol.DetachAdapter):
-                wanted = self._together.uses(command.adapter_id) or any(
-                    isinstance(other, protocol.Generate) and other.adapter_id == command.adapter_id for other in kept
-                )
-                served = not wanted
-                if wanted:
-                    leaving.add(command.adapter_id)
-            else:
-                alone = True
-            if served and not isinstance(command, protocol.Generate):
-                self._together.release()
-                self._serve(command)
-                self._base.backend.begin_answering(self._base.model)
-            if not served:
-                kept.append(command)
-        commands.clear()
-        commands.extend(kept)
-        return alone
+        waiting: list[protocol.AnyCommand] = []
+        turn = _Turn.SERVED
+        while commands and turn is not _Turn.ALONE:
+            command = commands.popleft()
+            turn = self._serve_now(command, waiting)
+            if turn is not _Turn.SERVED:
+                waiting.append(command)
+        commands.extendleft(reversed(waiting))
+        return turn is _Turn.ALONE
 
-    def _stopped(self, command: protocol.Generate) -> bool:
-        return self._channel.stop_requested(command.request_id)
+    def _serve_now(self, command: protocol.AnyCommand, before: list[protocol.AnyCommand]) -> _Turn:
+        """Serve a command if its turn has come.
 
-    def _join(self, command: protocol.Generate) -> bool | None:
-        """Begin an answer, or refuse it.
-
-        Returns:
-            Whether that is done; False if there is no room yet, None if it has to be written by itself.
+        Args:
+            before: Those that came earlier and wait.
         """
-        outcome: bool | None = True
+        if isinstance(command, protocol.Generate):
+            return _Turn.WAITS if self._is_held_up(command, before) else self._join(command)
+        if not isinstance(command, protocol.AttachAdapter | protocol.DetachAdapter):
+            return _Turn.ALONE
+        if self._is_wanted(command, before):
+            return _Turn.WAITS
+        self._together.release()
+        self._serve(command)
+        self._base.backend.begin_answering(self._base.model)
+        return _Turn.SERVED
+
+    def _is_held_up(self, command: protocol.Generate, before: list[protocol.AnyCommand]) -> bool:
+        """Tell whether an answer has to wait: its adapter is to be taken off first, or another waits for room."""
+        if _leaves(command.adapter_id, before):
+            return True
+        waits_for_room = any(other.request_id in self._prepared for other in before)
+        return waits_for_room and not self._channel.stop_requested(command.request_id)
+
+    def _is_wanted(
+        self, command: protocol.AttachAdapter | protocol.DetachAdapter, before: list[protocol.AnyCommand]
+    ) -> bool:
+        """Tell whether an adapter has to stay as it is for now: an answer uses it, or it is to be taken off first."""
+        if isinstance(command, protocol.AttachAdapter):
+            return _leaves(command.adapter_id, before)
+        answers = (other for other in before if isinstance(other, protocol.Generate))
+        return self._together.uses(command.adapter_id) or command.adapter_id in {one.adapter_id for one in answers}
+
+    def _join(self, command: protocol.Generate) -> _Turn:
+        """Begin an answer, or refuse it, which ends it too; it waits if there is no room for it yet."""
+        turn = _Turn.SERVED
         with self._told(command.request_id):
             prepared = self._prepared.pop(command.request_id, None)
             self._channel.check_stop(command.request_id)
             answer = prepared or Answer(self._base, command, self._channel)
             if not self._together.suits(answer):
-                outcome = None
+                turn = _Turn.ALONE
             elif self._together.has_room(answer):
                 self._together.add(answer)
             else:
                 self._prepared[command.request_id] = answer
-                outcome = False
-        return outcome
+                turn = _Turn.WAITS
+        return turn
 
     def _done(self, answer: Answer) -> None:
         result = answer.finish().model_dump(mode="json")
         self._channel.emit(protocol.Done(request_id=answer.command.request_id, result=result))
+
+
+def _leaves(adapter_id: str | None, before: list[protocol.AnyCommand]) -> bool:
+    """Tell whether an adapter waits to be taken off."""
+    return any(isinstance(other, protocol.DetachAdapter) and other.adapter_id == adapter_id for other in before)

@@ -109,11 +109,14 @@ def test_answers_are_learned_on_from_where_the_first_run_ended(
     assert on.losses()[1] < anew.losses()[1]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize(("objective", "algorithm"), [("dpo", "lora"), ("kto", "lora"), ("dpo", "dora")])
 def test_preferences_are_compared_with_the_adapter_as_it_was(
-    tiny_path: Path, learned: tuple[InitialAdapter, Path], objective: Objective
+    tiny_path: Path, tmp_path: Path, learned: tuple[InitialAdapter, Path], objective: Objective, algorithm: str
 ) -> None:
     initial, folder = learned
+    if algorithm == "dora":
+        initial = first_run(tiny_path, tmp_path, config_for(Algorithm.DORA, **STEPS))
+        folder = tmp_path / "adp"
     config = next_config(initial, objective=objective, batch_size=16)
     base, frozen = load(tiny_path, config), load(tiny_path, config)
     create_adapter(base, "new", config, "tests/tiny", None, continues=folder)

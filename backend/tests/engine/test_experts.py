@@ -1,6 +1,7 @@
 """Adapters on stacked experts, beside others on one base."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine import methods
 from engine.base import Base
 from engine.errors import BadSetting
 from engine.training import train
+from tests.support.rows import preference_jsonl
 from tests.support.stock_adapters import make_random_adapter, stock_logits
 from tests.support.training_command import TestChannel, command_for
 
@@ -35,6 +37,20 @@ def _config(algorithm: Algorithm = Algorithm.LORA, **overrides: Any) -> PeftConf
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
     return make_small("mixtral", tmp_path_factory.mktemp("family") / "mixtral", tiny_path)
+
+
+def test_experts_are_continued_and_are_what_preferences_are_compared_with(mixtral: Path, tmp_path: Path) -> None:
+    folder = _trained(_base(mixtral), tmp_path / "first", max_steps=1)
+    config = _config(objective="dpo", max_steps=2, warmup_ratio=0.0).model_copy(update={"init_weights": "adapter"})
+    (tmp_path / "pairs.jsonl").write_text(preference_jsonl(4))
+    command = command_for(
+        tmp_path / "second", config, dataset_path=str(tmp_path / "pairs.jsonl"), validation_fraction=0.0,
+        initial_adapter_path=str(folder),
+    )  # fmt: skip
+    channel = TestChannel()
+    train(_base(mixtral), command, channel)
+    losses = channel.losses()
+    assert losses[1] == pytest.approx(math.log(2), rel=1e-5) and losses[2] != pytest.approx(losses[1], rel=1e-5)
 
 
 def _base(path: Path, config: PeftConfig | None = None) -> Base:

@@ -2,15 +2,19 @@
 
 import asyncio
 import math
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
 
 from tests.api.test_hanging_up import MOST, change
-from tests.support.openai_clients import async_client_of
+from tests.support.openai_clients import async_client_of, client_of
 from tests.support.rows import messages_jsonl
 from tests.support.server import CACHE, StudioServer, start_server, wait_until
 from tests.support.shapes import give_positions
@@ -19,6 +23,7 @@ from tests.support.tiny_model import TINY_ID, copy_tiny_model
 pytestmark = pytest.mark.engine
 TOOLS_ID, ENDLESS_ID = "tests/tools", "tests/endless"
 ASKED: list[Any] = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say 3 twice"}]
+PLACES = 8  # answers that are written or wait
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 NOW: Any = {
     "type": "function",
@@ -48,6 +53,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioServer]:
         models,
         PEFT_STUDIO_MODEL_NAMES=f"gpt-4o={TINY_ID}",
         PEFT_STUDIO_ANSWERS_TOGETHER="2",
+        PEFT_STUDIO_ANSWERS_WAITING=str(PLACES - 2),
     ) as server:
         yield server
 
@@ -289,6 +295,46 @@ def test_the_async_client_streams_and_leaves(studio: StudioServer, client: OpenA
             return "".join([chunk.choices[0].delta.content or "" async for chunk in kept])
 
     assert asyncio.run(scenario()) == chat(client).choices[0].message.content
+
+
+def test_the_package_comes_back_after_a_503_and_is_answered_when_there_is_room(
+    client: OpenAI, studio: StudioServer
+) -> None:
+    """All places are taken until both clients have been sent away. Times are only bounded from below."""
+    held = chat(client, model=ENDLESS_ID, n=PLACES, max_tokens=MOST, stream=True)
+    next(held)
+    with pytest.raises(openai.InternalServerError) as busy:
+        chat(client.with_options(max_retries=0), model=ENDLESS_ID)
+    assert busy.value.status_code == 503 and busy.value.code == "too_many_answers"
+    wait_s = int(busy.value.response.headers["retry-after"])
+    assert wait_s > 0
+    sent_away_s: dict[str, float] = {}
+    lock = threading.Lock()
+
+    def note(who: str, response: httpx.Response) -> None:
+        with lock:
+            if response.status_code != 503 or who in sent_away_s:
+                return
+            sent_away_s[who] = time.monotonic()
+            if len(sent_away_s) == 2:
+                held.close()
+
+    async def note_there(response: httpx.Response) -> None:
+        note("async", response)
+
+    async def ask_there() -> tuple[Any, float]:
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"response": [note_there]})
+        async with async_client_of(studio, max_retries=50, http_client=http) as patient:
+            answer = await patient.chat.completions.create(model=ENDLESS_ID, messages=ASKED, **GREEDY)
+            return answer, time.monotonic()
+
+    http = openai.DefaultHttpxClient(event_hooks={"response": [lambda response: note("sync", response)]})
+    with client_of(studio, max_retries=50, http_client=http) as patient, ThreadPoolExecutor() as threads:
+        there = threads.submit(lambda: asyncio.run(ask_there()))
+        ended = {"sync": (chat(patient, model=ENDLESS_ID), time.monotonic()), "async": there.result()}
+    texts = {answer.choices[0].message.content for answer, _ in ended.values()}
+    assert texts == {chat(client, model=ENDLESS_ID).choices[0].message.content}
+    assert all(ended_s - sent_away_s[who] >= wait_s for who, (_, ended_s) in ended.items())
 
 
 def test_a_busy_base_is_a_503_with_the_time_to_wait(client: OpenAI, studio: StudioServer) -> None:
