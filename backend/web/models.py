@@ -16,6 +16,7 @@ from domain.models.records import SearchQuery
 from domain.peft.algorithms import Algorithm
 from services.model_registry_service import ModelRegistryService, get_model_registry_service
 from services.model_removal_service import ModelRemovalService, ModelUse, get_model_removal_service
+from services.models.embedded import MODEL_ID
 from services.peft_service import PeftService, get_peft_service
 from services.training.compatibility import CompatibilityService, get_compatibility_service
 from services.training_service import TrainingService, get_training_service
@@ -85,10 +86,12 @@ def _lost(model_id: str, use: ModelUse) -> str:
     text = f"The files of {model_id} are deleted from this machine: {size(use.size_bytes)}."
     if use.cached is not None:
         text += " They lie in the Hub's cache, which other programs use, too."
+    if model_id == MODEL_ID and use.prepared is not None:
+        text += " It is made again, from the package that carries it, when it is next needed."
     if use.adapters:
         names = ", ".join(f"“{record.name}”" for record in use.adapters[:_NAMED])
         names += " and more" if len(use.adapters) > _NAMED else ""
-        text += f" Adapters stay, and cannot be used without it until it is downloaded again: {names}."
+        text += f" Adapters stay; what uses one of them has the model brought here again: {names}."
     return text
 
 

@@ -34,12 +34,22 @@ export function figure(value) {
   if (Number.isInteger(value)) return value.toLocaleString();
   return value.toPrecision(4);
 }
-export function bytes(value) {
+export function bytes(value, digits = 1) {
   if (value === null || value === undefined) return "–";
   const names = ["B", "KiB", "MiB", "GiB", "TiB"];
   let step = 0;
   while (Math.abs(value) >= 1024 && step < names.length - 1) [value, step] = [value / 1024, step + 1];
-  return `${value.toFixed(step ? 1 : 0)} ${names[step]}`;
+  return `${value.toFixed(step ? digits : 0)} ${names[step]}`;
+}
+
+/** Write the ticks of an axis: bytes with as many digits as it takes to tell them apart. */
+function ticksIn(format) {
+  const written = (ticks, digits) => ticks.map((tick) => (tick === null ? "" : format(tick, digits)));
+  return (_, ticks) => {
+    const shown = ticks.filter((tick) => tick !== null);
+    const digits = format === bytes ? [1, 2, 3].find((each) => new Set(written(shown, each)).size === shown.length) : undefined;
+    return written(ticks, digits);
+  };
 }
 
 /** Charts that share their steps: a zoom of one is a zoom of all. */
@@ -96,7 +106,7 @@ export class Charts {
       legend: { live: true },
       axes: [
         { ...axis, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick : "")) },
-        { ...axis, size: 82, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) },
+        { ...axis, size: 82, values: ticksIn(format) },
       ],
       series: [
         { label: "step", value: (_, value) => (value === null ? "–" : String(value)) },

@@ -166,7 +166,9 @@ async function readLog() {
     const { lines } = await call("GET", `/api/training/jobs/${id}/log?tail=300`);
     const log = document.getElementById("log");
     const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
-    log.textContent = lines.join("\n") || "The engine has written nothing.";
+    // A line that was written over, as a bar of progress is, is what stands there at last.
+    const shown = lines.map((line) => line.split("\r").filter(Boolean).at(-1) ?? "");
+    log.textContent = shown.join("\n") || "The engine has written nothing.";
     if (atEnd) log.scrollTop = log.scrollHeight;
   } catch {
     // The head of the page says that the server does not answer; the log stays as it was.
