@@ -3,9 +3,10 @@
 import json
 import re
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Error, Page, Route, expect
 
 from tests.browser.conftest import Tab
 from tests.support.tiny_model import TINY_ID
@@ -94,6 +95,25 @@ def test_each_refusal_stands_at_its_field(tab: Tab, tmp_path: Path) -> None:
     page.get_by_label("Held out for validation").fill("0.95")
     page.get_by_role("button", name="Start the fine-tune").click()
     expect(page.locator(".refusal[data-of=validation_fraction]")).not_to_be_empty()
+
+
+def test_the_dataset_chosen_last_stays_chosen_however_late_an_answer_comes(tab: Tab) -> None:
+    for name in ("chosen first", "chosen last"):
+        tab.server.upload(ROWS, name=name)
+    page = _open(tab)
+    held: list[Route] = []
+    page.route("**/new/datasets*", lambda route: held.append(route))
+    for number, name in enumerate(("chosen first", "chosen last"), 1):
+        page.get_by_role("radio", name=name).check()
+        while len(held) < number:
+            page.wait_for_timeout(20)  # lets the driver hear of requests
+    earlier, later = (route.fetch() for route in held)
+    held[1].fulfill(response=later)
+    expect(page.locator("#datasets .option:has(:checked)")).to_contain_text("chosen last")
+    with suppress(Error):  # the page no longer waits for it
+        held[0].fulfill(response=earlier)
+    page.evaluate("fetch('/health')")
+    expect(page.get_by_role("radio", name="chosen last")).to_be_checked()
 
 
 def test_models_are_searched_before_any_download(tab: Tab) -> None:

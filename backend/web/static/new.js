@@ -224,8 +224,19 @@ document.getElementById("reset").addEventListener("click", () => {
   refresh();
 });
 
+let reloading = null; // aborts the list with an earlier choice, which must not come after a newer one
+
 async function reloadDatasets(chosen) {
-  await showPart(document.getElementById("datasets"), `/new/datasets?chosen=${encodeURIComponent(chosen)}`);
+  reloading?.abort();
+  reloading = new AbortController();
+  const { signal } = reloading;
+  try {
+    await showPart(document.getElementById("datasets"), `/new/datasets?chosen=${encodeURIComponent(chosen)}`, undefined, { signal });
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    if (!(error instanceof Refused)) throw error;
+    notice(error.message, true);
+  }
 }
 
 const drop = document.getElementById("drop");
