@@ -17,14 +17,23 @@ from jinja2 import TemplateError
 from engine.answer_span import Span
 from engine.answer_windows import spans_by_windows
 from engine.errors import BadData, BadSetting
-from engine.time_limit import cpu_limit
+from engine.template_limits import bound_numbers, template_limits
 
+bound_numbers()
 Turn = Mapping[str, Any]
 # A character that Unicode assigns to nothing. It differs from every character of a turn.
 _OTHER = "\ue000"
-_LIMIT_S = 2.0  # the longest template takes a thousandth of that; the sandbox that it runs in does not stop loops
 # The errors that a template raises on purpose, and those of a template that was not written for such turns.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError, MemoryError)
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -304,7 +313,7 @@ class _Chat:
 
 
 def _apply(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, *, prompt: bool = False) -> str:
-    with cpu_limit(_LIMIT_S, "the chat template does not come to an end"):
+    with template_limits():
         text: str = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
     return text
 
