@@ -13,6 +13,7 @@ from domain.protocol import ChatMessage, ChatTurn, Generate
 
 _MOST_TOKENS = 32_768
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+TokenId = Annotated[int, Field(strict=False)]  # a key of a JSON object, which is always a text
 Label = Annotated[str, StringConstraints(max_length=512)]
 # What a client may send of these without any effect; and why anything else is refused.
 _NO_AUDIO = "there is no audio here"
@@ -46,7 +47,7 @@ class Sampling(Request):
     model: ModelName
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None

@@ -19,9 +19,9 @@ FileId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r
 
 
 class Request(BaseModel):
-    """Base of request bodies: unknown fields are refused."""
+    """Base of request bodies: unknown fields are refused, and `"12"` or `true` for a number."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Answer(BaseModel):
@@ -50,7 +50,9 @@ class ExpiresAfter(Request):
 
 
 class FileForm(Request):
-    """The fields of a form beside the file, by the names that a form gives them."""
+    """The fields of a form beside the file, by the names that a form gives them. All of them are texts there."""
+
+    model_config = ConfigDict(strict=False)
 
     purpose: str
     anchor: Literal["created_at"] | None = Field(default=None, alias="expires_after[anchor]")
