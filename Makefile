@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-browser pictures test-pythons check check-requirements check-container lock bench families gpu-check clean
+.PHONY: help setup setup-dev quickstart serve test test-fast test-slow test-browser pictures test-pythons check check-requirements check-container audit lock bench families gpu-check clean
 
 help:
 	@echo "make quickstart  set up, start the server, fine-tune the embedded model over HTTP"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-browser  the pages in Chromium, which must be installed (Debian: apt-get install chromium)"
 	@echo "make pictures    the README's pictures, from a real run in Chromium"
 	@echo "make check       linters, types, import contracts"
+	@echo "make audit       known vulnerabilities of the tested versions (asks the package index)"
 	@echo "make check-container  every step of the Dockerfile, without a container engine (Linux, as root)"
 	@echo "make bench       benchmarks, as ratios"
 	@echo "make families    every model family of transformers in small; writes docs/families.md"
@@ -88,6 +89,11 @@ check-requirements: setup-dev
 # Builds the image and runs it in a root directory of its own: scripts/container_steps.py.
 check-container: setup-dev
 	@$(PY) scripts/container_steps.py
+
+# Known vulnerabilities of the tested versions, as the package index knows them. Needs the internet, and uv's own cache.
+audit: setup-dev
+	$(VENV)/bin/uv tool run pip-audit --strict --require-hashes --disable-pip --no-deps \
+		--requirement requirements/tested-set.txt
 
 lock: setup-dev
 	@$(PY) scripts/lock_requirements.py $(if $(UPGRADE),--upgrade)
