@@ -21,8 +21,9 @@ from engine.row_cache import RowCache
 from engine.row_check import RowFacts, RowPasses, states_of
 from engine.token_choice import TokenChoice
 
-# How long prompts may hold up the answers that are being written, at each of their tokens. The pieces are as long as
-# this allows on the machine. With nothing to hold up they are longer, and only bound what a pass takes for a moment.
+# How long prompts may at least hold up the answers that are being written, at each of their tokens. They always may for
+# as long as such a token takes, so that a newcomer has half of a slow machine, too. The pieces are as long as this
+# allows. With nothing to hold up they are longer, and only bound what a pass takes for a moment.
 _HOLD_UP_S = 0.15
 _FIRST_PIECE, _LEAST_PIECE, _MOST_PIECE = 64, 16, 512
 _SAFE = 0.9  # of the free memory; the rest is for what passes take for a moment
@@ -67,19 +68,29 @@ class Together:
         facts: That its rows can be computed together.
         told: Reports the end of a request whose part fails.
         done: Reports the end of a request that is over.
+        clock: Seconds that only grow.
 
     Attributes:
         took_bytes: The most that keys and values have taken.
     """
 
-    def __init__(self, base: Base, facts: RowFacts, told: Told, done: Callable[[Answer], None]) -> None:
-        self._base, self._facts, self._told, self._done = base, facts, told, done
+    def __init__(
+        self,
+        base: Base,
+        facts: RowFacts,
+        told: Told,
+        done: Callable[[Answer], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._base, self._facts, self._told, self._done, self._clock = base, facts, told, done, clock
         self._bare = unwrapped(base.model)
         self._passes = RowPasses(base.model, base.device)
         self._filling: list[_Row] = []
         self._lanes: dict[str | None, _Lane] = {}
         self.took_bytes = 0
-        self._piece = _FIRST_PIECE
+        self._tokens_per_s: float | None = None  # of the newest piece of a prompt
+        self._step_s = 0.0  # what the newest token of every answer took
+        self._oldest_is_next = False
         self._mixable: dict[str, bool] = {}
         self._mixed: MixedAdapters | None = None
         self._active: tuple[str | None, ...] | None = None
@@ -164,8 +175,10 @@ class Together:
         """Compute some of the waiting prompts, and one more token of every answer that is being written."""
         self._end_the_stopped()
         self._fill()
+        began_s = self._clock()
         for lane in list(self._lanes.values()):
             self._step(lane)
+        self._step_s = self._clock() - began_s
         self.took_bytes = max(self.took_bytes, sum(lane.cache.size_bytes for lane in self._lanes.values()))
         self._lanes = {name: lane for name, lane in self._lanes.items() if lane.rows}
         if not self.busy:
@@ -223,18 +236,32 @@ class Together:
             self._done(row.answer)
 
     def _fill(self) -> None:
-        """Compute pieces of prompts, in the order in which they came, for as long as they may hold up the others."""
-        began_s = time.monotonic()
-        while self._filling and time.monotonic() - began_s < _HOLD_UP_S:
-            row, joined = self._filling[0], False
+        """Compute pieces of prompts for as long as they may hold up the others."""
+        began_s, hold_up_s = self._clock(), max(_HOLD_UP_S, self._step_s)
+        while self._filling and self._clock() - began_s < hold_up_s:
+            row, joined = self._next_to_fill(), False
             alive = False
             with self._told(row.id):
-                joined = self._fill_piece(row, self._piece if self._lanes else _MOST_PIECE)
+                joined = self._fill_piece(row, self._piece(hold_up_s) if self._lanes else _MOST_PIECE)
                 alive = True
             if joined or not alive:
                 self._filling.remove(row)
             if not self._lanes:
                 return
+
+    def _next_to_fill(self) -> _Row:
+        """Return the prompt with the least left and the oldest one in turn.
+
+        So a short prompt does not wait for the whole of a long one, and no prompt waits for ever.
+        """
+        self._oldest_is_next = not self._oldest_is_next
+        return self._filling[0] if not self._oldest_is_next else min(self._filling, key=_left)
+
+    def _piece(self, hold_up_s: float) -> int:
+        """Return how many tokens of a prompt may be computed at once."""
+        if self._tokens_per_s is None:
+            return _FIRST_PIECE
+        return min(_MOST_PIECE, max(_LEAST_PIECE, int(hold_up_s * self._tokens_per_s)))
 
     def _fill_piece(self, row: _Row, most: int) -> bool:
         """Compute a piece of a prompt. With the last one the answer gets its first token and joins the others.
@@ -245,11 +272,11 @@ class Together:
         if row.prompt is None:
             raise RuntimeError("the prompt is computed already")
         self._compute_with((row.answer.command.adapter_id,))
-        began_s, ids = time.monotonic(), row.answer.prompt_ids[row.done : row.done + most]
+        began_s, ids = self._clock(), row.answer.prompt_ids[row.done : row.done + most]
         logits = self._passes.prompt(ids, row.prompt)
         row.done += len(ids)
         if row.done < len(row.answer.prompt_ids):
-            self._piece = _paced(len(ids) / max(time.monotonic() - began_s, 1e-9))
+            self._tokens_per_s = len(ids) / max(self._clock() - began_s, 1e-9)
             return False
         states, row.prompt = states_of(row.prompt), None
         if not self._take(row, row.choice.of(logits)):
@@ -298,6 +325,6 @@ class Together:
         return not (over or row.answer.count >= row.answer.most)
 
 
-def _paced(tokens_per_s: float) -> int:
-    """Return how long a piece of a prompt may be."""
-    return min(_MOST_PIECE, max(_LEAST_PIECE, int(_HOLD_UP_S * tokens_per_s)))
+def _left(row: _Row) -> int:
+    """Return how many tokens of a prompt are to be computed."""
+    return len(row.answer.prompt_ids) - row.done

@@ -4,6 +4,7 @@ import inspect
 import json
 from collections import deque
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from domain.answer_forms import AnswerForm
 from domain.peft.algorithms import Algorithm
 from domain.protocol import AttachAdapter, DetachAdapter, Done, Failed, Generate, Token
 from engine import answer as answers
+from engine.answer import Answer
 from engine.base import Base
 from engine.commands import CommandLoop
 from engine.generation import generate
 from engine.row_check import NotTogether, row_facts
+from engine.together import Together
 from tests.engine.test_methods import config_for, load
 from tests.support.channel_double import RecordingChannel
 from tests.support.random_adapter import make_random_adapter
@@ -271,6 +274,69 @@ def test_what_does_not_fit_waits_or_is_refused(base: Base) -> None:
     for command in commands:
         assert result(events[command.request_id]) == alone(base, command)
     assert isinstance(events["large"][-1], Failed) and events["large"][-1].error_class == "no_room"
+
+
+class Machine:
+    """A clock that only passes of a model move: each takes so long, and more for each token or row.
+
+    Attributes:
+        steps: Of the answers that are being written.
+    """
+
+    def __init__(self, pass_s: float, token_s: float) -> None:
+        self.now_s, self.steps = 0.0, 0
+        self._pass_s, self._token_s = pass_s, token_s
+
+    def takes(self, tokens: int) -> float:
+        return self._pass_s + self._token_s * tokens
+
+    def slow_down(self, passes: Any) -> None:
+        prompt, step = passes.prompt, passes.step
+
+        def slow_prompt(ids: list[int], cache: Any) -> Any:
+            self.now_s += self.takes(len(ids))
+            return prompt(ids, cache)
+
+        def slow_step(cache: Any, tokens: list[int]) -> Any:
+            self.now_s += self.takes(len(tokens))
+            self.steps += 1
+            return step(cache, tokens)
+
+        passes.prompt, passes.step = slow_prompt, slow_step
+
+
+@pytest.mark.parametrize("slowness", [1, 10])
+@pytest.mark.parametrize(("before", "own", "most"), [([], 30, 1), ([], 90, 3), ([150], 12, 2), ([20] * 3, 20, 4)])
+def test_a_newcomer_waits_for_few_steps_of_the_others_however_slow_the_machine_is(
+    base: Base, slowness: int, before: list[int], own: int, most: int
+) -> None:
+    """Its first token, counted in tokens of the others. The costs are those of a small model on one core, or ten times.
+
+    Args:
+        before: Tokens of the prompts that came just before.
+        own: Tokens of its own prompt.
+    """
+    machine = Machine(0.056 * slowness, 0.0062 * slowness)
+    together = Together(base, row_facts(base), lambda _: nullcontext(), lambda _: None, lambda: machine.now_s)
+    machine.slow_down(together._passes)
+
+    def begin(name: str, tokens: int) -> Answer:
+        answer = Answer(base, asked(name, prompt_ids=[5] * tokens, max_new_tokens=40), Script({}))
+        together.add(answer)
+        return answer
+
+    others = [begin(f"other {number}", 4) for number in range(3)]
+    while not all(answer.count for answer in others):
+        together.advance()
+    for number, tokens in enumerate(before):
+        begin(f"before {number}", tokens)
+    machine.steps, began_s = 0, machine.now_s
+    newcomer = begin("newcomer", own)
+    while not newcomer.count:
+        together.advance()
+    assert machine.steps <= most
+    alone_s = sum(machine.takes(tokens) for tokens in before) + machine.takes(own)
+    assert machine.now_s - began_s <= 2 * alone_s  # the others have the other half
 
 
 @pytest.fixture
