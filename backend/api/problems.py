@@ -142,3 +142,20 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
+    describe = app.openapi
+
+    def document() -> dict[str, Any]:
+        described = describe()
+        _name_media_type(described)
+        return described
+
+    app.openapi = document  # type: ignore[method-assign]  # FastAPI's own way of changing the document
+
+
+def _name_media_type(document: dict[str, Any]) -> None:
+    """Write the media type of problems into the document; FastAPI writes that of every other answer."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            content = operation["responses"].get("default", {}).get("content", {})
+            if not under_v1(path) and "application/json" in content:
+                content["application/problem+json"] = content.pop("application/json")

@@ -20,6 +20,7 @@ OWN_VARIABLES = frozenset(
         "PEFT_STUDIO_WORKER_SOCKET",
         "PEFT_STUDIO_TEST_CACHE",
         "PEFT_STUDIO_SOAK_KILLS",
+        "PEFT_STUDIO_TEST_REQUESTS",
     }
 )
 # What Kubernetes tells every pod about a Service named peft-studio, beside PEFT_STUDIO_PORT.
