@@ -97,6 +97,29 @@ def test_each_refusal_stands_at_its_field(tab: Tab, tmp_path: Path) -> None:
     expect(page.locator(".refusal[data-of=validation_fraction]")).not_to_be_empty()
 
 
+def test_the_focus_stays_in_a_field_whose_settings_come_anew(tab: Tab) -> None:
+    tab.refusals_are_meant = True
+    page = _open(tab)
+    held: list[Route] = []
+    page.route("**/new/settings", lambda route: held.append(route))
+    page.get_by_role("button", name="Take every proposal again").click()
+    while not held:
+        page.wait_for_timeout(20)  # lets the driver hear of requests
+    field = page.get_by_label("learning rate", exact=True)
+    field.focus()
+    field.evaluate("(field) => (field.isOld = true)")
+    held[0].continue_()
+    expect(page.locator("#fit:not([aria-busy])")).to_be_attached()
+    page.unroute("**/new/settings")
+    assert field.evaluate("(field) => field.isOld") is None, "the settings came anew"
+    expect(field).to_be_focused()
+    page.keyboard.type("7")
+    page.keyboard.press("Tab")
+    expect(page.locator(".refusal[data-of=learning_rate]")).not_to_be_empty()
+    expect(field).to_have_value("7")
+    expect(page.get_by_label("epochs", exact=True)).to_be_focused()  # not called back to the field that was left
+
+
 def test_the_dataset_chosen_last_stays_chosen_however_late_an_answer_comes(tab: Tab) -> None:
     for name in ("chosen first", "chosen last"):
         tab.server.upload(ROWS, name=name)

@@ -102,11 +102,16 @@ function isTyping() {
 
 async function showSettings(signal) {
   const model = checked("model_id")?.value;
-  const open = document.getElementById("all-settings")?.open;
-  const focused = document.activeElement?.dataset?.setting;
+  let [open, focused] = [false, null];
+  // What is open and where the focus is, as the new settings come: a person goes on meanwhile.
+  const isInUse = () => {
+    open = document.getElementById("all-settings")?.open;
+    focused = document.activeElement?.dataset?.setting;
+    return isTyping();
+  };
   try {
     const choice = { ...method(), ...(model ? { model_id: model } : {}) };
-    await showPart(settings, "/new/settings", choice, { signal, unless: isTyping });
+    await showPart(settings, "/new/settings", choice, { signal, unless: isInUse });
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof Refused)) throw error;
@@ -119,7 +124,9 @@ async function showSettings(signal) {
   }
   if (open) document.getElementById("all-settings").open = true;
   fit.replaceChildren(document.getElementById("fit-part").content);
-  if (focused) document.getElementById(`set-${focused}`)?.focus();
+  const field = focused ? document.getElementById(`set-${focused}`) : null;
+  field?.focus();
+  if (field?.tagName === "INPUT") field.select(); // as a field that the Tab key leads to
 }
 
 async function showAnalysis(signal) {
