@@ -27,6 +27,7 @@ from services.engines.spawning import spawn
 
 # An engine sends a heartbeat every two seconds, also while torch works. An engine that is silent for so long hangs.
 _SILENCE_S = 60.0
+_STARVED = 0.02  # of the time: so little of a processor is not enough for a heartbeat
 _log = get_logger(__name__)
 
 
@@ -166,6 +167,14 @@ class EngineProcess:
         except psutil.NoSuchProcess:
             return 0
 
+    def processor_s(self) -> float:
+        """Return the seconds of processor time that the process has used; 0 if it has ended."""
+        try:
+            used = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return float(used.user + used.system)
+
     @property
     def alive(self) -> bool:
         """Whether the process runs and takes commands."""
@@ -242,21 +251,37 @@ class EngineProcess:
             _log.warning("engine.gone", pid=self.pid, command=type(line).__name__)
 
     def _watch(self) -> None:
-        """Kill an engine that has fallen silent: one that is stopped, swapped out for good, or stuck in a driver."""
+        """Kill an engine that has fallen silent: one that is stopped, swapped out for good, or stuck in a driver.
+
+        An engine that wants the processor and does not get it is silent too. It has got almost none of it meanwhile; so
+        its time goes on when it has.
+        """
         tick_s = min(protocol.HEARTBEAT_S, self._silence_s / 4)
-        looked_s = time.monotonic()
+        looked_s, spent_s = time.monotonic(), self.processor_s()
         while not self._ended.wait(tick_s):
             now_s = time.monotonic()
             if now_s - looked_s > 2 * tick_s:
                 self._heard_s = now_s  # this process itself was stopped meanwhile, so the time begins again
             looked_s = now_s
+            before_s, spent_s = spent_s, self.processor_s()
+            starved = self._wants_processor() and spent_s - before_s < _STARVED * tick_s
             if self._handling or self._resting:
                 self._heard_s = now_s
+            elif starved:
+                self._heard_s = min(now_s, self._heard_s + tick_s)
             if now_s - self._heard_s > self._silence_s:
                 _log.error("engine.silent", pid=self.pid, silent_s=round(now_s - self._heard_s))
                 self._unresponsive = True
                 self._process.kill()
                 return
+
+    def _wants_processor(self) -> bool:
+        """Whether one of its threads has the processor or waits for it. Linux alone tells."""
+        states = set()
+        for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+                states.add(stat.read_text().rpartition(") ")[2][:1])  # man 5 proc_pid_stat
+        return "R" in states
 
     def _read_events(self, events: Any) -> None:
         with events:

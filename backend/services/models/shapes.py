@@ -4,6 +4,7 @@ import hashlib
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -31,7 +32,9 @@ from services.models.embedded import MODEL_ID
 from services.models.embedded_shape import EMBEDDED_SHAPE
 
 _FORMAT = 5  # of a shape; one that was kept with another number is made again
-_LIMIT_S = 60.0  # for one description; the largest model takes a few seconds
+_LIMIT_S = 60.0  # of processor time for one description; the largest model takes a few seconds
+_WAITED = 10  # times as long on the clock, for an engine that waits for something that does not come
+_LOOK_S = 1.0
 _IDLE_S = 120.0  # an engine that describes nothing for so long is ended
 _MAX_WAITING = 200  # in the background
 _SAYS_NOTHING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "quantization_config"})
@@ -61,7 +64,8 @@ class ModelShapes:
     Args:
         cache: Keeps the descriptions: by the configuration, and by transformers' version.
         start: Starts an engine.
-        limit_s: Seconds for one description; a stranger's config.json may be made to take long.
+        limit_s: Seconds of processor time for one description; a stranger's config.json may be made to take long. An
+            engine that gets little of a busy machine's time is no slower by that measure.
         idle_s: Seconds after which an engine without work is ended.
     """
 
@@ -126,10 +130,10 @@ class ModelShapes:
             try:
                 if self._process is None or not self._process.alive:
                     self._process = self._start()
-                return self._process.request(protocol.Describe(config=dict(config))).result(self._limit_s)
+                return self._answer(self._process, config)
             except FutureTimeout as error:
                 self._end()
-                raise _Unanswered(f"describing it took longer than {self._limit_s:g} s") from error
+                raise _Unanswered(f"describing it took longer than {self._limit_s:g} s of processor time") from error
             except (EngineFailed, EngineUnavailable) as error:
                 _log.warning("shapes.not_described", reason=error.detail)
                 raise _Unanswered(f"describing it failed: {error.detail}") from error
@@ -137,6 +141,21 @@ class ModelShapes:
                 self._idle = threading.Timer(self._idle_s, self._end_idle)
                 self._idle.daemon = True
                 self._idle.start()
+
+    def _answer(self, process: EngineProcess, config: Mapping[str, Any]) -> Described:
+        """Wait for an engine's description.
+
+        Raises:
+            TimeoutError: It has used up its time.
+        """
+        end_s, spent_s = time.monotonic() + _WAITED * self._limit_s, process.processor_s()
+        answer = process.request(protocol.Describe(config=dict(config)))
+        while True:
+            try:
+                return answer.result(min(_LOOK_S, self._limit_s))
+            except FutureTimeout:
+                if process.processor_s() - spent_s >= self._limit_s or time.monotonic() >= end_s:
+                    raise
 
     def _end_idle(self) -> None:
         if self._lock.acquire(blocking=False):

@@ -87,7 +87,7 @@ def test_a_cancel_frees_the_request_at_once_and_leaves_nothing_half_made(
         shown = running(studio)
         cancelled = studio.http.post(f"/api/datasets/imports/{shown['id']}/cancel")
         assert (cancelled.status_code, cancelled.json()["id"]) == (202, shown["id"])
-        response = asked.result(60)  # the double sends nothing meanwhile
+        response = asked.result(600)  # the double sends nothing meanwhile
     assert (response.status_code, response.json()["type"]) == (409, "/problems/import-cancelled")
     assert studio.http.get("/api/datasets/imports").json() == {"imports": []}
     assert studio.http.get("/api/datasets").json() == {"datasets": []}

@@ -32,7 +32,7 @@ class Bench:
         self.goes_wrong("wait")
         before = {process.pid for process in self.studio.engines()}
         export_id = export(self.studio, self.adapter_id)["id"]
-        wait_until(lambda: _stage(state_of(self.studio, export_id)) == "checking", 120)
+        wait_until(lambda: _stage(state_of(self.studio, export_id)) == "checking")
         # The base's engine may be new as well: the one that checks is the last.
         wait_until(lambda: [process for process in self.studio.engines() if process.pid not in before])
         newest = max(self.studio.engines(), key=lambda process: process.create_time())

@@ -130,7 +130,7 @@ class JobApi(RuleBasedStateMachine):
             return sum(len(self.studio.metrics(job_id)) for job_id in self.unfinished)
 
         wanted = recorded() + steps
-        wait_until(lambda: recorded() >= wanted or not self._runs(), limit_s=300)
+        wait_until(lambda: recorded() >= wanted or not self._runs())
 
     def _runs(self) -> bool:
         states = [self.studio.job(job_id)["state"] for job_id in self.unfinished]
@@ -177,7 +177,7 @@ class JobApi(RuleBasedStateMachine):
         self.in_a_row += 1
 
     def _engines(self, after_s: float) -> list[psutil.Process]:
-        wait_until(lambda: bool(self.studio.engines()) or not self._runs(), limit_s=120)
+        wait_until(lambda: bool(self.studio.engines()) or not self._runs())
         # The fault comes at any moment of a run, not only at those that a client can see.
         time.sleep(after_s)
         return self.studio.engines()
@@ -240,11 +240,11 @@ class JobApi(RuleBasedStateMachine):
                 if wish == "pause":
                     self.call(f"/{job_id}/resume")
                     self.unfinished[job_id] = "run"
-            wait_until(lambda: not self._runs(), limit_s=600)
+            wait_until(lambda: not self._runs())
             for job_id in self.unfinished:
                 if self.studio.job(job_id)["state"] == "paused":
                     self.call(f"/{job_id}/resume")
-            wait_until(lambda: not self._runs(), limit_s=600)
+            wait_until(lambda: not self._runs())
             self.nothing_that_was_acknowledged_is_lost()
         pid = self.studio.pid
         engines = self.studio.engines()

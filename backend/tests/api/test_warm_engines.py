@@ -137,7 +137,7 @@ def test_none_is_left_behind_when_the_server_ends(tmp_path: Path, model_dirs: Pa
         assert pids
         assert studio.process is not None
         studio.process.send_signal(getattr(signal, how))
-        studio.process.wait(60)
+        studio.process.wait(600)
         wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 

@@ -31,7 +31,7 @@ def _points(page: Page) -> list[int]:
 
 def _wait_for_points(page: Page, count: int) -> None:
     expect(page.locator("#run[data-ready]")).to_be_attached()
-    wait_until(lambda: len(_points(page)) >= count, limit_s=240)
+    wait_until(lambda: len(_points(page)) >= count)
 
 
 def test_a_run_is_followed_to_its_end_and_is_whole_after_a_reload(tab: Tab) -> None:

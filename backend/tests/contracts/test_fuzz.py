@@ -57,8 +57,8 @@ def test_requests_of_the_document_find_no_undocumented_answer_and_leave_nothing(
         _round(alone, tmp_path, seed=seed, examples=100)
     for model in alone.http.get("/api/peft/loaded-models").json()["models"]:
         alone.http.delete(f"/api/peft/loaded-models/{model['id']}")
-    wait_until(lambda: not alone.engines(), 120)
-    wait_until(lambda: process.num_fds() <= files + 10, 120)
+    wait_until(lambda: not alone.engines())
+    wait_until(lambda: process.num_fds() <= files + 10)
     record_property("requests", _answered(alone))
     record_property("memory_mib", f"{before >> 20} -> {process.memory_info().rss >> 20}")
     record_property("descriptors", f"{files} -> {process.num_fds()}")

@@ -55,7 +55,7 @@ def kind_of(response: httpx.Response) -> str:
 
 def raw(studio: StudioServer, *lines: str, body: bytes = b"") -> tuple[int, bytes]:
     """Send a request as it stands here, and return the status and all that came."""
-    with socket.create_connection(("127.0.0.1", studio.port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", studio.port), timeout=600) as connection:
         connection.sendall("\r\n".join((*lines, "Connection: close", "", "")).encode("latin-1") + body)
         answer = b""
         while part := connection.recv(65536):

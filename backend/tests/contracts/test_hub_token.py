@@ -69,7 +69,7 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
             job = studio.submit(
                 loaded_model_id=loaded["id"], dataset_id=dataset["id"], overrides={"max_steps": 2, "max_seq_length": 64}
             )
-            wait_until(lambda: studio.job(job["id"])["state"] in ("succeeded", "failed"), 120)
+            wait_until(lambda: studio.job(job["id"])["state"] in ("succeeded", "failed"))
             job = studio.job(job["id"])
             assert job["state"] == "succeeded", job
             wanted = {
@@ -83,7 +83,7 @@ def test_a_token_reaches_the_hub_and_nothing_else(tmp_path: Path, tiny_path: Pat
             pushed = studio.http.post(
                 f"/api/adapters/{job['adapter_id']}/push", json={"repo_id": "me/pushed"}, headers=HEADER
             )
-            wait_until(lambda: export_of(studio, pushed)["state"] not in ("queued", "running"), 60)
+            wait_until(lambda: export_of(studio, pushed)["state"] not in ("queued", "running"))
             assert export_of(studio, pushed)["state"] == "succeeded", export_of(studio, pushed)
             again = studio.http.post("/api/adapters", json={"hub_id": "me/pushed"}, headers=HEADER)
             assert again.status_code == 201, again.text

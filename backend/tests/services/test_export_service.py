@@ -208,7 +208,7 @@ def test_a_cancelled_export_stays_cancelled_though_the_server_is_killed_before_i
     told = threading.Event()
 
     def deaf(_record: ExportRecord, _folder: Path, _control: ExportControl) -> ExportResult:
-        told.wait(60)
+        told.wait(600)
         return MADE
 
     bench.act = deaf

@@ -104,5 +104,5 @@ def load(peft: PeftService, request: LoadRequest | ConfiguredLoad) -> LoadedMode
     """Load a model, and wait until that has ended well or badly."""
     model = peft.load(request)
     assert model.base.loading is not None
-    model.base.loading.result(30)
+    model.base.loading.result(600)
     return model

@@ -69,7 +69,7 @@ def recipe(number: int) -> dict[str, Any]:
 
 
 def ended(client: OpenAI, job_id: str) -> Any:
-    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).finished_at is not None, 200)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).finished_at is not None)
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", job.error
     return job
@@ -205,7 +205,7 @@ def test_function_calling(client: OpenAI, tmp_path: Path) -> None:
     assert len(result_rows(content.decode())) > 1
     other = client.fine_tuning.jobs.create(model="gpt-3.5-turbo", training_file=file.id, suffix="other")
     assert client.fine_tuning.jobs.cancel(other.id).id == other.id
-    wait_until(lambda: client.fine_tuning.jobs.retrieve(other.id).status == "cancelled", 120)  # it held the base
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(other.id).status == "cancelled")  # it held the base
     step("jobs.cancel")
     client.models.delete(done.fine_tuned_model)
     step("models.delete")

@@ -43,7 +43,7 @@ def test_the_example_on_the_embedded_model_survives_a_killed_server(
         def jobs() -> list[dict[str, object]]:
             return list(studio.http.get("/api/training/jobs").json()["jobs"])
 
-        wait_until(jobs, 300)
+        wait_until(jobs)
         job_id = str(jobs()[0]["id"])
         studio.wait_for_step(job_id, 8)
         studio.kill()

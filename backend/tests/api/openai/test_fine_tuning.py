@@ -65,7 +65,7 @@ def ended(client: OpenAI, job_id: str) -> Any:
     def over() -> bool:
         return client.fine_tuning.jobs.retrieve(job_id).status in ("succeeded", "failed", "cancelled")
 
-    wait_until(over, 120)
+    wait_until(over)
     return client.fine_tuning.jobs.retrieve(job_id)
 
 
@@ -207,7 +207,7 @@ def test_pause_resume_and_cancel(client: OpenAI, studio: StudioServer, file_id: 
     running = client.fine_tuning.jobs.retrieve(job.id)
     assert running.status == "running" and running.estimated_finish and running.trained_tokens is None
     client.fine_tuning.jobs.pause(job.id)
-    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).to_dict()["status"] == "paused", 60)
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job.id).to_dict()["status"] == "paused")
     assert client.fine_tuning.jobs.resume(job.id).status in ("queued", "running")
     client.fine_tuning.jobs.cancel(job.id)
     assert ended(client, job.id).status == "cancelled"

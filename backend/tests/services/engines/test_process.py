@@ -19,6 +19,7 @@ from domain.peft.algorithms import Algorithm
 from domain.results import Loaded, MemoryHeld
 from services.engines.process import CommandFailed, EngineDied, EngineProcess
 from tests.core.test_environment import SECRETS
+from tests.support.cpu_cgroup import starved
 from tests.support.server import BACKEND, wait_until
 
 pytestmark = pytest.mark.engine
@@ -35,9 +36,9 @@ def test_a_failed_command_leaves_the_engine_alive_and_says_why(tmp_path: Path, t
     engine = EngineProcess(tmp_path / "engine.log")
     try:
         with pytest.raises(CommandFailed) as caught:
-            engine.request(_load(tmp_path / "nothing")).result(60)
+            engine.request(_load(tmp_path / "nothing")).result(600)
         assert caught.value.extras["error_class"] == "bad_model"
-        loaded = engine.request(_load(tiny_path)).result(60)
+        loaded = engine.request(_load(tiny_path)).result(600)
         assert isinstance(loaded, Loaded) and loaded.total_parameters > 0 and engine.alive
     finally:
         engine.close()
@@ -51,10 +52,10 @@ def test_kill_9_fails_what_is_pending_with_the_signal(tmp_path: Path, tiny_path:
     assert engine.has_pending
     os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(EngineDied) as caught:
-        future.result(30)
+        future.result(600)
     assert caught.value.extras["signal"] == 9 and not engine.has_pending
     with pytest.raises(EngineDied):
-        engine.request(_load(tiny_path)).result(5)
+        engine.request(_load(tiny_path)).result(600)
     wait_until(lambda: ended == [True])
     engine.close()
 
@@ -111,7 +112,7 @@ def test_what_is_not_the_commands_result_fails_the_command_and_not_the_engine(
     try:
         command = protocol.PrepareGguf(gguf_path="a", output_path="b", model_id="c")
         with pytest.raises(EngineFailed, match="PrepareGguf"):
-            engine.request(command, told.append).result(30)
+            engine.request(command, told.append).result(600)
         assert engine.alive and not engine.has_pending
         assert not told and engine.garbage_lines == 1
     finally:
@@ -140,7 +141,7 @@ def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
     """The thread that hears an engine also writes its events: while it writes, silence is no sign of death."""
     engine = EngineProcess(tmp_path / "engine.log")
     try:
-        engine.request(_load(tiny_path)).result(120)
+        engine.request(_load(tiny_path)).result(600)
         heard: list[float] = []
 
         def slow(_token: protocol.Token) -> None:
@@ -153,8 +154,30 @@ def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
             messages=None, prompt="the", adapter_id=None, max_new_tokens=4, temperature=0.0,
             top_p=1.0, seed=0, stop=[],
         )  # fmt: skip
-        engine.request(command, slow).result(120)
+        engine.request(command, slow).result(600)
         assert heard and engine.alive
+    finally:
+        engine.close()
+
+
+def test_an_engine_that_gets_no_processor_is_not_taken_for_dead(tmp_path: Path, tiny_path: Path) -> None:
+    engine = EngineProcess(tmp_path / "engine.log")
+    try:
+        engine.request(_load(tiny_path)).result()
+        command = protocol.Generate(
+            messages=None, prompt="the", adapter_id=None, max_new_tokens=200, temperature=0.0,
+            top_p=1.0, seed=0, stop=[],
+        )  # fmt: skip
+        answer = engine.request(command)
+        with starved(engine.pid):
+            engine._silence_s = 4.0
+            time.sleep(5 * engine._silence_s)  # the fault itself
+            assert engine.alive
+            engine._silence_s = 60.0
+        heard_s = engine._heard_s
+        wait_until(lambda: engine._heard_s > heard_s)
+        engine.stop(command.request_id)
+        answer.result()
     finally:
         engine.close()
 
@@ -162,14 +185,14 @@ def test_an_engine_is_not_taken_for_dead_while_its_events_wait_for_the_database(
 def test_an_engine_that_rests_is_silent_and_is_not_taken_for_dead(tmp_path: Path) -> None:
     engine = EngineProcess(tmp_path / "engine.log")
     try:
-        assert engine.request(protocol.WarmUp()).result(240).gpu_contexts == 0
+        assert engine.request(protocol.WarmUp()).result(600).gpu_contexts == 0
         engine._silence_s = 0.1
         before_s = engine._heard_s
         time.sleep(3 * protocol.HEARTBEAT_S)  # nothing happens that could be waited for
         assert engine.alive and engine._heard_s >= before_s
         engine._silence_s = 60.0
         with pytest.raises(CommandFailed):
-            engine.request(protocol.DetachAdapter(adapter_id="a")).result(60)
+            engine.request(protocol.DetachAdapter(adapter_id="a")).result(600)
         heard_s = engine._heard_s
         wait_until(lambda: engine._heard_s > heard_s)  # its heartbeats have begun again
     finally:
@@ -182,7 +205,7 @@ def test_an_engine_that_is_taken_over_writes_and_ends_for_its_new_owner(tmp_path
     try:
         (tmp_path / "after.log").write_text("from another\n")
         with pytest.raises(CommandFailed):
-            engine.request(_load(Path("nothing"))).result(240)
+            engine.request(_load(Path("nothing"))).result(600)
         adjustment = Path(f"/proc/{engine.pid}/oom_score_adj")
         assert int(adjustment.read_text()) == 1000  # the first that the kernel ends where memory runs out
         assert engine.take_over(tmp_path / "after.log", lambda: ended.append("after"), 60.0)
@@ -232,7 +255,7 @@ def test_an_engine_is_given_no_secrets(tmp_path: Path, monkeypatch: pytest.Monke
 def _libraries(engine: EngineProcess) -> set[str]:
     """Names of what an engine that has answered has mapped."""
     with pytest.raises(CommandFailed):
-        engine.request(_load(Path("nothing"))).result(120)
+        engine.request(_load(Path("nothing"))).result(600)
     return {Path(mapped.path).name for mapped in psutil.Process(engine.pid).memory_maps()}
 
 
@@ -251,7 +274,7 @@ def test_unsloth_is_imported_before_what_it_patches(tmp_path: Path, monkeypatch:
     engine = EngineProcess(tmp_path / "engine.log", backend="unsloth")
     try:
         with pytest.raises(CommandFailed):  # the answer comes once everything is imported
-            engine.request(_load(tmp_path / "nothing")).result(120)
+            engine.request(_load(tmp_path / "nothing")).result(600)
         said = "\n".join(engine.log_tail())
         assert "Unsloth: Will patch" in said
         assert "should be imported before" not in said  # its warning that something was imported too early

@@ -240,7 +240,7 @@ def test_one_that_still_imports_is_given_as_it_is(make: Make, doubles: EngineDou
     doubles.take_long = False
     assert take(engines, tmp_path) is first
     first.answer()
-    keeper.join(30)
+    keeper.join(600)
     assert first.alive and len(engines.standing()) == 1
 
 
@@ -264,7 +264,7 @@ def test_closing_ends_them_while_they_import_too(make: Make, doubles: EngineDoub
     keeper.start()
     wait_until(lambda: bool(engines.standing()))
     engines.close()
-    keeper.join(30)
+    keeper.join(600)
     assert not keeper.is_alive() and doubles.alive == []
 
 

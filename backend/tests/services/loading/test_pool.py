@@ -84,7 +84,7 @@ def fits(device: Device) -> Assessment:
 def _load(pool: BasePool, owner: Owner, name: str, *, for_client: bool = True) -> LoadedBase:
     base = pool.join_or_start(base_request(name, for_client=for_client), fits, owner.register)
     assert base.loading is not None
-    base.loading.result(30)
+    base.loading.result(600)
     return base
 
 
@@ -150,12 +150,12 @@ def test_what_is_judged_is_judged_alone(pool: BasePool, owner: Owner) -> None:
 
         def first(device: Device) -> Assessment:
             other.submit(come)
-            assert second_came.wait(30)
+            assert second_came.wait(600)
             assert not second_judged.wait(0.2)
             return fits(device)
 
         pool.join_or_start(base_request("a/base"), first, owner.register)
-        assert second_judged.wait(30)
+        assert second_judged.wait(600)
 
 
 def test_closing_ends_every_engine_also_of_a_base_that_another_has_replaced(

@@ -1,6 +1,7 @@
 """What models are made of is asked of an engine once, and kept."""
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def test_how_a_checkpoint_holds_its_weights_needs_no_new_description(engines: En
 def test_a_list_gets_what_is_known_and_the_rest_the_next_time(engines: Engines) -> None:
     shapes = _shapes(engines)
     assert shapes.known(SMALL) is None
-    wait_until(lambda: shapes.known(SMALL) is not None, limit_s=120)
+    wait_until(lambda: shapes.known(SMALL) is not None)
     assert shapes.known(SMALL) == shape_of(SMALL)
     shapes.close()
 
@@ -93,7 +94,7 @@ def test_a_killed_engine_is_said_not_kept_and_replaced(engines: Engines) -> None
     asking.start()
     wait_until(lambda: engines.started[0].has_pending)
     engines.started[0].kill()
-    asking.join(60)
+    asking.join()
     (said,) = answers
     assert said.shape is None and said.loadable and f"signal {signal.SIGKILL.value}" in said.problem
     assert shapes.describe({**SMALL, "num_hidden_layers": 3}).shape is not None
@@ -105,9 +106,22 @@ def test_a_killed_engine_is_said_not_kept_and_replaced(engines: Engines) -> None
 def test_what_takes_too_long_is_ended_and_not_kept(engines: Engines) -> None:
     shapes = _shapes(engines, limit_s=0.0)
     said = shapes.describe(SMALL)
-    assert said.shape is None and said.problem == "describing it took longer than 0 s"
+    assert said.shape is None and said.problem == "describing it took longer than 0 s of processor time"
     assert not engines.started[0].alive
     assert shape_cache(engines.folder).peek(shape_key(SMALL), _KEPT, lambda _: None) is None
+    shapes.close()
+
+
+@pytest.mark.engine
+def test_an_engine_that_gets_no_processor_time_is_waited_for(engines: Engines) -> None:
+    shapes = _shapes(engines)
+    assert shapes.describe(SMALL).shape is not None
+    shapes._limit_s = 3.0
+    os.kill(engines.started[0].pid, signal.SIGSTOP)
+    begun = threading.Timer(1.5 * shapes._limit_s, os.kill, (engines.started[0].pid, signal.SIGCONT))
+    begun.start()
+    assert shapes.describe({**SMALL, "num_hidden_layers": 3}).shape is not None
+    assert not begun.is_alive() and len(engines.started) == 1
     shapes.close()
 
 

@@ -99,13 +99,13 @@ def test_a_stop_that_races_with_the_command_is_never_lost() -> None:
             control, engine, together = RunControl(threading.RLock()), Engine(), threading.Barrier(2)
 
             def stop(control: RunControl = control, together: threading.Barrier = together) -> None:
-                together.wait(30)
+                together.wait(600)
                 control.set("discard")
                 control.tell_engine()
 
             stopping = other.submit(stop)
-            together.wait(30)
+            together.wait(600)
             with suppress(RunStopped):
                 control.request(engine, COMMAND, lambda _event: None)
-            stopping.result(30)
+            stopping.result(600)
             assert engine.told in ([], [("begin", "request-1"), ("request-1", "discard")])
