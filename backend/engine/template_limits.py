@@ -22,7 +22,7 @@ from engine.time_limit import cpu_limit
 _LIMIT_S = 2.0  # the longest template takes a thousandth of that
 _MOST_MORE_BYTES = 256 * 2**20  # beside what the engine holds; a conversation of a million tokens takes some 4 MB
 _MOST_BITS = 10_000  # of a number; a product of longer ones is one step in C, which no signal ends
-_FRESH_S = 0.05  # reading how much is held takes 20 us, which a renderer of many rows need not pay for each
+_FRESH_S = 0.002  # reading how much is held takes 20 us, which a renderer of many rows need not pay for each
 _NEVER = (float("-inf"), 0)
 _held: tuple[float, int] = _NEVER
 _overran = False  # whether the last template was ended by a limit
