@@ -171,7 +171,7 @@ def test_a_hostile_template_is_refused_and_comes_to_an_end(tiny_path: Path, tmp_
     try:
         found = run(model, tmp_path, [chat("q", "a")])
     except BadModel as error:
-        assert "does not come to an end" in error.message
+        assert "does not come to an end" in error.message or "too much memory" in error.message
         return
     assert (found["findings"]["refused"]["rows"], found["epoch"]["rows"]) == (1, 0)
 
