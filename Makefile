@@ -62,9 +62,9 @@ test-fast: setup-dev
 test-slow: setup-dev test-pythons
 	cd backend && ../$(PY) -m pytest tests/ -m slow
 
-# The pages in a real browser. Chromium is the distribution's; TEST_BROWSER names another.
+# The pages in a real browser. Chromium is the distribution's; TEST_BROWSER names another. BROWSER_TESTS: more for pytest.
 test-browser: setup-dev
-	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/browser -m browser
+	cd backend && OMP_NUM_THREADS=1 ../$(PY) -m pytest tests/browser -m browser -n 2 --dist loadfile $(BROWSER_TESTS)
 
 pictures: setup-dev
 	@$(PY) scripts/make_pictures.py
