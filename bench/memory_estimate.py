@@ -137,7 +137,7 @@ _ALLOCATORS = {
         """
 What engines run with elsewhere. Its heap does not reuse what tensors leave, and how much it then holds differs from run
 to run, by some per cent and now and then by twenty: the range is wide, and the constants are not those of one series of
-points, but leave no fitted point more than 5 % under in any run of it that was seen.
+points, but leave no fitted point more than 5 % under, one run of one point apart.
 """,
     ),
 }
