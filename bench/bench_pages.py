@@ -12,7 +12,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import psutil
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +25,6 @@ RUNS, POINTS = 20, 5000
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAGES = ("/", "/new", "/runs", "/runs/{job}", "/playground", "/datasets", "/models", "/adapters")
 _WAIT_MS = 300_000
-_PAINTED = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? null"
 # Notes when an element matches, in milliseconds after the navigation began.
 _WATCH = """
 new MutationObserver(() => {
@@ -44,12 +42,6 @@ def first_paint_s(page: Page, address: str) -> float:
     ):
         page.wait_for_timeout(20)
     return float(paints[0]) / 1000
-
-
-def processor_s(server: StudioServer) -> float:
-    """Return the processor time that the server has taken, without its engines."""
-    times = psutil.Process(server.pid).cpu_times()
-    return float(times.user + times.system)
 
 
 def show(name: str, values: list[float]) -> None:
@@ -82,7 +74,7 @@ def compared(browser: Browser, server: StudioServer) -> None:
         page.add_init_script(_WATCH)
         inspector = context.new_cdp_session(page)
         inspector.send("Performance.enable", {"timeDomain": "threadTicks"})
-        before_s = processor_s(server)
+        before_s = server.processor_s()
         page.goto(f"http://127.0.0.1:{server.port}/runs/compare?{query}")
         page.locator("#chart[data-drawn]").wait_for(state="attached")
         while (drawn_at := page.evaluate("window.drawnAt")) is None:
@@ -90,7 +82,7 @@ def compared(browser: Browser, server: StudioServer) -> None:
         seen.append(float(drawn_at) / 1000)
         metrics = inspector.send("Performance.getMetrics")["metrics"]
         page_s = next(float(metric["value"]) for metric in metrics if metric["name"] == "TaskDuration")
-        processor.append(processor_s(server) - before_s + page_s)
+        processor.append(server.processor_s() - before_s + page_s)
         context.close()
     show(f"{RUNS} runs of {POINTS} points drawn, idle", seen)
     show("   processor time of server and page", processor)

@@ -173,6 +173,12 @@ class SettingRejected(Rejected):
 
     slug, title = "setting-rejected", "Setting rejected"
 
+    @classmethod
+    def of(cls, location: tuple[str, ...], why: str) -> "SettingRejected":
+        """Refuse one setting; its name, with those that it stands below, begins the sentence."""
+        message = f"{'.'.join(location)}: {why}"
+        return cls(message, errors=[{"location": list(location), "message": message}])
+
 
 class DatasetRejected(Rejected):
     """The file cannot be read as training data. `errors` names the lines."""

@@ -39,7 +39,7 @@ def hide_broken_torchvision() -> bool:
 def import_bitsandbytes() -> None:
     """Import bitsandbytes, if it is installed, without torch's compiler.
 
-    It decorates two functions with `torch.compile`, which imports the whole compiler: a tenth of an engine's imports
+    It decorates two functions with `torch.compile`, which imports the whole compiler: a fifth of an engine's imports
     and 40 MB, where those functions are seldom called. Here they are compiled when they are called for the first time.
     """
     import torch

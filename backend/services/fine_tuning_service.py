@@ -179,9 +179,8 @@ class FineTuningService:
         adapter_id = wish.own.initial_adapter_id
         if is_fine_tuned(wish.model):
             if adapter_id is not None:
-                message = "peft.initial_adapter_id: the model is a fine-tuned one already; send one of them"
-                raise SettingRejected(
-                    message, errors=[{"location": ["peft", "initial_adapter_id"], "message": message}]
+                raise SettingRejected.of(
+                    ("peft", "initial_adapter_id"), "the model is a fine-tuned one already; send one of them"
                 )
             adapter_id = self._served.adapter_of(self._served.find(wish.model))
         return self._initial_adapters.get(adapter_id) if adapter_id is not None else None

@@ -4,6 +4,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from core.errors import Conflict, ModelNotFound, PathNotAllowed, StudioError
@@ -60,7 +61,7 @@ class ModelUse:
         """Whether there are files of it that may be deleted."""
         return self.cached is not None or self.prepared is not None
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """The size of the files that may be deleted; what other repositories of the cache share is not counted."""
         files = (path for folder in (self.cached, self.prepared) if folder is not None for path in folder.rglob("*"))

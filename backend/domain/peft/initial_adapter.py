@@ -46,8 +46,7 @@ class InitialAdapter:
             ("revision", revision, self.base_revision),
         ):
             if wanted is not None and wanted != own:
-                message = f"{name}: {self.id} belongs to {self.base}; leave {name} out"
-                raise SettingRejected(message, errors=[{"location": [name], "message": message}])
+                raise SettingRejected.of((name,), f"{self.id} belongs to {self.base}; leave {name} out")
         return self.base_model_id, self.base_revision
 
     @property

@@ -264,11 +264,10 @@ class EngineProcess:
                 self._heard_s = now_s  # this process itself was stopped meanwhile, so the time begins again
             looked_s = now_s
             before_s, spent_s = spent_s, self.processor_s()
-            starved = self._wants_processor() and spent_s - before_s < _STARVED * tick_s
             if self._handling or self._resting:
                 self._heard_s = now_s
-            elif starved:
-                self._heard_s = min(now_s, self._heard_s + tick_s)
+            elif now_s - self._heard_s > tick_s and spent_s - before_s < _STARVED * tick_s and self._wants_processor():
+                self._heard_s += tick_s
             if now_s - self._heard_s > self._silence_s:
                 _log.error("engine.silent", pid=self.pid, silent_s=round(now_s - self._heard_s))
                 self._unresponsive = True

@@ -263,5 +263,4 @@ def digest_of(request: JobRequest) -> str:
 
 
 def _rejected(location: str, message: str) -> SettingRejected:
-    named = f"{location}: {message}"
-    return SettingRejected(named, errors=[{"location": [location], "message": named}])
+    return SettingRejected.of((location,), message)

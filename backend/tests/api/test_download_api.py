@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.support.hub_double import HubDouble, safetensors_bytes
@@ -119,11 +118,6 @@ def test_cancelled_downloads_hold_nobody_up(studio: StudioServer, hub: HubDouble
     studio.http.delete(f"/api/peft/loaded-models/{quick['id']}")
 
 
-def _processor_s(studio: StudioServer) -> float:
-    used = psutil.Process(studio.pid).cpu_times()
-    return float(used.user + used.system)
-
-
 @pytest.mark.parametrize(
     ("files", "status", "slug"),
     [
@@ -143,11 +137,11 @@ def test_what_may_not_be_loaded_is_refused_at_once(
         encoded["model.safetensors"] = SMALL
     name = f"evil/{abs(hash(json.dumps(files)))}"
     hub.add_model(name, encoded)
-    engines, cdn, spent_s = studio.engines(), hub.requests["cdn"], _processor_s(studio)
+    engines, cdn, spent_s = studio.engines(), hub.requests["cdn"], studio.processor_s()
     response = studio.http.post("/api/peft/load-model", json={"model_id": name, "force": True})
 
     assert (response.status_code, response.json()["type"]) == (status, f"/problems/{slug}"), response.text
-    assert _processor_s(studio) - spent_s < 1
+    assert studio.processor_s() - spent_s < 1
     assert studio.engines() == engines
     assert hub.requests["cdn"] == cdn
 

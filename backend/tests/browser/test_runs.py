@@ -63,13 +63,19 @@ def _await_one(page: Page, held: list[Route]) -> Route:
     return held.pop()
 
 
-def test_what_happens_while_the_page_is_still_loading_is_shown(tab: Tab) -> None:
+def _cancelled_while_loading(tab: Tab) -> tuple[str, Page, Route]:
+    """Open a run's page, and cancel the run before the page has its curves; the third is its question for them."""
     job_id = _begin(tab.server, 5000)
     held = _held(tab.page, "**/curves")
     page = tab.open(f"/runs/{job_id}")
     curves = _await_one(page, held)
     tab.server.http.post(f"/api/training/jobs/{job_id}/cancel")
     tab.server.wait_for_state(job_id, "cancelled")
+    return job_id, page, curves
+
+
+def test_what_happens_while_the_page_is_still_loading_is_shown(tab: Tab) -> None:
+    _, page, curves = _cancelled_while_loading(tab)
     curves.continue_()
     expect(page.locator("#run[data-state=cancelled]")).to_be_attached()
     expect(page.locator("h1")).to_contain_text("cancelled")
@@ -105,12 +111,7 @@ def test_an_answer_that_comes_late_does_not_replace_a_newer_one(tab: Tab) -> Non
 
 def test_a_run_that_was_deleted_is_said_once(tab: Tab) -> None:
     tab.refusals_are_meant = True
-    job_id = _begin(tab.server, 5000)
-    held = _held(tab.page, "**/curves")
-    page = tab.open(f"/runs/{job_id}")
-    curves = _await_one(page, held)
-    tab.server.http.post(f"/api/training/jobs/{job_id}/cancel")
-    tab.server.wait_for_state(job_id, "cancelled")
+    job_id, page, curves = _cancelled_while_loading(tab)
     assert tab.server.http.delete(f"/api/training/jobs/{job_id}").status_code == 204
     curves.fulfill(json={"steps": {"step": []}, "evaluations": {"step": []}})
     expect(page.get_by_text(f"No training job has the id {job_id}")).to_be_visible()
